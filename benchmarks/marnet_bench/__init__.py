@@ -1,0 +1,1 @@
+"""Measure bundles against their peers."""

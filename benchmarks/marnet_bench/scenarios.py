@@ -1,0 +1,99 @@
+"""The scenarios that can be measured. Here: batches, back to back, through one classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marnet_bench.machine import describe_machine
+from marnet_bench.peers import PlainTorch
+from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
+from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
+from marnet_sdk.classifier import Classifier
+
+INPUTS = ("bytes", "pixels")
+
+
+def run_batches(
+    classifier: Classifier,
+    peer: PlainTorch | None,
+    *,
+    batch: int,
+    warmup: int,
+    duration: float,
+    accuracy: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle and its peer on batches of its golden images, from file bytes and pixels.
+
+    Args:
+        accuracy: metrics of the checkpoint, to stand beside the speed.
+        duration: seconds for each kind of input.
+    Returns:
+        The report: plain data, as it is written to JSON.
+    """
+    lines: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
+    for kind in INPUTS:
+        taken = interleave(
+            _candidates(classifier, peer, batch, kind), warmup=warmup, duration=duration
+        )
+        for name, seconds in taken.items():
+            lines.append(
+                {"model": name, "input": kind, "drift": drift(seconds)}
+                | asdict(summarise(seconds, batch))
+                | {"seconds": [round(s, 7) for s in seconds.tolist()]}
+            )
+        if peer is not None:
+            ratios.append(_ratio(taken, kind))
+    bundle = classifier.bundle
+    manifest = bundle.manifest
+    return {
+        "scenario": "batches",
+        "bundle": bundle.path.name,
+        "backend": manifest.backend,
+        "precision": asdict(manifest.precision),
+        "steps": len(manifest.sampling.timesteps),
+        "batch": batch,
+        "lines": lines,
+        "speedups": ratios,
+        "fidelity": json.loads(bundle.file(FIDELITY).read_text("utf-8")),
+        "accuracy": accuracy,
+        "machine": describe_machine(),
+    }
+
+
+def golden_images(classifier: Classifier, count: int) -> list[bytes]:
+    """The files of the bundle's golden images, repeated to `count`."""
+    bundle = classifier.bundle
+    names = sorted(n for n in bundle.manifest.files if n.startswith(GOLDEN_IMAGES))
+    files = [Path(bundle.path / name).read_bytes() for name in names]
+    return list(islice(cycle(files), count))
+
+
+def _candidates(
+    classifier: Classifier, peer: PlainTorch | None, batch: int, kind: str
+) -> dict[str, Callable[[], object]]:
+    files = golden_images(classifier, batch)
+    preprocess = classifier.preprocess
+    pixels = preprocess.pixels(files)
+
+    def through(logits: Callable[[np.ndarray], np.ndarray]) -> Callable[[], object]:
+        if kind == "pixels":
+            return lambda: logits(pixels)
+        return lambda: logits(preprocess.pixels(files))
+
+    candidates = {"bundle": through(classifier.logits)}
+    if peer is not None:
+        candidates["plain PyTorch"] = through(peer.logits)
+    return candidates
+
+
+def _ratio(taken: dict[str, Seconds], kind: str) -> dict[str, Any]:
+    ratio, low, high = speedup_interval(taken["plain PyTorch"], taken["bundle"])
+    return {"input": kind, "over": "plain PyTorch", "ratio": ratio, "low": low, "high": high}

@@ -1,0 +1,1 @@
+"""Turn checkpoints into verified bundles."""

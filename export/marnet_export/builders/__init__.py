@@ -1,0 +1,87 @@
+"""One file per backend that can be built. Each has `COMPUTE` and `build`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from marnet_sdk.errors import ExportError
+
+BUILDERS = {
+    "onnxruntime": "marnet_export.builders.onnxruntime",
+    "torchscript": "marnet_export.builders.torchscript",
+}
+PRECISIONS = ("fp32", "bf16", "fp16")
+TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Types:
+    """In which types a bundle stores its matrices and computes with them."""
+
+    storage: str
+    compute: str
+
+    @property
+    def sentence(self) -> str:
+        """What `marnet-export` says about them, in one line."""
+        if self.storage == self.compute:
+            return f"{self.storage}: weights stored and products computed in {self.storage}"
+        return (
+            f"{self.storage}: weights stored in {self.storage}, products computed in "
+            f"{self.compute}, because this backend has no faster {self.storage} arithmetic on a CPU"
+        )
+
+
+def builder(backend: str) -> ModuleType:
+    """The module that builds `backend`."""
+    return import_module(BUILDERS[backend])
+
+
+def choose_types(backend: str, precision: str, compute: str | None) -> Types:
+    """Resolve `--precision` and `--compute` for a backend.
+
+    fp16 is a storage type on a CPU, where its products are slower than float32's; bf16 has not
+    fp16's accuracy, so it is computed with only where it is asked for.
+
+    Raises:
+        ExportError: the backend cannot compute in the asked type.
+    """
+    able: tuple[str, ...] = builder(backend).COMPUTE
+    if compute is None:
+        compute = precision if precision in able else "fp32"
+    if compute not in able:
+        others = [name for name in BUILDERS if compute in builder(name).COMPUTE]
+        hint = f", or --backend {others[0]}" if others else ""
+        raise ExportError(
+            f"{backend} cannot compute in {compute} on a CPU; choose --compute {able[0]}{hint}"
+        )
+    return Types(precision, compute)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep notes of the exporters that no user can act on off the terminal.
+
+    They warn that TorchScript is deprecated, that transformers checks shapes in Python (other batch
+    sizes are verified on the built bundle), and of optional packages that we do not use.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

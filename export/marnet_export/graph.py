@@ -1,0 +1,175 @@
+"""The deployed model as torch modules: what the builders trace, script or export.
+
+pixels -> encoder -> x_v -> reverse loop -> x_CDR -> head -> logits, fused features. The tables of
+the loop are inputs, so that one graph serves every seed and number of steps.
+Axes: B batch, S steps, W carried state, H hidden, D feature.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+
+from marnet_export.plan import SamplingPlan
+from marnet_train.models.denoiser import LEAKY_SLOPE
+from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.marnet import MARNet
+
+
+class Matrix(nn.Module):
+    """A linear layer whose product runs in the type of its weight; the sum stays in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(weight.detach().to(compute), requires_grad=False)
+        size = weight.shape[0]
+        bias = torch.zeros(size) if bias is None else bias.detach().float()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.matrix.dtype == torch.float32:
+            return F.linear(x, self.matrix, self.bias)
+        return F.linear(x.to(self.matrix.dtype), self.matrix).float() + self.bias
+
+
+class Convolution(nn.Module):
+    """The same for a two-dimensional convolution."""
+
+    def __init__(self, layer: nn.Conv2d, compute: torch.dtype) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(layer.weight.detach().to(compute), requires_grad=False)
+        bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
+        self.bias = nn.Parameter(bias[:, None, None].clone(), requires_grad=False)
+        self.layer = [layer.stride, layer.padding, layer.dilation, layer.groups]
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, padding, dilation, groups = self.layer
+        y = F.conv2d(x.to(self.matrix.dtype), self.matrix, None, stride, padding, dilation, groups)
+        return y.float() + self.bias
+
+
+def with_compute(module: nn.Module, compute: torch.dtype) -> nn.Module:
+    """A copy whose linear layers and convolutions multiply in `compute`.
+
+    Everything else (normalisation, softmax, residual sums) stays in float32.
+    """
+    module = copy.deepcopy(module)
+    if compute == torch.float32:
+        return module
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Matrix(child.weight, child.bias, compute))
+            elif type(child) is nn.Conv2d and child.padding_mode == "zeros":
+                setattr(parent, name, Convolution(child, compute))
+    return module
+
+
+class ReverseLoop(nn.Module):
+    """The sampling plan as a scriptable loop; its state is float32 whatever the products are."""
+
+    def __init__(self, plan: SamplingPlan, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+
+        def matrix(weight: NDArray, bias: NDArray | None = None) -> Matrix:
+            return Matrix(
+                torch.from_numpy(weight).float(),
+                None if bias is None else torch.from_numpy(bias).float(),
+                compute,
+            )
+
+        self.condition = matrix(plan.condition_weight)
+        hidden_carry = plan.carry == "hidden"
+        self.input = nn.Identity() if hidden_carry else matrix(plan.input_weight)
+        self.hidden2 = matrix(*plan.hidden2)
+        self.hidden3 = matrix(*plan.hidden3)
+        self.carry = matrix(*plan.carry_weight)
+        self.output = matrix(*plan.output)
+        self.slope = LEAKY_SLOPE
+
+    def hidden(self, state: Tensor, condition: Tensor, time_bias: Tensor) -> Tensor:
+        """h3 of one step. state [B, W], condition [B, H], time_bias [H] -> [B, H]."""
+        h = F.leaky_relu(self.input(state) + condition + time_bias, self.slope)
+        h = F.leaky_relu(self.hidden2(h), self.slope)
+        return F.leaky_relu(self.hidden3(h), self.slope)
+
+    def forward(
+        self, x_v: Tensor, initial: Tensor, coefficients: Tensor, time_bias: Tensor, noise: Tensor
+    ) -> Tensor:
+        """x_v [B, D_v], initial [1, W], coefficients [S, 4], time_bias [S, H], noise [S, W]
+        -> x_CDR [B, D]."""
+        condition = self.condition(x_v)
+        state = initial.expand(x_v.shape[0], -1)
+        previous = torch.zeros_like(state)
+        last = coefficients.shape[0] - 1
+        for i in range(last):
+            gained = self.carry(self.hidden(state, condition, time_bias[i]))  # [B, W]
+            c = coefficients[i]
+            state = c[0] * state + c[1] * gained + c[2] * previous + c[3] * noise[i]
+            previous = gained
+        return self.output(self.hidden(state, condition, time_bias[last]))
+
+
+class ScanLoop(ReverseLoop):
+    """The same loop through torch's `scan`, which ONNX has as one `Scan` node of any length."""
+
+    def forward(
+        self, x_v: Tensor, initial: Tensor, coefficients: Tensor, time_bias: Tensor, noise: Tensor
+    ) -> Tensor:
+        condition = self.condition(x_v)
+        # A computed copy: scan refuses a carried state that is a view of an input.
+        state = initial + torch.zeros_like(condition[:, :1])
+
+        def step(
+            carried: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor, Tensor]
+        ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            state, previous = carried
+            c, bias, z = row
+            gained = self.carry(self.hidden(state, condition, bias))
+            state = c[0] * state + c[1] * gained + c[2] * previous + c[3] * z
+            return (state, gained.clone()), state[:1, :1].clone()  # scan must emit something
+
+        rows = (coefficients[:-1], time_bias[:-1], noise[:-1])
+        (state, _), _ = scan(step, (state, torch.zeros_like(state)), rows)
+        return self.output(self.hidden(state, condition, time_bias[-1]))
+
+
+class Head(nn.Module):
+    """Alignment projector, fusion and final classifier: x_v, x_CDR -> logits, fused features."""
+
+    def __init__(self, model: MARNet) -> None:
+        super().__init__()
+        self.project_vision = copy.deepcopy(model.project_vision)
+        self.classifier = copy.deepcopy(model.classifier)
+        self.fusion = FUSIONS[model.config.fusion]
+
+    def forward(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
+        aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
+        fused = self.fusion(aligned, x_cdr)
+        return self.classifier(fused), fused
+
+
+class Deployed(nn.Module):
+    """Pixels and tables to logits [B, K] and fused features [B, D_f]."""
+
+    def __init__(self, encoder: nn.Module, loop: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.loop, self.head = encoder, loop, head
+
+    def forward(
+        self,
+        pixels: Tensor,
+        initial: Tensor,
+        coefficients: Tensor,
+        time_bias: Tensor,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x_v = self.encoder(pixels)
+        x_cdr = self.loop(x_v, initial, coefficients, time_bias, noise)
+        logits, fused = self.head(x_v, x_cdr)
+        return logits, fused

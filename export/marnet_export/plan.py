@@ -1,0 +1,159 @@
+"""The sampling plan: the reverse loop of MARNet, rewritten once, in float64, for every backend.
+
+The denoiser as the paper writes it, with a = LeakyReLU and c the standardised image features:
+    h1 = a(Wx x + Wc c + Wt tau(t) + b1),  h2 = a(W2 h1 + b2),  h3 = a(W3 h2 + b3),
+    x0 = W4 h3 + b4,   x_next = A x + B x0 + C x0_previous + S z .
+Three exact rewrites:
+  hoisting      q = Wc c is computed once per image; Wt tau(t) + b1 is a table, a row per step.
+  recurrence    between x0 and the next h1 everything is linear, so the loop can carry u = Wx x
+                (width H) instead of x (width D): with M = Wx W4, m = Wx b4,
+                u_next = A u + B (M h3 + m) + C (previous) + S (Wx z).  Three H x H products a step.
+  trajectories  one noise trajectory for all images; Wx z is a table too.
+Axes: S steps, D feature, H hidden, W carried state (H or D), N images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from marnet_sdk.errors import ExportError
+from marnet_sdk.trajectory import NoiseTrajectory
+from marnet_train.diffusion import SamplerTable, sampler_table
+from marnet_train.models.denoiser import LEAKY_SLOPE
+from marnet_train.models.marnet import MARNet
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """One reverse loop. The carried state is u = Wx x ("hidden") or x itself ("feature")."""
+
+    carry: str
+    table: SamplerTable
+    time_bias: Array  # [S, H]
+    condition_weight: Array  # [H, D_v]: from x_v as the encoder gives it to q
+    input_weight: Array  # [H, D]: Wx
+    hidden2: tuple[Array, Array]  # [H, H], [H]
+    hidden3: tuple[Array, Array]
+    carry_weight: tuple[Array, Array]  # [W, H], [W]: from h3 to what the state gains
+    output: tuple[Array, Array]  # [D, H], [D]
+
+    @property
+    def multiply_adds(self) -> int:
+        """Per image and step, inside the loop."""
+        hidden = self.input_weight.shape[0]
+        into = 0 if self.carry == "hidden" else self.input_weight.size
+        return into + 2 * hidden * hidden + self.carry_weight[0].size
+
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """The content of plan.safetensors: the tables, and Wx where noise has to be folded."""
+        out = {"coefficients": self.table.coefficients, "time_bias": self.time_bias}
+        if self.carry == "hidden":
+            out["input_weight"] = self.input_weight
+        return {k: np.ascontiguousarray(v, np.float32) for k, v in out.items()}
+
+
+def plain_multiply_adds(plan: SamplingPlan) -> int:
+    """Per image and step, for the network as the paper writes it (time embedding not counted)."""
+    hidden, dim = plan.input_weight.shape
+    return hidden * (dim + plan.condition_weight.shape[1]) + 2 * hidden * hidden + hidden * dim
+
+
+def make_plan(
+    model: MARNet, sampler: str = "ddpm", steps: int | None = None, carry: str | None = None
+) -> SamplingPlan:
+    """Rewrite a model's reverse loop for a sampler of `steps` steps.
+
+    Args:
+        carry: "hidden" or "feature"; None counts multiply-adds and takes the cheaper.
+
+    Raises:
+        InvalidInput: an unknown sampler, or steps outside 1..T.
+        ExportError: a weight or a rewritten table is not finite.
+    """
+    table = sampler_table(model.config.schedule, sampler, steps)
+    denoiser = model.denoiser
+    w_x, w_c, w_t = (_float64(w) for w in denoiser.split_input_weight())
+    mean, std = _float64(model.vision_mean), _float64(model.vision_std)
+    with torch.no_grad():
+        tau = _float64(denoiser.time(torch.tensor(table.timesteps)))  # [S, E]
+    # Standardising x_v is linear too: its scale goes into Wc, its shift into the bias.
+    condition = w_c / std
+    bias = _float64(denoiser.layer1.bias) - condition @ mean
+    w4, b4 = _linear(denoiser.layer4)
+    hidden, dim = w_x.shape
+    if carry is None:
+        carry = "hidden" if hidden * hidden < 2 * hidden * dim else "feature"
+    plan = SamplingPlan(
+        carry=carry,
+        table=table,
+        time_bias=tau @ w_t.T + bias,
+        condition_weight=condition,
+        input_weight=w_x,
+        hidden2=_linear(denoiser.layer2),
+        hidden3=_linear(denoiser.layer3),
+        carry_weight=(w_x @ w4, w_x @ b4) if carry == "hidden" else (w4, b4),
+        output=(w4, b4),
+    )
+    _check_finite(plan)
+    return plan
+
+
+def run_plan(plan: SamplingPlan, x_v: Array, noise: NoiseTrajectory) -> Array:
+    """The plan in NumPy float64: the twin that every lowered loop is held to.
+
+    Args:
+        x_v: [N, D_v].
+    Returns:
+        x_CDR, [N, D].
+    """
+
+    def into(x: Array) -> Array:
+        return x @ plan.input_weight.T
+
+    def layer(x: Array, weights: tuple[Array, Array]) -> Array:
+        y = x @ weights[0].T + weights[1]
+        return np.maximum(y, LEAKY_SLOPE * y)
+
+    hidden_carry = plan.carry == "hidden"
+    q = x_v @ plan.condition_weight.T  # [N, H]
+    start = into(noise.initial) if hidden_carry else noise.initial
+    state = np.tile(start, (len(x_v), 1))  # [N, W]
+    steps = into(noise.steps) if hidden_carry else noise.steps
+    previous = np.zeros_like(state)
+    h3 = q
+    for i, (a, b, c, s) in enumerate(plan.table.coefficients):
+        y = (state if hidden_carry else into(state)) + q + plan.time_bias[i]
+        h3 = layer(layer(np.maximum(y, LEAKY_SLOPE * y), plan.hidden2), plan.hidden3)
+        gained = h3 @ plan.carry_weight[0].T + plan.carry_weight[1]
+        state = a * state + b * gained + c * previous + s * steps[i]
+        previous = gained
+    return h3 @ plan.output[0].T + plan.output[1]
+
+
+def _float64(tensor: torch.Tensor) -> Array:
+    return tensor.detach().cpu().double().numpy()
+
+
+def _linear(layer: torch.nn.Linear) -> tuple[Array, Array]:
+    return _float64(layer.weight), _float64(layer.bias)
+
+
+def _check_finite(plan: SamplingPlan) -> None:
+    arrays = {
+        "time_bias": plan.time_bias,
+        "condition_weight": plan.condition_weight,
+        "carry_weight": plan.carry_weight[0],
+        "coefficients": plan.table.coefficients,
+    }
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ExportError(
+                f"the sampling plan's {name} holds NaN or infinite values, so the checkpoint's "
+                "denoiser is broken; train it again"
+            )

@@ -1,0 +1,183 @@
+"""Does the built thing agree with the float32 checkpoint? Same noise on both sides, real images.
+
+Axes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from marnet_sdk.backends import Floats
+from marnet_sdk.console import track
+from marnet_sdk.trajectory import NoiseTrajectory
+from marnet_train.diffusion import SamplerTable, trajectory_tensors
+from marnet_train.models.marnet import MARNet
+
+Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, K]
+
+# Share of images whose label must not change. bf16 keeps 8 bits of every factor, so that labels
+# with a small margin may change; float32 and fp16 storage must not.
+MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995}
+# Largest difference of one image's logits between batches or machines, relative to the largest
+# logit. A trained loop amplifies the last bits of its matrix products, which differ with the shape
+# of the batch and the instruction set: 1e-3 has been seen on single images in plain float32.
+ROW_TOLERANCE = {"fp32": 0.02, "bf16": 0.15}
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The content of fidelity.json."""
+
+    images: int
+    top1_agreement: float
+    top1_interval: tuple[float, float]  # Wilson, 95 %
+    top5_agreement: float  # share of images with the same set of five best labels
+    logit_error_max: float
+    logit_error_mean: float
+    largest_logit: float
+    reference_accuracy: float | None
+    bundle_accuracy: float | None
+    row_invariance: dict[str, float]
+    non_finite: int
+    min_agreement: float
+    row_tolerance: float
+
+    def problems(self) -> list[str]:
+        """Why the bundle must not be used; empty if it may."""
+        found = []
+        if self.non_finite:
+            found.append(f"{self.non_finite} of its logits are NaN or infinite")
+        if self.top1_agreement < self.min_agreement:
+            low, high = self.top1_interval
+            found.append(
+                f"top-1 agreement is {self.top1_agreement:.4f} on {self.images} images "
+                f"(95 % interval {low:.4f} to {high:.4f}), at least {self.min_agreement} was asked"
+            )
+        rows = self.row_invariance
+        bound = self.row_tolerance * self.largest_logit
+        if rows["flips"] or rows["max_difference"] > bound:
+            found.append(
+                f"an answer depends on the rest of its batch: {rows['flips']:.0f} labels change, "
+                f"logits by up to {rows['max_difference']:.3g} (bound {bound:.3g})"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a proportion (Wilson 1927); z = 1.96 is 95 %."""
+    p = successes / count
+    centre = p + z * z / (2 * count)
+    spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
+@torch.inference_mode()
+def reference_logits(
+    model: MARNet,
+    table: SamplerTable,
+    trajectory: NoiseTrajectory,
+    pixels: Floats,
+    batch: int = 64,
+) -> Floats:
+    """Logits of the float32 model and its plain loop, [N, K]."""
+    out = []
+    for start in track(range(0, len(pixels), batch), "reference"):
+        chunk = torch.from_numpy(pixels[start : start + batch])
+        initial, noise = trajectory_tensors(trajectory, len(chunk), chunk)
+        out.append(model(chunk, table, initial, noise)[0].numpy())
+    return np.concatenate(out)
+
+
+def in_batches(run: Logits, pixels: Floats, batch: int = 64) -> Floats:
+    """Logits of all images through a backend, [N, K]."""
+    starts = track(range(0, len(pixels), batch), "bundle")
+    return np.concatenate([run(pixels[start : start + batch]) for start in starts])
+
+
+def row_invariance(
+    run: Logits, pixels: Floats, logits: Floats, tolerance: float, limit: int = 64
+) -> dict[str, float]:
+    """Shuffle, split, pad and duplicate a batch: does any image's answer change?
+
+    Returns:
+        flips: labels that change although the two best logits are further apart than the bound;
+        max_difference: the largest change of any logit.
+    """
+    pixels, expected = pixels[:limit], logits[:limit]
+    count = len(pixels)
+    bound = tolerance * float(np.abs(expected).max())
+    order = np.random.default_rng(0).permutation(count)
+    groups = [order, np.arange(count), *np.array_split(np.arange(count), max(1, count // 3))]
+    groups += [np.array([i]) for i in range(min(count, 8))]  # alone
+    groups += [np.zeros(min(count, 5), np.int64)]  # the same image in every row
+    flips, difference = 0, 0.0
+    for rows in groups:
+        got, want = run(np.ascontiguousarray(pixels[rows])), expected[rows]
+        difference = max(difference, float(np.abs(got - want).max()))
+        decided = margin(want) > bound
+        flips += int((decided & (got.argmax(axis=1) != want.argmax(axis=1))).sum())
+    return {"flips": flips, "max_difference": difference}
+
+
+def margin(logits: Floats) -> Floats:
+    """Distance between the two largest logits of each row, [N, K] -> [N]."""
+    best = np.partition(logits, -2, axis=1)
+    return best[:, -1] - best[:, -2]
+
+
+def measure_fidelity(
+    run: Logits,
+    pixels: Floats,
+    reference: Floats,
+    labels: NDArray[np.int64] | None,
+    *,
+    min_agreement: float,
+    row_tolerance: float,
+) -> Fidelity:
+    """Compare a built graph with the reference logits [N, K] of the same images and noise.
+
+    Args:
+        labels: true classes [N], if they are known.
+    """
+    logits = in_batches(run, pixels)
+    same = int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
+    error = np.abs(logits - reference)
+    count = len(pixels)
+    return Fidelity(
+        images=count,
+        top1_agreement=same / count,
+        top1_interval=wilson_interval(same, count),
+        top5_agreement=float(np.mean(_best(logits) == _best(reference))),
+        logit_error_max=float(error.max()),
+        logit_error_mean=float(error.mean()),
+        largest_logit=float(np.abs(reference).max()),
+        reference_accuracy=_accuracy(reference, labels),
+        bundle_accuracy=_accuracy(logits, labels),
+        row_invariance=row_invariance(run, pixels, logits, row_tolerance),
+        non_finite=int((~np.isfinite(logits)).sum()),
+        min_agreement=min_agreement,
+        row_tolerance=row_tolerance,
+    )
+
+
+def _best(logits: Floats, count: int = 5) -> NDArray[np.object_]:
+    """The set of the `count` best labels of each row."""
+    order: Sequence[Any] = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    out = np.empty(len(logits), object)
+    out[:] = [frozenset(row.tolist()) for row in order]
+    return out
+
+
+def _accuracy(logits: Floats, labels: NDArray[np.int64] | None) -> float | None:
+    return None if labels is None else float((logits.argmax(axis=1) == labels).mean())

@@ -1,0 +1,221 @@
+"""Bundles: what export writes and the SDK loads. A directory.
+
+manifest.json      everything inference needs; size and SHA-256 of every other file; own digest
+preprocess and plan are in the manifest; payload/ holds the backend's files and plan.safetensors
+golden/            a few images with the pixels and logits they gave when the bundle was built
+fidelity.json      agreement with the float32 checkpoint
+
+A bundle is code: TorchScript archives contain pickle data, engines are native code. The checksums
+tell damage from delivery; they do not make a bundle from a stranger safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from marnet_sdk.errors import BundleCorrupt, BundleFormatError, NotFound
+from marnet_sdk.files import newest, sha256_file
+from marnet_sdk.preprocess import Preprocess
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+PLAN = "payload/plan.safetensors"
+FIDELITY = "fidelity.json"
+GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was asked for, and what the built files really hold and do."""
+
+    asked: str  # fp32, bf16, fp16
+    compute: str  # type of the matrix products
+    storage: dict[str, float]  # type -> share of the weights stored in it, read from the payload
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the reverse process is run."""
+
+    sampler: str
+    timesteps: tuple[int, ...]  # S of them, decreasing, 1-based
+    train_steps: int  # T
+    seed: int  # of the noise trajectory that the golden answers were made with
+    width: int  # D, of one noise vector
+
+
+@dataclass(frozen=True)
+class BuiltFor:
+    """What a bundle runs on, and what it was built with."""
+
+    device: str  # cpu or cuda
+    machine: str  # processor architecture
+    packages: dict[str, str]  # name -> version
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest, typed. `files` maps each relative path to its size and SHA-256."""
+
+    method: str
+    labels: tuple[str, ...]
+    preprocess: dict[str, Any]
+    backend: str
+    precision: Precision
+    sampling: Sampling
+    buckets: tuple[int, ...]  # batch sizes it was built for; empty: any
+    golden_tolerance: float  # of the logits, relative to the largest golden one
+    built_for: BuiltFor
+    checkpoint_sha256: str
+    created: str
+    files: dict[str, dict[str, Any]]
+
+    @property
+    def preprocessing(self) -> Preprocess:
+        return Preprocess.from_dict(self.preprocess)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose every byte has been checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest lists.
+
+        Raises:
+            BundleFormatError: it lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise BundleFormatError(f"{self.path}: the manifest lists no {name}; export it again")
+        return self.path / name
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a directory looks like a bundle."""
+    return (path / MANIFEST).is_file()
+
+
+def newest_bundle(folder: Path = Path("bundles")) -> Path:
+    """The most recently written bundle under `folder`.
+
+    Raises:
+        NotFound: there is none; the message holds the command that makes one.
+    """
+    if (found := newest(folder, is_bundle)) is None:
+        raise NotFound(
+            f"no bundle under ./{folder}; make one from the newest checkpoint with: "
+            "marnet-export --precision fp16, or name one with --model"
+        )
+    return found
+
+
+def seal_bundle(path: Path, fields: Mapping[str, Any]) -> Manifest:
+    """Write manifest.json over all files that are in `path`, and return it.
+
+    Args:
+        fields: all fields of `Manifest` but `files`.
+    """
+    names = sorted(
+        entry.relative_to(path).as_posix()
+        for entry in path.rglob("*")
+        if entry.is_file() and entry != path / MANIFEST
+    )
+    files = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_file(path / name)}
+        for name in names
+    }
+    manifest = Manifest(**fields, files=files)
+    content = {"format_version": FORMAT_VERSION, **asdict(manifest)}
+    content["digest"] = _digest(content)
+    (path / MANIFEST).write_bytes(_canonical(content))
+    return manifest
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read a bundle's manifest and check every file against it.
+
+    Raises:
+        NotFound: no bundle there.
+        BundleFormatError: a newer format, or a manifest that lacks something.
+        BundleCorrupt: the manifest or a file is not byte for byte what was written.
+    """
+    path = Path(path)
+    if not is_bundle(path):
+        what = "has no manifest.json" if path.is_dir() else "is not a directory"
+        raise NotFound(f"{path} {what}, so it is not a bundle; make one with: marnet-export")
+    manifest = _parse(path / MANIFEST)
+    for name, expected in manifest.files.items():
+        _check_file(path, name, expected)
+    return Bundle(path, manifest)
+
+
+def _parse(path: Path) -> Manifest:
+    raw = path.read_bytes()
+    try:
+        content = json.loads(raw)
+        version, digest = content["format_version"], content["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleCorrupt(
+            f"{path} is damaged ({error}); copy or export the bundle again"
+        ) from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BundleFormatError(
+            f"{path}: format {version} is newer than this version of marnet reads "
+            f"({FORMAT_VERSION}); upgrade with: pip install --upgrade marnet"
+        )
+    # Also the layout of the text is checked, so that no byte of the file can change unnoticed.
+    if raw != _canonical(content) or digest != _digest(content):
+        raise BundleCorrupt(
+            f"{path} was changed after it was written; copy or export the bundle again"
+        )
+    return _typed(path, content)
+
+
+def _typed(path: Path, content: dict[str, Any]) -> Manifest:
+    fields = {k: v for k, v in content.items() if k not in ("format_version", "digest")}
+    try:
+        fields["labels"] = tuple(fields["labels"])
+        fields["buckets"] = tuple(fields["buckets"])
+        fields["precision"] = Precision(**fields["precision"])
+        timesteps = tuple(fields["sampling"].pop("timesteps"))
+        fields["sampling"] = Sampling(**fields["sampling"], timesteps=timesteps)
+        fields["built_for"] = BuiltFor(**fields["built_for"])
+        return Manifest(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error
+
+
+def _check_file(root: Path, name: str, expected: Mapping[str, Any]) -> None:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BundleCorrupt(f"{root}: the manifest lists {name!r}, which leaves the bundle")
+    path = root / name
+    if not path.is_file():
+        raise BundleCorrupt(f"{path} is missing; copy or export the bundle again")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise BundleCorrupt(
+            f"{path} has {size} bytes, the manifest says {expected['bytes']}; "
+            "copy or export the bundle again"
+        )
+    if sha256_file(path) != expected["sha256"]:
+        raise BundleCorrupt(
+            f"{path} does not have the SHA-256 of the manifest; copy or export the bundle again"
+        )
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    body = {k: v for k, v in content.items() if k != "digest"}
+    return hashlib.sha256(_canonical(body)).hexdigest()

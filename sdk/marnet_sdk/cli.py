@@ -1,0 +1,101 @@
+"""marnet-classify: labels for image files."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from marnet_sdk.bundle import newest_bundle
+from marnet_sdk.classifier import Classifier, Prediction
+from marnet_sdk.console import Choice, Command, next_commands, print_json, print_table, say
+from marnet_sdk.errors import ImageError
+
+Answer = Prediction | ImageError
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    "-m",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Bundle. Default: the newest under ./bundles.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown."
+)
+@click.option("--batch", "-b", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
+@click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
+@click.option(
+    "--format", "form", type=Choice(["table", "json", "csv"]), default="table", show_default=True
+)
+@click.version_option(package_name="marnet")
+def main(
+    images: tuple[Path, ...],
+    model: Path | None,
+    top_k: int,
+    batch: int,
+    seed: int | None,
+    threads: int | None,
+    form: str,
+) -> None:
+    """Classify IMAGES (JPEG, PNG, WebP, GIF, BMP, TIFF or PPM files) with a bundle.
+
+    \b
+    marnet-classify photo.jpg
+    marnet-classify *.png --model bundles/digits-torchscript-fp16.marnet --format csv
+
+    A file that is not a usable image is reported in its place, the others are answered, and the
+    exit code is 1.
+    """
+    if model is None:
+        model = newest_bundle()
+        say(f"model {model} (the newest under ./bundles)")
+    classifier = Classifier(model, seed=seed, threads=threads)
+    answers = classifier.predict(images, batch_size=batch, top_k=top_k, on_error="return")
+    {"table": _print_table, "json": _print_json, "csv": _print_csv}[form](images, answers)
+    if form == "table":
+        next_commands(f"marnet-bench --batch 64 --model {model}")
+    failed = sum(isinstance(answer, ImageError) for answer in answers)
+    if failed:
+        say(f"{failed} of {len(images)} images could not be used")
+        sys.exit(1)
+
+
+def _print_table(images: Sequence[Path], answers: Sequence[Answer]) -> None:
+    rows = []
+    for image, answer in zip(images, answers, strict=True):
+        if isinstance(answer, ImageError):
+            rows.append((str(image), "error", "", answer.problem))
+        else:
+            others = ", ".join(f"{s.label} {s.score:.1%}" for s in answer.top[1:])
+            rows.append((str(image), answer.label, f"{answer.score:.2%}", others))
+    print_table("", ("image", "label", "score", "then"), rows)
+
+
+def _print_json(images: Sequence[Path], answers: Sequence[Answer]) -> None:
+    print_json(
+        [
+            {"image": str(image)}
+            | ({"error": answer.problem} if isinstance(answer, ImageError) else asdict(answer))
+            for image, answer in zip(images, answers, strict=True)
+        ]
+    )
+
+
+def _print_csv(images: Sequence[Path], answers: Sequence[Answer]) -> None:
+    """One line for each of the top classes of each image."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "index", "score", "error"])
+    for image, answer in zip(images, answers, strict=True):
+        if isinstance(answer, ImageError):
+            writer.writerow([image, "", "", "", "", answer.problem])
+            continue
+        for rank, top in enumerate(answer.top, 1):
+            writer.writerow([image, rank, top.label, top.index, f"{top.score:.6f}", ""])

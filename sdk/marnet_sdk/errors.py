@@ -1,0 +1,155 @@
+"""Every error that a user of marnet meets. All derive from `MarnetError`.
+
+A message says what was got, what was expected and what to do next. `exit_code` is what the
+command line ends with: 1 other error, 2 usage, 3 verification failed, 4 measurement unstable,
+5 environment mismatch, 6 regression against a baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from marnet_sdk.classifier import Prediction
+
+
+class MarnetError(Exception):
+    """Base of every error raised on purpose by marnet."""
+
+    exit_code = 1
+
+
+class ImageError(MarnetError):
+    """One input that is not a usable image. `source` names it: a path, or "image 3"."""
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source = source
+        self.problem = problem
+
+
+class ImageTooLarge(ImageError):
+    """More bytes or pixels than the limits allow; refused before decoding."""
+
+
+class InvalidImages(MarnetError):
+    """Some inputs of a list were refused; the answers to all the others are kept here.
+
+    errors: index of the input -> its `ImageError`.
+    predictions: one entry per input, in order; None where the input was refused.
+    """
+
+    def __init__(
+        self,
+        errors: Mapping[int, ImageError],
+        predictions: Sequence[Prediction | None],
+    ) -> None:
+        first = "; ".join(str(error) for error in list(errors.values())[:3])
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        super().__init__(
+            f"{len(errors)} of {len(predictions)} inputs are not usable images: {first}{more}. "
+            'The other answers are in `.predictions`; predict(..., on_error="return") '
+            "puts the errors in the list instead of raising"
+        )
+        self.errors = dict(errors)
+        self.predictions = list(predictions)
+
+
+class InvalidInput(MarnetError):
+    """An argument of the wrong type, shape or range."""
+
+    exit_code = 2
+
+
+class OutputExists(MarnetError):
+    """The place to write to is taken."""
+
+    exit_code = 2
+
+
+class NotFound(MarnetError):
+    """A bundle, checkpoint or data set is not where it was looked for."""
+
+    exit_code = 2
+
+
+class DataError(MarnetError):
+    """A data set that cannot be read as it stands; names file and line."""
+
+
+class RecipeError(MarnetError):
+    """A training recipe with an unknown, missing or impossible setting."""
+
+    exit_code = 2
+
+
+class CheckpointError(MarnetError):
+    """A checkpoint that is incomplete, damaged or of another method."""
+
+
+class ExportError(MarnetError):
+    """A bundle that cannot be built as asked."""
+
+
+class BundleError(MarnetError):
+    """A bundle that must not be used."""
+
+
+class BundleCorrupt(BundleError):
+    """A file is missing, or its bytes are not the ones that were written."""
+
+
+class BundleFormatError(BundleError):
+    """A manifest of a newer format, or without something that inference needs."""
+
+
+class SelfTestFailed(BundleError):
+    """The bundle does not reproduce its own golden answers on this machine."""
+
+    exit_code = 5
+
+
+class EnvironmentMismatch(MarnetError):
+    """The machine or its packages lack what is asked for."""
+
+    exit_code = 5
+
+
+class MissingExtra(EnvironmentMismatch):
+    """An optional package is not installed; the message holds the pip line."""
+
+
+class BackendUnavailable(EnvironmentMismatch):
+    """The bundle's backend cannot run here."""
+
+
+class VerificationFailed(MarnetError):
+    """The built bundle does not agree with the float32 checkpoint; no bundle was written."""
+
+    exit_code = 3
+
+
+class UnstableMeasurement(MarnetError):
+    """Timings that vary more than was allowed."""
+
+    exit_code = 4
+
+
+@contextmanager
+def requires_extra(extra: str, *modules: str) -> Iterator[None]:
+    """Turn the absence of one of `modules` inside the block into the pip line that installs it.
+
+    Any other missing module is somebody's bug and passes through unchanged.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in modules:
+            raise
+        raise MissingExtra(
+            f'the package "{error.name}" is not installed; run: pip install "marnet[{extra}]"'
+        ) from error

@@ -1,0 +1,1 @@
+"""Train MARNet checkpoints."""

@@ -1,0 +1,1 @@
+"""Training data: image, label and privileged text."""

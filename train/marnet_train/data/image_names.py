@@ -1,0 +1,88 @@
+"""Which `file_name`s of a split are safe and exist. One directory scan instead of a stat per line.
+
+`file_name` comes out of a file that anybody may have written, so a name is trusted only if it is
+a plain relative path and what it leads to, symbolic links followed, lies inside the split.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PureWindowsPath
+
+
+def is_encodable(text: str) -> bool:
+    """Whether `text` has a UTF-8 form. JSON can spell lone surrogates, which have none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def quoted(text: str) -> str:
+    """`text` for an error message: in quotes, on one line, printable anywhere, not endless."""
+    return repr(text) if len(text) <= 200 else f"{text[:200]!r}..."
+
+
+def name_fault(name: str) -> str | None:
+    """What is wrong with `name` as a path below a split, by its letters alone; None if nothing."""
+    shown = quoted(name)
+    parts = name.split("/")
+    if "\0" in name or not is_encodable(name):
+        return f'"file_name" {shown} holds a NUL or half a surrogate pair; rename the file'
+    if name.startswith("/") or PureWindowsPath(name).drive:
+        return f'"file_name" {shown} is absolute; make it relative to the folder of the metadata'
+    if "\\" in name:
+        return f'"file_name" {shown} holds a backslash; write / between folder and file'
+    if ".." in parts:
+        return f'"file_name" {shown} leads upwards (..); keep images below the metadata'
+    if "" in parts or "." in parts:
+        return f'"file_name" {shown} has an empty or "." part; write folder/file.png'
+    return None
+
+
+class ImageNames:
+    """The usable image names of one split folder, looked up by the `file_name` of a line."""
+
+    def __init__(self, directory: Path) -> None:
+        self._root = os.path.realpath(directory)
+        self._listings: dict[str, frozenset[str]] = {}  # "" or "sub/folder/" -> names in it
+
+    def fault(self, name: str) -> str | None:
+        """What is wrong with `name`, or None if it is a file inside the split."""
+        # The slash stays with the folder, so that "/x.png" is not mistaken for "x.png".
+        folder = name[: name.rfind("/") + 1]
+        if folder not in self._listings:
+            self._listings[folder] = self._scan(folder)
+        if name[len(folder) :] in self._listings[folder]:
+            return None
+        return name_fault(name) or self._explain(name)
+
+    def _scan(self, folder: str) -> frozenset[str]:
+        """Names of the files in `folder` that lie inside the split; empty if it is off limits."""
+        if folder and name_fault(folder[:-1]):
+            return frozenset()
+        path = os.path.realpath(os.path.join(self._root, folder))
+        if not self._is_inside(path):
+            return frozenset()
+        try:
+            with os.scandir(path) as entries:
+                return frozenset(entry.name for entry in entries if self._is_usable(entry))
+        except OSError:  # no such folder, not a folder, name too long: each name in it is missing
+            return frozenset()
+
+    def _is_usable(self, entry: os.DirEntry[str]) -> bool:
+        # A directory entry knows its own type, so only symbolic links cost system calls.
+        if not entry.is_symlink():
+            return entry.is_file()
+        target = os.path.realpath(entry.path)
+        return self._is_inside(target) and Path(target).is_file()
+
+    def _is_inside(self, path: str) -> bool:
+        return path == self._root or path.startswith(self._root.rstrip(os.sep) + os.sep)
+
+    def _explain(self, name: str) -> str:
+        shown = quoted(name)
+        if not self._is_inside(os.path.realpath(os.path.join(self._root, name))):
+            return f'"file_name" {shown} is a link out of the split; copy the image into it'
+        return f"no image file {shown}; restore it or remove the line"

@@ -1,0 +1,116 @@
+"""Encoders from `transformers`: any vision model, any BERT-family text model.
+
+An encoder is described either by a configuration (a dict with `model_type`, trained from scratch)
+or by `{"pretrained": "path or hub id", "revision": ...}`. Weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from marnet_sdk.errors import RecipeError
+
+# These end in a LayerNorm and put the class token first; their pooler is an extra layer that
+# self-supervised and ImageNet-21k checkpoints leave untrained, so it is not built at all.
+_CLASS_TOKEN_MODELS = frozenset({"vit", "deit", "beit", "dinov2", "vit_mae", "data2vec-vision"})
+
+
+def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
+    """The `transformers` configuration that a recipe or a config.json describes.
+
+    Raises:
+        RecipeError: no `model_type` and no `pretrained`, or one that transformers does not know.
+    """
+    settings = dict(description)
+    try:
+        if "pretrained" in settings:
+            name = settings.pop("pretrained")
+            return AutoConfig.from_pretrained(name, **settings)
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except KeyError as error:
+        raise RecipeError(
+            f'an encoder needs model_type = "vit", "bert", ... or pretrained = "...", got '
+            f"{sorted(description)}"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"encoder {description}: {error}") from error
+
+
+def load_backbone(description: dict[str, Any]) -> nn.Module:
+    """Build an encoder from a description: pretrained weights if it names them, else fresh ones."""
+    config = backbone_config(description)
+    if "pretrained" not in description:
+        return build_backbone(config)
+    settings = {k: v for k, v in description.items() if k != "pretrained"}
+    return AutoModel.from_pretrained(
+        description["pretrained"],
+        use_safetensors=True,
+        **settings,
+        **_pooling_arguments(config),
+    )
+
+
+def build_backbone(config: PreTrainedConfig) -> nn.Module:
+    """A freshly initialised encoder of that configuration."""
+    return AutoModel.from_config(config, **_pooling_arguments(config))
+
+
+def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
+    if config.model_type in _CLASS_TOKEN_MODELS:
+        return {"add_pooling_layer": False}
+    model_class = AutoModel._model_mapping[type(config)]  # pyright: ignore[reportAttributeAccessIssue]
+    accepts = inspect.signature(model_class.__init__).parameters
+    is_text = hasattr(config, "vocab_size")
+    return {"add_pooling_layer": False} if is_text and "add_pooling_layer" in accepts else {}
+
+
+def feature_dim(config: PreTrainedConfig) -> int:
+    """Width of the vector that `VisionEncoder` or `TextEncoder` makes of one input."""
+    for name in ("hidden_size", "dim"):
+        if isinstance(width := getattr(config, name, None), int):
+            return width
+    if isinstance(widths := getattr(config, "hidden_sizes", None), list | tuple):
+        return int(widths[-1])
+    raise RecipeError(f"cannot tell the feature width of a {config.model_type!r} encoder")
+
+
+class VisionEncoder(nn.Module):
+    """F_v of MARNet: pixels [B, 3, H, W] -> x_v [B, d_v]."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
+        self.dim = feature_dim(config)
+        self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out = self.backbone(pixel_values=pixels)
+        hidden = out.last_hidden_state  # [B, N, d] or [B, d, h, w]
+        if self.uses_class_token:
+            return hidden[:, 0]
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)  # ResNet's is [B, d, 1, 1]
+        return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+
+class TextEncoder(nn.Module):
+    """F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s], the masked mean."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dim = feature_dim(backbone.config)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        mask = attention_mask[..., None].to(out.last_hidden_state.dtype)  # [B, L, 1]
+        total = (out.last_hidden_state * mask).sum(dim=1)
+        return total / torch.clamp(mask.sum(dim=1), min=1)  # [B, d_s]

@@ -1,0 +1,64 @@
+"""The denoiser X_theta of MARNet: four linear layers that estimate the clean semantic vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAKY_SLOPE = 0.01  # MARNet eq. (6)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """cos and sin of t at dim / 2 geometric frequencies (Vaswani et al. 2017). [B] -> [B, dim]."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angle = t[:, None].to(frequency) * frequency  # [B, dim / 2]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """tau(t): a sinusoidal table followed by Linear-SiLU-Linear. [B] -> [B, dim]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.inner = nn.Linear(dim, dim)
+        self.outer = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        table = sinusoidal_embedding(t, self.dim).to(self.inner.weight.dtype)
+        return self.outer(F.silu(self.inner(table)))
+
+
+class Denoiser(nn.Module):
+    """X_theta(x_s^t, t, x_v) -> x_s^0, the network of MARNet eq. (19).
+
+    Linear-LeakyReLU three times, then Linear. The first layer sees [x_t ; condition ; tau(t)], in
+    that order: `split_input_weight` gives its three column blocks to whoever rewrites the loop.
+    """
+
+    def __init__(self, dim: int, condition_dim: int, hidden: int, time_dim: int) -> None:
+        super().__init__()
+        self.dim, self.condition_dim = dim, condition_dim
+        self.time = TimeEmbedding(time_dim)
+        self.layer1 = nn.Linear(dim + condition_dim + time_dim, hidden)
+        self.layer2 = nn.Linear(hidden, hidden)
+        self.layer3 = nn.Linear(hidden, hidden)
+        self.layer4 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """x [B, D], t [B] in 1..T, condition [B, D_c] -> estimate of the clean vector [B, D]."""
+        h = torch.cat([x, condition, self.time(t)], dim=-1)  # [B, D + D_c + E]
+        h = F.leaky_relu(self.layer1(h), LEAKY_SLOPE)  # [B, H]
+        h = F.leaky_relu(self.layer2(h), LEAKY_SLOPE)
+        h = F.leaky_relu(self.layer3(h), LEAKY_SLOPE)
+        return self.layer4(h)  # [B, D]
+
+    def split_input_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W_x [H, D], W_c [H, D_c], W_t [H, E] of the first layer."""
+        parts = [self.dim, self.condition_dim, self.time.dim]
+        w_x, w_c, w_t = self.layer1.weight.split(parts, dim=1)
+        return w_x, w_c, w_t

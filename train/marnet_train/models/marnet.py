@@ -1,0 +1,150 @@
+"""MARNet: embedding matching alignment, cross-modal diffusion refinement, fusion.
+
+Zheng et al., "Unifying Visual and Semantic Feature Spaces with Diffusion Models for Enhanced
+Cross-Modal Alignment", ICANN 2024 (arXiv 2407.18854); equation numbers are that paper's.
+Axes: B batch, L tokens, K classes, D_v / D_s widths of x_v / x_s, D width of the common space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marnet_sdk.errors import RecipeError
+from marnet_train.diffusion import SamplerTable, ScheduleConfig, sample
+from marnet_train.models.backbones import (
+    TextEncoder,
+    VisionEncoder,
+    backbone_config,
+    build_backbone,
+)
+from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
+from marnet_train.models.fusion import FUSIONS
+
+
+@dataclass(frozen=True)
+class MarnetConfig:
+    """Everything that decides the shape of a MARNet and of its reverse process."""
+
+    vision: dict[str, Any]  # transformers configuration of F_v
+    text: dict[str, Any]  # transformers configuration of F_s
+    labels: tuple[str, ...]
+    dim: int = 768  # D
+    hidden: int = 1024  # width of the denoiser's hidden layers
+    time_dim: int = 64
+    fusion: str = "concat"
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    method: ClassVar[str] = "marnet"
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise RecipeError(f"fusion {self.fusion!r} is unknown; choose from {sorted(FUSIONS)}")
+        if self.time_dim < 2 or self.time_dim % 2:
+            raise RecipeError(f"time_dim must be even and at least 2, got {self.time_dim}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json, with the label map as Hugging Face writes it."""
+        content = asdict(self)
+        labels = content.pop("labels")
+        return {
+            "method": self.method,
+            **content,
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> MarnetConfig:
+        """Read what `to_dict` wrote."""
+        rest = {k: v for k, v in content.items() if k not in ("method", "id2label", "schedule")}
+        names = content["id2label"]
+        return cls(
+            **rest,
+            labels=tuple(names[str(i)] for i in range(len(names))),
+            schedule=ScheduleConfig(**content["schedule"]),
+        )
+
+
+class MARNet(nn.Module):
+    """The whole model, float32, as the paper writes it: the reference for every export."""
+
+    config_type = MarnetConfig
+
+    def __init__(
+        self,
+        config: MarnetConfig,
+        vision: nn.Module | None = None,
+        text: nn.Module | None = None,
+    ) -> None:
+        """Build from a configuration; `vision` and `text` replace freshly built backbones."""
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(vision or build_backbone(backbone_config(config.vision)))
+        self.text = TextEncoder(text or build_backbone(backbone_config(config.text)))
+        d_v, d_s, classes = self.vision.dim, self.text.dim, len(config.labels)
+        if config.fusion != "concat" and d_s != config.dim:
+            raise RecipeError(
+                f"fusion {config.fusion!r} combines element by element, so dim ({config.dim}) must "
+                f"equal the width of the text features ({d_s}); change dim or use concat"
+            )
+        self.project_vision = nn.Linear(d_v, config.dim)  # E_v
+        self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
+        self.alignment_classifier = nn.Linear(config.dim, classes)
+        self.denoiser = Denoiser(d_s, d_v, config.hidden, config.time_dim)
+        self.semantic_classifier = nn.Linear(d_s, classes)
+        fused = config.dim + d_s if config.fusion == "concat" else config.dim
+        self.classifier = nn.Linear(fused, classes)
+        for name, width in (("vision", d_v), ("text", d_s)):
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
+
+    vision_mean: Tensor
+    vision_std: Tensor
+    text_mean: Tensor
+    text_std: Tensor
+
+    def align_vision(self, x_v: Tensor) -> Tensor:
+        """x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
+        return F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
+
+    def align_text(self, x_s: Tensor) -> Tensor:
+        """x_s' = g(E_s(x_s)), eq. (8). [B, D_s] -> [B, D]."""
+        return F.leaky_relu(self.project_text(x_s), LEAKY_SLOPE)
+
+    def condition(self, x_v: Tensor) -> Tensor:
+        """x_v standardised per dimension with training statistics: what the denoiser sees."""
+        return (x_v - self.vision_mean) / self.vision_std
+
+    def standardise_text(self, x_s: Tensor) -> Tensor:
+        """x_s standardised per dimension: the clean vector that the denoiser estimates."""
+        return (x_s - self.text_mean) / self.text_std
+
+    def refine(self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor) -> Tensor:
+        """x_CDR: a sample of the reverse process given x_v, eq. (22)-(23). -> [B, D_s]."""
+        condition = self.condition(x_v)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser(x, t, condition)
+
+        return sample(denoise, table, initial, noise)
+
+    def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
+        """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f]."""
+        return FUSIONS[self.config.fusion](self.align_vision(x_v), x_cdr)
+
+    def forward(
+        self, pixels: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Classify images only: eq. (1)-(4) without text.
+
+        Args:
+            pixels: [B, 3, H, W]. initial: [B, D_s]. noise: [S, 1 or B, D_s].
+        Returns:
+            logits [B, K] and the fused representation x_f [B, D_f].
+        """
+        x_v = self.vision(pixels)
+        fused = self.fuse(x_v, self.refine(x_v, table, initial, noise))
+        return self.classifier(fused), fused

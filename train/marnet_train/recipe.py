@@ -1,0 +1,156 @@
+"""Recipes: small TOML files that say how to train. Checked when read; unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from marnet_sdk.errors import MarnetError, RecipeError
+from marnet_train.diffusion import ScheduleConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random geometry of training images; each is drawn per image and view."""
+
+    rotate: float = 0.0  # largest angle, degrees
+    shift: float = 0.0  # largest shift, fraction of the side
+    scale: float = 0.0  # scale is drawn from 1 - this to 1 + this
+    flip: bool = False  # mirror left-right half of the time
+
+
+@dataclass(frozen=True)
+class AlignmentPhase:
+    """Phase A: encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
+
+    epochs: int = 10
+    batch: int = 64
+    lr_backbone: float = 5e-5
+    lr_heads: float = 5e-4
+    lr_text: float = 0.0  # 0 keeps the text encoder frozen
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # fraction of all steps
+    ce_weight: float = 1.0  # alpha_1
+    ita_weight: float = 0.5  # beta
+    temperature: float = 0.07  # tau
+    bf16: bool = False  # autocast on CUDA devices
+
+
+@dataclass(frozen=True)
+class RefinementPhase:
+    """Phase B: the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
+
+    epochs: int = 200
+    batch: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    views: int = 4  # augmented views of each training image that are cached
+    ce_weight: float = 1.0  # alpha_2
+    mse_weight: float = 1.0  # gamma, of the mean over dimensions
+
+
+@dataclass(frozen=True)
+class FusionPhase:
+    """Phase C: the final classifier on cached features, with everything else frozen."""
+
+    epochs: int = 100
+    batch: int = 1024
+    lr: float = 1e-2
+    weight_decay: float = 1e-3
+    draws: int = 2  # noise draws of x_CDR per cached view
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whole. `vision` and `text` are described in models/backbones.py."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    dim: int = 768
+    hidden: int = 1024
+    time_dim: int = 64
+    fusion: str = "concat"
+    max_tokens: int = 64
+    image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: Augment = field(default_factory=Augment)
+    alignment: AlignmentPhase = field(default_factory=AlignmentPhase)
+    refinement: RefinementPhase = field(default_factory=RefinementPhase)
+    fusion_phase: FusionPhase = field(default_factory=FusionPhase)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, for training.json."""
+        return asdict(self)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("marnet_train") / "recipes"
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
+
+
+def load_recipe(name: str) -> Recipe:
+    """Read a recipe by the name of one that comes with the package, or from a .toml file.
+
+    Raises:
+        RecipeError: no such recipe, malformed TOML, an unknown key or a value of the wrong type.
+    """
+    if name in recipe_names():
+        text = (resources.files("marnet_train") / "recipes" / f"{name}.toml").read_text("utf-8")
+    elif name.endswith(".toml") and Path(name).is_file():
+        text = Path(name).read_text("utf-8")
+    else:
+        hint = _did_you_mean(name, recipe_names())
+        raise RecipeError(
+            f"no recipe {name!r}{hint}; the package has {', '.join(recipe_names())}, "
+            "or give the path of a .toml file"
+        )
+    try:
+        return _build(Recipe, tomllib.loads(text), name)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML: {error}") from error
+
+
+def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a TOML table, recursively, checking every key and value."""
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"{where}: unknown setting {key!r}{_did_you_mean(key, known)}")
+    for name, spec in known.items():
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        if required and name not in table:
+            raise RecipeError(f"{where}: the setting {name!r} is missing")
+    try:
+        return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()})
+    except RecipeError:
+        raise
+    except MarnetError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _value(expected: Any, value: Any, where: str) -> Any:
+    if is_dataclass(expected) and isinstance(expected, type):
+        if not isinstance(value, dict):
+            raise RecipeError(f"{where} must be a table, got {value!r}")
+        return _build(expected, value, where)
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected in (int, float, bool, str) and type(value) is not expected:
+        raise RecipeError(f"{where} must be {expected.__name__}, got {value!r}")
+    return value
+
+
+def _did_you_mean(word: str, choices: Mapping[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,51 @@
+"""Tokenizers: trained on the texts at hand for a text encoder from scratch, or loaded with one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer, as BERT's, trained on `texts`."""
+    tokenizer = Tokenizer(WordPiece(unk_token=_SPECIAL["unk"]))
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    trainer = WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(_SPECIAL.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    first, last = ((_SPECIAL[n], tokenizer.token_to_id(_SPECIAL[n])) for n in ("cls", "sep"))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{first[0]} $A {last[0]}", special_tokens=[first, last]
+    )
+    names: dict[str, Any] = {f"{name}_token": token for name, token in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def load_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or of a hub checkpoint."""
+    return AutoTokenizer.from_pretrained(source, **settings)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both int64 [N, L], cut at `max_tokens` and padded to the longest."""
+    out = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
+    return torch.as_tensor(out["input_ids"]), torch.as_tensor(out["attention_mask"])

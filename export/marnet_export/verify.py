@@ -6,7 +6,7 @@ Axes: N images, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -173,7 +173,7 @@ def measure_fidelity(
 
 def _best(logits: Floats, count: int = 5) -> NDArray[np.object_]:
     """The set of the `count` best labels of each row."""
-    order: Sequence[Any] = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
     out = np.empty(len(logits), object)
     out[:] = [frozenset(row.tolist()) for row in order]
     return out

@@ -48,10 +48,13 @@ def compile_cubin(source: str, arch: str, options: Sequence[str] = ()) -> Cubin:
                 f"options: got {option!r}, expected a source without headers; "
                 "paste what it needs into the source"
             )
-    path = cache_dir() / f"{_key(source, arch, options)}.cubin"
+    # NVRTC's own cache, kept where there is a driver, returns code without its resource report.
+    fixed = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-cache")
+    flags = [*fixed, *options]
+    path = cache_dir() / f"{_key(source, flags)}.cubin"
     cubin = _read(path)
     if cubin is None:
-        cubin = _compile(source, arch, options)
+        cubin = _compile(source, arch, flags)
         _write(path, cubin)
     return cubin
 
@@ -86,14 +89,13 @@ def nvrtc_version() -> tuple[int, int]:
         ) from error
 
 
-def _key(source: str, arch: str, options: Sequence[str]) -> str:
-    parts = [_FORMAT, source, arch, list(options), nvrtc_version()]
+def _key(source: str, flags: list[str]) -> str:
+    parts = [_FORMAT, source, flags, nvrtc_version()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _compile(source: str, arch: str, options: Sequence[str]) -> Cubin:
+def _compile(source: str, arch: str, flags: list[str]) -> Cubin:
     nvrtc, check = _cuda.load("nvrtc"), _cuda.check
-    flags = [f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", *options]
     program = check(
         nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []), "nvrtcCreateProgram"
     )

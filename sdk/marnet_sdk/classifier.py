@@ -121,7 +121,7 @@ class Classifier:
         batch_size: int = 64,
         top_k: int = 5,
         on_error: str = "raise",
-    ):
+    ) -> Prediction | list[Prediction] | list[Prediction | ImageError]:
         """Classify one image, or a list or iterator of them.
 
         Args:
@@ -148,9 +148,12 @@ class Classifier:
         for chunk in _chunks(images, batch_size):
             answers += self._predict_chunk(chunk, len(answers), top_k)
         errors = {i: a for i, a in enumerate(answers) if isinstance(a, ImageError)}
-        if errors and on_error == "raise":
-            raise InvalidImages(errors, [None if isinstance(a, ImageError) else a for a in answers])
-        return answers
+        if on_error == "return":
+            return answers
+        predictions = [None if isinstance(a, ImageError) else a for a in answers]
+        if errors:
+            raise InvalidImages(errors, predictions)
+        return cast(list[Prediction], predictions)
 
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
         """The fused representation that the final classifier sees.

@@ -553,7 +553,7 @@ class Preprocess:
         if not all(isinstance(edge, int) and edge > 0 for edge in edges):
             raise PreprocessError(f"got edges {edges}; expected positive integers, in pixels")
         if self.resample not in list(Image.Resampling):
-            choices = ", ".join(f"{r.value} {r.name.lower()}" for r in Image.Resampling)
+            choices = ", ".join(f"{r.value} {r.name.lower()}" for r in sorted(Image.Resampling))
             raise PreprocessError(f"resample: got {self.resample!r}; expected one of {choices}")
         numbers = (self.rescale_factor, *self.mean, *self.std)
         if len(numbers) != 7 or not all(map(math.isfinite, numbers)) or 0 in self.std:

@@ -42,9 +42,9 @@ def compilations(monkeypatch):
     """The architectures that NVRTC was really asked for, in order."""
     asked, original = [], compile_module._compile
 
-    def counted(source, arch, options):
+    def counted(source, arch, flags):
         asked.append(arch)
-        return original(source, arch, options)
+        return original(source, arch, flags)
 
     monkeypatch.setattr(compile_module, "_compile", counted)
     return asked
@@ -66,6 +66,16 @@ def test_spills_are_reported():
     cubin = compile_cubin(CROWDED, "sm_90", ["--maxrregcount=24"])
     assert cubin.registers <= 24
     assert cubin.spill_bytes > 0
+
+
+@needs_nvrtc
+def test_compiling_again_reports_the_same_resources(monkeypatch, tmp_path):
+    """NVRTC's own cache, where a driver provides one, must not swallow the report."""
+    first = compile_cubin(SOURCE, "sm_90")
+    monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "another"))
+    again = compile_cubin(SOURCE, "sm_90")
+    assert (again.registers, again.spill_bytes) == (first.registers, first.spill_bytes)
+    assert again.code == first.code
 
 
 @needs_nvrtc

@@ -1,0 +1,67 @@
+# marnet: `make demo` runs the whole job on this machine, `make test` proves that it works.
+#
+# Needs python3 (3.11 or newer) and make. Everything is installed into ./.venv.
+# PyPI's torch brings gigabytes of CUDA libraries. On a machine without a GPU, take the CPU build:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+DATA ?= digits
+SEED ?= 0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+MODEL := bundles/$(DATA)-torchscript-fp16.marnet
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
+	@echo "make test    set up, then run the test suite"
+	@echo "make lint    ruff and pyright"
+	@echo "make setup   the shared first step: .venv with this package in it"
+	@echo "make clean   remove .venv and everything that demo wrote"
+
+setup: .venv/.installed
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "marnet needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "this python3 cannot make virtual environments; on Debian and Ubuntu run:"; \
+	       echo "  sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.torch: .venv/bin/python constraints.txt
+	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	$(PIP) --editable ".[all]"
+	@touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/marnet-train data $(DATA) --out data/$(DATA) --force
+	$(BIN)/marnet-train fit --data data/$(DATA) --recipe $(DATA) --out runs/$(DATA) --seed $(SEED) --force
+	$(BIN)/marnet-export --precision fp16 --output $(MODEL) --force
+	$(BIN)/marnet-classify --model $(MODEL) $$(ls data/$(DATA)/test/*.png | head -5)
+	$(BIN)/marnet-bench --batch 64 --model $(MODEL)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv data runs bundles

@@ -1,0 +1,74 @@
+"""What several test files share: a small trained checkpoint and bundles made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BundleOf = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits data set. Tests must not change it: copy what you damage."""
+    from marnet_train.data.digits import write_digits
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick_recipe():
+    """The digits recipe with few epochs: seconds of training, about 90 % accuracy."""
+    from marnet_train.recipe import load_recipe
+
+    recipe = load_recipe("digits")
+    return replace(
+        recipe,
+        dim=64,
+        hidden=96,
+        alignment=replace(recipe.alignment, epochs=3),
+        refinement=replace(recipe.refinement, epochs=10, views=1),
+        fusion_phase=replace(recipe.fusion_phase, epochs=10, draws=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(digits: Path, quick_recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained checkpoint. Tests must not change it: copy what you damage."""
+    from marnet_train.trainer import fit
+
+    out = tmp_path_factory.mktemp("runs") / "quick"
+    fit(digits, quick_recipe, out, name="digits")
+    return out
+
+
+@pytest.fixture(scope="session")
+def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
+    """backend, precision -> a bundle of the checkpoint, built once per session."""
+    from marnet_export.pipeline import Settings, export_bundle
+
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def make(backend: str, precision: str) -> Path:
+        path = folder / f"quick-{backend}-{precision}.marnet"
+        if not path.exists():
+            # A model this little trained has many labels with a small margin.
+            settings = Settings(backend=backend, precision=precision, min_agreement=0.98)
+            export_bundle(checkpoint, path, settings)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Path]:
+    """Two real photographs, which scikit-learn ships."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    return [folder / "china.jpg", folder / "flower.jpg"]

@@ -11,3 +11,10 @@ FLOAT32_PAIR = 2e-5
 FLOAT32_LAYER = 1e-5
 # Oracle values that are printed with six or seven digits.
 PRINTED = 1e-6
+# bfloat16 keeps 8 bits of every factor, 2^-9 of rounding each; a few layers or a contractive loop
+# of them, relative to the largest output.
+BF16_LAYER = 2e-2
+# Logits of a bundle against the float32 checkpoint's, relative to the largest logit. fp32: a
+# trained loop is not contractive and amplifies the last bits of single rows, 1e-3 has been seen.
+# fp16 and bf16: one rounding of every weight, 2^-12 and 2^-9, through encoder and loop.
+BUILT = {"fp32": 1e-3, "fp16": 4e-3, "bf16": 5e-2}

@@ -146,13 +146,17 @@ def _linear(layer: torch.nn.Linear) -> tuple[Array, Array]:
 
 def _check_finite(plan: SamplingPlan) -> None:
     arrays = {
-        "time_bias": plan.time_bias,
-        "condition_weight": plan.condition_weight,
-        "carry_weight": plan.carry_weight[0],
-        "coefficients": plan.table.coefficients,
+        "coefficients": (plan.table.coefficients,),
+        "time_bias": (plan.time_bias,),
+        "condition_weight": (plan.condition_weight,),
+        "input_weight": (plan.input_weight,),
+        "hidden2": plan.hidden2,
+        "hidden3": plan.hidden3,
+        "carry_weight": plan.carry_weight,
+        "output": plan.output,
     }
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
+    for name, parts in arrays.items():
+        if not all(np.isfinite(part).all() for part in parts):
             raise ExportError(
                 f"the sampling plan's {name} holds NaN or infinite values, so the checkpoint's "
                 "denoiser is broken; train it again"

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from marnet_sdk.errors import CheckpointError, NotFound
+from marnet_sdk.errors import CheckpointError, MarnetError, NotFound
 from marnet_sdk.files import newest, sha256_file
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.preprocess import Preprocess, PreprocessError
 from marnet_train.models import METHODS
 from marnet_train.models.marnet import MARNet
 
@@ -106,11 +106,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     model_class = METHODS[method]
     try:
         config = model_class.config_type.from_dict(content)
-    except (KeyError, TypeError) as error:
+        model = model_class(config)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, MarnetError) as error:
         raise CheckpointError(f"{path / CONFIG}: incomplete or malformed: {error}") from error
-    model = model_class(config)
     _load_weights(model, path / WEIGHTS)
-    preprocess = Preprocess.from_dict(read_json(path / PREPROCESSOR))
+    settings = read_json(path / PREPROCESSOR)
+    try:
+        preprocess = Preprocess.from_dict(settings)
+    except PreprocessError as error:
+        raise CheckpointError(f"{path / PREPROCESSOR}: {error}") from error
     training = read_json(path / TRAINING) if (path / TRAINING).is_file() else {}
     return Checkpoint(path, model.eval(), preprocess, training, checkpoint_hash(path))
 

@@ -40,6 +40,11 @@ class ScheduleConfig:
             raise InvalidInput(f"schedule kind {self.kind!r} is unknown; choose from {SCHEDULES}")
         if self.steps < 1:
             raise InvalidInput(f"a schedule needs at least 1 step, got {self.steps}")
+        if not (self.offset >= 0 and 0 < self.max_beta < 1):
+            raise InvalidInput(
+                f"a schedule needs offset >= 0 and 0 < max_beta < 1, got offset {self.offset} and "
+                f"max_beta {self.max_beta}"
+            )
 
 
 def cosine_betas(steps: int, offset: float = 0.008, max_beta: float = 0.999) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from marnet_sdk.console import track
+from marnet_sdk.errors import RecipeError
 from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
 from marnet_train.losses import alignment_loss, classification_loss, refinement_loss
@@ -47,6 +48,8 @@ class Features:
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Row indices of one epoch in random order; a last batch of one row is left out, because
     neither batch normalisation nor a contrastive loss is defined on it."""
+    if min(count, size) < 2:
+        raise RecipeError(f"training needs 2 images and a batch of 2, got {count} and {size}")
     for rows in torch.randperm(count, generator=generator).split(size):
         if len(rows) > 1:
             yield rows
@@ -70,7 +73,10 @@ def _scheduled(optimizer: torch.optim.Optimizer, total: int, warmup: float = 0.1
         loss.backward()
         optimizer.step()
         scheduler.step()
-        return float(loss.detach())
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RecipeError(f"the loss became {value}; lower the learning rates of the recipe")
+        return value
 
     return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -105,9 +106,9 @@ def load_recipe(name: str) -> Recipe:
         RecipeError: no such recipe, malformed TOML, an unknown key or a value of the wrong type.
     """
     if name in recipe_names():
-        text = (resources.files("marnet_train") / "recipes" / f"{name}.toml").read_text("utf-8")
+        content = (resources.files("marnet_train") / "recipes" / f"{name}.toml").read_bytes()
     elif name.endswith(".toml") and Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        content = Path(name).read_bytes()
     else:
         hint = _did_you_mean(name, recipe_names())
         raise RecipeError(
@@ -115,9 +116,11 @@ def load_recipe(name: str) -> Recipe:
             "or give the path of a .toml file"
         )
     try:
-        return _build(Recipe, tomllib.loads(text), name)
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(content.decode("utf-8"))
+    # Not only TOMLDecodeError: text that is not UTF-8, numbers of 5,000 digits, endless brackets.
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid TOML: {error}") from error
+    return _build(Recipe, table, name)
 
 
 def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -140,14 +143,18 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _value(expected: Any, value: Any, where: str) -> Any:
-    if is_dataclass(expected) and isinstance(expected, type):
+    if expected not in (int, float, bool, str):  # a table: of ours, or of somebody else's keys
         if not isinstance(value, dict):
             raise RecipeError(f"{where} must be a table, got {value!r}")
-        return _build(expected, value, where)
-    if expected is float and type(value) is int:
-        return float(value)
-    if expected in (int, float, bool, str) and type(value) is not expected:
+        is_ours = is_dataclass(expected) and isinstance(expected, type)
+        return _build(expected, value, where) if is_ours else value
+    if expected is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not expected:
         raise RecipeError(f"{where} must be {expected.__name__}, got {value!r}")
+    least = 1 if expected is int else 0
+    if expected is not bool and isinstance(value, int | float) and not least <= value < math.inf:
+        raise RecipeError(f"{where} must be finite and at least {least}, got {value!r}")
     return value
 
 

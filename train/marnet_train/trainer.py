@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.console import say
-from marnet_sdk.errors import DataError, EnvironmentMismatch, RecipeError
+from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.card import model_card
@@ -64,13 +64,11 @@ class Logger:
     """Collects one line per epoch, writes it to metrics.jsonl and says it now and then."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("w", encoding="utf-8")
+        self.path = path
 
     def __call__(self, **line: Any) -> None:
-        print(json.dumps(line), file=self.file, flush=True)
-
-    def close(self) -> None:
-        self.file.close()
+        with self.path.open("a", encoding="utf-8") as file:
+            print(json.dumps(line), file=file)
 
 
 def fit(
@@ -112,7 +110,6 @@ def fit(
         del baseline
         model = build_model(recipe, folder.labels, tokenizer, seed).to(target)
         train_marnet(model, training_set, recipe, seed, log)
-        log.close()
         metrics |= _evaluate_marnet(model, folder, stores)
         for branch in ("alignment", "refined", "marnet"):
             say(_line(branch, metrics[branch]))
@@ -179,6 +176,7 @@ def pick_device(name: str) -> torch.device:
 
     Raises:
         EnvironmentMismatch: a CUDA device is asked for where there is none.
+        InvalidInput: not the name of a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +185,10 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: no CUDA device that torch {torch.__version__} can use; "
             "choose --device cpu, or install a CUDA build of torch"
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInput(f"--device {name!r} is unknown; choose auto, cpu or cuda") from error
 
 
 def _tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:

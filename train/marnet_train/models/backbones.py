@@ -7,9 +7,12 @@ or by `{"pretrained": "path or hub id", "revision": ...}`. Weights are read from
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -18,7 +21,7 @@ from marnet_sdk.errors import RecipeError
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
 # self-supervised and ImageNet-21k checkpoints leave untrained, so it is not built at all.
-_CLASS_TOKEN_MODELS = frozenset({"vit", "deit", "beit", "dinov2", "vit_mae", "data2vec-vision"})
+_CLASS_TOKEN_MODELS = frozenset({"vit", "deit", "beit", "dinov2", "data2vec-vision"})
 
 
 def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
@@ -28,32 +31,44 @@ def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
         RecipeError: no `model_type` and no `pretrained`, or one that transformers does not know.
     """
     settings = dict(description)
-    try:
-        if "pretrained" in settings:
-            name = settings.pop("pretrained")
+    if "pretrained" in settings:
+        # Not **settings: trust_remote_code would run code that comes with the weights.
+        if extra := sorted(set(settings) - {"pretrained", "revision"}):
+            raise RecipeError(f"beside pretrained, an encoder has only revision, got {extra}")
+        name = settings.pop("pretrained")
+        with _described(description):
             return AutoConfig.from_pretrained(name, **settings)
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except KeyError as error:
+    if "model_type" not in settings:
         raise RecipeError(
             f'an encoder needs model_type = "vit", "bert", ... or pretrained = "...", got '
             f"{sorted(description)}"
-        ) from error
-    except (ValueError, OSError) as error:
+        )
+    with _described(description):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+@contextmanager
+def _described(description: dict[str, Any]) -> Iterator[None]:
+    """Say which encoder `transformers` could not make; it raises all of these."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         raise RecipeError(f"encoder {description}: {error}") from error
 
 
 def load_backbone(description: dict[str, Any]) -> nn.Module:
     """Build an encoder from a description: pretrained weights if it names them, else fresh ones."""
     config = backbone_config(description)
-    if "pretrained" not in description:
-        return build_backbone(config)
     settings = {k: v for k, v in description.items() if k != "pretrained"}
-    return AutoModel.from_pretrained(
-        description["pretrained"],
-        use_safetensors=True,
-        **settings,
-        **_pooling_arguments(config),
-    )
+    with _described(description):
+        if "pretrained" not in description:
+            return build_backbone(config)
+        return AutoModel.from_pretrained(
+            description["pretrained"],
+            use_safetensors=True,
+            **settings,
+            **_pooling_arguments(config),
+        )
 
 
 def build_backbone(config: PreTrainedConfig) -> nn.Module:
@@ -62,12 +77,10 @@ def build_backbone(config: PreTrainedConfig) -> nn.Module:
 
 
 def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
-    if config.model_type in _CLASS_TOKEN_MODELS:
-        return {"add_pooling_layer": False}
     model_class = AutoModel._model_mapping[type(config)]  # pyright: ignore[reportAttributeAccessIssue]
     accepts = inspect.signature(model_class.__init__).parameters
-    is_text = hasattr(config, "vocab_size")
-    return {"add_pooling_layer": False} if is_text and "add_pooling_layer" in accepts else {}
+    is_unused = config.model_type in _CLASS_TOKEN_MODELS or hasattr(config, "vocab_size")
+    return {"add_pooling_layer": False} if is_unused and "add_pooling_layer" in accepts else {}
 
 
 def feature_dim(config: PreTrainedConfig) -> int:
@@ -88,6 +101,8 @@ class VisionEncoder(nn.Module):
         self.backbone = backbone
         config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
         self.dim = feature_dim(config)
+        if config.model_type == "vit_mae":
+            raise RecipeError("a vit_mae encoder hides random patches, even at test; use a vit")
         self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ class MarnetConfig:
     method: ClassVar[str] = "marnet"
 
     def __post_init__(self) -> None:
+        for name in ("vision", "text"):
+            if "pretrained" in getattr(self, name):
+                # It would be fetched, and could bring code, whenever a checkpoint is read.
+                raise RecipeError(f"{name} must be a whole configuration, not name another model")
         if self.fusion not in FUSIONS:
             raise RecipeError(f"fusion {self.fusion!r} is unknown; choose from {sorted(FUSIONS)}")
         if self.time_dim < 2 or self.time_dim % 2:

@@ -1,0 +1,156 @@
+"""The torch modules that are exported do in float32 what the plan does in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tolerances import BF16_LAYER, FLOAT32_LOOP
+from torch import nn
+
+from marnet_export.graph import ReverseLoop, ScanLoop, with_compute
+from marnet_export.plan import SamplingPlan, run_plan
+from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory, fold
+from marnet_train.diffusion import ScheduleConfig, sampler_table
+from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
+
+FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
+
+
+def random_plan(carry: str, steps: int) -> SamplingPlan:
+    """Weights of half the size that would keep a signal's variance, so the loop contracts."""
+    rng = np.random.default_rng(3)
+
+    def layer(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+        return rng.normal(0, 0.5 / columns**0.5, (rows, columns)), rng.normal(0, 0.3, rows)
+
+    into, (weight, bias) = layer(HIDDEN, FEATURES)[0], layer(FEATURES, HIDDEN)
+    return SamplingPlan(
+        carry=carry,
+        table=sampler_table(ScheduleConfig(steps=100), "ddpm", steps),
+        time_bias=rng.normal(0, 0.5, (steps, HIDDEN)),
+        condition_weight=layer(HIDDEN, CONDITION)[0],
+        input_weight=into,
+        hidden2=layer(HIDDEN, HIDDEN),
+        hidden3=layer(HIDDEN, HIDDEN),
+        carry_weight=(into @ weight, into @ bias) if carry == "hidden" else (weight, bias),
+        output=(weight, bias),
+    )
+
+
+def noise_of(plan: SamplingPlan) -> NoiseTrajectory:
+    return draw_trajectory(5, plan.table.timesteps, plan.table.train_steps, FEATURES)
+
+
+def run_loop(loop: nn.Module, plan: SamplingPlan, x_v: np.ndarray) -> np.ndarray:
+    """Through float32 tables, as the SDK makes them from plan.safetensors."""
+    tables = plan.tensors()
+    initial, noise = fold(noise_of(plan), tables.get("input_weight"))
+    arrays = (initial, tables["coefficients"], tables["time_bias"], noise)
+    with torch.inference_mode():
+        return loop(torch.from_numpy(x_v).float(), *map(torch.from_numpy, arrays)).numpy()
+
+
+def scripted(plan: SamplingPlan) -> nn.Module:
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        return torch.jit.script(ReverseLoop(plan))
+
+
+FORMS = {"eager": ReverseLoop, "scripted": scripted, "scan": ScanLoop}
+
+
+@pytest.mark.parametrize("carry", ["hidden", "feature"])
+@pytest.mark.parametrize(
+    ("form", "steps"),
+    # scan takes no sequence of length 0, so its shortest loop has two steps
+    [*((f, s) for f in ("eager", "scripted") for s in (1, 2, 100)), ("scan", 2), ("scan", 100)],
+)
+def test_every_form_of_the_loop_gives_what_the_plan_gives(form, steps, carry):
+    plan = random_plan(carry, steps)
+    x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
+    want = run_plan(plan, x_v, noise_of(plan))
+    got = run_loop(FORMS[form](plan), plan, x_v)
+    assert got.shape == (7, FEATURES)
+    assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
+
+
+@pytest.mark.parametrize("form", ["eager", "scan"])
+def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
+    """No sampler of today has C; the loops must still agree on where it goes."""
+    plan = random_plan("hidden", 10)
+    plan.table.coefficients[1:-1, 2] = 0.3
+    x_v = np.random.default_rng(4).standard_normal((3, CONDITION))
+    want = run_plan(plan, x_v, noise_of(plan))
+    assert np.abs(want - run_plan(random_plan("hidden", 10), x_v, noise_of(plan))).max() > 1e-4
+    got = run_loop(FORMS[form](plan), plan, x_v)
+    assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
+
+
+def test_products_in_bf16_leave_the_loop_s_tables_and_answer_in_float32():
+    plan = random_plan("hidden", 100)
+    x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
+    want = run_plan(plan, x_v, noise_of(plan))
+    got = run_loop(ReverseLoop(plan, torch.bfloat16), plan, x_v)
+    assert got.dtype == np.float32
+    assert 1e-5 < np.abs(got - want).max() / np.abs(want).max() <= BF16_LAYER
+
+
+ENCODERS = {
+    "vit": {
+        "model_type": "vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "resnet": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [16, 24],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
+}
+
+
+@pytest.fixture(params=sorted(ENCODERS))
+def encoder(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(1)
+    return VisionEncoder(build_backbone(backbone_config(ENCODERS[request.param]))).eval()
+
+
+@torch.inference_mode()
+def test_bf16_products_change_the_answer_by_little(encoder):
+    pixels = torch.randn(3, 3, 16, 16)
+    want, got = encoder(pixels), with_compute(encoder, torch.bfloat16)(pixels)
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).abs().max() / want.abs().max() <= BF16_LAYER
+
+
+def test_bf16_is_for_linear_layers_and_convolutions_alone(encoder):
+    low = with_compute(encoder, torch.bfloat16)
+    matrices = {
+        f"{name}.matrix"
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    types = {name: tensor.dtype for name, tensor in low.state_dict().items()}
+    assert {name for name, dtype in types.items() if dtype == torch.bfloat16} == matrices
+    rest = {dtype for name, dtype in types.items() if name not in matrices}
+    assert rest <= {torch.float32, torch.int64}  # int64: BatchNorm counts its batches
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_the_encoder_itself_is_left_alone(encoder, compute):
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    copy = with_compute(encoder, compute)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.zero_()
+    after = encoder.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name

@@ -11,7 +11,6 @@ SEED ?= 0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-MODEL := bundles/$(DATA)-torchscript-fp16.marnet
 
 .PHONY: help setup demo test lint format clean
 
@@ -47,9 +46,9 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/marnet-train data $(DATA) --out data/$(DATA) --force
 	$(BIN)/marnet-train fit --data data/$(DATA) --recipe $(DATA) --out runs/$(DATA) --seed $(SEED) --force
-	$(BIN)/marnet-export --precision fp16 --output $(MODEL) --force
-	$(BIN)/marnet-classify --model $(MODEL) $$(ls data/$(DATA)/test/*.png | head -5)
-	$(BIN)/marnet-bench --batch 64 --model $(MODEL)
+	$(BIN)/marnet-export --precision fp16
+	$(BIN)/marnet-classify $$(ls data/$(DATA)/test/*.*g | head -5)
+	$(BIN)/marnet-bench --batch 64
 
 test: .venv/.dev
 	$(BIN)/python -m pytest

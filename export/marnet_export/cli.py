@@ -56,7 +56,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     type=_FOLDER,
     help="Verify on this data set's val split, not the checkpoint's samples.",
 )
-@click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists. The default output always is.")
 @click.version_option(package_name="marnet")
 def main(
     checkpoint: Path | None,
@@ -85,8 +85,9 @@ def main(
     if checkpoint is None:
         checkpoint = newest_checkpoint()
         say(f"checkpoint {checkpoint} (the newest under ./runs)")
-    if output is None:
+    if output is None:  # a place of our own choosing: the last build there may be replaced
         output = Path("bundles") / f"{checkpoint.resolve().name}-{backend}-{precision}.marnet"
+        force = True
     settings = Settings(backend, precision, compute, sampler, steps, seed, min_agreement)
     fidelity = export_bundle(checkpoint, output, settings, data=data, overwrite=force, say=say)
     low, high = fidelity.top1_interval

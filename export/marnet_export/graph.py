@@ -31,6 +31,11 @@ class Matrix(nn.Module):
         bias = torch.zeros(size) if bias is None else bias.detach().float()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """For models that ask a layer for its type, as transformers' ViT does."""
+        return self.matrix
+
     def forward(self, x: Tensor) -> Tensor:
         if self.matrix.dtype == torch.float32:
             return F.linear(x, self.matrix, self.bias)
@@ -46,6 +51,10 @@ class Convolution(nn.Module):
         bias = torch.zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
         self.bias = nn.Parameter(bias[:, None, None].clone(), requires_grad=False)
         self.layer = [layer.stride, layer.padding, layer.dilation, layer.groups]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix
 
     def forward(self, x: Tensor) -> Tensor:
         stride, padding, dilation, groups = self.layer

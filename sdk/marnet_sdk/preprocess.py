@@ -90,6 +90,8 @@ def decode(
 ) -> Image.Image:
     """Decode, orient and convert one image to RGB, by the table at the top of this file.
 
+    An upright RGB image from PIL is returned as it is, not copied.
+
     Args:
         image: a path, the bytes of a file, a PIL image, or a uint8 array: [H, W] grey,
             [H, W, 3] RGB or [H, W, 4] RGBA.
@@ -148,8 +150,8 @@ def _describe(image: object) -> str:
 def _read(path: str | os.PathLike[str], source: str, limits: Limits) -> bytes:
     try:
         with open(path, "rb") as file:
-            # One byte more than allowed tells "too large", also for pipes that have no size.
-            return file.read(limits.max_bytes + 1)
+            size = os.fstat(file.fileno()).st_size or limits.max_bytes  # 0 for a pipe
+            return file.read(min(size, limits.max_bytes) + 1)  # one more than allowed tells
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         hint = ""
@@ -317,6 +319,8 @@ def _check_gif(data: bytes, source: str, limits: Limits) -> None:
     at = 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)  # after the global palette
     in_extension = False
     for _ in range(_MAX_CHUNKS):
+        if at >= len(data):
+            raise _Truncated("the GIF file ends before its first frame")
         if in_extension:  # a chain of sub-blocks, each with its length, ended by an empty one
             in_extension = data[at] > 0
             at += data[at] + 1
@@ -324,7 +328,7 @@ def _check_gif(data: bytes, source: str, limits: Limits) -> None:
             left, top, frame_width, frame_height = struct.unpack_from("<4H", data, at + 1)
             far = max(width, left + frame_width), max(height, top + frame_height)
             return _check_count(*far, source, limits)
-        else:
+        else:  # an extension, or junk, which Pillow skips
             in_extension = data[at] == 0x21
             at += 2 if in_extension else 1
     raise ValueError(f"a GIF file of more than {_MAX_CHUNKS} blocks before its first frame")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import struct
 import threading
 import warnings
@@ -22,8 +23,8 @@ from PIL import Image, ImageFile, ImageOps
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 from marnet_sdk.preprocess import Limits, Preprocess, PreprocessError, decode
 
-# Comparisons, also those with transformers, are for equality: bytes are looked up in a table that is
-# rounded where transformers rounds. The one exception:
+# Comparisons, also those with transformers, are for equality: bytes are looked up in a table that
+# is rounded where transformers rounds. The one exception:
 COLOUR_ENGINE = 1  # grey level: releases of LittleCMS, which converts LAB, round differently
 
 VIT = Preprocess(size=(224, 224))
@@ -276,6 +277,17 @@ def test_arrays_of_one_three_and_four_channels(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(_array(decode(array)), np.full((5, 7, 3), 90))
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd on this platform")
+def test_a_pipe_is_read_like_a_file() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, LOSSLESS["PNG"](_picture()))
+    os.close(writer)
+    try:
+        np.testing.assert_array_equal(_array(decode(f"/dev/fd/{reader}")), _array(_picture()))
+    finally:
+        os.close(reader)
+
+
 def test_decoding_leaves_the_callers_image_as_it_was() -> None:
     image = _picture().convert("RGBA")
     image.info["comment"] = "mine"
@@ -492,8 +504,9 @@ def test_small_files_that_ask_for_much_work_are_refused_at_once(data: bytes, mes
         (b"GIF89a" + bytes(7) + b"!\xfe" + b"\1a" * 120_000, "more than 100000 blocks"),
         (b"P6 #" + b"c" * 5000 + b"\n1 1 255\nabc", "starts with b'P6 #cccccccc'"),
         (b"\xff\xd8\xff\xd9", "a JPEG file without an image"),
+        (b"GIF89a" + bytes(7) + b"!\xfe\xff", "the GIF file ends before its first frame; send"),
     ],
-    ids=["jpeg segments", "jpeg markers", "png", "gif", "ppm", "empty jpeg"],
+    ids=["jpeg segments", "jpeg markers", "png", "gif", "ppm", "empty jpeg", "cut gif"],
 )
 def test_headers_without_end_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(ImageError, match=message):

@@ -146,8 +146,9 @@ def _value(expected: Any, value: Any, where: str) -> Any:
     if expected not in (int, float, bool, str):  # a table: of ours, or of somebody else's keys
         if not isinstance(value, dict):
             raise RecipeError(f"{where} must be a table, got {value!r}")
-        is_ours = is_dataclass(expected) and isinstance(expected, type)
-        return _build(expected, value, where) if is_ours else value
+        if is_dataclass(expected) and isinstance(expected, type):
+            return _build(expected, value, where)
+        return value
     if expected is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not expected:

@@ -20,14 +20,22 @@ _SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mas
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer, as BERT's, trained on `texts`."""
-    tokenizer = Tokenizer(WordPiece(unk_token=_SPECIAL["unk"]))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
+    """A lower-casing WordPiece tokenizer, as BERT's, trained on `texts`; the same for the same."""
+    lower, split = BertNormalizer(lowercase=True), BertPreTokenizer()
+    texts = sorted(texts)
+    words = {w for t in texts for w, _ in split.pre_tokenize_str(lower.normalize_str(t))}
+    # Left alone, the trainer numbers the "##x" pieces in the order of a randomly seeded hash, and
+    # breaks ties between merges by number. Given as special tokens they are numbered first.
+    inner = [f"##{letter}" for letter in sorted({letter for w in words for letter in w[1:]})]
     trainer = WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(_SPECIAL.values()), show_progress=False
+        vocab_size=vocabulary, special_tokens=[*_SPECIAL.values(), *inner], show_progress=False
     )
-    tokenizer.train_from_iterator(sorted(texts), trainer)
+    trained = Tokenizer(WordPiece(unk_token=_SPECIAL["unk"]))
+    trained.normalizer, trained.pre_tokenizer = lower, split
+    trained.train_from_iterator(texts, trainer)
+    # A new one, in which "##x" is no special token.
+    tokenizer = Tokenizer(WordPiece(vocab=trained.get_vocab(), unk_token=_SPECIAL["unk"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = lower, split
     first, last = ((_SPECIAL[n], tokenizer.token_to_id(_SPECIAL[n])) for n in ("cls", "sep"))
     tokenizer.post_processor = TemplateProcessing(
         single=f"{first[0]} $A {last[0]}", special_tokens=[first, last]

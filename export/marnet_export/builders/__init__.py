@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from marnet_sdk.errors import ExportError
+from marnet_sdk.errors import ExportError, requires_extra
 
 BUILDERS = {
     "onnxruntime": "marnet_export.builders.onnxruntime",
@@ -42,8 +42,13 @@ class Types:
 
 
 def builder(backend: str) -> ModuleType:
-    """The module that builds `backend`."""
-    return import_module(BUILDERS[backend])
+    """The module that builds `backend`.
+
+    Raises:
+        MissingExtra: the packages that build it are not installed.
+    """
+    with requires_extra("export", "onnx", "onnxscript"):
+        return import_module(BUILDERS[backend])
 
 
 def choose_types(backend: str, precision: str, compute: str | None) -> Types:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxscript  # noqa: F401 - torch.onnx needs it: let its absence show here
 import torch
 from onnx import TensorProto, helper, numpy_helper
 

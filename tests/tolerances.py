@@ -20,3 +20,16 @@ BF16_LAYER = 2e-2
 BUILT = {"fp32": 1e-3, "fp16": 4e-3, "bf16": 5e-2}
 # Mean and variance of 20,000 standard normals: 5 standard errors are 0.035 and 0.05.
 SAMPLE_MOMENT = 0.05
+# The noise, absolute, on |z| < 5.8: log, sin and cos may differ by a few units in the last place.
+LIBM = 1e-12
+# Folded noise, relative: float64 products rounded once to float32, half a unit in the last place.
+FOLD = 2**-24
+# Statistics of the noise stay within this many standard errors; its draws are fixed, so no flakes.
+SIGMAS = 5.0
+# Grey levels: releases of LittleCMS, which converts LAB, round differently.
+COLOUR_ENGINE = 1
+# float32 twice over: statistics or losses of a hundred rows, resampled pixels, a trained loop of 10
+# steps in two batch sizes.
+FLOAT32_TWICE = 1e-4
+# A chain of 1,000 steps with the exact predictor, against its continuous limit: order 1 / T.
+CHAIN_MEAN, CHAIN_VARIANCE = 1e-3, 1e-2

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from marnet_sdk.environment import versions
+
 _PACKAGES = ("marnet", "torch", "onnxruntime", "transformers", "numpy", "pillow")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory, load, Python and package versions, date."""
+    """Processor, cores, memory, load, package versions, date."""
     return {
         "processor": _processor(),
         "architecture": platform.machine(),
@@ -24,8 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": {name: v for name in _PACKAGES if (v := _version(name))},
+        "packages": versions(_PACKAGES),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -37,10 +37,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

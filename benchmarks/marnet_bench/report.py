@@ -30,14 +30,14 @@ def print_report(report: dict[str, Any]) -> None:
         f"95 % interval {low:.2%} to {high:.2%}. top-1, top-5: accuracy on the test split"
     )
     for ratio in report["speedups"]:
-        same = ratio["low"] <= 1 <= ratio["high"]
-        verdict = "no difference can be told" if same else f"{ratio['ratio']:.2f} times as fast"
-        say(
-            f"from {ratio['input']}: {verdict} as {ratio['over']} "
-            f"(95 % interval of the ratio {ratio['low']:.2f} to {ratio['high']:.2f})"
-        )
+        if ratio["low"] <= 1 <= ratio["high"]:
+            verdict = f"no difference from {ratio['over']} can be told"
+        else:
+            verdict = f"{ratio['ratio']:.2f} times the speed of {ratio['over']}"
+        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        say(f"from {ratio['input']}: {verdict} (95 % interval of the ratio {interval})")
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
-    say(f"Python {machine['python']}, {packages}; load {machine['load_average'][0]}")
+    say(f"{packages}; load {machine['load_average'][0]}")
 
 
 def _row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     type=_FOLDER,
     help="Verify on this data set's val split, not the checkpoint's samples.",
 )
-@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists. The default output always is.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.version_option(package_name="marnet")
 def main(
     checkpoint: Path | None,

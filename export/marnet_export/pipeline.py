@@ -6,12 +6,10 @@ export that fails or is killed leaves nothing half-written.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +40,12 @@ from marnet_sdk.bundle import (
     seal_bundle,
 )
 from marnet_sdk.classifier import Classifier
+from marnet_sdk.environment import versions
 from marnet_sdk.errors import DataError, ExportError, VerificationFailed
 from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.trajectory import draw_trajectory
-from marnet_train.checkpoint import Checkpoint, load_checkpoint
+from marnet_train.checkpoint import Checkpoint, load_checkpoint, write_json
 from marnet_train.data.imagefolder import Example, read_split
 
 MAX_IMAGES = 2000  # verified on at most so many
@@ -255,22 +254,7 @@ def _manifest_fields(
         "sampling": sampling,
         "buckets": (),
         "golden_tolerance": fidelity.row_tolerance,
-        "built_for": BuiltFor("cpu", platform.machine(), _versions(packages)),
+        "built_for": BuiltFor("cpu", platform.machine(), versions(packages)),
         "checkpoint_sha256": checkpoint.sha256,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Readable JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -188,6 +188,10 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
         timesteps = tuple(fields["sampling"].pop("timesteps"))
         fields["sampling"] = Sampling(**fields["sampling"], timesteps=timesteps)
         fields["built_for"] = BuiltFor(**fields["built_for"])
+        fields["files"] = {
+            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in fields["files"].items()
+        }
         return Manifest(**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error

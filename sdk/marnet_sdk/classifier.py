@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -20,30 +18,19 @@ from safetensors.numpy import load_file
 
 from marnet_sdk.backends import Floats, make_tables, open_backend
 from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, PLAN, read_bundle
-from marnet_sdk.errors import ImageError, InvalidImages, InvalidInput, SelfTestFailed
-from marnet_sdk.preprocess import ImageInput, decode
+from marnet_sdk.environment import versions
+from marnet_sdk.errors import (
+    BundleFormatError,
+    ImageError,
+    InvalidImages,
+    InvalidInput,
+    SelfTestFailed,
+)
+from marnet_sdk.images import ImageInput, decode
+from marnet_sdk.prediction import Prediction, Score
 
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
 _GREY_LEVELS = 1.5
-
-
-@dataclass(frozen=True)
-class Score:
-    """One class and its probability."""
-
-    label: str
-    index: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer for one image: the most probable class, and the `top` few, best first."""
-
-    label: str
-    index: int
-    score: float
-    top: tuple[Score, ...]
 
 
 class Classifier:
@@ -141,8 +128,8 @@ class Classifier:
         _check_positive(batch_size=batch_size, top_k=top_k)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
-        if (single := _single(images)) is not None:
-            logits, _ = self._run(self.preprocess.pixels([single]))
+        if _is_single(images):
+            logits, _ = self._run(self.preprocess.pixels([cast(ImageInput, images)]))
             return self._predictions(logits, top_k)[0]
         answers: list[Prediction | ImageError] = []
         for chunk in _chunks(images, batch_size):
@@ -165,8 +152,8 @@ class Classifier:
             ImageError: names the first input that is not a usable image.
         """
         _check_positive(batch_size=batch_size)
-        if (single := _single(images)) is not None:
-            return self._run(self.preprocess.pixels([single]))[1][0]
+        if _is_single(images):
+            return self._run(self.preprocess.pixels([cast(ImageInput, images)]))[1][0]
         parts: list[Floats] = []
         start = 0
         for chunk in _chunks(images, batch_size):
@@ -244,6 +231,12 @@ class Classifier:
             key=lambda name: int(Path(name).stem),
         )
         pixels = self.preprocess.pixels([bundle.path / name for name in names])
+        expected = (pixels.shape, (len(names), len(self.labels)))
+        if (golden["pixels"].shape, golden["logits"].shape) != expected:
+            raise BundleFormatError(
+                f"{bundle.path}: its golden answers do not fit the labels and the preprocessing of "
+                "its manifest; export it again"
+            )
         level = _GREY_LEVELS * self.preprocess.rescale_factor / min(self.preprocess.std)
         if (error := float(np.abs(pixels - golden["pixels"]).max())) > level:
             raise SelfTestFailed(
@@ -265,17 +258,11 @@ class Classifier:
 
     def _mismatch(self, what: str) -> str:
         built = self.bundle.manifest.built_for
-        here = {}
-        for package in built.packages:
-            try:
-                here[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                here[package] = "absent"
-        here["python"] = platform.python_version()
+        here = versions(built.packages)
         different = [
             f"{name} {version} (here {here[name]})"
             for name, version in built.packages.items()
-            if here[name] not in (version, "absent")
+            if here.get(name, version) != version
         ]
         return (
             f"{self.bundle.path} does not reproduce its golden answers on this machine: {what}. "
@@ -298,12 +285,12 @@ def _check_positive(**values: int) -> None:
             raise InvalidInput(f"{name} must be at least 1, got {value}")
 
 
-def _single(images: ImageInput | Iterable[ImageInput]) -> ImageInput | None:
-    """The image, if it is one and not many. What is neither is left for decoding to refuse."""
+def _is_single(images: ImageInput | Iterable[ImageInput]) -> bool:
+    """Whether it is one image and not many. What is neither is left for decoding to refuse."""
     if isinstance(images, np.ndarray) and images.ndim == 4:
-        return None  # [B, H, W, 3] is many
+        return False  # [B, H, W, 3] is many
     one = isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray)
-    return cast(ImageInput, images) if one or not isinstance(images, Iterable) else None
+    return one or not isinstance(images, Iterable)
 
 
 def _chunks(images: ImageInput | Iterable[ImageInput], size: int) -> Iterator[list[ImageInput]]:

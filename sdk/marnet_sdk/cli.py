@@ -45,7 +45,7 @@ def main(
     threads: int | None,
     form: str,
 ) -> None:
-    """Classify IMAGES (JPEG, PNG, WebP, GIF, BMP, TIFF or PPM files) with a bundle.
+    """Classify IMAGES (JPEG, PNG, WebP, GIF, BMP or TIFF files) with a bundle.
 
     \b
     marnet-classify photo.jpg

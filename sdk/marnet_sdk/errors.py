@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from marnet_sdk.classifier import Prediction
+    from marnet_sdk.prediction import Prediction
 
 
 class MarnetError(Exception):

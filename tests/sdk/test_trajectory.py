@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import FOLD, LIBM, SIGMAS
 
 from marnet_sdk.errors import MarnetError
 from marnet_sdk.trajectory import (
@@ -19,11 +20,6 @@ from marnet_sdk.trajectory import (
     philox4x32,
     standard_normal,
 )
-
-# Tolerances, each with its reason.
-LIBM = 1e-12  # absolute, on |z| < 5.8: log, sin and cos may differ by a few units in the last place
-FOLD = 2**-24  # relative: float64 products rounded once to float32, half a unit in the last place
-SIGMAS = 5.0  # statistics stay within this many standard errors; the draws are fixed, so no flakes
 
 SEEDS = st.integers(0, 2**64 - 1)
 STEPS = st.integers(0, 2**32 - 1)

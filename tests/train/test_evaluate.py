@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32_LAYER
+from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
@@ -86,7 +86,7 @@ def test_every_row_is_refined_on_the_shared_trajectory_of_the_seed(
     noise = draw_trajectory(3, table.timesteps, 100, model.denoiser.dim)
     with torch.no_grad():
         alone = model.refine(x_v[4:5], table, *trajectory_tensors(noise, 1, x_v))
-    torch.testing.assert_close(refined[4:5], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(refined[4:5], alone, rtol=FLOAT32_TWICE, atol=FLOAT32_TWICE)
     assert not torch.equal(refined, refined_features(model, x_v, table, seed=4))
 
 

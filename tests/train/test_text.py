@@ -47,8 +47,8 @@ def test_case_and_accents_do_not_matter(tokenizer: PreTrainedTokenizerFast) -> N
 def test_unseen_words_fall_into_known_pieces_and_unseen_letters_are_unknown(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    pieces = tokenizer.tokenize("gingers")
-    assert "".join(piece.removeprefix("##") for piece in pieces) == "gingers"
+    pieces = tokenizer.tokenize("ginko")
+    assert "".join(piece.removeprefix("##") for piece in pieces) == "ginko"
     assert tokenizer.tokenize("7") == ["[UNK]"]
 
 

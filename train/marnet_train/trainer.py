@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.console import say
+from marnet_sdk.environment import versions
 from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
@@ -57,11 +56,12 @@ from marnet_train.recipe import Recipe
 from marnet_train.text import encode, load_tokenizer, train_tokenizer
 
 MAX_SAMPLES = 512
+PACKAGES = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
 NOISE_SEEDS = (0, 1, 2, 3, 4)  # accuracy is reported over these; 0 is the one that is served
 
 
 class Logger:
-    """Collects one line per epoch, writes it to metrics.jsonl and says it now and then."""
+    """Appends one line per epoch to metrics.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,26 +93,9 @@ def fit(
     started = time.perf_counter()
     with atomic_directory(out, overwrite=overwrite) as fresh:
         folder = read_image_folder(data)
-        tokenizer = _tokenizer(recipe, folder)
-        preprocess = _preprocess(recipe)
-        target = pick_device(device)
-        training_set = _training_set(folder, preprocess, tokenizer, recipe)
-        stores = {
-            split: PixelStore(examples, preprocess, split)
-            for split, examples in folder.splits.items()
-            if split != "train"
-        }
-        log = Logger(fresh / "metrics.jsonl")
-        baseline = build_model(recipe, folder.labels, tokenizer, seed).to(target)
-        train_baseline(baseline, training_set, recipe, seed, log)
-        metrics = {"baseline": _evaluate_baseline(baseline, folder, stores)}
-        say(_line("baseline", metrics["baseline"]))
-        del baseline
-        model = build_model(recipe, folder.labels, tokenizer, seed).to(target)
-        train_marnet(model, training_set, recipe, seed, log)
-        metrics |= _evaluate_marnet(model, folder, stores)
-        for branch in ("alignment", "refined", "marnet"):
-            say(_line(branch, metrics[branch]))
+        tokenizer, preprocess = _tokenizer(recipe, folder), _preprocess(recipe)
+        target, log = pick_device(device), Logger(fresh / "metrics.jsonl")
+        model, metrics = _train_both(folder, tokenizer, preprocess, recipe, seed, target, log)
         training = {
             "recipe": name,
             "seed": seed,
@@ -122,7 +105,7 @@ def fit(
                 "sha256": data_hash(folder),
                 "images": {split: len(rows) for split, rows in folder.splits.items()},
             },
-            "versions": _versions(),
+            "versions": versions(PACKAGES),
             "settings": recipe.to_dict(),
         }
         write_model(fresh, model, preprocess)
@@ -132,6 +115,35 @@ def fit(
             _write_samples(fresh / SAMPLES, folder.splits["val"], seed)
         (fresh / "README.md").write_text(model_card(out.name, training, folder.labels), "utf-8")
     return training
+
+
+def _train_both(
+    folder: ImageFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    preprocess: Preprocess,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    log: Logger,
+) -> tuple[MARNet, dict[str, Any]]:
+    """The image-only baseline, then MARNet from the same initial weights; and both's metrics."""
+    training_set = _training_set(folder, preprocess, tokenizer, recipe)
+    stores = {
+        split: PixelStore(examples, preprocess, split)
+        for split, examples in folder.splits.items()
+        if split != "train"
+    }
+    baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    train_baseline(baseline, training_set, recipe, seed, log)
+    metrics = {"baseline": _evaluate_baseline(baseline, folder, stores)}
+    say(_line("baseline", metrics["baseline"]))
+    del baseline  # its memory is wanted
+    model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    train_marnet(model, training_set, recipe, seed, log)
+    metrics |= _evaluate_marnet(model, folder, stores)
+    for branch in ("alignment", "refined", "marnet"):
+        say(_line(branch, metrics[branch]))
+    return model, metrics
 
 
 def train_marnet(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, log: Logger) -> None:
@@ -298,14 +310,3 @@ def _write_samples(target: Path, examples: Sequence[Example], seed: int) -> None
         target,
         ((f"{i:06d}{e.image.suffix}", e.image.read_bytes(), e.label, e.text) for i, e in rows),
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -27,9 +27,7 @@ def build(
         x_v = encoder(pixels)
         x_cdr = x_v.new_zeros(len(x_v), model.denoiser.dim)
         traced = torch.jit.trace_module(encoder, {"forward": pixels}, check_trace=False)
-        head = torch.jit.trace_module(
-            Head(model), {"forward": (x_v, x_cdr)}, check_trace=False
-        )
+        head = torch.jit.trace_module(Head(model), {"forward": (x_v, x_cdr)}, check_trace=False)
         module = torch.jit.script(Deployed(traced, torch.jit.script(loop), head))
         _store(module, TORCH_TYPES[types.storage])
         torch.jit.save(module, str(payload / MODEL))

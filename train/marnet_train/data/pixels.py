@@ -19,7 +19,8 @@ from torch import Tensor
 
 from marnet_sdk.console import track
 from marnet_sdk.errors import DataError, ImageError
-from marnet_sdk.preprocess import Preprocess, decode
+from marnet_sdk.images import decode
+from marnet_sdk.preprocess import Preprocess
 from marnet_train.data.imagefolder import Example
 from marnet_train.recipe import Augment
 

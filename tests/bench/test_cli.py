@@ -1,0 +1,189 @@
+"""marnet-bench as it is typed, and the report that others read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from marnet_bench.cli import main
+from marnet_bench.report import print_report
+from marnet_bench.scenarios import golden_images
+from marnet_sdk import Classifier
+
+SHORT = ("--warmup", "1", "--duration", "0")
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_of) -> str:
+    return str(bundle_of("torchscript", "fp16"))
+
+
+@pytest.fixture
+def workplace(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Holds the bundle's checkpoint, under another name."""
+    shutil.copytree(checkpoint, tmp_path / "runs/renamed")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def report(bundle, checkpoint) -> dict[str, Any]:
+    """What --format json prints for a bundle and its peer."""
+    chosen = ("--batch", "4", "--checkpoint", str(checkpoint), "--format", "json")
+    result = bench("-m", bundle, *chosen, *SHORT)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_report_says_what_was_measured_on_what(report, bundle):
+    assert report["bundle"] == Path(bundle).name
+    assert (report["batch"], report["steps"]) == (4, 100)
+    assert report["precision"]["asked"] == "fp16"
+    assert report["precision"]["compute"] == "fp32"
+    assert report["fidelity"] == json.loads((Path(bundle) / "fidelity.json").read_text())
+    assert report["accuracy"]["marnet"]["test"]["top1"] > 0.5
+    machine = report["machine"]
+    assert machine["threads"] >= 1
+    assert machine["memory_gib"] > 0
+    assert {"marnet", "torch", "numpy"} <= machine["packages"].keys()
+    assert machine["date"].startswith("20")
+
+
+def test_both_inputs_of_both_models_are_measured(report):
+    pairs = [(line["model"], line["input"]) for line in report["lines"]]
+    models = ("bundle", "plain PyTorch")
+    assert sorted(pairs) == sorted((m, kind) for m in models for kind in ("bytes", "pixels"))
+    for line in report["lines"]:
+        assert len(line["seconds"]) == line["calls"] >= 10
+        assert 0 < line["p50_ms"] <= line["p90_ms"] <= line["p99_ms"]
+        rate = 4 * line["calls"] / sum(line["seconds"])
+        assert line["images_per_s"] == pytest.approx(rate, rel=1e-3)
+        assert line["drift"] >= 0
+
+
+def test_speed_ups_are_ratios_of_medians_with_an_interval(report):
+    medians = {(line["model"], line["input"]): line["p50_ms"] for line in report["lines"]}
+    assert [ratio["input"] for ratio in report["speedups"]] == ["bytes", "pixels"]
+    for ratio in report["speedups"]:
+        kind = ratio["input"]
+        expected = medians["plain PyTorch", kind] / medians["bundle", kind]
+        assert ratio["ratio"] == pytest.approx(expected, rel=1e-3)
+        assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+        assert ratio["over"] == "plain PyTorch"
+
+
+def test_json_can_be_written_beside_the_table(bundle, workplace):
+    result = bench("--batch", "2", "-m", bundle, "-o", "deep/er/report.json", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads((workplace / "deep/er/report.json").read_text())
+    assert content["batch"] == 2
+    assert len(content["lines"]) == 4  # the checkpoint was found by its content
+    assert "wrote deep/er/report.json" in one_line(result.stderr)
+    table = result.stdout
+    assert "batch 2, 100 steps" in table
+    assert "torchscript fp16" in table
+    for line in content["lines"]:
+        assert f"{line['p50_ms']:.2f}" in table
+    assert f"{content['accuracy']['baseline']['test']['top1']:.1%}" in table
+    assert "95 % interval" in one_line(result.stderr)
+    assert "Next: marnet-bench --batch 1" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"),
+    [
+        (
+            {"ratio": 1.02, "low": 0.97, "high": 1.08},
+            "no difference from plain PyTorch can",
+        ),
+        ({"ratio": 1.52, "low": 1.4, "high": 1.6}, "1.52 times the speed of plain PyTorch"),
+        ({"ratio": 0.8, "low": 0.7, "high": 0.9}, "0.80 times the speed of plain PyTorch"),
+    ],
+)
+def test_a_difference_within_the_noise_is_not_called_one(report, capsys, ratio, verdict):
+    print_report(report | {"speedups": [report["speedups"][0] | ratio]})
+    assert f"from bytes: {verdict}" in one_line(capsys.readouterr().err)
+
+
+def test_a_checkpoint_without_metrics_leaves_accuracy_blank(report, capsys):
+    print_report(report | {"accuracy": None})
+    out = capsys.readouterr().out
+    assert "image baseline" not in out
+    assert out.count("plain PyTorch") == 2
+
+
+def test_a_bundle_can_be_measured_alone_and_needs_no_checkpoint(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = bench("-m", bundle, "--no-peer", "--format", "json", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(result.stdout)
+    assert [line["model"] for line in content["lines"]] == ["bundle", "bundle"]
+    assert content["speedups"] == []
+    assert content["accuracy"] is None
+
+
+def test_without_a_bundle_the_command_that_makes_one_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = bench("--batch", "64")
+    assert result.exit_code == 2
+    assert "marnet-export --precision fp16" in one_line(result.stderr)
+
+
+def test_without_its_checkpoint_both_ways_out_are_named(bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = bench("-m", bundle, *SHORT)
+    assert result.exit_code == 2
+    assert "name it with --checkpoint" in one_line(result.stderr)
+    assert "--no-peer" in one_line(result.stderr)
+
+
+def test_drift_beyond_the_limit_exits_with_4_after_the_report(bundle):
+    """No three medians of real timings are equal to the last digit."""
+    chosen = ("--no-peer", "--max-drift", "0", "--format", "json")
+    result = bench("-m", bundle, *chosen, *SHORT)
+    assert result.exit_code == 4
+    assert "0% was allowed; close other programs" in one_line(result.stderr)
+    assert len(json.loads(result.stdout)["lines"]) == 2
+    patient = bench("-m", bundle, "--no-peer", "--max-drift", "1e9", "--format", "json", *SHORT)
+    assert patient.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", "0"), "0 is not in the range x>=1"),
+        (("--format", "jsno"), "Did you mean 'json'?"),
+        (("-m", "nowhere"), "nowhere is not a directory, so it is not a bundle"),
+        (("--duration", "-1"), "-1.0 is not in the range x>=0"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_is_right(arguments, message):
+    result = bench(*arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result.stderr)
+
+
+def test_help_shows_the_usual_command():
+    text = one_line(bench("--help").stdout)
+    assert "marnet-bench --batch 64" in text
+    assert "Default: the newest under ./bundles." in text
+
+
+@pytest.mark.parametrize("count", [1, 8, 20])
+def test_golden_images_are_repeated_to_fill_a_batch(bundle, count):
+    folder = Path(bundle) / "golden/images"
+    stored = [(folder / f"{i % 8}.png").read_bytes() for i in range(count)]
+    assert golden_images(Classifier(bundle), count) == stored

@@ -1,0 +1,69 @@
+"""The peer is the checkpoint that the bundle was made from, and computes what the bundle does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import BUILT
+
+from marnet_bench.peers import find_checkpoint, load_peer
+from marnet_sdk import Classifier
+from marnet_sdk.errors import NotFound
+from marnet_train.checkpoint import checkpoint_hash
+
+
+@pytest.fixture
+def other(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same weights with another label map: another checkpoint."""
+    folder = tmp_path / "runs/another"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("samples"))
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"]["0"] = "zero"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
+def test_the_peer_gives_the_logits_of_the_float32_bundle(backend, bundle_of, checkpoint):
+    classifier = Classifier(bundle_of(backend, "fp32"))
+    _, peer = load_peer(checkpoint, classifier.bundle.manifest)
+    images = sorted((checkpoint / "samples").glob("*.png"))[:40]
+    pixels = classifier.preprocess.pixels(images)
+    want, got = classifier.logits(pixels), peer.logits(pixels)
+    assert got.dtype == np.float32
+    assert np.abs(got - want).max() <= BUILT["fp32"] * np.abs(want).max()
+
+
+def test_the_peer_s_metrics_come_along(bundle_of, checkpoint):
+    manifest = Classifier(bundle_of("torchscript", "fp32")).bundle.manifest
+    loaded, _ = load_peer(checkpoint, manifest)
+    assert loaded.training["metrics"]["marnet"]["test"]["top1"] > 0.5
+
+
+def test_another_checkpoint_is_refused_as_peer(bundle_of, checkpoint, other):
+    manifest = Classifier(bundle_of("torchscript", "fp32")).bundle.manifest
+    found, wanted = checkpoint_hash(other)[:12], checkpoint_hash(checkpoint)[:12]
+    message = rf"another is not the checkpoint of this bundle \(SHA-256 {found}.*from {wanted}"
+    with pytest.raises(NotFound, match=message):
+        load_peer(other, manifest)
+
+
+def test_the_checkpoint_is_found_by_content_whatever_it_is_called(checkpoint, other):
+    runs = other.parent
+    (runs / "not a checkpoint").mkdir()
+    (runs / "a file").write_text("x")
+    wanted = checkpoint_hash(checkpoint)
+    with pytest.raises(NotFound, match=r"--checkpoint, or .* --no-peer"):
+        find_checkpoint(wanted, runs)
+    shutil.copytree(checkpoint, runs / "zzz")
+    assert find_checkpoint(wanted, runs) == runs / "zzz"
+    assert find_checkpoint(checkpoint_hash(other), runs) == other
+
+
+def test_without_runs_the_way_out_is_named(tmp_path):
+    with pytest.raises(NotFound, match=r"SHA-256 abcdef012345\.\.\.\) is not under"):
+        find_checkpoint("abcdef0123456789", tmp_path / "absent")

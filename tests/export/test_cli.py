@@ -1,0 +1,165 @@
+"""marnet-export as it is typed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+
+from marnet_export.cli import main
+from marnet_sdk.bundle import read_bundle
+
+
+@pytest.fixture
+def workplace(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with runs/older and runs/newer, and nothing else."""
+    for age, name in enumerate(("newer", "older")):
+        shutil.copytree(checkpoint, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name, (1e9 - age, 1e9 - age))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def export(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def one_line(text: str) -> str:
+    """Messages without the line breaks of a narrow terminal."""
+    return " ".join(text.split())
+
+
+# A model that was trained for seconds has labels with small margins.
+LENIENT = ("--min-agreement", "0.98")
+
+
+def test_the_newest_checkpoint_becomes_a_bundle_named_after_it(workplace):
+    result = export("--precision", "fp16", *LENIENT)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    assert [entry.name for entry in Path("bundles").iterdir()] == ["newer-torchscript-fp16.marnet"]
+    said = one_line(result.stderr)
+    assert "checkpoint runs/newer (the newest under ./runs)" in said
+    assert "fp16: weights stored in fp16, products computed in fp32, because" in said
+    assert "verified on 270 images: top-1 agreement" in said
+    assert "wrote bundles/newer-torchscript-fp16.marnet" in said
+    next_line = "Next: marnet-classify IMAGE --model bundles/newer-torchscript-fp16.marnet"
+    assert next_line in said
+
+
+def test_the_bundle_of_the_last_export_is_replaced_by_the_next(workplace):
+    """The default name is of our own choosing; a name that was given is protected, see below."""
+    for seed in ("1", "2"):
+        assert export("--precision", "fp16", "--seed", seed, *LENIENT).exit_code == 0
+    (bundle,) = Path("bundles").iterdir()
+    assert read_bundle(bundle).manifest.sampling.seed == 2
+
+
+def test_backend_precision_steps_and_seed_reach_the_bundle(workplace):
+    chosen = ("--backend", "onnxruntime", "--precision", "bf16", "--steps", "5", "--seed", "11")
+    result = export("--checkpoint", "runs/older", "-o", "out/mine", *chosen, *LENIENT)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_bundle("out/mine").manifest
+    assert manifest.backend == "onnxruntime"
+    assert (manifest.precision.asked, manifest.precision.compute) == ("bf16", "fp32")
+    assert (len(manifest.sampling.timesteps), manifest.sampling.seed) == (5, 11)
+
+
+def test_a_checkpoint_called_dot_still_names_its_bundle_after_its_folder(workplace, monkeypatch):
+    monkeypatch.chdir(workplace / "runs/older")
+    assert export("--checkpoint", ".", *LENIENT).exit_code == 0
+    assert Path("bundles/older-torchscript-fp32.marnet/manifest.json").is_file()
+
+
+def test_disagreement_exits_with_3_and_writes_nothing(workplace):
+    file = workplace / "runs/newer/model.safetensors"
+    weights = load_file(file)
+    for name in ("classifier.weight", "classifier.bias"):  # classes told apart by less than 2^-11
+        weights[name] = (1 + 0.001 * weights[name]).astype(np.float32)
+    save_file(weights, file)
+    result = export("--precision", "fp16", "--checkpoint", "runs/newer")
+    assert result.exit_code == 3
+    said = one_line(result.stderr)
+    assert "torchscript fp16: top-1 agreement is" in said
+    assert "at least 0.999 was asked" in said
+    assert "No bundle was written" in said
+    assert list(Path("bundles").iterdir()) == []
+
+
+def test_the_verification_images_can_be_named(workplace, digits):
+    (workplace / "data").mkdir()
+    shutil.copytree(digits / "test", workplace / "data/val")
+    lines = (workplace / "data/val/metadata.jsonl").read_text().splitlines()
+    (workplace / "data/val/metadata.jsonl").write_text("\n".join(lines[:25]))
+    result = export("--data", "data", *LENIENT)
+    assert result.exit_code == 0, result.stderr
+    assert "verified on 25 images" in one_line(result.stderr)
+
+
+def test_a_weight_beyond_fp16_exits_with_1_and_names_the_way_out(workplace):
+    file = workplace / "runs/newer/model.safetensors"
+    weights = load_file(file)
+    weights["denoiser.layer2.weight"][0, 0] = -7e4
+    save_file(weights, file)
+    result = export("--precision", "fp16", "--checkpoint", "runs/newer")
+    assert result.exit_code == 1
+    assert "denoiser.layer2.weight holds 7e+04" in one_line(result.stderr)
+    assert "use --precision bf16 or fp32" in one_line(result.stderr)
+    assert list(Path("bundles").iterdir()) == []
+
+
+def test_a_type_that_the_backend_cannot_compute_in_is_refused_with_one_that_can(workplace):
+    result = export("--backend", "onnxruntime", "--compute", "bf16")
+    assert result.exit_code == 1
+    assert "onnxruntime cannot compute in bf16 on a CPU" in one_line(result.stderr)
+    assert "--backend torchscript" in one_line(result.stderr)
+    assert not Path("bundles").exists()
+
+
+def test_an_existing_bundle_of_a_given_name_is_replaced_only_by_force(workplace):
+    assert export("-o", "b", *LENIENT).exit_code == 0
+    refused = export("-o", "b", "--seed", "1", *LENIENT)
+    assert refused.exit_code == 2
+    assert "already exists" in refused.stderr
+    assert "--force" in refused.stderr
+    assert read_bundle("b").manifest.sampling.seed == 0
+    assert export("-o", "b", "--seed", "1", "--force", *LENIENT).exit_code == 0
+    assert read_bundle("b").manifest.sampling.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--precision", "fp61"), "Did you mean 'fp16'?"),
+        (("--backend", "onnx"), "Did you mean 'onnxruntime'?"),
+        (("--backend", "torch-script"), "Did you mean 'torchscript'?"),
+        (("--steps", "0"), "'--steps': 0 is not in the range x>=1"),
+        (("--steps", "101"), "got 101 sampling steps; the model was trained with T = 100"),
+        (("--min-agreement", "99.9"), "99.9 is not in the range 0<=x<=1"),
+        (("--checkpoint", "runs"), "runs is not a checkpoint: it needs config.json"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_is_right(workplace, arguments, message):
+    result = export(*arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result.stderr)
+
+
+def test_without_a_checkpoint_the_command_that_trains_one_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = export("--precision", "fp16")
+    assert result.exit_code == 2
+    assert "no checkpoint under ./runs; train one with: marnet-train fit" in one_line(result.stderr)
+
+
+def test_help_shows_the_usual_command_and_the_defaults():
+    text = one_line(export("--help").stdout)
+    assert "marnet-export --precision fp16" in text
+    assert "[torchscript|onnxruntime]" in text
+    assert "[fp32|bf16|fp16]" in text
+    assert "[default: torchscript]" in text

@@ -1,0 +1,278 @@
+"""A bundle is read only if every byte of it is the one that was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marnet_sdk.bundle import (
+    BuiltFor,
+    Bundle,
+    Manifest,
+    Precision,
+    Sampling,
+    newest_bundle,
+    read_bundle,
+    seal_bundle,
+)
+from marnet_sdk.errors import BundleCorrupt, BundleError, BundleFormatError, NotFound
+
+FILES = {"payload/model.onnx": b"graph " * 50, "golden/images/0.png": b"image", "empty": b""}
+FIELDS: dict[str, Any] = {
+    "method": "marnet",
+    "labels": ("cat", "dog \u5b57"),
+    "preprocess": {"size": {"height": 8, "width": 8}},
+    "backend": "onnxruntime",
+    "precision": Precision("fp16", "fp32", {"fp16": 0.99, "fp32": 0.01}),
+    "sampling": Sampling("ddpm", (3, 2, 1), 3, 0, 16),
+    "buckets": (),
+    "golden_tolerance": 0.02,
+    "built_for": BuiltFor("cpu", "x86_64", {"python": "3.11.0"}),
+    "checkpoint_sha256": "0" * 64,
+    "created": "2026-11-20T12:00:00+00:00",
+}
+
+
+def make_bundle(folder: Path, **changes: Any) -> Path:
+    """A small bundle: sound as far as bytes go, though nothing can run it."""
+    for name, content in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    seal_bundle(folder, FIELDS | changes)
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "b")
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Path]:
+    """One bundle for many examples; each restores the byte that it changes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield make_bundle(Path(folder) / "b")
+
+
+def reseal(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and give it the digest that the format prescribes."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    del content["digest"]
+    change(content)
+
+    def canonical() -> bytes:
+        return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
+
+    content["digest"] = hashlib.sha256(canonical()).hexdigest()
+    (bundle / "manifest.json").write_bytes(canonical())
+
+
+def refused_with_a_byte_changed(bundle: Path, name: str, offset: int, mask: int) -> bool:
+    file = bundle / name
+    sound = file.read_bytes()
+    damaged = bytearray(sound)
+    damaged[offset] ^= mask
+    file.write_bytes(damaged)
+    try:
+        read_bundle(bundle)
+    except BundleError:
+        return True
+    finally:
+        file.write_bytes(sound)
+    return False
+
+
+def test_what_was_sealed_is_what_is_read(bundle):
+    manifest = read_bundle(bundle).manifest
+    got = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    files = got.pop("files")
+    assert got == FIELDS
+    assert files["golden/images/0.png"] == {
+        "bytes": 5,
+        "sha256": hashlib.sha256(b"image").hexdigest(),
+    }
+    assert files.keys() == FILES.keys()
+
+
+@given(st.lists(st.text(), max_size=4), st.dictionaries(st.text(), st.floats(), max_size=3))
+@settings(deadline=None, max_examples=40)
+def test_any_label_and_any_number_survive_sealing(labels, storage):
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_bundle(
+            Path(folder), labels=tuple(labels), precision=Precision("fp16", "fp32", storage)
+        )
+        manifest = read_bundle(path).manifest
+    assert manifest.labels == tuple(labels)
+    assert repr(manifest.precision.storage) == repr({k: storage[k] for k in sorted(storage)})
+
+
+def test_the_manifest_is_canonical_json_that_a_person_can_read(bundle):
+    raw = (bundle / "manifest.json").read_bytes()
+    content = json.loads(raw)
+    assert raw == (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
+    assert content["format_version"] == 1
+    assert b'"dog \\u5b57"' in raw
+
+
+def test_the_digest_is_of_the_canonical_manifest_without_it(bundle):
+    before = (bundle / "manifest.json").read_bytes()
+    reseal(bundle, lambda content: None)
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_change_of_any_single_byte_of_the_manifest_is_noticed(shared):
+    size = (shared / "manifest.json").stat().st_size
+    missed = [
+        offset
+        for offset in range(size)
+        if not refused_with_a_byte_changed(shared, "manifest.json", offset, 1 << offset % 8)
+    ]
+    assert missed == []
+    read_bundle(shared)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=200)
+def test_any_change_of_any_byte_of_any_file_is_noticed(shared, data):
+    files = [path for path in shared.rglob("*") if path.is_file() and path.stat().st_size]
+    file = data.draw(st.sampled_from(sorted(files)))
+    offset = data.draw(st.integers(0, file.stat().st_size - 1))
+    mask = data.draw(st.integers(1, 255))
+    assert refused_with_a_byte_changed(shared, str(file.relative_to(shared)), offset, mask)
+
+
+def test_a_changed_byte_in_any_file_of_a_real_bundle_is_noticed(bundle_of, tmp_path):
+    copy = tmp_path / "b"
+    shutil.copytree(bundle_of("torchscript", "fp16"), copy)
+    names = [str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()]
+    assert len(names) >= 13
+    for name in names:
+        size = (copy / name).stat().st_size
+        for offset in {0, size // 3, size // 2, size - 1}:
+            assert refused_with_a_byte_changed(copy, name, offset, 0x10), (name, offset)
+    read_bundle(copy)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_missing_file_is_named(bundle, name):
+    (bundle / name).unlink()
+    with pytest.raises(BundleCorrupt, match=f"{name} is missing; copy or export the bundle again"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("size", [0, 1, 299, 301])
+def test_a_truncated_or_longer_file_is_named_with_both_sizes(bundle, size):
+    content = FILES["payload/model.onnx"] + b"x"
+    (bundle / "payload/model.onnx").write_bytes(content[:size])
+    with pytest.raises(BundleCorrupt, match=f"model.onnx has {size} bytes, the manifest says 300"):
+        read_bundle(bundle)
+
+
+def test_two_files_that_change_places_are_noticed(tmp_path):
+    folder = make_bundle(tmp_path / "b")
+    (folder / "golden/images/1.png").write_bytes(b"other")
+    seal_bundle(folder, FIELDS)
+    read_bundle(folder)
+    (folder / "golden/images/0.png").write_bytes(b"other")
+    (folder / "golden/images/1.png").write_bytes(b"image")
+    with pytest.raises(BundleCorrupt, match=r"0.png does not have the SHA-256 of the manifest"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_a_truncated_manifest_is_damage(bundle, length):
+    raw = (bundle / "manifest.json").read_bytes()
+    (bundle / "manifest.json").write_bytes(raw[:length])
+    with pytest.raises(BundleCorrupt, match=r"manifest.json (is damaged|was changed)"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("raw", [b"[]", b'"x"', b"1", b"null", b"\xff\xfe", b"{}", b"[" * 50])
+def test_something_else_called_manifest_is_damage(bundle, raw):
+    (bundle / "manifest.json").write_bytes(raw)
+    with pytest.raises(BundleCorrupt, match="copy or export the bundle again"):
+        read_bundle(bundle)
+
+
+def test_the_same_content_in_another_layout_is_a_change(bundle):
+    content = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleCorrupt, match="was changed after it was written"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("version", [2, 3, 1000])
+def test_a_newer_format_is_told_from_damage(bundle, version):
+    reseal(bundle, lambda content: content.update(format_version=version, future={"x": 1}))
+    with pytest.raises(BundleFormatError, match=f"format {version} is newer .*--upgrade marnet"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside", "payload/../../outside", "/etc/hostname"])
+def test_a_manifest_cannot_name_files_outside_the_bundle(bundle, name):
+    (bundle.parent / "outside").write_bytes(b"x")
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    reseal(bundle, lambda content: content["files"].update({name: entry}))
+    with pytest.raises(BundleCorrupt, match=f"lists '{name}', which leaves the bundle"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", sorted({*FIELDS, "files"}))
+def test_a_manifest_without_a_field_says_which(bundle, name):
+    reseal(bundle, lambda content: content.pop(name))
+    with pytest.raises(BundleFormatError, match=f"lacks what inference needs: .*'{name}'"):
+        read_bundle(bundle)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+ENTRIES = st.dictionaries(st.sampled_from(sorted(FILES)), JSON)
+
+
+@given(name=st.sampled_from(sorted({*FIELDS, "files", "format_version"})), value=JSON | ENTRIES)
+@settings(deadline=None, max_examples=200)
+def test_a_sealed_manifest_with_any_value_in_any_place_gives_a_bundle_or_a_typed_error(name, value):
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_bundle(Path(folder))
+        reseal(path, lambda content: content.update({name: value}))
+        try:
+            found = read_bundle(path)
+        except BundleError:
+            return
+        assert isinstance(found, Bundle)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_handed_out(bundle):
+    (bundle / "payload/extra.bin").write_bytes(b"x")
+    read = read_bundle(bundle)
+    assert read.file("payload/model.onnx") == bundle / "payload/model.onnx"
+    with pytest.raises(BundleFormatError, match=r"the manifest lists no payload/extra.bin"):
+        read.file("payload/extra.bin")
+
+
+def test_a_folder_that_is_no_bundle_shows_the_command_that_makes_one(tmp_path):
+    with pytest.raises(NotFound, match=r"has no manifest.json, so it is not a bundle.*export"):
+        read_bundle(tmp_path)
+    with pytest.raises(NotFound, match=r"nowhere is not a directory.*make one with: marnet"):
+        read_bundle(tmp_path / "nowhere")
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NotFound, match="file is not a directory"):
+        read_bundle(tmp_path / "file")
+
+
+def test_without_any_bundle_the_exact_command_is_shown(tmp_path):
+    with pytest.raises(NotFound, match="marnet-export --precision fp16, or name one with --model"):
+        newest_bundle(tmp_path)

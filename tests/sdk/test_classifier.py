@@ -1,0 +1,366 @@
+"""What a deployed process relies on: order, errors that lose nothing, the same answer each time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from tolerances import BUILT
+
+from marnet_sdk import Classifier, ImageError, InvalidImages
+from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
+from marnet_sdk.errors import BundleFormatError, InvalidInput, MarnetError, SelfTestFailed
+from marnet_train.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def classifier(bundle_of) -> Classifier:
+    return Classifier(bundle_of("torchscript", "fp32"))
+
+
+@pytest.fixture(scope="module")
+def paths(digits: Path) -> list[Path]:
+    """Eleven test images."""
+    return sorted((digits / "test").glob("*.png"))[:11]
+
+
+@pytest.fixture(scope="module")
+def labels(classifier, paths) -> list[str]:
+    return [classifier.predict(path).label for path in paths]
+
+
+def reseal(bundle: Path, copy: Path, change: Callable[[Path], None] | None = None, **fields_: Any):
+    """A copy with a changed file or field and a manifest that is right about all its bytes."""
+    shutil.copytree(bundle, copy)
+    manifest = read_bundle(copy).manifest
+    if change is not None:
+        change(copy)
+    kept = {f.name: getattr(manifest, f.name) for f in fields(Manifest) if f.name != "files"}
+    seal_bundle(copy, kept | fields_)
+    return copy
+
+
+def array(path: Path) -> np.ndarray:
+    return np.array(Image.open(path).convert("RGB"))
+
+
+INPUTS: dict[str, Callable[[Path], Any]] = {
+    "str": str,
+    "Path": Path,
+    "bytes": Path.read_bytes,
+    "PIL": Image.open,
+    "array": array,
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_kind_of_image_gives_the_same_answer(kind, classifier, paths):
+    expected = classifier.predict(paths[0])
+    assert classifier.predict(INPUTS[kind](paths[0])) == expected
+    assert expected.label == classifier.labels[expected.index]
+
+
+def test_a_list_a_generator_and_a_stacked_array_are_answered_in_order(classifier, paths, labels):
+    def names(answers) -> list[str]:
+        return [answer.label for answer in answers]
+
+    assert len(set(labels)) > 3  # else order could not be told
+    assert names(classifier.predict(paths)) == labels
+    assert names(classifier.predict(path for path in paths)) == labels
+    assert names(classifier.predict(tuple(map(str, paths)))) == labels
+    assert names(classifier.predict(np.stack([array(path) for path in paths]))) == labels
+
+
+def test_kinds_may_be_mixed(classifier, paths, labels):
+    mixed = [INPUTS[kind](path) for kind, path in zip(INPUTS, paths, strict=False)]
+    assert [answer.label for answer in classifier.predict(mixed)] == labels[: len(mixed)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 1000])
+def test_batch_size_changes_no_answer(classifier, paths, batch_size):
+    expected = classifier.predict(paths)
+    got = classifier.predict(paths, batch_size=batch_size)
+    assert [answer.label for answer in got] == [answer.label for answer in expected]
+    scores = np.array([[top.score for top in answer.top] for answer in got])
+    wanted = np.array([[top.score for top in answer.top] for answer in expected])
+    np.testing.assert_allclose(scores, wanted, rtol=0, atol=BUILT["fp32"])
+
+
+def test_a_generator_s_images_are_let_go_batch_by_batch(classifier, paths):
+    """So that a folder of a million images never lies in memory."""
+    made: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def images():
+        for path in paths * 3:
+            image = array(path)
+            made.append(weakref.ref(image))
+            alive.append(sum(reference() is not None for reference in made))
+            yield image
+
+    assert len(classifier.predict(images(), batch_size=4)) == 33
+    assert max(alive) <= 2 * 4 + 1
+
+
+def test_no_images_no_answers(classifier):
+    assert classifier.predict([]) == []
+    assert classifier.predict(np.empty((0, 8, 8, 3), np.uint8)) == []
+    width = classifier.embed([]).shape[1]
+    assert classifier.embed([]).shape == (0, width)
+    assert classifier.logits(np.empty((0, 3, 32, 32), np.float32)).shape == (0, 10)
+
+
+def test_top_k_is_sorted_starts_with_the_answer_and_sums_to_one(classifier, paths):
+    for answer in classifier.predict(paths, top_k=100):
+        scores = [top.score for top in answer.top]
+        assert len(answer.top) == 10  # there are no more classes
+        assert sum(scores) == pytest.approx(1, abs=1e-12)
+        assert scores == sorted(scores, reverse=True)
+        assert {top.label for top in answer.top} == set(classifier.labels)
+        best = answer.top[0]
+        assert (best.label, best.index, best.score) == (answer.label, answer.index, answer.score)
+    assert [len(answer.top) for answer in classifier.predict(paths, top_k=2)] == [2] * 11
+
+
+def test_scores_are_the_softmax_of_the_logits(classifier, paths):
+    logits = classifier.logits(classifier.preprocess.pixels(paths)).astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for row, answer in zip(expected, classifier.predict(paths, top_k=10), strict=True):
+        got = {top.index: top.score for top in answer.top}
+        assert got == pytest.approx(dict(enumerate(row)), abs=1e-9)
+
+
+def test_labels_are_the_checkpoint_s_and_mostly_right(classifier, checkpoint, digits, paths):
+    loaded = load_checkpoint(checkpoint)
+    assert classifier.labels == loaded.labels == tuple("0123456789")
+    lines = (digits / "test/metadata.jsonl").read_text().splitlines()
+    truth = {m[1]: m[2] for m in (re.search(r'e": "(.+?)".*label": "(.)"', x) for x in lines) if m}
+    right = [classifier.predict(path).label == truth[path.name] for path in paths]
+    assert sum(right) >= 8
+
+
+def test_embeddings_are_one_row_per_image(classifier, paths):
+    together = classifier.embed(paths, batch_size=4)
+    alone = classifier.embed(paths[5])
+    assert together.shape == (11, len(alone))
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together[5], alone, atol=BUILT["fp32"] * np.abs(alone).max())
+    assert np.abs(together - together[5]).max(axis=1).argmin() == 5
+
+
+@pytest.mark.parametrize(
+    ("pixels", "got"),
+    [
+        (np.zeros((3, 32, 32), np.float32), r"got float32 \(3, 32, 32\)"),
+        (np.zeros((1, 3, 32, 32), np.float64), r"got float64 \(1, 3, 32, 32\)"),
+        (np.zeros((1, 32, 32, 3), np.uint8), r"got uint8 \(1, 32, 32, 3\)"),
+        (np.zeros((2, 3, 31, 32), np.float32), r"got float32 \(2, 3, 31, 32\)"),
+        ("digit.png", "got digit.png"),
+    ],
+)
+def test_logits_of_anything_but_preprocessed_pixels_are_refused(classifier, pixels, got):
+    message = rf"float32 \[B, 3, 32, 32\], {got}; for images use predict\(\)"
+    with pytest.raises(InvalidInput, match=message):
+        classifier.logits(pixels)
+
+
+def test_pixels_need_not_be_contiguous(classifier, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    every_other = classifier.logits(pixels[::2])
+    expected = classifier.logits(np.ascontiguousarray(pixels[::2]))
+    np.testing.assert_array_equal(every_other, expected)
+
+
+@pytest.fixture
+def spoiled(paths, tmp_path) -> list[Path]:
+    """Five files; the one in the middle is no image."""
+    bad = tmp_path / "notes.jpg"
+    bad.write_bytes(b"these are not pixels")
+    return [*paths[:2], bad, *paths[2:4]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_one_bad_image_of_five_loses_no_other_answer(
+    classifier, labels, spoiled, tmp_path, batch_size
+):
+    with pytest.raises(InvalidImages, match=r"1 of 5 inputs are not usable images") as caught:
+        classifier.predict(spoiled, batch_size=batch_size)
+    error = caught.value
+    assert list(error.errors) == [2]
+    assert error.errors[2].source == f"image 2 ({tmp_path / 'notes.jpg'})"
+    assert str(tmp_path / "notes.jpg") in str(error)
+    got = [answer and answer.label for answer in error.predictions]
+    assert got == [*labels[:2], None, *labels[2:4]]
+
+
+def test_errors_can_be_returned_in_place_of_answers(classifier, labels, spoiled):
+    answers = classifier.predict(spoiled, on_error="return")
+    assert isinstance(answers[2], ImageError)
+    del answers[2]
+    assert [answer.label for answer in answers] == labels[:4]
+    assert all(
+        isinstance(answer, ImageError)
+        for answer in classifier.predict([b"x"] * 5, batch_size=2, on_error="return")
+    )
+
+
+def test_a_single_bad_image_is_named_by_its_path(classifier, spoiled):
+    with pytest.raises(ImageError, match=re.escape(f"{spoiled[2]}: ")):
+        classifier.predict(spoiled[2])
+    with pytest.raises(ImageError, match=r"^image 0: "):
+        classifier.predict(b"x")
+    with pytest.raises(ImageError, match=re.escape(f"image 2 ({spoiled[2]}): ")):
+        classifier.embed(spoiled, batch_size=2)
+
+
+@pytest.mark.parametrize("image", [None, 7, np.zeros((8, 8, 3)), np.zeros((2, 2, 2, 2, 2))])
+def test_what_is_no_image_at_all_is_an_image_error_too(classifier, image):
+    with pytest.raises(ImageError):
+        classifier.predict(image)
+
+
+def test_a_file_that_does_not_exist_is_an_image_error(classifier, tmp_path):
+    with pytest.raises(ImageError, match=r"missing\.png"):
+        classifier.predict(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"on_error": "ignore"}, 'on_error must be "raise" or "return", got \'ignore\''),
+    ],
+)
+def test_impossible_arguments_are_refused(classifier, paths, arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        classifier.predict(paths, **arguments)
+
+
+def test_the_seed_is_a_parameter_of_the_model(bundle_of, classifier, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    default = classifier.logits(pixels)
+    path = bundle_of("torchscript", "fp32")
+    np.testing.assert_array_equal(Classifier(path, seed=0).logits(pixels), default)
+    other = Classifier(path, seed=1).logits(pixels)
+    np.testing.assert_array_equal(Classifier(path, seed=1).logits(pixels), other)
+    assert np.abs(other - default).max() > 0.01
+    assert (other.argmax(axis=1) == default.argmax(axis=1)).mean() > 0.8
+
+
+def test_two_backends_agree_on_every_label(bundle_of, classifier, digits):
+    images = sorted((digits / "test").glob("*.png"))[:100]
+    other = Classifier(bundle_of("onnxruntime", "fp32"))
+    got = [answer.label for answer in other.predict(images)]
+    assert got == [answer.label for answer in classifier.predict(images)]
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
+def test_eight_threads_get_the_answers_of_one(bundle_of, backend, paths):
+    classifier = Classifier(bundle_of(backend, "fp32"))
+    expected = [classifier.predict(path) for path in paths]
+
+    def work(start: int) -> list[tuple[int, Any]]:
+        places = [(start + i) % len(paths) for i in range(20)]
+        return [(place, classifier.predict(paths[place])) for place in places]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pair for pairs in pool.map(work, range(8)) for pair in pairs]
+    assert len(answers) == 160
+    assert all(answer == expected[place] for place, answer in answers)
+
+
+def test_repr_says_which_bundle_and_what_it_runs(classifier, bundle_of):
+    path = str(bundle_of("torchscript", "fp32"))
+    assert repr(classifier) == (
+        f"Classifier({path!r}: 10 classes, torchscript fp32, 100 ddpm steps)"
+    )
+
+
+def alter(**changes: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """A change of the golden answers."""
+
+    def change(bundle: Path) -> None:
+        file = bundle / "golden/answers.safetensors"
+        golden = load_file(file)
+        save_file(golden | {name: f(golden[name]) for name, f in changes.items()}, file)
+
+    return change
+
+
+def flip_two_labels(logits: np.ndarray) -> np.ndarray:
+    """The best label of two images a little below another: within the bound, but another label."""
+    logits = logits.copy()
+    for row in logits[:2]:
+        row[row.argsort()[-2]] = row.max() + np.float32(1e-3)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (alter(logits=lambda x: x + 3), r"golden logits differ by 3 \(bound"),
+        (alter(logits=lambda x: x * np.nan), r"golden logits differ by nan"),
+        (alter(logits=flip_two_labels), "2 of 8 labels differ"),
+        (alter(logits=lambda x: np.roll(x, 1, axis=0)), "[5-8] of 8 labels differ"),
+        (alter(pixels=lambda x: x + np.float32(0.1)), r"golden images differ by 0\.1 \(bound 0\.0"),
+        (alter(pixels=lambda x: x[::-1].copy()), "golden images differ by"),
+        (alter(pixels=lambda x: x * np.nan), "differ by nan"),
+    ],
+)
+def test_a_bundle_that_does_not_give_its_golden_answers_is_refused(
+    bundle_of, tmp_path, change, message
+):
+    copy = reseal(bundle_of("torchscript", "fp16"), tmp_path / "b", change)
+    with pytest.raises(SelfTestFailed, match=message) as caught:
+        Classifier(copy)
+    assert caught.value.exit_code == 5
+    text = str(caught.value)
+    assert re.search(r"Built for cpu \S+; running on \S+; versions that differ: none", text)
+    assert "marnet-export --backend torchscript --precision fp16" in text
+
+
+def test_a_refused_bundle_names_the_versions_that_differ(bundle_of, tmp_path):
+    original = bundle_of("torchscript", "fp16")
+    built_for = read_bundle(original).manifest.built_for
+    packages = built_for.packages | {"torch": "1.0", "python": "3.0", "unheard-of": "2"}
+    built_for = replace(built_for, machine="riscv64", packages=packages)
+    change = alter(logits=lambda x: -x)
+    copy = reseal(original, tmp_path / "b", change, built_for=built_for)
+    with pytest.raises(SelfTestFailed, match="Built for cpu riscv64") as caught:
+        Classifier(copy)
+    assert re.search(r"differ: (python 3.0|torch 1.0) \(here [^)]+\), ", str(caught.value))
+    assert "unheard-of" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "tensorrt"}, "'tensorrt' is unknown .*has onnxruntime, torchscript; upgrade"),
+        ({"preprocess": {"size": {"height": 16, "width": 16}}}, "answers do not fit .* preproc"),
+        ({"labels": ("a", "b")}, "golden answers do not fit the labels"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_payload_is_refused(bundle_of, tmp_path, changes, message):
+    copy = reseal(bundle_of("torchscript", "fp32"), tmp_path / "b", **changes)
+    with pytest.raises(MarnetError, match=message):
+        Classifier(copy)
+
+
+def test_a_bundle_without_its_plan_is_refused(bundle_of, tmp_path):
+    def drop(bundle: Path) -> None:
+        (bundle / "payload/plan.safetensors").unlink()
+
+    copy = reseal(bundle_of("torchscript", "fp32"), tmp_path / "b", drop)
+    with pytest.raises(BundleFormatError, match=r"lists no payload/plan\.safetensors"):
+        Classifier(copy)

@@ -1,0 +1,181 @@
+"""marnet-classify as it is typed, and as scripts read it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from marnet_sdk import Classifier
+from marnet_sdk.cli import main
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_of) -> str:
+    return str(bundle_of("torchscript", "fp16"))
+
+
+@pytest.fixture(scope="module")
+def images(digits: Path) -> list[str]:
+    return [str(path) for path in sorted((digits / "test").glob("*.png"))[:4]]
+
+
+@pytest.fixture(scope="module")
+def answers(bundle, images):
+    return Classifier(bundle).predict(images)
+
+
+@pytest.fixture
+def with_bad(images, tmp_path: Path) -> list[str]:
+    """The second of five files is no image."""
+    bad = tmp_path / "notes.png"
+    bad.write_text("not pixels")
+    return [images[0], str(bad), *images[1:]]
+
+
+def classify(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_a_table_names_image_label_and_score(bundle, images, answers):
+    result = classify(*images, "-m", bundle)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for image, answer in zip(images, answers, strict=True):
+        (line,) = [line for line in lines if image in line]
+        shown = one_line(line.replace(image, "")).split(" ")
+        assert shown[:2] == [answer.label, f"{answer.score:.2%}"]
+        second = answer.top[1]
+        assert f"{second.label} {second.score:.1%}, " in line
+    assert f"marnet-bench --batch 64 --model {bundle}" in one_line(result.stderr)
+
+
+def test_json_is_for_programs(bundle, images, answers):
+    result = classify(*images, "-m", bundle, "--format", "json", "--top-k", "3")
+    assert result.exit_code == 0
+    content = json.loads(result.stdout)
+    assert [entry["image"] for entry in content] == images
+    for entry, answer in zip(content, answers, strict=True):
+        assert entry["label"] == answer.label
+        assert entry["score"] == pytest.approx(answer.score, abs=1e-6)
+        assert [top["label"] for top in entry["top"]] == [top.label for top in answer.top[:3]]
+    assert result.stderr == ""
+
+
+def test_csv_has_a_header_and_a_line_for_each_rank(bundle, images, answers):
+    result = classify(*images, "-m", bundle, "--format", "csv", "--top-k", "2")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert result.stdout.startswith("image,rank,label,index,score,error\n")
+    assert len(rows) == 2 * len(images)
+    for row, answer in zip(rows[::2], answers, strict=True):
+        assert (row["rank"], row["label"], row["index"]) == ("1", answer.label, str(answer.index))
+        assert float(row["score"]) == pytest.approx(answer.score, abs=1e-5)
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_a_bad_file_loses_no_answer_and_exits_with_1(form, bundle, with_bad, answers):
+    result = classify(*with_bad, "-m", bundle, "--format", form, "--batch", "2", "--top-k", "1")
+    assert result.exit_code == 1
+    assert "1 of 5 images could not be used" in result.stderr
+    if form == "table":
+        lines = [line for line in result.stdout.splitlines() if ".png" in line]
+        labels = [line.split()[1] for line in lines]
+    elif form == "json":
+        content = json.loads(result.stdout)
+        assert content[1].keys() == {"image", "error"}
+        labels = [entry.get("label", "error") for entry in content]
+    else:
+        rows = list(csv.DictReader(io.StringIO(result.stdout)))
+        assert "image" in rows[1]["error"]
+        labels = [row["label"] or "error" for row in rows]
+    assert labels == [answers[0].label, "error", *(a.label for a in answers[1:])]
+
+
+def test_a_missing_file_is_reported_like_a_bad_one(bundle, images):
+    result = classify("missing.png", images[0], "-m", bundle, "--format", "json")
+    assert result.exit_code == 1
+    missing, present = json.loads(result.stdout)
+    assert "error" in missing
+    assert "label" in present
+
+
+def test_without_a_bundle_the_command_that_makes_one_is_shown(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = classify(images[0])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "no bundle under ./bundles" in one_line(result.stderr)
+    assert "marnet-export --precision fp16" in one_line(result.stderr)
+
+
+def test_the_newest_bundle_is_taken_and_named(bundle, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("newer.marnet", "older.marnet", ".unfinished")):
+        shutil.copytree(bundle, tmp_path / "bundles" / name)
+        os.utime(tmp_path / "bundles" / name, (1e9 - age, 1e9 - age))
+    os.utime(tmp_path / "bundles/.unfinished", (2e9, 2e9))
+    result = classify(images[0])
+    assert result.exit_code == 0
+    assert "model bundles/newer.marnet (the newest under ./bundles)" in one_line(result.stderr)
+
+
+def test_a_damaged_bundle_is_refused_in_one_line(bundle, images, tmp_path):
+    copy = tmp_path / "b"
+    shutil.copytree(bundle, copy)
+    with (copy / "payload/model.pt").open("ab") as file:
+        file.write(b"x")
+    result = classify(images[0], "-m", str(copy))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert "copy or export the bundle again" in one_line(result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+def test_another_seed_is_another_answer_and_the_same_seed_the_same(bundle, images):
+    def scores(*arguments: str) -> list[float]:
+        result = classify(*images, "-m", bundle, "--format", "json", *arguments)
+        return [entry["score"] for entry in json.loads(result.stdout)]
+
+    assert scores("--seed", "0") == scores()
+    assert scores("--seed", "1") == scores("--seed", "1")
+    assert scores("--seed", "1") != scores()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing argument 'IMAGES...'"),
+        (("x.png", "--format", "jsn"), "Did you mean 'json'?"),
+        (("x.png", "--top-k", "0"), "0 is not in the range x>=1"),
+        (("x.png", "--batch", "-1"), "-1 is not in the range x>=1"),
+        (("x.png", "-m", "nowhere"), "nowhere is not a directory, so it is not a bundle"),
+        (("x.png", "--modle", "x"), "No such option"),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_what_is_right(arguments, message):
+    result = classify(*arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result.stderr)
+
+
+def test_help_shows_an_example_and_the_exit_code():
+    text = one_line(classify("-h").stdout)
+    assert "marnet-classify photo.jpg" in text
+    assert "the exit code is 1" in text
+    assert "Default: the newest under ./bundles." in text
+
+
+def test_version_is_the_package_s():
+    from marnet_sdk import __version__
+
+    assert classify("--version").stdout.rstrip().endswith(f"version {__version__}")

@@ -1,0 +1,51 @@
+"""What importing the SDK costs a process that may never classify anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = (
+    "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "sklearn", "scipy", "rich",
+    "click", "marnet_train", "marnet_export", "marnet_bench",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import marnet_sdk",
+        "from marnet_sdk import Classifier, ImageError, InvalidImages, Prediction",
+        "import marnet_sdk.backends, marnet_sdk.bundle, marnet_sdk.trajectory",
+        "import marnet_sdk.backends.onnxruntime, marnet_sdk.backends.torchscript",
+    ],
+)
+def test_importing_the_sdk_imports_no_framework(code):
+    assert imported_by(code) == []
+
+
+def test_importing_the_commands_imports_no_framework_either():
+    """So that --help and a wrong flag answer at once."""
+    commands = ("marnet_sdk", "marnet_train", "marnet_export", "marnet_bench")
+    code = "import " + ", ".join(f"{package}.cli" for package in commands)
+    light = {"rich", "click", "marnet_train", "marnet_export", "marnet_bench"}
+    assert set(imported_by(code)) - light == set()
+
+
+def imported_by(code: str) -> list[str]:
+    """Which of the heavy packages a fresh process has after `code`."""
+    probe = f"{code}\nimport sys\nprint(*(name for name in {HEAVY} if name in sys.modules))"
+    command = [sys.executable, "-W", "error", "-c", probe]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def test_the_public_face_is_what_a_user_types():
+    import marnet_sdk
+
+    assert set(marnet_sdk.__all__) == {
+        "Classifier", "ImageError", "InvalidImages", "MarnetError", "Prediction", "Score",
+        "__version__",
+    }  # fmt: skip
+    assert all(hasattr(marnet_sdk, name) for name in marnet_sdk.__all__)

@@ -1,0 +1,239 @@
+"""Encoders: tiny ones of each family, pretrained folders, and descriptions that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerances import FLOAT32_LAYER
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from marnet_sdk.errors import RecipeError
+from marnet_train.models.backbones import (
+    TextEncoder,
+    VisionEncoder,
+    backbone_config,
+    load_backbone,
+)
+
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 16,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "vit": {"model_type": "vit", **_VIT},
+    "deit": {"model_type": "deit", **_VIT},
+    "dinov2": {"model_type": "dinov2", **_VIT},
+    "resnet": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 24],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
+    "swin": {
+        "model_type": "swin",
+        "image_size": 32,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    },
+    "convnext": {
+        "model_type": "convnext",
+        "hidden_sizes": [8, 24],
+        "depths": [1, 1],
+        "num_stages": 2,
+    },
+    "segformer": {  # a map [B, d, h, w] and no pooler
+        "model_type": "segformer",
+        "num_encoder_blocks": 2,
+        "hidden_sizes": [8, 24],
+        "depths": [1, 1],
+        "sr_ratios": [2, 1],
+        "patch_sizes": [3, 3],
+        "strides": [4, 2],
+        "num_attention_heads": [1, 2],
+        "mlp_ratios": [2, 2],
+    },
+}
+WIDTH = dict.fromkeys(("vit", "deit", "dinov2", "swin"), 16)
+WIDTH |= dict.fromkeys(("resnet", "convnext", "segformer"), 24)
+TEXT: dict[str, dict[str, Any]] = {
+    "bert": {
+        "model_type": "bert",
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": 30,
+        "dim": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "hidden_dim": 32,
+    },
+}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return load_backbone(description).eval()
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_a_vision_encoder_makes_one_vector_of_its_width_of_each_image(
+    name: str, pixels: Tensor
+) -> None:
+    encoder = VisionEncoder(build(VISION[name]))
+    whole = encoder(pixels)
+    assert encoder.dim == WIDTH[name]
+    assert whole.shape == (2, WIDTH[name])
+    torch.testing.assert_close(whole[1:], encoder(pixels[1:]), rtol=0, atol=FLOAT32_LAYER)
+    assert not torch.allclose(whole[0], whole[1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_vit_gives_its_class_token_after_the_final_layer_norm(pixels: Tensor) -> None:
+    backbone = build(VISION["vit"])
+    found = VisionEncoder(backbone)(pixels)
+    assert torch.equal(found, backbone(pixels).last_hidden_state[:, 0])
+    assert (
+        float(found.mean(dim=1).abs().max()) < FLOAT32_LAYER
+    )  # a layer norm that has not been trained
+
+
+@torch.no_grad()
+def test_resnet_gives_the_mean_over_its_last_map(pixels: Tensor) -> None:
+    backbone = build(VISION["resnet"])
+    by_hand = backbone(pixels).last_hidden_state.mean(dim=(2, 3))
+    found = VisionEncoder(backbone)(pixels)
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=FLOAT32_LAYER)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_no_untrained_pooler_is_built(name: str) -> None:
+    names = [key for key, _ in build(VISION[name]).named_parameters()]
+    assert not [key for key in names if "pooler" in key]
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_a_text_encoder_gives_the_masked_mean_of_its_tokens(name: str) -> None:
+    backbone = build(TEXT[name])
+    ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    found = TextEncoder(backbone)(ids, mask)
+    hidden = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    by_hand = torch.stack([hidden[0].mean(dim=0), hidden[1, :3].mean(dim=0)])
+    assert found.shape == (2, 16)
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=FLOAT32_LAYER)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_padding_does_not_change_a_text(name: str) -> None:
+    encoder = TextEncoder(build(TEXT[name]))
+    short = encoder(torch.tensor([[2, 7, 3]]), torch.ones(1, 3, dtype=torch.long))
+    padded = encoder(torch.tensor([[2, 7, 3, 0, 9]]), torch.tensor([[1, 1, 1, 0, 0]]))
+    torch.testing.assert_close(short, padded, rtol=0, atol=FLOAT32_LAYER)
+
+
+@torch.no_grad()
+def test_a_text_without_any_token_is_zeros_not_nan() -> None:
+    encoder = TextEncoder(build(TEXT["bert"]))
+    found = encoder(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long))
+    assert torch.equal(found, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+@torch.no_grad()
+def test_a_pretrained_folder_is_loaded_with_its_weights(
+    name: str, pixels: Tensor, tmp_path: Path
+) -> None:
+    original = build(VISION[name])
+    original.save_pretrained(tmp_path)
+    again = load_backbone({"pretrained": str(tmp_path)}).eval()
+    assert torch.equal(VisionEncoder(again)(pixels), VisionEncoder(original)(pixels))
+
+
+@torch.no_grad()
+def test_a_pretrained_text_folder_is_loaded_with_its_weights(tmp_path: Path) -> None:
+    original = build(TEXT["bert"])
+    original.save_pretrained(tmp_path)
+    again = load_backbone({"pretrained": str(tmp_path)}).eval()
+    ids, mask = torch.tensor([[2, 5, 3]]), torch.ones(1, 3, dtype=torch.long)
+    assert torch.equal(TextEncoder(again)(ids, mask), TextEncoder(original)(ids, mask))
+
+
+def test_a_pretrained_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:
+    model = build(VISION["vit"])
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    AutoModel.from_pretrained(tmp_path)  # transformers alone would read it
+    with pytest.raises(RecipeError, match=r"no file named model\.safetensors"):
+        load_backbone({"pretrained": str(tmp_path)})
+
+
+def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None:
+    build(VISION["vit"]).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not a pickle at all")
+    load_backbone({"pretrained": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"model_type": "vitt"}, "encoder .*vitt.*Unrecognized model identifier: vitt"),
+        ({"hidden_size": 16}, r"an encoder needs model_type = .* got \[\'hidden_size\'\]"),
+        ({}, r'or pretrained = "\.\.\.", got \[\]'),
+        ({"model_type": "bert", "hidden_size": "wide"}, "hidden_size.*expected int, got str"),
+        ({**TEXT["bert"], "hidden_size": 15}, "15.* not a multiple of the number of attention"),
+        ({"model_type": "resnet", "layer_type": "odd"}, "layer_type=odd is not one of"),
+    ],
+)
+def test_a_description_that_makes_no_encoder_is_refused(
+    description: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){message}"):
+        load_backbone(description)
+
+
+def test_a_pretrained_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"encoder .*{tmp_path}"):
+        backbone_config({"pretrained": str(tmp_path / "nowhere")})
+
+
+def test_code_that_comes_with_weights_is_never_run(tmp_path: Path) -> None:
+    build(VISION["vit"]).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"has only revision, got \['trust_remote_code'\]"):
+        load_backbone({"pretrained": str(tmp_path), "trust_remote_code": True})
+
+
+def test_an_encoder_that_hides_random_patches_is_refused() -> None:
+    backbone = build({"model_type": "vit_mae", **_VIT})
+    with pytest.raises(RecipeError, match="hides random patches"):
+        VisionEncoder(backbone)
+
+
+def test_an_encoder_of_unknown_width_is_refused() -> None:
+    backbone = build({"model_type": "mobilenet_v2", "depth_multiplier": 0.35, "image_size": 32})
+    with pytest.raises(RecipeError, match="cannot tell the feature width of a 'mobilenet_v2'"):
+        VisionEncoder(backbone)

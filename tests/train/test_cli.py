@@ -1,0 +1,228 @@
+"""marnet-train as a user types it: help, near misses, the three commands, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from marnet_train.cli import main
+from marnet_train.data.imagefolder import read_image_folder, read_split, write_split
+
+TINY = """
+dim = 8
+hidden = 16
+time_dim = 4
+[image]
+size = { height = 8, width = 8 }
+[vision]
+model_type = "resnet"
+embedding_size = 4
+hidden_sizes = [4, 8]
+depths = [1, 1]
+layer_type = "basic"
+[text]
+model_type = "bert"
+hidden_size = 8
+num_hidden_layers = 1
+num_attention_heads = 2
+intermediate_size = 16
+[schedule]
+steps = 5
+[alignment]
+epochs = 1
+[refinement]
+epochs = 1
+views = 1
+[fusion_phase]
+epochs = 1
+draws = 1
+"""
+# What a machine without the train extra looks like.
+WITHOUT_TORCH = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from marnet_train.cli import main
+main()
+"""
+
+
+def marnet_train(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def without_torch(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    for split, count in {"train": 60, "val": 30, "test": 40}.items():
+        rows = read_split(digits / split, needs_text=True)[:count]
+        write_split(
+            folder / split, ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows)
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> tuple[Path, Result]:
+    """The checkpoint and what the command that made it said."""
+    recipe = data.parent / "tiny.toml"
+    recipe.write_text(TINY)
+    out = data.parent / "runs" / "tiny"
+    return out, marnet_train("fit", "--data", data, "--recipe", recipe, "--out", out)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_the_commands(flag: str) -> None:
+    result = marnet_train(flag)
+    assert result.exit_code == 0
+    for command in ("data", "fit", "evaluate"):
+        assert f"\n  {command} " in result.stdout
+    assert "marnet-train fit --data data/digits --recipe digits" in result.stdout
+
+
+def test_every_command_explains_its_options() -> None:
+    assert "--recipe" in marnet_train("fit", "-h").stdout
+    assert "--split" in marnet_train("evaluate", "-h").stdout
+    assert "digits" in marnet_train("data", "-h").stdout
+
+
+def test_a_data_set_is_written_and_the_next_command_named(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "digits"
+    result = marnet_train("data", "digits", "--out", out, "--seed", "1")
+    assert result.exit_code == 0, result.output
+    written, usual = (read_image_folder(root).splits["test"] for root in (out, digits))
+    assert len(written) == 270
+    assert {e.image.name for e in written} != {e.image.name for e in usual}  # seed 0
+    assert f"marnet-train fit --data {out} --recipe digits" in result.stderr
+    assert result.stdout == ""
+    again = marnet_train("data", "digits", "--out", out)
+    assert again.exit_code == 2
+    assert "already exists; choose another output or pass --force" in again.stderr
+
+
+def test_fit_writes_a_checkpoint_and_says_how_good_it_is(trained: tuple[Path, Result]) -> None:
+    out, result = trained
+    assert result.exit_code == 0, result.output
+    assert (out / "model.safetensors").is_file()
+    for branch in ("baseline", "alignment", "refined", "marnet"):
+        assert f"\n{branch} " in f"\n{result.stderr}"
+    assert f"marnet-export --checkpoint {out}" in result.stderr
+    assert result.stdout == ""
+    assert (out / "samples").is_dir()
+    assert json.loads((out / "training.json").read_text())["seed"] == 0
+
+
+def test_fit_replaces_a_checkpoint_only_when_forced_to(
+    trained: tuple[Path, Result], data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    words = ("fit", "--data", data, "--recipe", data.parent / "tiny.toml", "--out", out)
+    refused = marnet_train(*words, "--seed", "3")
+    assert refused.exit_code == 2
+    assert "already exists; choose another output or pass --force" in refused.stderr
+    assert json.loads((out / "training.json").read_text())["seed"] == 0
+    forced = marnet_train(*words, "--seed", "3", "--no-samples", "--force")
+    assert forced.exit_code == 0, forced.output
+    assert json.loads((out / "training.json").read_text())["seed"] == 3
+    assert not (out / "samples").exists()
+
+
+def test_evaluate_takes_the_newest_checkpoint_and_prints_a_table(
+    trained: tuple[Path, Result], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = trained
+    monkeypatch.chdir(out.parent.parent)
+    result = marnet_train("evaluate", "--data", data, "--split", "val")
+    assert result.exit_code == 0, result.output
+    assert "checkpoint runs/tiny" in result.stderr
+    assert "val: 30 images" in result.stdout
+    for branch in ("alignment", "refined", "marnet"):
+        assert f"\n {branch} " in result.stdout or f"\n{branch} " in result.stdout
+
+
+def test_evaluate_without_any_checkpoint_names_the_command_that_makes_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = marnet_train("evaluate", "--data", data)
+    assert result.exit_code == 2
+    assert "marnet-train fit --data DATA" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("data", "digts"), "No such command 'digts'. Did you mean 'digits'?"),
+        (("evalute",), "No such command 'evalute'. Did you mean 'evaluate'?"),
+        (("zzzz",), "No such command 'zzzz'."),
+        (("fit", "--data", "x", "--out", "y"), "Missing option '--recipe'"),
+        (("data", "digits"), "Missing option '--out'"),
+        (("data", "digits", "--out", "x", "--seed", "one"), "'one' is not a valid integer"),
+        (("fit", "--dat", "x"), "No such option"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_what_was_wrong(
+    words: tuple[str, ...], said: str
+) -> None:
+    result = marnet_train(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_errors_of_ours_are_one_line_and_no_traceback(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unknown = marnet_train("fit", "--data", data, "--recipe", "digts", "--out", out)
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("Error: no recipe 'digts' (did you mean 'digits'?)")
+    absent = marnet_train("fit", "--data", tmp_path / "no", "--recipe", "digits", "--out", out)
+    assert absent.exit_code == 2
+    assert "no: no such folder; expected one that holds train/ and val/" in absent.stderr
+    empty = marnet_train("fit", "--data", tmp_path, "--recipe", "digits", "--out", out)
+    assert empty.exit_code == 1  # the data is at fault, not the command line
+    assert "no train/ folder" in empty.stderr
+    assert not out.exists()
+
+
+def test_a_device_that_is_not_there_ends_with_5(data: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(TINY)
+    words = ("fit", "--data", data, "--recipe", recipe, "--out", tmp_path / "out")
+    assert marnet_train(*words, "--device", "cuda").exit_code == 5
+    assert marnet_train(*words, "--device", "gpu").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_a_missing_extra_ends_with_5_and_the_pip_line(command: str, tmp_path: Path) -> None:
+    more = ["--recipe", "digits", "--out", str(tmp_path / "out")] if command == "fit" else []
+    result = without_torch(command, "--data", str(tmp_path), *more)
+    assert result.returncode == 5
+    assert 'the package "torch" is not installed; run: pip install "marnet[train]"' in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_needs_no_extra() -> None:
+    result = without_torch("fit", "--help")
+    assert result.returncode == 0
+    assert "--recipe" in result.stdout

@@ -1,0 +1,156 @@
+"""Recipes: those of the package, files, and everything that is refused with a useful sentence."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from marnet_sdk.errors import RecipeError
+from marnet_train.recipe import Augment, Recipe, load_recipe, recipe_names
+
+ENCODERS = '[vision]\nmodel_type = "vit"\n[text]\nmodel_type = "bert"\n'
+
+
+def read(folder: Path, text: str | bytes) -> Recipe:
+    path = folder / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return load_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_is_read(name: str) -> None:
+    recipe = load_recipe(name)
+    assert json.loads(json.dumps(recipe.to_dict()))["schedule"]["steps"] == 100
+    assert set(recipe.vision) & {"model_type", "pretrained"}
+    assert set(recipe.text) & {"model_type", "pretrained"}
+
+
+def test_the_package_has_a_small_recipe_and_the_papers() -> None:
+    assert recipe_names() == ["digits", "vit_b16_bert"]
+    paper = load_recipe("vit_b16_bert")
+    assert paper.vision == {"pretrained": "google/vit-base-patch16-224-in21k"}
+    assert (paper.dim, paper.hidden, paper.time_dim) == (768, 1024, 64)
+    assert (paper.alignment.temperature, paper.alignment.ita_weight) == (0.07, 0.5)
+
+
+def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
+    recipe = read(tmp_path, f"dim = 32\n{ENCODERS}[schedule]\nsteps = 7\n[augment]\nflip = true\n")
+    assert recipe.dim == 32
+    assert recipe.vision == {"model_type": "vit"}
+    assert recipe.schedule.steps == 7
+    assert recipe.schedule.max_beta == 0.999
+    assert recipe.augment == Augment(flip=True)
+    assert recipe.alignment.epochs == 10
+
+
+def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
+    lr = read(tmp_path, f"{ENCODERS}[refinement]\nlr = 1\n").refinement.lr
+    assert (lr, type(lr)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"hiden = 3\n{ENCODERS}", r"mine\.toml: unknown setting 'hiden' \(did you mean 'hidden'"),
+        (
+            f"{ENCODERS}[alignment]\nepoch = 3\n",
+            r"mine\.toml: alignment: unknown setting 'epoch' \(did you mean 'epochs'\?\)",
+        ),
+        (f"qqqq = 3\n{ENCODERS}", r"unknown setting 'qqqq'$"),
+        ('[vision]\nmodel_type = "vit"\n', "mine.toml: the setting 'text' is missing"),
+        ("", "the setting 'vision' is missing"),
+        (f'dim = "64"\n{ENCODERS}', "dim must be int, got '64'"),
+        (f"dim = 64.0\n{ENCODERS}", "dim must be int, got 64.0"),
+        (f"dim = true\n{ENCODERS}", "dim must be int, got True"),
+        (f"{ENCODERS}[refinement]\nlr = true\n", "lr must be float, got True"),
+        (f"fusion = 3\n{ENCODERS}", "fusion must be str, got 3"),
+        (f"{ENCODERS}[augment]\nflip = 1\n", "augment: flip must be bool, got 1"),
+        (f"schedule = 100\n{ENCODERS}", "schedule must be a table, got 100"),
+        (f"{ENCODERS}[[alignment]]\nepochs = 1\n", "alignment must be a table, got "),
+        ('vision = "vit"\ntext = "bert"\n', "vision must be a table, got 'vit'"),
+        (f"image = 224\n{ENCODERS}", "image must be a table, got 224"),
+        (f"dim = 0\n{ENCODERS}", "dim must be finite and at least 1, got 0"),
+        (f"{ENCODERS}[refinement]\nviews = 0\n", "views must be finite and at least 1, got 0"),
+        (f"{ENCODERS}[refinement]\nlr = nan\n", "lr must be finite and at least 0, got nan"),
+        (f"{ENCODERS}[augment]\nrotate = inf\n", "rotate must be finite and at least 0, got inf"),
+        (f"{ENCODERS}[alignment]\nlr_heads = -1e-3\n", "lr_heads must be finite and at least 0"),
+        (f'{ENCODERS}[schedule]\nkind = "line"\n', "mine.toml: schedule: schedule kind 'line' is"),
+        (f"{ENCODERS}[schedule]\nmax_beta = 1\n", "0 < max_beta < 1, got .* max_beta 1.0"),
+        ("dim = \n", r"mine\.toml: not valid TOML: .*line 1"),
+        (b"\xff\xfe\x00d", "not valid TOML: .*utf-8"),
+        ("dim = " + "9" * 5000, "not valid TOML: .*4300 digits"),
+        ("x = " + "[" * 5000, "not valid TOML: .*recursion"),
+    ],
+)
+def test_a_faulty_recipe_is_refused_with_the_place_and_the_fault(
+    text: str | bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path, text)
+
+
+def test_an_unknown_name_gets_the_nearest_one() -> None:
+    with pytest.raises(RecipeError, match=r"'digts' \(did you mean 'digits'\?\); the package has"):
+        load_recipe("digts")
+
+
+def test_a_file_that_is_not_there_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe .*nowhere\.toml.* path of a \.toml file"):
+        load_recipe(str(tmp_path / "nowhere.toml"))
+
+
+def test_only_files_that_end_in_toml_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(ENCODERS)
+    with pytest.raises(RecipeError, match="no recipe"):
+        load_recipe(str(path))
+
+
+KEYS = st.sampled_from(["steps", "kind", "offset", "epochs", "lr_text", "flip"]) | st.text()
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.integers() | st.floats() | st.booleans() | st.text(max_size=5) | st.just({}),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=2),
+    max_leaves=4,
+)
+NAMES = st.sampled_from(["vision", "text", "dim", "image", "schedule", "alignment", "augment"])
+
+
+@given(st.text(max_size=60) | st.text("[]=.\"'{}\n# dimvsoext0123", max_size=60))
+@example("[vision]\n[text]\n")
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_text_is_a_recipe_or_a_recipe_error(tmp_path: Path, text: str) -> None:
+    with suppress(RecipeError):
+        assert isinstance(read(tmp_path, text), Recipe)
+
+
+@given(st.dictionaries(NAMES, VALUES, max_size=5))
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_values_are_a_recipe_or_a_recipe_error(tmp_path: Path, content: dict[str, Any]) -> None:
+    """Well-formed TOML, so that the checks behind the parser are reached."""
+    lines = [f"{key} = {toml(value)}" for key, value in content.items()]
+    try:
+        recipe = read(tmp_path, "\n".join(lines))
+    except RecipeError:
+        return
+    assert isinstance(recipe.vision, dict)
+    assert isinstance(recipe.text, dict)
+    assert isinstance(recipe.dim, int)
+
+
+def toml(value: Any) -> str:
+    """JSON spells most values as TOML does."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")

@@ -30,7 +30,8 @@ _VIT = {
 VISION: dict[str, dict[str, Any]] = {
     "vit": {"model_type": "vit", **_VIT},
     "deit": {"model_type": "deit", **_VIT},
-    "dinov2": {"model_type": "dinov2", **_VIT},
+    "dinov2": {"model_type": "dinov2"}
+    | {key: value for key, value in _VIT.items() if key != "intermediate_size"},
     "resnet": {
         "model_type": "resnet",
         "embedding_size": 8,
@@ -237,3 +238,9 @@ def test_an_encoder_of_unknown_width_is_refused() -> None:
     backbone = build({"model_type": "mobilenet_v2", "depth_multiplier": 0.35, "image_size": 32})
     with pytest.raises(RecipeError, match="cannot tell the feature width of a 'mobilenet_v2'"):
         VisionEncoder(backbone)
+
+
+def test_a_misspelt_setting_of_an_encoder_is_refused_with_the_nearest_name():
+    # transformers keeps keys that it does not know and builds its default, 768 wide.
+    with pytest.raises(RecipeError, match="vit encoder: unknown setting 'hiden_size'.*hidden_size"):
+        load_backbone({"model_type": "vit", "hiden_size": 64})

@@ -177,6 +177,11 @@ def test_evaluate_without_any_checkpoint_names_the_command_that_makes_one(
         (("data", "digits"), "Missing option '--out'"),
         (("data", "digits", "--out", "x", "--seed", "one"), "'one' is not a valid integer"),
         (("fit", "--dat", "x"), "No such option"),
+        (("data", "digits", "--out", "x", "--seed", "-1"), "-1 is not in the range"),
+        (
+            ("fit", "--data", "x", "--recipe", "digits", "--out", "y", "--seed", "-1"),
+            "-1 is not in",
+        ),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_what_was_wrong(

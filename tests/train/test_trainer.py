@@ -303,3 +303,14 @@ def test_the_loaded_model_answers_without_text(run: Path) -> None:
     assert loaded.labels == tuple("0123456789")
     assert loaded.preprocess.output_shape == (3, 8, 8)
     assert loaded.training["recipe"] == "tiny"
+
+
+def test_a_misspelt_image_setting_is_refused_with_the_nearest_name(digits, quick_recipe, tmp_path):
+    recipe = replace(quick_recipe, image=quick_recipe.image | {"image_stdd": [1, 1, 1]})
+    with pytest.raises(RecipeError, match=r"\[image\]: unknown setting 'image_stdd'.*image_std"):
+        fit(digits, recipe, tmp_path / "run")
+
+
+def test_texts_longer_than_the_encoder_can_take_are_refused(digits, quick_recipe, tmp_path):
+    with pytest.raises(RecipeError, match="max_tokens is 65, .* max_position_embeddings = 64"):
+        fit(digits, replace(quick_recipe, max_tokens=65), tmp_path / "run")

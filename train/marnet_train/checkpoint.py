@@ -64,7 +64,7 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     """
     if (found := newest(runs, is_checkpoint)) is None:
         raise NotFound(
-            f"no checkpoint under ./{runs}; train one with: marnet-train fit "
+            f"no checkpoint under {runs}/; train one with: marnet-train fit "
             "--data DATA --recipe digits --out runs/NAME, or name one with --checkpoint"
         )
     return found

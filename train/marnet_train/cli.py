@@ -11,6 +11,7 @@ from marnet_sdk.errors import requires_extra
 
 _NEEDS = ("train", "torch", "transformers", "tokenizers", "sklearn")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+_SEED = click.IntRange(0, 2**32 - 1)  # what scikit-learn and NumPy take
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,7 +37,7 @@ def data() -> None:
 
 @data.command()
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the split.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the split.")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 def digits(out: Path, seed: int, force: bool) -> None:
     """scikit-learn's 1,797 handwritten digits (8 x 8 pixels), each with a description."""
@@ -51,7 +52,7 @@ def digits(out: Path, seed: int, force: bool) -> None:
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
 @click.option("--recipe", required=True, help="Name of a recipe (digits, vit_b16_bert) or a .toml.")
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Checkpoint folder to write.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same weights.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Same seed, same weights.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--no-samples", is_flag=True, help="Leave the validation images out of the result.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint if it exists.")

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from marnet_sdk.console import say
+from marnet_sdk.console import nearest, say
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.files import atomic_directory
@@ -127,13 +127,14 @@ def _train_both(
     log: Logger,
 ) -> tuple[MARNet, dict[str, Any]]:
     """The image-only baseline, then MARNet from the same initial weights; and both's metrics."""
+    # Built first: what is wrong with a recipe should show before every image has been decoded.
+    baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
     training_set = _training_set(folder, preprocess, tokenizer, recipe)
     stores = {
         split: PixelStore(examples, preprocess, split)
         for split, examples in folder.splits.items()
         if split != "train"
     }
-    baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
     train_baseline(baseline, training_set, recipe, seed, log)
     metrics = {"baseline": _evaluate_baseline(baseline, folder, stores)}
     say(_line("baseline", metrics["baseline"]))
@@ -204,21 +205,25 @@ def pick_device(name: str) -> torch.device:
 
 
 def _tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:
-    if "pretrained" in recipe.text:
-        settings = {k: v for k, v in recipe.text.items() if k != "pretrained"}
-        return load_tokenizer(recipe.text["pretrained"], **settings)
-    limit = backbone_config(recipe.text).max_position_embeddings
+    limit = getattr(backbone_config(recipe.text), "max_position_embeddings", recipe.max_tokens)
     if recipe.max_tokens > limit:
         raise RecipeError(
             f"max_tokens is {recipe.max_tokens}, but the text encoder has "
             f"max_position_embeddings = {limit}"
         )
+    if "pretrained" in recipe.text:
+        settings = {k: v for k, v in recipe.text.items() if k != "pretrained"}
+        return load_tokenizer(recipe.text["pretrained"], **settings)
     return train_tokenizer(example.text or "" for example in folder.splits["train"])
 
 
 def _preprocess(recipe: Recipe) -> Preprocess:
     if recipe.image is not None:
-        return Preprocess.from_dict(recipe.image)
+        preprocess = Preprocess.from_dict(recipe.image)
+        known = {*preprocess.to_dict(), "crop_size"}
+        for key in sorted(set(recipe.image) - known):
+            raise RecipeError(f"[image]: unknown setting {key!r}.{nearest(key, sorted(known))}")
+        return preprocess
     if "pretrained" not in recipe.vision:
         raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
     settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from marnet_sdk.console import nearest
 from marnet_sdk.errors import RecipeError
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
@@ -57,8 +58,19 @@ def _described(description: dict[str, Any]) -> Iterator[None]:
 
 
 def load_backbone(description: dict[str, Any]) -> nn.Module:
-    """Build an encoder from a description: pretrained weights if it names them, else fresh ones."""
+    """Build an encoder from a description: pretrained weights if it names them, else fresh ones.
+
+    Raises:
+        RecipeError: also for a setting that this kind of encoder does not have: transformers would
+            keep it, unused, and build the default instead.
+    """
     config = backbone_config(description)
+    if "pretrained" not in description:
+        defaults = type(config)()
+        known = {*defaults.to_dict(), *defaults.attribute_map, "model_type"}
+        for key in sorted(set(description) - known):
+            near = nearest(key, sorted(known))
+            raise RecipeError(f"{config.model_type} encoder: unknown setting {key!r}.{near}")
     settings = {k: v for k, v in description.items() if k != "pretrained"}
     with _described(description):
         if "pretrained" not in description:

@@ -312,5 +312,5 @@ def test_a_misspelt_image_setting_is_refused_with_the_nearest_name(digits, quick
 
 
 def test_texts_longer_than_the_encoder_can_take_are_refused(digits, quick_recipe, tmp_path):
-    with pytest.raises(RecipeError, match="max_tokens is 65, .* max_position_embeddings = 64"):
+    with pytest.raises(RecipeError, match=r"max_tokens is 65, .* max_position_embeddings = 64"):
         fit(digits, replace(quick_recipe, max_tokens=65), tmp_path / "run")

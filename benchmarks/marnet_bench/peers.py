@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
         if is_checkpoint(folder) and checkpoint_hash(folder) == sha256:
             return folder
     raise NotFound(
-        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is not under ./{runs}; "
+        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is not under {os.path.join('.', runs)}; "
         "name it with --checkpoint, or measure the bundle alone with --no-peer"
     )
 

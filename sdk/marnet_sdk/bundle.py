@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -111,7 +112,7 @@ def newest_bundle(folder: Path = Path("bundles")) -> Path:
     """
     if (found := newest(folder, is_bundle)) is None:
         raise NotFound(
-            f"no bundle under ./{folder}; make one from the newest checkpoint with: "
+            f"no bundle under {os.path.join('.', folder)}; make one from the newest checkpoint with: "
             "marnet-export --precision fp16, or name one with --model"
         )
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from marnet_bench.cli import main
@@ -24,9 +25,12 @@ def bundle(bundle_of) -> str:
 
 
 @pytest.fixture
-def workplace(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Holds the bundle's checkpoint, under another name."""
+def workplace(
+    bundle: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Holds the bundle and its checkpoint, both under other names."""
     shutil.copytree(checkpoint, tmp_path / "runs/renamed")
+    shutil.copytree(bundle, tmp_path / "bundles/mine")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -85,9 +89,10 @@ def test_speed_ups_are_ratios_of_medians_with_an_interval(report):
         assert ratio["over"] == "plain PyTorch"
 
 
-def test_json_can_be_written_beside_the_table(bundle, workplace):
-    result = bench("--batch", "2", "-m", bundle, "-o", "deep/er/report.json", *SHORT)
+def test_json_of_the_newest_bundle_can_be_written_beside_the_table(workplace):
+    result = bench("--batch", "2", "-o", "deep/er/report.json", *SHORT)
     assert result.exit_code == 0, result.stderr
+    assert "model bundles/mine (the newest" in one_line(result.stderr)
     content = json.loads((workplace / "deep/er/report.json").read_text())
     assert content["batch"] == 2
     assert len(content["lines"]) == 4  # the checkpoint was found by its content
@@ -135,6 +140,16 @@ def test_a_bundle_can_be_measured_alone_and_needs_no_checkpoint(bundle, tmp_path
     assert content["accuracy"] is None
 
 
+def test_the_number_of_threads_holds_for_bundle_and_peer(bundle, checkpoint):
+    before = torch.get_num_threads()
+    try:
+        chosen = ("--checkpoint", str(checkpoint), "--threads", "1", "--format", "json")
+        assert bench("-m", bundle, *chosen, *SHORT).exit_code == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_a_bundle_the_command_that_makes_one_is_shown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = bench("--batch", "64")
@@ -179,7 +194,7 @@ def test_wrong_use_exits_with_2_and_says_what_is_right(arguments, message):
 def test_help_shows_the_usual_command():
     text = one_line(bench("--help").stdout)
     assert "marnet-bench --batch 64" in text
-    assert "Default: the newest under ./bundles." in text
+    assert "Default: the newest" in text
 
 
 @pytest.mark.parametrize("count", [1, 8, 20])

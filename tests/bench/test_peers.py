@@ -65,5 +65,5 @@ def test_the_checkpoint_is_found_by_content_whatever_it_is_called(checkpoint, ot
 
 
 def test_without_runs_the_way_out_is_named(tmp_path):
-    with pytest.raises(NotFound, match=r"SHA-256 abcdef012345\.\.\.\) is not under"):
+    with pytest.raises(NotFound, match=r"SHA-256 abcdef012345\.\.\.\) is not"):
         find_checkpoint("abcdef0123456789", tmp_path / "absent")

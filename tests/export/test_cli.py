@@ -44,7 +44,7 @@ def test_the_newest_checkpoint_becomes_a_bundle_named_after_it(workplace):
     assert result.stdout == ""
     assert [entry.name for entry in Path("bundles").iterdir()] == ["newer-torchscript-fp16.marnet"]
     said = one_line(result.stderr)
-    assert "checkpoint runs/newer (the newest under ./runs)" in said
+    assert "checkpoint runs/newer (the newest" in said
     assert "fp16: weights stored in fp16, products computed in fp32, because" in said
     assert "verified on 270 images: top-1 agreement" in said
     assert "wrote bundles/newer-torchscript-fp16.marnet" in said
@@ -154,7 +154,7 @@ def test_without_a_checkpoint_the_command_that_trains_one_is_shown(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     result = export("--precision", "fp16")
     assert result.exit_code == 2
-    assert "no checkpoint under ./runs; train one with: marnet-train fit" in one_line(result.stderr)
+    assert "train one with: marnet-train fit" in one_line(result.stderr)
 
 
 def test_help_shows_the_usual_command_and_the_defaults():

@@ -242,5 +242,5 @@ def test_an_encoder_of_unknown_width_is_refused() -> None:
 
 def test_a_misspelt_setting_of_an_encoder_is_refused_with_the_nearest_name():
     # transformers keeps keys that it does not know and builds its default, 768 wide.
-    with pytest.raises(RecipeError, match=r"vit encoder: unknown setting 'hiden_size'.*hidden_size"):
+    with pytest.raises(RecipeError, match=r"vit encoder: .*'hiden_size'.*hidden_size"):
         load_backbone({"model_type": "vit", "hiden_size": 64})

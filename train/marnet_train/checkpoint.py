@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     """
     if (found := newest(runs, is_checkpoint)) is None:
         raise NotFound(
-            f"no checkpoint under {runs}/; train one with: marnet-train fit "
+            f"no checkpoint under {os.path.join('.', runs)}; train one with: marnet-train fit "
             "--data DATA --recipe digits --out runs/NAME, or name one with --checkpoint"
         )
     return found

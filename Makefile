@@ -23,15 +23,16 @@ help:
 
 setup: .venv/.installed
 
-.venv/bin/python:
+.venv/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "marnet needs Python 3.11 or newer; name one with: make setup PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	  || { echo "this python3 cannot make virtual environments; on Debian and Ubuntu run:"; \
 	       echo "  sudo apt install python3-venv"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
 
-.venv/.torch: .venv/bin/python constraints.txt
+.venv/.torch: .venv/.created constraints.txt
 	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 

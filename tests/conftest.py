@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before anything imports torch, whose libgomp reads it once: its threads spin by default, and
+# where another process holds a core, tests then take up to 50 times longer.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -34,10 +34,10 @@ def test_every_block_of_the_readme_runs_in_order(tmp_path: Path) -> None:
     outputs = [_run(kind, text, tmp_path) for kind, text in blocks]
     main_job, program, portable = outputs
     assert "data/digits/test/0010.png  0 " in re.sub(r" {2,}", "  ", main_job)
-    assert "torchscript fp16" in main_job
-    assert "plain PyTorch" in main_job
+    assert "digits-torchscript-fp16.marnet: batch 64" in main_job
+    assert "MARNet, PyTorch" in main_job
     assert program.startswith("0 0.9")
-    assert "onnxruntime fp16" in portable
+    assert "digits-onnxruntime-fp16.marnet: batch 1," in portable
     written = {path.name for path in (tmp_path / "bundles").iterdir()}
     assert written == {"digits-torchscript-fp16.marnet", "digits-onnxruntime-fp16.marnet"}
 

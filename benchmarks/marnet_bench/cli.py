@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -68,25 +69,22 @@ def main(
     logits. The images are the bundle's own golden ones, repeated. Speed-ups are ratios of medians
     with a 95 % bootstrap interval.
     """
-    with requires_extra("bench", "torch", "transformers", "tokenizers", "psutil"):
-        import torch
-
-        from marnet_bench.peers import find_checkpoint, load_peer
+    with requires_extra("bench", "psutil"):
         from marnet_bench.report import print_report
         from marnet_bench.scenarios import run_batches
         from marnet_sdk.classifier import Classifier
     if model is None:
         model = newest_bundle()
         say(f"model {model} (the newest under ./bundles)")
-    if threads is not None:
-        torch.set_num_threads(threads)
     classifier = Classifier(model, threads=threads)
     manifest = classifier.bundle.manifest
     peer, accuracy = None, None
     if not no_peer:
+        with requires_extra("bench", "torch", "transformers", "tokenizers"):
+            from marnet_bench.peers import find_checkpoint, load_peer, measured_accuracy
         path = checkpoint or find_checkpoint(manifest.checkpoint_sha256)
-        loaded, peer = load_peer(path, manifest)
-        accuracy = loaded.training.get("metrics")
+        loaded, peer = load_peer(path, manifest, threads)
+        accuracy = measured_accuracy(loaded.training, manifest.sampling)
     report = run_batches(
         classifier, peer, batch=batch, warmup=warmup, duration=duration, accuracy=accuracy
     )
@@ -106,6 +104,6 @@ def main(
         )
     if form == "table":
         next_commands(
-            f"marnet-bench --batch 1 --model {model}",
+            f"marnet-bench --batch 1 --model {shlex.quote(str(model))}",
             "marnet-export --backend onnxruntime --precision fp16",
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from marnet_sdk.console import print_table, say
 
+STEADY = 0.2  # drift of the medians from which a run is called unsteady
 COLUMNS = ("model", "top-1", "top-5", "agree", "from", "p50 ms", "p90", "p99", "images/s", "x")
 
 
@@ -13,9 +14,8 @@ def print_report(report: dict[str, Any]) -> None:
     """Print what `scenarios.run_batches` measured."""
     machine = report["machine"]
     rows = []
-    accuracy = report["accuracy"] or {}
-    if "baseline" in accuracy:
-        rows.append(("image baseline", *_accuracy(accuracy, "baseline"), *[""] * 7))
+    if report["accuracy"]:
+        rows.append(("image baseline", *_accuracy(report, "baseline"), *[""] * 7))
     for name in ("plain PyTorch", "bundle"):
         rows += [_row(report, line) for line in report["lines"] if line["model"] == name]
     title = (
@@ -27,8 +27,10 @@ def print_report(report: dict[str, Any]) -> None:
     low, high = fidelity["top1_interval"]
     say(
         f"agree: same label as the float32 checkpoint, on {fidelity['images']} images; "
-        f"95 % interval {low:.2%} to {high:.2%}. top-1, top-5: accuracy on the test split"
+        f"95 % interval {low:.2%} to {high:.2%}"
     )
+    if report["accuracy"]:
+        say(_accuracy_sentence(report["accuracy"]))
     for ratio in report["speedups"]:
         if ratio["low"] <= 1 <= ratio["high"]:
             verdict = f"no difference from {ratio['over']} can be told"
@@ -36,17 +38,19 @@ def print_report(report: dict[str, Any]) -> None:
             verdict = f"{ratio['ratio']:.2f} times the speed of {ratio['over']}"
         interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
         say(f"from {ratio['input']}: {verdict} (95 % interval of the ratio {interval})")
+    worst = max(line["drift"] for line in report["lines"])
+    if worst > STEADY:
+        say(f"unsteady: medians drift by up to {worst:.0%} during the run; is something else busy?")
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     say(f"{packages}; load {machine['load_average'][0]}")
 
 
 def _row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:
     is_bundle = line["model"] == "bundle"
-    accuracy = report["accuracy"] or {}
-    top = ("", "") if is_bundle or not accuracy else _accuracy(accuracy, "marnet")
+    top = ("", "") if is_bundle or not report["accuracy"] else _accuracy(report, "marnet")
     ratio = next((r for r in report["speedups"] if r["input"] == line["input"]), None)
     return (
-        f"{report['backend']} {report['precision']['asked']}" if is_bundle else "plain PyTorch",
+        "MARNet, bundle" if is_bundle else "MARNet, PyTorch",
         *top,
         f"{report['fidelity']['top1_agreement']:.1%}" if is_bundle else "",
         line["input"],
@@ -58,7 +62,13 @@ def _row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _accuracy(metrics: dict[str, Any], branch: str) -> tuple[str, str]:
-    splits = metrics[branch]
-    found = splits.get("test", splits.get("val"))
-    return f"{found['top1']:.1%}", f"{found['top5']:.1%}"
+def _accuracy(report: dict[str, Any], branch: str) -> list[str]:
+    found = report["accuracy"][branch]
+    return ["" if x is None else f"{x:.1%}" for x in (found["top1"], found["top5"])]
+
+
+def _accuracy_sentence(accuracy: dict[str, Any]) -> str:
+    sentence = f"top-1, top-5: accuracy on the {accuracy['split']} split, measured by marnet-train"
+    if accuracy["marnet"]["top1"] is None:
+        sentence += "; MARNet's was not measured with this sampler, number of steps or seed"
+    return sentence

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from marnet_bench.machine import describe_machine
-from marnet_bench.peers import PlainTorch
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
 from marnet_sdk.classifier import Classifier
+
+if TYPE_CHECKING:  # it imports torch, which measuring a bundle alone does not need
+    from marnet_bench.peers import PlainTorch
 
 INPUTS = ("bytes", "pixels")
 
@@ -32,7 +34,7 @@ def run_batches(
     """Measure a bundle and its peer on batches of its golden images, from file bytes and pixels.
 
     Args:
-        accuracy: metrics of the checkpoint, to stand beside the speed.
+        accuracy: as from `peers.measured_accuracy`, to stand beside the speed.
         duration: seconds for each kind of input.
     Returns:
         The report: plain data, as it is written to JSON.

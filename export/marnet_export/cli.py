@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -88,6 +89,7 @@ def main(
     if output is None:  # a place of our own choosing: the last build there may be replaced
         output = Path("bundles") / f"{checkpoint.resolve().name}-{backend}-{precision}.marnet"
         force = True
+    existed = output.exists()
     settings = Settings(backend, precision, compute, sampler, steps, seed, min_agreement)
     fidelity = export_bundle(checkpoint, output, settings, data=data, overwrite=force, say=say)
     low, high = fidelity.top1_interval
@@ -96,7 +98,8 @@ def main(
         f"(95 % interval {low:.2%} to {high:.2%}), largest logit error "
         f"{fidelity.logit_error_max:.2g} of {fidelity.largest_logit:.3g}"
     )
-    say(f"wrote {output}")
+    say(f"{'replaced' if existed else 'wrote'} {output}")
+    model = shlex.quote(str(output))
     next_commands(
-        f"marnet-classify IMAGE --model {output}", f"marnet-bench --batch 64 --model {output}"
+        f"marnet-classify IMAGE --model {model}", f"marnet-bench --batch 64 --model {model}"
     )

@@ -92,6 +92,9 @@ class ReverseLoop(nn.Module):
                 compute,
             )
 
+        mean, std = (torch.from_numpy(a).float() for a in plan.standardise)
+        self.mean = nn.Parameter(mean, requires_grad=False)
+        self.std = nn.Parameter(std, requires_grad=False)
         self.condition = matrix(plan.condition_weight)
         hidden_carry = plan.carry == "hidden"
         self.input = nn.Identity() if hidden_carry else matrix(plan.input_weight)
@@ -112,7 +115,7 @@ class ReverseLoop(nn.Module):
     ) -> Tensor:
         """x_v [B, D_v], initial [1, W], coefficients [S, 4], time_bias [S, H], noise [S, W]
         -> x_CDR [B, D]."""
-        condition = self.condition(x_v)
+        condition = self.condition((x_v - self.mean) / self.std)
         state = initial.expand(x_v.shape[0], -1)
         previous = torch.zeros_like(state)
         last = coefficients.shape[0] - 1
@@ -130,7 +133,7 @@ class ScanLoop(ReverseLoop):
     def forward(
         self, x_v: Tensor, initial: Tensor, coefficients: Tensor, time_bias: Tensor, noise: Tensor
     ) -> Tensor:
-        condition = self.condition(x_v)
+        condition = self.condition((x_v - self.mean) / self.std)
         # A computed copy: scan refuses a carried state that is a view of an input.
         state = initial + torch.zeros_like(condition[:, :1])
 

@@ -18,7 +18,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from marnet_export.builders import TORCH_TYPES, Types, builder, choose_types
+from marnet_export.builders import (
+    BUILDERS,
+    PRECISIONS,
+    TORCH_TYPES,
+    Types,
+    builder,
+    choose_types,
+)
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_export.verify import (
     MIN_AGREEMENT,
@@ -37,17 +44,26 @@ from marnet_sdk.bundle import (
     BuiltFor,
     Precision,
     Sampling,
+    is_bundle,
     seal_bundle,
 )
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.environment import versions
-from marnet_sdk.errors import DataError, ExportError, VerificationFailed
+from marnet_sdk.errors import (
+    DataError,
+    ExportError,
+    InvalidInput,
+    NotFound,
+    VerificationFailed,
+)
 from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint, write_json
 from marnet_train.data.imagefolder import Example, read_split
+from marnet_train.models.marnet import MARNet
 
+Say = Callable[[str], None]
 MAX_IMAGES = 2000  # verified on at most so many
 GOLDEN = 8  # images that travel with the bundle
 
@@ -63,6 +79,15 @@ class Settings:
     steps: int | None = None  # None: T
     seed: int = 0  # of the noise trajectory
     min_agreement: float | None = None  # None: by precision
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("backend", self.backend, tuple(BUILDERS)),
+            ("precision", self.precision, PRECISIONS),
+            ("compute", self.compute or "fp32", PRECISIONS),
+        ):
+            if value not in choices:
+                raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -81,13 +106,13 @@ def export_bundle(
     *,
     data: Path | None = None,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Fidelity:
     """Build, verify and write one bundle.
 
     Args:
         data: a data set whose `val` split (or a folder that is one split) is verified on; default:
-            the checkpoint's samples.
+            the checkpoint's samples. Of more than `MAX_IMAGES`, a random choice is taken.
         say: is told what happens, a line at a time.
 
     Raises:
@@ -95,11 +120,12 @@ def export_bundle(
             with the checkpoint. In both cases nothing is left at `output`.
     """
     types = choose_types(settings.backend, settings.precision, settings.compute)
-    with atomic_directory(output, overwrite=overwrite) as fresh:
+    with atomic_directory(output, overwrite=overwrite, replaceable=is_bundle) as fresh:
         checkpoint = load_checkpoint(checkpoint_path)
-        check_range(checkpoint.model, types.storage)
-        images = _load_images(data or checkpoint.samples, checkpoint)
+        images = _load_images(data, checkpoint, say)
         plan = make_plan(checkpoint.model, settings.sampler, settings.steps)
+        check_range(checkpoint.model, plan, types.storage)
+        say(plan.sentence)
         say(types.sentence)
         sampling = Sampling(
             sampler=settings.sampler,
@@ -123,34 +149,53 @@ def export_bundle(
     return fidelity
 
 
-def check_range(model: torch.nn.Module, storage: str) -> None:
-    """Refuse weights that the storage type cannot hold.
+def check_range(model: MARNet, plan: SamplingPlan, storage: str) -> None:
+    """Refuse matrices that the storage type cannot hold.
 
     Raises:
-        ExportError: names the first such weight.
+        ExportError: names the first such matrix.
     """
     largest = torch.finfo(TORCH_TYPES[storage]).max
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.abs().max() > largest:
+    used = {"vision": model.vision, "project_vision": model.project_vision}
+    used |= {"classifier": model.classifier}
+    matrices = {
+        f"{part}.{name}": float(tensor.detach().abs().max())
+        for part, module in used.items()
+        for name, tensor in module.named_parameters()
+        if tensor.ndim >= 2
+    }
+    matrices |= {f"denoiser: {name}": abs(m).max() for name, m in plan.matrices().items()}
+    for name, value in matrices.items():
+        if value > largest:
             raise ExportError(
-                f"{name} holds {tensor.abs().max():.4g}, beyond the largest {storage} value "
-                f"({largest:.4g}); use --precision bf16 or fp32"
+                f"{name} holds {value:.4g}, beyond the largest {storage} value ({largest:.4g}); "
+                "use --precision bf16 or fp32"
             )
 
 
-def _load_images(folder: Path, checkpoint: Checkpoint) -> _Images:
+def _load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> _Images:
+    folder = checkpoint.samples if data is None else data
     split = folder / "val" if (folder / "val").is_dir() else folder
-    if not split.is_dir():
+    if data is None and not split.is_dir():
         raise DataError(
             f"{split} does not exist: this checkpoint was trained with --no-samples, so name "
             "images to verify on with --data"
         )
-    examples = read_split(split, needs_text=False)[:MAX_IMAGES]
+    if not split.is_dir():
+        raise NotFound(f"{data} does not exist; --data takes a data set or one of its splits")
+    examples = read_split(split, needs_text=False)
+    # In random order, because a list may be sorted by class: a part of it must show all of them.
+    order = np.random.default_rng(0).permutation(len(examples))[:MAX_IMAGES]
+    examples = tuple(examples[i] for i in order)
     index = {label: i for i, label in enumerate(checkpoint.labels)}
-    known = all(e.label in index for e in examples)
-    labels = np.array([index[e.label] for e in examples]) if known else None
+    labels = np.array([index.get(e.label, -1) for e in examples])
+    if (labels < 0).any():
+        say(
+            f"{(labels < 0).sum()} of {len(labels)} images have a class that the checkpoint does "
+            "not know; agreement is measured on all, accuracy is not reported"
+        )
     pixels = checkpoint.preprocess.pixels([e.image for e in examples])
-    return _Images(examples, pixels, labels)
+    return _Images(examples, pixels, None if (labels < 0).any() else labels)
 
 
 def _build(

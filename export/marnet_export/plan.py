@@ -14,6 +14,7 @@ Axes: S steps, D feature, H hidden, W carried state (H or D), N images.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,12 +37,31 @@ class SamplingPlan:
     carry: str
     table: SamplerTable
     time_bias: Array  # [S, H]
-    condition_weight: Array  # [H, D_v]: from x_v as the encoder gives it to q
+    standardise: tuple[Array, Array]  # mean and standard deviation of x_v, [D_v] each
+    condition_weight: Array  # [H, D_v]: Wc, from standardised x_v to q
     input_weight: Array  # [H, D]: Wx
     hidden2: tuple[Array, Array]  # [H, H], [H]
     hidden3: tuple[Array, Array]
     carry_weight: tuple[Array, Array]  # [W, H], [W]: from h3 to what the state gains
     output: tuple[Array, Array]  # [D, H], [D]
+
+    time_dim: int  # E, of the network before the rewrite
+
+    @property
+    def sentence(self) -> str:
+        """What `marnet-export` says about the plan, in one line."""
+        return (
+            f"reverse loop: {len(self.table.timesteps)} {self.table.sampler} steps, the "
+            f"{self.carry} state carried, {self.multiply_adds / 1e6:.3g} M multiply-adds a step "
+            f"instead of {self.plain_multiply_adds / 1e6:.3g} M"
+        )
+
+    @property
+    def plain_multiply_adds(self) -> int:
+        """Per image and step, for the network as the paper writes it (tau(t) given)."""
+        hidden, dim = self.input_weight.shape
+        condition = self.condition_weight.shape[1]
+        return hidden * (dim + condition + self.time_dim + 2 * hidden + dim)
 
     @property
     def multiply_adds(self) -> int:
@@ -50,18 +70,23 @@ class SamplingPlan:
         into = 0 if self.carry == "hidden" else self.input_weight.size
         return into + 2 * hidden * hidden + self.carry_weight[0].size
 
+    def matrices(self) -> dict[str, Array]:
+        """The factors of the loop's products, which a bundle may store in 16 bits."""
+        found = {
+            "condition": self.condition_weight,
+            "hidden2": self.hidden2[0],
+            "hidden3": self.hidden3[0],
+            "carry": self.carry_weight[0],
+            "output": self.output[0],
+        }
+        return found if self.carry == "hidden" else found | {"input": self.input_weight}
+
     def tensors(self) -> dict[str, NDArray[np.float32]]:
         """The content of plan.safetensors: the tables, and Wx where noise has to be folded."""
         out = {"coefficients": self.table.coefficients, "time_bias": self.time_bias}
         if self.carry == "hidden":
             out["input_weight"] = self.input_weight
         return {k: np.ascontiguousarray(v, np.float32) for k, v in out.items()}
-
-
-def plain_multiply_adds(plan: SamplingPlan) -> int:
-    """Per image and step, for the network as the paper writes it (time embedding not counted)."""
-    hidden, dim = plan.input_weight.shape
-    return hidden * (dim + plan.condition_weight.shape[1]) + 2 * hidden * hidden + hidden * dim
 
 
 def make_plan(
@@ -79,12 +104,9 @@ def make_plan(
     table = sampler_table(model.config.schedule, sampler, steps)
     denoiser = model.denoiser
     w_x, w_c, w_t = (_float64(w) for w in denoiser.split_input_weight())
-    mean, std = _float64(model.vision_mean), _float64(model.vision_std)
     with torch.no_grad():
-        tau = _float64(denoiser.time(torch.tensor(table.timesteps)))  # [S, E]
-    # Standardising x_v is linear too: its scale goes into Wc, its shift into the bias.
-    condition = w_c / std
-    bias = _float64(denoiser.layer1.bias) - condition @ mean
+        time = copy.deepcopy(denoiser.time).double()
+        tau = time(torch.tensor(table.timesteps)).cpu().numpy()  # [S, E]
     w4, b4 = _linear(denoiser.layer4)
     hidden, dim = w_x.shape
     if carry is None:
@@ -92,13 +114,17 @@ def make_plan(
     plan = SamplingPlan(
         carry=carry,
         table=table,
-        time_bias=tau @ w_t.T + bias,
-        condition_weight=condition,
+        time_bias=tau @ w_t.T + _float64(denoiser.layer1.bias),
+        # Not folded into Wc: where the mean is large beside the deviation, a product in 16 bits
+        # would then cancel. It costs D_v operations per image, once.
+        standardise=(_float64(model.vision_mean), _float64(model.vision_std)),
+        condition_weight=w_c,
         input_weight=w_x,
         hidden2=_linear(denoiser.layer2),
         hidden3=_linear(denoiser.layer3),
         carry_weight=(w_x @ w4, w_x @ b4) if carry == "hidden" else (w4, b4),
         output=(w4, b4),
+        time_dim=w_t.shape[1],
     )
     _check_finite(plan)
     return plan
@@ -121,7 +147,8 @@ def run_plan(plan: SamplingPlan, x_v: Array, noise: NoiseTrajectory) -> Array:
         return np.maximum(y, LEAKY_SLOPE * y)
 
     hidden_carry = plan.carry == "hidden"
-    q = x_v @ plan.condition_weight.T  # [N, H]
+    mean, std = plan.standardise
+    q = (x_v - mean) / std @ plan.condition_weight.T  # [N, H]
     start = into(noise.initial) if hidden_carry else noise.initial
     state = np.tile(start, (len(x_v), 1))  # [N, W]
     steps = into(noise.steps) if hidden_carry else noise.steps
@@ -148,6 +175,7 @@ def _check_finite(plan: SamplingPlan) -> None:
     arrays = {
         "coefficients": (plan.table.coefficients,),
         "time_bias": (plan.time_bias,),
+        "standardise": plan.standardise,
         "condition_weight": (plan.condition_weight,),
         "input_weight": (plan.input_weight,),
         "hidden2": plan.hidden2,

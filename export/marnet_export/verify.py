@@ -121,6 +121,7 @@ def row_invariance(
     order = np.random.default_rng(0).permutation(count)
     groups = [order, np.arange(count), *np.array_split(np.arange(count), max(1, count // 3))]
     groups += [np.array([i]) for i in range(min(count, 8))]  # alone
+    groups += [np.pad(np.arange(min(count, 3)), (0, 5), mode="edge")]  # padded with the last one
     groups += [np.zeros(min(count, 5), np.int64)]  # the same image in every row
     flips, difference = 0, 0.0
     for rows in groups:
@@ -133,7 +134,7 @@ def row_invariance(
 
 def margin(logits: Floats) -> Floats:
     """Distance between the two largest logits of each row, [N, K] -> [N]."""
-    best = np.partition(logits, -2, axis=1)
+    best = np.partition(logits, -2, axis=1)  # at least two classes: data sets with one are refused
     return best[:, -1] - best[:, -2]
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marnet_sdk.errors import BundleCorrupt, BundleFormatError, NotFound
+from marnet_sdk.errors import BundleCorrupt, BundleError, BundleFormatError, InvalidInput, NotFound
 from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.preprocess import Preprocess
 
@@ -112,8 +113,8 @@ def newest_bundle(folder: Path = Path("bundles")) -> Path:
     """
     if (found := newest(folder, is_bundle)) is None:
         raise NotFound(
-            f"no bundle under {os.path.join('.', folder)}; make one from the newest checkpoint with: "
-            "marnet-export --precision fp16, or name one with --model"
+            f"no bundle under {os.path.join('.', folder)}; make one from the newest checkpoint "
+            "with: marnet-export --precision fp16, or name one with --model"
         )
     return found
 
@@ -144,18 +145,37 @@ def read_bundle(path: str | Path) -> Bundle:
     """Read a bundle's manifest and check every file against it.
 
     Raises:
+        InvalidInput: `path` is no path.
         NotFound: no bundle there.
         BundleFormatError: a newer format, or a manifest that lacks something.
         BundleCorrupt: the manifest or a file is not byte for byte what was written.
+        BundleError: the system does not let it be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidInput(
+            f"got {path!r} ({type(path).__name__}) as a bundle; expected the path of its folder"
+        )
     path = Path(path)
-    if not is_bundle(path):
-        what = "has no manifest.json" if path.is_dir() else "is not a directory"
-        raise NotFound(f"{path} {what}, so it is not a bundle; make one with: marnet-export")
-    manifest = _parse(path / MANIFEST)
-    for name, expected in manifest.files.items():
-        _check_file(path, name, expected)
+    with _readable(path):
+        if not is_bundle(path):
+            what = "has no manifest.json" if path.is_dir() else "is not a directory"
+            raise NotFound(f"{path} {what}, so it is not a bundle; make one with: marnet-export")
+        manifest = _parse(path / MANIFEST)
+        for name, expected in manifest.files.items():
+            _check_file(path, name, expected)
     return Bundle(path, manifest)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the file that the system refuses to read inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}; check its "
+            "permissions and the disk, or copy the bundle again"
+        ) from error
 
 
 def _parse(path: Path) -> Manifest:
@@ -163,7 +183,9 @@ def _parse(path: Path) -> Manifest:
     try:
         content = json.loads(raw)
         version, digest = content["format_version"], content["digest"]
-    except (ValueError, KeyError, TypeError) as error:
+        # Also the layout of the text is checked, so that no byte of it can change unnoticed.
+        unchanged = raw == _canonical(content) and digest == _digest(content)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleCorrupt(
             f"{path} is damaged ({error}); copy or export the bundle again"
         ) from error
@@ -172,8 +194,7 @@ def _parse(path: Path) -> Manifest:
             f"{path}: format {version} is newer than this version of marnet reads "
             f"({FORMAT_VERSION}); upgrade with: pip install --upgrade marnet"
         )
-    # Also the layout of the text is checked, so that no byte of the file can change unnoticed.
-    if raw != _canonical(content) or digest != _digest(content):
+    if not unchanged:
         raise BundleCorrupt(
             f"{path} was changed after it was written; copy or export the bundle again"
         )

@@ -5,6 +5,7 @@ Axes: B batch, K classes, D_f fused features.
 
 from __future__ import annotations
 
+import operator
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,11 +23,12 @@ from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
     BundleFormatError,
     ImageError,
+    InferenceError,
     InvalidImages,
     InvalidInput,
     SelfTestFailed,
 )
-from marnet_sdk.images import ImageInput, decode
+from marnet_sdk.images import Buffer, ImageInput, decode
 from marnet_sdk.prediction import Prediction, Score
 
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
@@ -53,10 +55,13 @@ class Classifier:
             threads: cores to use; default: the backend's own choice.
 
         Raises:
-            NotFound, BundleCorrupt, BundleFormatError: it is not a sound bundle.
+            InvalidInput: an argument of the wrong type or range.
+            NotFound, BundleError: it is not a sound bundle.
             MissingExtra, BackendUnavailable: its backend cannot run here.
             SelfTestFailed: it does not reproduce its golden answers.
         """
+        if threads is not None:
+            threads = _positive("threads", threads)
         bundle = read_bundle(path)
         manifest = bundle.manifest
         self.bundle = bundle
@@ -123,9 +128,10 @@ class Classifier:
 
         Raises:
             ImageError: the one image is not usable. InvalidImages: some of many are not.
-            InvalidInput: a batch_size or top_k below 1.
+            InvalidInput: a batch_size or top_k that is no integer or below 1.
+            InferenceError: the model gives NaN or infinity.
         """
-        _check_positive(batch_size=batch_size, top_k=top_k)
+        batch_size, top_k = _positive("batch_size", batch_size), _positive("top_k", top_k)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
         if _is_single(images):
@@ -150,15 +156,16 @@ class Classifier:
 
         Raises:
             ImageError: names the first input that is not a usable image.
+            InferenceError: the model gives NaN or infinity.
         """
-        _check_positive(batch_size=batch_size)
+        batch_size = _positive("batch_size", batch_size)
         if _is_single(images):
             return self._run(self.preprocess.pixels([cast(ImageInput, images)]))[1][0]
         parts: list[Floats] = []
         start = 0
         for chunk in _chunks(images, batch_size):
             names = _names(chunk, start)
-            parts.append(self._run(self.preprocess.pixels(chunk, names=names))[1])
+            parts.append(self._run(self.preprocess.pixels(chunk, names=names), names)[1])
             start += len(chunk)
         width = self._golden["features"]
         return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
@@ -168,6 +175,7 @@ class Classifier:
 
         Raises:
             InvalidInput: another shape or type.
+            InferenceError: the model gives NaN or infinity; names the rows.
         """
         expected = self.preprocess.output_shape
         good = isinstance(pixels, np.ndarray) and pixels.dtype == np.float32
@@ -181,8 +189,13 @@ class Classifier:
             return np.empty((0, len(self.labels)), np.float32)
         return self._run(np.ascontiguousarray(pixels))[0]
 
-    def _run(self, pixels: Floats) -> tuple[Floats, Floats]:
-        return self._backend.run(pixels, self._tables)
+    def _run(self, pixels: Floats, names: Sequence[str] = ()) -> tuple[Floats, Floats]:
+        """Logits and features. `names` are what an error calls the rows."""
+        logits, features = self._backend.run(pixels, self._tables)
+        if not np.isfinite(logits).all():
+            rows = np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()
+            raise InferenceError(_not_finite([names[i] if names else f"row {i}" for i in rows]))
+        return logits, features
 
     def _predict_chunk(
         self, chunk: Sequence[ImageInput], start: int, top_k: int
@@ -191,14 +204,15 @@ class Classifier:
         answers: list[Prediction | ImageError | None] = [None] * len(chunk)
         pixels = np.empty((len(chunk), *self.preprocess.output_shape), np.float32)
         good: list[int] = []
-        for i, (image, name) in enumerate(zip(chunk, _names(chunk, start), strict=True)):
+        names = _names(chunk, start)
+        for i, (image, name) in enumerate(zip(chunk, names, strict=True)):
             try:
                 self.preprocess(decode(image, name=name), out=pixels[len(good)], name=name)
                 good.append(i)
             except ImageError as error:
                 answers[i] = error
         if good:
-            logits, _ = self._run(pixels[: len(good)])
+            logits, _ = self._run(pixels[: len(good)], [names[i] for i in good])
             for i, prediction in zip(good, self._predictions(logits, top_k), strict=True):
                 answers[i] = prediction
         return [a for a in answers if a is not None]
@@ -242,7 +256,7 @@ class Classifier:
             raise SelfTestFailed(
                 self._mismatch(f"decoded golden images differ by {error:.3g} (bound {level:.3g})")
             )
-        logits, features = self._run(golden["pixels"])
+        logits, features = self._backend.run(golden["pixels"], self._tables)
         self._golden = {"features": features.shape[1]}
         bound = bundle.manifest.golden_tolerance * float(np.abs(golden["logits"]).max())
         error = float(np.abs(logits - golden["logits"]).max())
@@ -279,18 +293,34 @@ def softmax(logits: Floats) -> np.ndarray:
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise InvalidInput(f"{name} must be at least 1, got {value}")
+def _positive(name: str, value: int) -> int:
+    """The value as an integer of at least 1; NumPy's integers are integers too."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise InvalidInput(
+            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass 1 or more"
+        ) from error
+    if number < 1:
+        raise InvalidInput(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def _not_finite(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"the logits of {shown} hold NaN or infinity; expected finite numbers: check the pixels "
+        "for NaN if they were made elsewhere, else export the bundle again with --precision fp32"
+    )
 
 
 def _is_single(images: ImageInput | Iterable[ImageInput]) -> bool:
     """Whether it is one image and not many. What is neither is left for decoding to refuse."""
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return False  # [B, H, W, 3] is many
-    one = isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray)
-    return one or not isinstance(images, Iterable)
+    one = isinstance(images, str | os.PathLike | Buffer | Image.Image | np.ndarray)
+    # An open file is an iterable too, of lines.
+    return one or hasattr(images, "read") or not isinstance(images, Iterable)
 
 
 def _chunks(images: ImageInput | Iterable[ImageInput], size: int) -> Iterator[list[ImageInput]]:

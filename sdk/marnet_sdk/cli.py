@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -61,7 +62,7 @@ def main(
     answers = classifier.predict(images, batch_size=batch, top_k=top_k, on_error="return")
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[form](images, answers)
     if form == "table":
-        next_commands(f"marnet-bench --batch 64 --model {model}")
+        next_commands(f"marnet-bench --batch 64 --model {shlex.quote(str(model))}")
     failed = sum(isinstance(answer, ImageError) for answer in answers)
     if failed:
         say(f"{failed} of {len(images)} images could not be used")

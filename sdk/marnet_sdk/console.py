@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -32,13 +35,35 @@ class CommandError(click.ClickException):
 
 
 class Command(click.Command):
-    """A command whose `MarnetError`s become one line and the right exit code."""
+    """A command whose `MarnetError`s become one line and the right exit code.
+
+    SIGTERM ends it as Ctrl-C does, so that half-written output is removed.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _exit_on_sigterm():
+                return super().invoke(ctx)
         except MarnetError as error:
             raise CommandError(error) from error
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit where the process would die, unless the host handles the signal itself."""
+    in_main = threading.current_thread() is threading.main_thread()  # only there it may be set
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)  # 143 for SIGTERM, as shells report it
 
 
 class Group(click.Group):

@@ -113,6 +113,10 @@ class SelfTestFailed(BundleError):
     exit_code = 5
 
 
+class InferenceError(MarnetError):
+    """The model gave something that is no answer, for example NaN."""
+
+
 class EnvironmentMismatch(MarnetError):
     """The machine or its packages lack what is asked for."""
 

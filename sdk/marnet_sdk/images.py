@@ -44,7 +44,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+Buffer = bytes | bytearray | memoryview
+ImageInput = str | os.PathLike[str] | Buffer | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,16 @@ def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
     exif = b""
     if isinstance(image, np.ndarray):
         image = _from_array(image, source)
-    elif isinstance(image, (bytes, str, os.PathLike)):
-        data = image if isinstance(image, bytes) else _read(image, source, limits)
-        image, exif = _open(data, source, limits)
+    elif isinstance(image, (str, os.PathLike)):
+        image, exif = _open(_read(image, source, limits), source, limits)
+    elif isinstance(image, Buffer):
+        image, exif = _open(bytes(image), source, limits)
+    elif hasattr(image, "read"):
+        raise ImageError(
+            source,
+            f"got a file object ({type(image).__name__}); expected its content or its path: pass "
+            "what .read() of the file, opened in binary mode, returns",
+        )
     elif not isinstance(image, Image.Image):
         raise ImageError(
             source,

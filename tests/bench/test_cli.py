@@ -58,7 +58,8 @@ def test_the_report_says_what_was_measured_on_what(report, bundle):
     assert report["precision"]["asked"] == "fp16"
     assert report["precision"]["compute"] == "fp32"
     assert report["fidelity"] == json.loads((Path(bundle) / "fidelity.json").read_text())
-    assert report["accuracy"]["marnet"]["test"]["top1"] > 0.5
+    assert report["accuracy"]["marnet"]["top1"] > 0.5
+    assert report["accuracy"]["split"] == "test"
     machine = report["machine"]
     assert machine["threads"] >= 1
     assert machine["memory_gib"] > 0
@@ -99,10 +100,10 @@ def test_json_of_the_newest_bundle_can_be_written_beside_the_table(workplace):
     assert "wrote deep/er/report.json" in one_line(result.stderr)
     table = result.stdout
     assert "batch 2, 100 steps" in table
-    assert "torchscript fp16" in table
+    assert "MARNet, bundle" in table
     for line in content["lines"]:
         assert f"{line['p50_ms']:.2f}" in table
-    assert f"{content['accuracy']['baseline']['test']['top1']:.1%}" in table
+    assert f"{content['accuracy']['baseline']['top1']:.1%}" in table
     assert "95 % interval" in one_line(result.stderr)
     assert "Next: marnet-bench --batch 1" in one_line(result.stderr)
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_without_metrics_leaves_accuracy_blank(report, capsys):
     print_report(report | {"accuracy": None})
     out = capsys.readouterr().out
     assert "image baseline" not in out
-    assert out.count("plain PyTorch") == 2
+    assert out.count("MARNet, PyTorch") == 2
 
 
 def test_a_bundle_can_be_measured_alone_and_needs_no_checkpoint(bundle, tmp_path, monkeypatch):

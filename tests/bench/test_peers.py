@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tolerances import BUILT
 
-from marnet_bench.peers import find_checkpoint, load_peer
+from marnet_bench.peers import find_checkpoint, load_peer, measured_accuracy
 from marnet_sdk import Classifier
+from marnet_sdk.bundle import Sampling
 from marnet_sdk.errors import NotFound
-from marnet_train.checkpoint import checkpoint_hash
+from marnet_train.checkpoint import checkpoint_hash, load_checkpoint
 
 
 @pytest.fixture
@@ -67,3 +69,28 @@ def test_the_checkpoint_is_found_by_content_whatever_it_is_called(checkpoint, ot
 def test_without_runs_the_way_out_is_named(tmp_path):
     with pytest.raises(NotFound, match=r"SHA-256 abcdef012345\.\.\.\) is not"):
         find_checkpoint("abcdef0123456789", tmp_path / "absent")
+
+
+def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_with(checkpoint):
+    training = load_checkpoint(checkpoint).training
+    whole = Sampling("ddpm", tuple(range(100, 0, -1)), train_steps=100, seed=0, width=1)
+    test = training["metrics"]["marnet"]["test"]
+    served = measured_accuracy(training, whole)
+    assert served is not None
+    assert served["marnet"] == {"top1": test["top1"], "top5": test["top5"]}
+    other_seed = measured_accuracy(training, replace(whole, seed=3))
+    assert other_seed is not None
+    assert other_seed["marnet"] == {"top1": test["top1_over_noise_seeds"][3], "top5": None}
+    for unknown in (replace(whole, seed=9), replace(whole, timesteps=(100, 50))):
+        found = measured_accuracy(training, unknown)
+        assert found is not None
+        assert found["marnet"] == {"top1": None, "top5": None}
+        assert found["baseline"]["top1"] == training["metrics"]["baseline"]["test"]["top1"]
+
+
+def test_without_a_test_split_the_validation_split_is_named():
+    marnet = {"top1": 0.9, "top5": 1.0, "top1_over_noise_seeds": [0.9]}
+    metrics = {"baseline": {"val": {"top1": 0.8, "top5": 1.0}}, "marnet": {"val": marnet}}
+    found = measured_accuracy({"metrics": metrics}, Sampling("ddpm", (1,), 1, 0, 1))
+    assert found is not None
+    assert found["split"] == "val"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,8 @@ def random_plan(carry: str, steps: int) -> SamplingPlan:
         hidden3=layer(HIDDEN, HIDDEN),
         carry_weight=(into @ weight, into @ bias) if carry == "hidden" else (weight, bias),
         output=(weight, bias),
+        standardise=(rng.normal(0, 3, CONDITION), rng.uniform(0.5, 2, CONDITION)),
+        time_dim=8,
     )
 
 
@@ -93,6 +97,17 @@ def test_products_in_bf16_leave_the_loop_s_tables_and_answer_in_float32():
     got = run_loop(ReverseLoop(plan, torch.bfloat16), plan, x_v)
     assert got.dtype == np.float32
     assert 1e-5 < np.abs(got - want).max() / np.abs(want).max() <= BF16_LAYER
+
+
+def test_features_with_a_large_mean_lose_nothing_in_bf16():
+    """Were the mean folded into the bf16 product, its rounding would drown the features."""
+    plan = random_plan("hidden", 100)
+    mean, std = plan.standardise
+    x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
+    want = run_plan(plan, x_v, noise_of(plan))
+    shifted = replace(plan, standardise=(mean + 1000, std))
+    got = run_loop(ReverseLoop(shifted, torch.bfloat16), shifted, x_v + 1000)
+    assert np.abs(got - want).max() / np.abs(want).max() <= BF16_LAYER
 
 
 ENCODERS = {

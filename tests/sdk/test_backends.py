@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -100,21 +104,62 @@ def test_a_graph_that_cannot_be_loaded_names_file_and_version(tmp_path, backend,
         open_backend(backend, tmp_path, "fp32", None)
 
 
+@pytest.fixture
+def inputs(bundle_of) -> Callable[[str], tuple[Path, np.ndarray, Tables]]:
+    """backend -> the payload of an fp16 bundle, its golden pixels, its tables."""
+
+    def make(backend: str):
+        bundle = read_bundle(bundle_of(backend, "fp16"))
+        sampling = bundle.manifest.sampling
+        tables = make_tables(
+            bundle.path / "payload/plan.safetensors",
+            seed=sampling.seed,
+            timesteps=sampling.timesteps,
+            train_steps=sampling.train_steps,
+            width=sampling.width,
+        )
+        pixels = load_file(bundle.path / "golden/answers.safetensors")["pixels"]
+        return bundle.path / "payload", pixels, tables
+
+    return make
+
+
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_a_backend_takes_and_gives_float32_arrays_and_changes_none(backend, bundle_of):
-    bundle = read_bundle(bundle_of(backend, "fp16"))
-    sampling = bundle.manifest.sampling
-    tables = make_tables(
-        bundle.path / "payload/plan.safetensors",
-        seed=sampling.seed,
-        timesteps=sampling.timesteps,
-        train_steps=sampling.train_steps,
-        width=sampling.width,
-    )
-    pixels = load_file(bundle.path / "golden/answers.safetensors")["pixels"]
+def test_arrays_that_must_not_be_written_to_are_taken_silently(backend, inputs):
+    payload, pixels, tables = inputs(backend)
+    opened = open_backend(backend, payload, "fp32", 1)
+    expected = opened.run(pixels, tables)[0]
+    for array in (pixels, *tables.named().values()):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(opened.run(pixels, tables)[0], expected)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_caller_s_autocast_does_not_change_what_torchscript_answers(compute, inputs):
+    import torch
+
+    payload, pixels, tables = inputs("torchscript")
+    opened = open_backend("torchscript", payload, compute, 1)
+    expected = opened.run(pixels, tables)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = opened.run(pixels, tables)
+        assert torch.is_autocast_enabled("cpu")
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_onnxruntime_s_idle_threads_do_not_spin(inputs):
+    opened: Any = open_backend("onnxruntime", inputs("onnxruntime")[0], "fp32", 2)
+    options = opened._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_backend_takes_and_gives_float32_arrays_and_changes_none(backend, inputs):
+    payload, pixels, tables = inputs(backend)
     arrays = [pixels, *tables.named().values()]
     before = [array.copy() for array in arrays]
-    opened = open_backend(backend, bundle.path / "payload", "fp32", 1)
+    opened = open_backend(backend, payload, "fp32", 1)
     logits, features = opened.run(pixels, tables)
     again = opened.run(pixels, tables)[0]
     assert (type(logits), type(features)) == (np.ndarray, np.ndarray)

@@ -25,7 +25,13 @@ from marnet_sdk.bundle import (
     read_bundle,
     seal_bundle,
 )
-from marnet_sdk.errors import BundleCorrupt, BundleError, BundleFormatError, NotFound
+from marnet_sdk.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleFormatError,
+    InvalidInput,
+    NotFound,
+)
 
 FILES = {"payload/model.onnx": b"graph " * 50, "golden/images/0.png": b"image", "empty": b""}
 FIELDS: dict[str, Any] = {
@@ -202,6 +208,45 @@ def test_something_else_called_manifest_is_damage(bundle, raw):
     (bundle / "manifest.json").write_bytes(raw)
     with pytest.raises(BundleCorrupt, match="copy or export the bundle again"):
         read_bundle(bundle)
+
+
+NESTED = b'{"digest": "", "format_version": 1, "x": %s%s}' % (b"[" * 400, b"]" * 400)
+
+
+@pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"a":' * 100_000, NESTED])
+def test_a_manifest_nested_too_deeply_is_damage(bundle, raw):
+    (bundle / "manifest.json").write_bytes(raw)
+    message = r"manifest.json (is damaged \(maximum recursion depth|was changed)"
+    with pytest.raises(BundleCorrupt, match=message):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "payload/model.onnx"])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "I/O")])
+def test_a_file_that_the_system_does_not_let_us_read_is_named(bundle, monkeypatch, name, error):
+    error.filename = str(bundle / name)  # root, as whom tests may run, is denied nothing
+    original = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any):
+        if self == bundle / name:
+            raise error
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    message = f"{name} cannot be read: {error.strerror}; check its permissions and the disk"
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle)
+
+
+def test_a_path_that_the_system_refuses_is_an_error_of_ours():
+    with pytest.raises(BundleError, match="cannot be read: File name too long"):
+        read_bundle("x" * 300)
+
+
+@pytest.mark.parametrize("path", [None, 7, b"bundles/b", ["b"]])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(InvalidInput, match=r"got .* as a bundle; expected the path of its folder"):
+        read_bundle(path)
 
 
 def test_the_same_content_in_another_layout_is_a_change(bundle):

@@ -19,7 +19,13 @@ from tolerances import BUILT
 
 from marnet_sdk import Classifier, ImageError, InvalidImages
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
-from marnet_sdk.errors import BundleFormatError, InvalidInput, MarnetError, SelfTestFailed
+from marnet_sdk.errors import (
+    BundleFormatError,
+    InferenceError,
+    InvalidInput,
+    MarnetError,
+    SelfTestFailed,
+)
 from marnet_train.checkpoint import load_checkpoint
 
 
@@ -58,6 +64,8 @@ INPUTS: dict[str, Callable[[Path], Any]] = {
     "str": str,
     "Path": Path,
     "bytes": Path.read_bytes,
+    "bytearray": lambda path: bytearray(path.read_bytes()),
+    "memoryview": lambda path: memoryview(path.read_bytes()),
     "PIL": Image.open,
     "array": array,
 }
@@ -239,12 +247,88 @@ def test_a_file_that_does_not_exist_is_an_image_error(classifier, tmp_path):
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"top_k": 2.5}, r"top_k must be an integer, got 2\.5 \(float\); pass 1 or more"),
+        ({"top_k": "5"}, r"top_k must be an integer, got '5' \(str\)"),
+        ({"top_k": None}, r"top_k must be an integer, got None"),
+        ({"batch_size": 1.5}, r"batch_size must be an integer, got 1\.5 \(float\)"),
         ({"on_error": "ignore"}, 'on_error must be "raise" or "return", got \'ignore\''),
     ],
 )
 def test_impossible_arguments_are_refused(classifier, paths, arguments, message):
     with pytest.raises(InvalidInput, match=message):
         classifier.predict(paths, **arguments)
+
+
+def test_embedding_checks_its_batch_size_too_and_numpy_s_integers_pass(classifier, paths):
+    with pytest.raises(InvalidInput, match=r"batch_size must be an integer, got 1\.5"):
+        classifier.embed(paths, batch_size=1.5)
+    (answer,) = classifier.predict(paths[:1], batch_size=np.int64(2), top_k=np.uint8(3))
+    assert len(answer.top) == 3
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("threads", "message"),
+    [
+        (1.5, r"threads must be an integer, got 1\.5 \(float\)"),
+        ("2", r"threads must be an integer, got '2' \(str\)"),
+        (0, "threads must be at least 1, got 0"),
+        (-1, "threads must be at least 1, got -1"),
+    ],
+)
+def test_an_impossible_number_of_threads_is_refused(bundle_of, backend, threads, message):
+    with pytest.raises(InvalidInput, match=message):
+        Classifier(bundle_of(backend, "fp16"), threads=threads)
+
+
+def test_a_classifier_of_nothing_is_refused():
+    with pytest.raises(InvalidInput, match=r"got None \(NoneType\) as a bundle; expected the path"):
+        Classifier(None)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_open_file_is_one_input_that_is_refused_and_not_many_lines(classifier, paths):
+    with paths[0].open("rb") as file:
+        with pytest.raises(ImageError, match=r"got a file object .*pass what \.read\(\)"):
+            classifier.predict(file)
+        with pytest.raises(InvalidImages, match=r"1 of 2 inputs .*image 1: got a file object"):
+            classifier.predict([paths[1], file])
+
+
+class Spoiling:
+    """A backend whose answers for some rows hold a value that is no number."""
+
+    def __init__(self, backend: Any, value: float, rows: list[int]) -> None:
+        self.backend, self.value, self.rows = backend, value, rows
+
+    def run(self, pixels, tables):
+        logits, features = self.backend.run(pixels, tables)
+        logits[self.rows, 3] = self.value
+        return logits, features
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_rows(
+    classifier, paths, spoiled, monkeypatch, value
+):
+    spoiling = Spoiling(classifier._backend, value, [0, 2])
+    monkeypatch.setattr(classifier, "_backend", spoiling)
+    cause = "hold NaN or infinity; expected finite numbers: check the pixels .* export"
+    with pytest.raises(InferenceError, match=f"the logits of row 0, row 2 {cause}"):
+        classifier.logits(classifier.preprocess.pixels(paths))
+    # The file in the middle is refused, so the third row is the image with the number 3.
+    names = re.escape(f"image 0 ({spoiled[0]}), image 3 ({spoiled[3]}) ") + cause
+    with pytest.raises(InferenceError, match=names):
+        classifier.predict(spoiled)
+    with pytest.raises(InferenceError, match=re.escape(f"of image 0 ({paths[6]}), image 2 ")):
+        classifier.embed(paths[6:], batch_size=3)
+
+
+def test_pixels_that_are_no_numbers_are_named_and_a_long_list_is_cut(classifier, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    pixels[2:] = np.nan
+    message = "of row 2, row 3, row 4, row 5, row 6 and 4 more hold NaN"
+    with pytest.raises(InferenceError, match=message):
+        classifier.logits(pixels)
 
 
 def test_the_seed_is_a_parameter_of_the_model(bundle_of, classifier, paths):

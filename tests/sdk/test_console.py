@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import click
 import pytest
@@ -69,6 +73,47 @@ def test_a_bug_is_not_dressed_up_as_a_message():
 
     result = CliRunner().invoke(broken)
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_a_terminated_command_cleans_up_and_exits_with_143():
+    script = """
+import os, signal, click
+from marnet_sdk.console import Command
+
+@click.command(cls=Command)
+def command():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("went on")
+    finally:
+        print("cleaned up")
+
+command()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (143, "cleaned up\n", "")
+
+
+def test_the_signal_handling_of_a_host_is_as_it_was_before():
+    @click.command(cls=Command)
+    def command() -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    def of_the_host(number: int, frame: object) -> None: ...
+
+    seen = []
+    command.main([], standalone_mode=False)
+    assert seen.pop() is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with ThreadPoolExecutor(1) as pool:  # only the main thread may set handlers
+        pool.submit(command.main, [], standalone_mode=False).result()
+    assert seen.pop() is signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, of_the_host)
+    try:
+        command.main([], standalone_mode=False)
+        assert seen.pop() is signal.getsignal(signal.SIGTERM) is of_the_host
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(

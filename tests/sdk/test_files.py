@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +25,15 @@ def fail_half_way(target: Path, error: type[BaseException], **options: bool) -> 
     with atomic_directory(target, **options) as fresh:
         write(fresh, "half")
         raise error
+
+
+def refuse(target: Path, message: str, **options: Any) -> None:
+    """Overwriting is refused before the block runs."""
+    with (
+        pytest.raises(OutputExists, match=message),
+        atomic_directory(target, overwrite=True, **options),
+    ):
+        pytest.fail("the block ran")
 
 
 def test_the_folder_appears_when_the_block_ends(tmp_path):
@@ -56,12 +69,10 @@ def test_a_taken_place_is_refused_before_the_block_runs(tmp_path):
 def test_a_file_or_a_broken_link_is_a_taken_place_too(tmp_path, kind):
     target = tmp_path / "target"
     target.write_text("x") if kind == "file" else target.symlink_to("nowhere")
-    with pytest.raises(OutputExists), atomic_directory(target):
+    with pytest.raises(OutputExists, match="already exists"), atomic_directory(target):
         pass
-    with atomic_directory(target, overwrite=True) as fresh:
-        write(fresh, "new")
-    assert (target / "sub/file").read_text() == "new"
-    assert not target.is_symlink()
+    refuse(target, "target is not a directory: it does not look like what would be replaced")
+    assert os.path.lexists(target)
 
 
 def test_overwriting_replaces_the_whole_folder(tmp_path):
@@ -85,6 +96,92 @@ def test_a_failed_overwrite_keeps_what_was_there(tmp_path):
         fail_half_way(target, ZeroDivisionError, overwrite=True)
     assert (target / "sub/file").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])
+def test_an_exception_between_the_two_renames_brings_the_old_folder_back(
+    tmp_path, monkeypatch, error
+):
+    target = tmp_path / "target"
+    with atomic_directory(target) as fresh:
+        write(fresh, "old")
+    rename = Path.rename
+
+    def fail_to_place_the_new(self: Path, to: Path) -> Path:
+        if self.name == "new":
+            raise error
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail_to_place_the_new)
+    with pytest.raises(error), atomic_directory(target, overwrite=True) as fresh:
+        write(fresh, "new")
+    assert (target / "sub/file").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+def test_only_what_is_replaceable_is_replaced(tmp_path):
+    target = tmp_path / "target"
+    with atomic_directory(target) as fresh:
+        write(fresh, "a user's photographs")
+    message = "target holds something else: .* so it is left alone; choose another output"
+    refuse(target, message, replaceable=lambda path: (path / "manifest.json").is_file())
+    assert (target / "sub/file").read_text() == "a user's photographs"
+    is_ours = {"overwrite": True, "replaceable": lambda path: (path / "sub/file").is_file()}
+    with atomic_directory(target, **is_ours) as fresh:
+        write(fresh, "new")
+    assert (target / "sub/file").read_text() == "new"
+
+
+@pytest.mark.parametrize("inside", [".", "deep/er"])
+def test_the_folder_that_the_user_stands_in_is_left_alone(tmp_path, monkeypatch, inside):
+    (tmp_path / "target/deep/er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "target" / inside)
+    refuse(tmp_path / "target", "target is or contains the current working directory: it does not")
+    assert (tmp_path / "target/deep/er").is_dir()
+
+
+def test_modes_follow_the_umask_whatever_the_writer_gave(tmp_path):
+    """safetensors makes files that only their owner may read; a server may be another user."""
+    script = """
+import sys
+from pathlib import Path
+from marnet_sdk.files import atomic_directory
+with atomic_directory(Path(sys.argv[1])) as fresh:
+    (fresh / "sub").mkdir(mode=0o700)
+    for name in ("private", "sub/private"):
+        (fresh / name).write_bytes(b"x")
+        (fresh / name).chmod(0o600)
+    (fresh / "link").symlink_to("nowhere near")
+    (fresh / "nowhere near").touch()
+"""
+    target = tmp_path / "target"
+    subprocess.run([sys.executable, "-c", script, target], check=True, umask=0o027)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in target.rglob("*")}
+    assert modes == {"sub": 0o750, "private": 0o640, "link": 0o640, "nowhere near": 0o640}
+    assert (target / "sub/private").stat().st_mode & 0o777 == 0o640
+    assert target.stat().st_mode & 0o777 == 0o750
+
+
+def leave(folder: Path, minutes: int, content: str = "new") -> None:
+    """What a killed write leaves, so many minutes old."""
+    (folder / content).mkdir(parents=True)
+    when = time.time() - 60 * minutes
+    os.utime(folder, (when, when))
+
+
+def test_the_next_write_removes_what_a_killed_one_left_an_hour_ago(tmp_path):
+    leave(tmp_path / ".target.abcd_123", 61)
+    leave(tmp_path / ".target.recent12", 59)
+    leave(tmp_path / ".target.part2.abcd_123", 61)  # of a target called target.part2
+    leave(tmp_path / ".target.original", 61, "holiday")  # a user's
+    (tmp_path / ".target.a_file_1").touch()
+    kept = {entry.name for entry in tmp_path.iterdir()} - {".target.abcd_123"}
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way(tmp_path / "target", ZeroDivisionError)
+    assert (tmp_path / ".target.abcd_123").exists()  # it may hold the only good copy
+    with atomic_directory(tmp_path / "target") as fresh:
+        write(fresh, "new")
+    assert {entry.name for entry in tmp_path.iterdir()} == kept | {"target"}
 
 
 def test_two_writers_do_not_meet(tmp_path):

@@ -73,6 +73,26 @@ def _exif(orientation: int) -> bytes:
 # --- what is accepted -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_any_buffer_is_the_content_of_one_file(kind: Callable[[bytes], Any]) -> None:
+    expected = decode(_encode(_picture(), "PNG"))
+    assert decode(kind(_encode(_picture(), "PNG"))).tobytes() == expected.tobytes()
+    every_other = memoryview(bytes(2 * byte for byte in b"no image"))[::2]
+    with pytest.raises(ImageError, match="got a file that starts with"):
+        decode(every_other)
+
+
+def test_an_open_file_is_told_from_its_content(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_encode(_picture(), "PNG"))
+    with (
+        (tmp_path / "a.png").open("rb") as file,
+        pytest.raises(
+            ImageError, match=r"got a file object \(BufferedReader\).*path: .*\.read\(\)"
+        ),
+    ):
+        decode(file)  # pyright: ignore[reportArgumentType]
+
+
 def test_every_kind_of_input_gives_the_same_pixels(tmp_path: Path) -> None:
     picture = _picture()
     path = tmp_path / "picture.png"

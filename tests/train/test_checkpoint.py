@@ -134,6 +134,8 @@ def test_a_configuration_without_a_key_is_refused(copy: Path, key: str) -> None:
     [
         ({"method": "seda2"}, r"method 'seda2' is unknown; this version has \['marnet'"),
         ({"method": None}, "method None is unknown"),
+        ({"method": ["marnet"]}, r"method \['marnet'\] is unknown; this version has"),
+        ({"method": {}}, r"method \{\} is unknown"),
         ({"surprise": 1}, "malformed: .*surprise"),
         ({"fusion": "cat"}, "malformed: fusion 'cat' is unknown"),
         ({"schedule": {"steps": 0}}, "malformed: a schedule needs at least 1 step"),
@@ -188,7 +190,10 @@ def test_a_missing_preprocessing_file_is_refused(copy: Path) -> None:
 def test_a_folder_without_model_or_configuration_is_no_checkpoint(copy: Path, name: str) -> None:
     (copy / name).unlink()
     assert not is_checkpoint(copy)
-    with pytest.raises(NotFound, match=r"it needs config\.json and model\.safetensors"):
+    with pytest.raises(
+        NotFound,
+        match=r"it needs config\.json and model\.safetensors; train one with: marnet-train fit",
+    ):
         load_checkpoint(copy)
 
 

@@ -98,7 +98,8 @@ def test_help_lists_the_commands(flag: str) -> None:
 
 
 def test_every_command_explains_its_options() -> None:
-    assert "--recipe" in marnet_train("fit", "-h").stdout
+    assert "--recipe" in (fit := marnet_train("fit", "-h").stdout)
+    assert "Same seed, threads and versions: same weights." in " ".join(fit.split())
     assert "--split" in marnet_train("evaluate", "-h").stdout
     assert "digits" in marnet_train("data", "-h").stdout
 
@@ -154,8 +155,38 @@ def test_evaluate_takes_the_newest_checkpoint_and_prints_a_table(
     assert result.exit_code == 0, result.output
     assert "checkpoint runs/tiny" in result.stderr
     assert "val: 30 images" in result.stdout
+    assert "marnet-export --checkpoint runs/tiny --precision fp16" in result.stderr
     for branch in ("alignment", "refined", "marnet"):
         assert f"\n {branch} " in result.stdout or f"\n{branch} " in result.stdout
+
+
+def test_a_split_or_folder_that_is_not_there_ends_with_2(
+    trained: tuple[Path, Result], data: Path, tmp_path: Path
+) -> None:
+    words = ("evaluate", "--checkpoint", trained[0], "--data")
+    misspelt = marnet_train(*words, data, "--split", "tset")
+    assert misspelt.exit_code == 2
+    assert "choose --split from: test, train, val. Did you mean 'test'?" in misspelt.stderr
+    absent = marnet_train(*words, tmp_path / "no")
+    assert absent.exit_code == 2
+    assert "no: no such folder" in absent.stderr
+
+
+def test_next_commands_can_be_pasted_where_paths_have_spaces(
+    trained: tuple[Path, Result], data: Path, tmp_path: Path
+) -> None:
+    out, copy = tmp_path / "my digits", tmp_path / "my run"
+    written = marnet_train("data", "digits", "--out", out)
+    assert f"marnet-train fit --data '{out}' --recipe digits" in written.stderr
+    words = ("--data", data, "--recipe", data.parent / "tiny.toml", "--out", copy)
+    for result in (
+        marnet_train("fit", *words, "--threads", "1", "--device", "cpu"),
+        marnet_train("evaluate", "--checkpoint", copy, "--data", data),
+    ):
+        assert result.exit_code == 0, result.output
+        assert f"marnet-export --checkpoint '{copy}' --precision fp16" in result.stderr
+    machine = json.loads((copy / "training.json").read_text())["machine"]
+    assert (machine["threads"], machine["device"]) == (1, "cpu")
 
 
 def test_evaluate_without_any_checkpoint_names_the_command_that_makes_one(
@@ -182,6 +213,10 @@ def test_evaluate_without_any_checkpoint_names_the_command_that_makes_one(
             ("fit", "--data", "x", "--recipe", "digits", "--out", "y", "--seed", "-1"),
             "-1 is not in",
         ),
+        (
+            ("fit", "--data", "x", "--recipe", "digits", "--out", "y", "--threads", "0"),
+            "0 is not in the range",
+        ),
     ],
 )
 def test_a_wrong_command_line_ends_with_2_and_what_was_wrong(
@@ -196,11 +231,12 @@ def test_errors_of_ours_are_one_line_and_no_traceback(data: Path, tmp_path: Path
     out = tmp_path / "out"
     unknown = marnet_train("fit", "--data", data, "--recipe", "digts", "--out", out)
     assert unknown.exit_code == 2
-    assert unknown.stderr.startswith("Error: no recipe 'digts' (did you mean 'digits'?)")
+    assert unknown.stderr.startswith("Error: no recipe 'digts'. Did you mean 'digits'?")
     absent = marnet_train("fit", "--data", tmp_path / "no", "--recipe", "digits", "--out", out)
     assert absent.exit_code == 2
     assert "no: no such folder; expected one that holds train/ and val/" in absent.stderr
-    empty = marnet_train("fit", "--data", tmp_path, "--recipe", "digits", "--out", out)
+    (tmp_path / "empty").mkdir()
+    empty = marnet_train("fit", "--data", tmp_path / "empty", "--recipe", "digits", "--out", out)
     assert empty.exit_code == 1  # the data is at fault, not the command line
     assert "no train/ folder" in empty.stderr
     assert not out.exists()
@@ -215,7 +251,14 @@ def test_a_device_that_is_not_there_ends_with_5(data: Path, tmp_path: Path) -> N
     recipe.write_text(TINY)
     words = ("fit", "--data", data, "--recipe", recipe, "--out", tmp_path / "out")
     assert marnet_train(*words, "--device", "cuda").exit_code == 5
-    assert marnet_train(*words, "--device", "gpu").exit_code == 2
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta"])
+def test_a_device_of_another_kind_ends_with_2(device: str, data: Path, tmp_path: Path) -> None:
+    words = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
+    result = marnet_train("fit", *words, "--device", device)
+    assert result.exit_code == 2
+    assert "choose auto, cpu, cuda or cuda:N" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate"])

@@ -103,10 +103,19 @@ def test_existing_output_is_kept_unless_told(digits: ImageFolder) -> None:
 
 
 def test_overwrite_replaces_everything(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/metadata.jsonl").touch()
     (tmp_path / "out/stale.txt").touch()
     write_digits(tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train", "val"]
+
+
+def test_overwrite_spares_a_folder_that_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "photos/train").mkdir(parents=True)
+    (tmp_path / "photos/train/mine.jpg").write_text("keep me")
+    with pytest.raises(OutputExists, match=r"photos holds something else: .* choose another"):
+        write_digits(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos/train/mine.jpg").read_text() == "keep me"
 
 
 def test_missing_scikit_learn_is_told_with_the_pip_line(

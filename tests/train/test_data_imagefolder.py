@@ -208,6 +208,16 @@ def test_a_class_that_train_lacks_is_reported_once(tmp_path: Path) -> None:
         read_image_folder(root)
 
 
+def test_a_data_set_with_a_single_class_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        rows = [(f"{i}.png", b"image", "soup", "a soup") for i in range(3)]
+        write_split(tmp_path / split, rows)
+    with pytest.raises(
+        DataError, match=r"train/metadata\.jsonl: found 1 class \('soup'\), expected at least 2"
+    ):
+        read_image_folder(tmp_path)
+
+
 def test_a_link_inside_the_split_is_followed(tmp_path: Path) -> None:
     split = make_split(tmp_path / "train", GOOD | {"file_name": "link.png"})
     (split / "link.png").symlink_to("a.png")
@@ -404,7 +414,7 @@ def test_hash_follows_content_and_not_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("round", "square"), ('"cat"', '"dog"'), ("a.png", "sub/c.png")],
+    [("round", "square"), ('"cat"', '"fox"'), ("a.png", "sub/c.png")],
 )
 def test_hash_sees_text_label_and_name(tmp_path: Path, old: str, new: str) -> None:
     root = make_root(tmp_path)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 
+from marnet_sdk.errors import RecipeError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.data.imagefolder import Example, read_split
@@ -60,6 +61,33 @@ def test_ties_are_broken_for_one_label_not_for_all_of_them(row: list[float]) -> 
     found = accuracy(torch.tensor([row]).repeat(classes, 1), torch.arange(classes))
     assert found.top1 == pytest.approx(1 / classes)
     assert found.top5 == pytest.approx(min(5, classes) / classes)
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(-2, 2).map(float), min_size=12, max_size=12), min_size=1, max_size=5
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_the_answer_to_a_row_is_the_first_of_its_largest_logits(rows: list[list[float]]) -> None:
+    """What NumPy's and ONNX's arg-max give; topk may take any of equal logits."""
+    answers = torch.tensor([row.index(max(row)) for row in rows])
+    assert accuracy(torch.tensor(rows), answers).top1 == 1.0
+
+
+def test_a_thousand_equal_logits_are_answered_with_the_first_class() -> None:
+    equal = torch.zeros(1000, 1000)
+    assert accuracy(equal, torch.zeros(1000, dtype=torch.int64)).top1 == 1.0
+    assert accuracy(equal, torch.full((1000,), 4)).top5 == 1.0
+    assert accuracy(equal, torch.full((1000,), 5)).top5 == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_refused_not_counted(value: float) -> None:
+    logits = torch.zeros(5, 3)
+    logits[1, 0] = logits[3, 1] = logits[3, 2] = value
+    with pytest.raises(RecipeError, match=r"2 of 5 images got NaN .* training diverged; lower"):
+        accuracy(logits, torch.zeros(5, dtype=torch.int64))
 
 
 def test_labels_are_numbered_in_the_order_of_the_model() -> None:

@@ -30,6 +30,7 @@ from marnet_train.phases import (
     TrainingSet,
     cache_features,
     draw_fused,
+    mean_and_scale,
     text_features,
     train_alignment,
     train_baseline,
@@ -288,6 +289,26 @@ def test_a_dimension_that_never_varies_keeps_its_scale(
     )
     cache_features(model, same, recipe, seed=0)
     assert torch.equal(model.text_std, torch.ones(12))
+
+
+def test_a_dimension_that_never_varies_has_scale_one_and_the_others_their_deviation() -> None:
+    x = torch.tensor([[1.0, 5.0, 0.0], [3.0, 5.0, 1e-8]])
+    mean, scale = mean_and_scale(x)
+    assert mean.tolist() == [2.0, 5.0, pytest.approx(5e-9)]
+    assert scale.tolist() == [1.0, 1.0, 1.0]
+    assert mean_and_scale(3 * x)[1].tolist() == [3.0, 1.0, 1.0]
+
+
+def test_a_fused_dimension_that_never_varies_does_not_blow_up_the_final_classifier(
+    model: MARNet, features: Features, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided by 1e-6 instead of by 1, its weights would be a million times the others'."""
+    fused = torch.randn(len(features.labels), 24, generator=torch.Generator().manual_seed(0))
+    fused[:, 7] = 2.5
+    monkeypatch.setattr("marnet_train.phases.draw_fused", lambda *_: fused)
+    once = replace(recipe, fusion_phase=replace(recipe.fusion_phase, draws=1))
+    train_fusion(model, features, once, 0, Lines())
+    assert float(model.classifier.weight.detach().abs().max()) < 10
 
 
 def test_every_row_and_draw_of_phase_c_has_its_own_noise(

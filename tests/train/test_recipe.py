@@ -57,12 +57,15 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (f"hiden = 3\n{ENCODERS}", r"mine\.toml: unknown setting 'hiden' \(did you mean 'hidden'"),
+        (
+            f"hiden = 3\n{ENCODERS}",
+            r"mine\.toml: unknown setting 'hiden'\. Did you mean 'hidden'\?",
+        ),
         (
             f"{ENCODERS}[alignment]\nepoch = 3\n",
-            r"mine\.toml: alignment: unknown setting 'epoch' \(did you mean 'epochs'\?\)",
+            r"mine\.toml: alignment: unknown setting 'epoch'\. Did you mean 'epochs'\?",
         ),
-        (f"qqqq = 3\n{ENCODERS}", r"unknown setting 'qqqq'$"),
+        (f"qqqq = 3\n{ENCODERS}", r"unknown setting 'qqqq'\.$"),
         ('[vision]\nmodel_type = "vit"\n', "mine.toml: the setting 'text' is missing"),
         ("", "the setting 'vision' is missing"),
         (f'dim = "64"\n{ENCODERS}', "dim must be int, got '64'"),
@@ -96,7 +99,7 @@ def test_a_faulty_recipe_is_refused_with_the_place_and_the_fault(
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
-    with pytest.raises(RecipeError, match=r"'digts' \(did you mean 'digits'\?\); the package has"):
+    with pytest.raises(RecipeError, match=r"'digts'\. Did you mean 'digits'\? The package has"):
         load_recipe("digts")
 
 

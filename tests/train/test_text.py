@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from marnet_train.text import encode, load_tokenizer, train_tokenizer
+from marnet_sdk.errors import RecipeError
+from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "pork, scallion, ginger, soy sauce",
@@ -64,6 +65,14 @@ def test_texts_are_padded_to_the_longest_and_masked(tokenizer: PreTrainedTokeniz
     assert ids[0, 3:].tolist() == [tokenizer.pad_token_id] * 2
 
 
+def test_texts_are_padded_on_the_right_whatever_side_the_tokenizer_prefers() -> None:
+    tokenizer = train_tokenizer(TEXTS)
+    expected = encode(tokenizer, ["egg", "egg, tomato"], 16)
+    tokenizer.padding_side = "left"
+    for found, usual in zip(encode(tokenizer, ["egg", "egg, tomato"], 16), expected, strict=True):
+        assert torch.equal(found, usual)
+
+
 def test_texts_are_cut_at_max_tokens_and_still_end_in_sep(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -105,3 +114,30 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(
     again = load_tokenizer(tmp_path)
     for found, expected in zip(encode(again, TEXTS, 8), encode(tokenizer, TEXTS, 8), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("damage", ["{", None])
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_with_its_place(
+    tokenizer: PreTrainedTokenizerFast, damage: str | None, tmp_path: Path
+) -> None:
+    if damage:
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(damage)
+    with pytest.raises(
+        RecipeError, match=rf"(?s)no tokenizer could be loaded from '{tmp_path}.*tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_refused_when_it_knows_less_than_half_of_the_tokens() -> None:
+    tokenizer = train_tokenizer(["abc abc"])
+    check_vocabulary(tokenizer, ["abc x", "abc"], "here")
+    check_vocabulary(tokenizer, ["abc x"], "here")  # exactly half
+    with pytest.raises(
+        RecipeError, match=r"'here' knows 1 of 3 tokens .* tokenizer\.json and tokenizer_config"
+    ):
+        check_vocabulary(tokenizer, ["abc x y"], "here")
+
+
+def test_only_the_first_thousand_texts_are_checked() -> None:
+    check_vocabulary(train_tokenizer(["abc"]), ["abc"] * 1000 + ["x"] * 5000, "here")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,9 @@ from marnet_sdk.errors import (
     OutputExists,
     RecipeError,
 )
+from marnet_train import trainer
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.imagefolder import (
-    METADATA,
     data_hash,
     read_image_folder,
     read_split,
@@ -99,6 +101,11 @@ def test_training_json_says_how_the_model_came_to_be(
     assert training["data"]["images"] == {"train": 200, "val": 40, "test": 30}
     assert training["versions"]["torch"] == torch.__version__
     assert 0 < training["seconds"] < 600
+    assert training["machine"] == {
+        "threads": torch.get_num_threads(),
+        "device": str(pick_device("auto")),
+        "processor": platform.machine(),
+    }
 
 
 def test_baseline_and_every_branch_are_measured_on_val_and_test(training: dict[str, Any]) -> None:
@@ -138,16 +145,36 @@ def test_the_model_card_names_the_accuracy_and_the_next_command(
 ) -> None:
     card = (run / "README.md").read_text("utf-8")
     assert f"{training['metrics']['marnet']['test']['top1']:.2%}" in card
-    assert "marnet-export --checkpoint runs/first" in card
+    assert f"marnet-export --checkpoint {run} --precision fp16" in card
     assert training["data"]["sha256"] in card
 
 
 def test_the_same_seed_gives_the_same_bytes(
     run: Path, data: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
-    fit(data, recipe, tmp_path / "again", name="tiny")
+    out = tmp_path / "once more" / "again"
+    fit(data, recipe, out, name="tiny")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl"):
-        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes(), name
+        assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    assert f"--checkpoint {shlex.quote(str(out))} --precision" in (out / "README.md").read_text()
+
+
+def test_the_number_of_threads_is_used_recorded_and_put_back(
+    data: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    train = trainer.train_marnet
+
+    def spy(*arguments: Any) -> None:
+        used.append(torch.get_num_threads())
+        train(*arguments)
+
+    monkeypatch.setattr(trainer, "train_marnet", spy)
+    before = torch.get_num_threads()
+    training = fit(data, recipe, tmp_path / "run", threads=before + 1, device="cpu")
+    assert used == [training["machine"]["threads"]] == [before + 1]
+    assert json.loads((tmp_path / "run" / "training.json").read_text()) == training
+    assert torch.get_num_threads() == before
 
 
 def test_another_seed_gives_other_weights_and_test_and_samples_may_be_left_out(
@@ -205,6 +232,34 @@ def test_pretrained_encoders_are_needed_to_train_but_not_to_load(
     assert found["marnet"] == training["metrics"]["marnet"]["val"]
 
 
+def pretrained_folder(recipe: Recipe, folder: Path, encoder: str) -> Recipe:
+    """The recipe with one encoder from a folder that holds weights and nothing else."""
+    text = recipe.text | {"vocab_size": 500, "pad_token_id": 0}
+    load_backbone(text if encoder == "text" else recipe.vision).save_pretrained(folder)
+    return replace(recipe, **{encoder: {"pretrained": str(folder)}})
+
+
+def test_a_text_folder_without_a_tokenizer_is_refused(
+    data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    """transformers makes one of five tokens, to which every word is unknown."""
+    spoilt = pretrained_folder(recipe, tmp_path / "bert", "text")
+    with pytest.raises(RecipeError, match=rf"tokenizer.*{tmp_path}/bert.*put the encoder's token"):
+        fit(data, spoilt, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vision_folder_without_image_settings_is_refused(
+    data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    spoilt = replace(pretrained_folder(recipe, tmp_path / "vit", "vision"), image=None)
+    with pytest.raises(
+        RecipeError,
+        match=rf"(?s)no preprocessor_config\.json .*'{tmp_path}/vit'.*write an \[image\] table",
+    ):
+        fit(data, spoilt, tmp_path / "run")
+
+
 def test_evaluating_again_gives_the_accuracy_of_the_training(
     run: Path, data: Path, training: dict[str, Any]
 ) -> None:
@@ -222,6 +277,28 @@ def test_an_existing_output_is_neither_replaced_nor_trained_for(
     with pytest.raises(OutputExists, match=r"taken already exists; .* --force"):
         fit(data, recipe, tmp_path / "taken")
     assert (tmp_path / "taken" / "mine.txt").read_text() == "keep me"
+
+
+def test_even_when_forced_only_a_checkpoint_is_replaced(
+    data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.txt").write_text("keep me")
+    with pytest.raises(OutputExists, match=r"photos holds something else: .* choose another"):
+        fit(data, recipe, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("out", ["data", "data/runs", ".", "runs/../data", "link"])
+def test_an_output_in_or_around_the_data_is_refused(
+    out: str, data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "link").symlink_to("data")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InvalidInput, match=r"--out .* two folders apart: choose another --out"):
+        fit(tmp_path / "data", recipe, tmp_path / out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def without_image_settings(recipe: Recipe) -> Recipe:
@@ -271,8 +348,16 @@ def test_a_class_that_the_checkpoint_does_not_know_is_refused(run: Path, data: P
 
 
 def test_a_split_that_is_not_there_is_refused(run: Path, data: Path) -> None:
-    with pytest.raises(DataError, match=rf"holdout.*{METADATA}: missing"):
-        evaluate_checkpoint(run, data, "holdout", device="cpu")
+    with pytest.raises(
+        NotFound,
+        match=r"no split 'tset'; choose --split from: test, train, val\. Did you mean 'test'\?",
+    ):
+        evaluate_checkpoint(run, data, "tset", device="cpu")
+
+
+def test_a_data_folder_that_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"nowhere: no such folder; expected one that holds test/"):
+        evaluate_checkpoint(run, tmp_path / "nowhere", "test", device="cpu")
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(data: Path) -> None:
@@ -289,9 +374,12 @@ def test_a_cuda_device_where_there_is_none_is_an_environment_mismatch(
         fit(data, recipe, tmp_path / "out", device=name)
 
 
-def test_the_name_of_no_device_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="'gpu' is unknown; choose auto, cpu or cuda"):
-        pick_device("gpu")
+@pytest.mark.parametrize("name", ["gpu", "mps", "meta", "cpu:0", "cuda:", "cuda:-1", "CPU", ""])
+def test_only_four_kinds_of_device_are_accepted(name: str) -> None:
+    with pytest.raises(
+        InvalidInput, match=f"--device '{name}' is unknown; choose auto, cpu, cuda or cuda:N"
+    ):
+        pick_device(name)
 
 
 def test_auto_is_the_cpu_unless_there_is_a_cuda_device() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
-def model_card(name: str, training: dict[str, Any], labels: Sequence[str]) -> str:
-    """README.md of a checkpoint: what it is, how it was trained, how good it is, how to use it."""
+def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> str:
+    """README.md of a checkpoint: what it is, how it was trained, how good it is, how to use it.
+
+    Args:
+        path: where the checkpoint is written.
+    """
     metrics = training["metrics"]
     splits = list(metrics["marnet"])
     rows = [
@@ -33,7 +39,7 @@ library_name: marnet
 license: other
 tags: [image-classification, diffusion, privileged-information]
 ---
-# {name}
+# {path.name}
 
 A MARNet image classifier: an image encoder whose features are refined by a small diffusion model
 that was trained with text. Text is not needed to classify.
@@ -53,7 +59,7 @@ noise seeds: {seeds}.
 `samples/` holds validation images with their labels; an export is verified on them.
 
 ```
-marnet-export --checkpoint runs/{name} --precision fp16
+marnet-export --checkpoint {shlex.quote(str(path))} --precision fp16
 ```
 
 Versions: {versions}.

@@ -30,6 +30,10 @@ from marnet_train.models.marnet import MARNet
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 TRAINING, SAMPLES = "training.json", "samples"
+_HOW_TO_GET_ONE = (
+    "train one with: marnet-train fit --data DATA --recipe digits --out runs/NAME, "
+    "or name one with --checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,7 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
         NotFound: there is none; the message holds the command that makes one.
     """
     if (found := newest(runs, is_checkpoint)) is None:
-        raise NotFound(
-            f"no checkpoint under {os.path.join('.', runs)}; train one with: marnet-train fit "
-            "--data DATA --recipe digits --out runs/NAME, or name one with --checkpoint"
-        )
+        raise NotFound(f"no checkpoint under {os.path.join('.', runs)}; {_HOW_TO_GET_ONE}")
     return found
 
 
@@ -97,10 +98,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if not is_checkpoint(path):
-        raise NotFound(f"{path} is not a checkpoint: it needs {CONFIG} and {WEIGHTS}")
+        raise NotFound(
+            f"{path} is not a checkpoint: it needs {CONFIG} and {WEIGHTS}; {_HOW_TO_GET_ONE}"
+        )
     content = read_json(path / CONFIG)
     method = content.get("method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise CheckpointError(
             f"{path / CONFIG}: method {method!r} is unknown; this version has {sorted(METHODS)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -45,19 +46,37 @@ def digits(out: Path, seed: int, force: bool) -> None:
         from marnet_train.data.digits import write_digits
     write_digits(out, seed=seed, overwrite=force)
     say(f"wrote {out}")
-    next_commands(f"marnet-train fit --data {out} --recipe digits --out runs/digits")
+    next_commands(
+        f"marnet-train fit --data {shlex.quote(str(out))} --recipe digits --out runs/digits"
+    )
 
 
 @main.command()
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
 @click.option("--recipe", required=True, help="Name of a recipe (digits, vit_b16_bert) or a .toml.")
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Checkpoint folder to write.")
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Same seed, same weights.")
+@click.option(
+    "--seed",
+    type=_SEED,
+    default=0,
+    show_default=True,
+    help="Same seed, threads and versions: same weights.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads to compute with. Default: torch's."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--no-samples", is_flag=True, help="Leave the validation images out of the result.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint if it exists.")
 def fit(
-    data_dir: Path, recipe: str, out: Path, seed: int, device: str, no_samples: bool, force: bool
+    data_dir: Path,
+    recipe: str,
+    out: Path,
+    seed: int,
+    threads: int | None,
+    device: str,
+    no_samples: bool,
+    force: bool,
 ) -> None:
     """Train a checkpoint, and an image-only baseline to compare it with."""
     with requires_extra(*_NEEDS):
@@ -69,12 +88,13 @@ def fit(
         out,
         name=recipe,
         seed=seed,
+        threads=threads,
         device=device,
         keep_samples=not no_samples,
         overwrite=force,
     )
     say(f"wrote {out} after {training['seconds']} s")
-    next_commands(f"marnet-export --checkpoint {out} --precision fp16")
+    next_commands(_export_command(out))
 
 
 @main.command()
@@ -101,3 +121,8 @@ def evaluate(checkpoint: Path | None, data_dir: Path, split: str, device: str) -
     ]
     columns = ("branch", "top-1", "top-5", "top-1 by noise seed")
     print_table(f"{split}: {found['marnet']['images']} images", columns, rows)
+    next_commands(_export_command(path))
+
+
+def _export_command(checkpoint: Path) -> str:
+    return f"marnet-export --checkpoint {shlex.quote(str(checkpoint))} --precision fp16"

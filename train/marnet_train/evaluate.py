@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marnet_sdk.errors import RecipeError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.data.imagefolder import Example
 from marnet_train.data.pixels import PixelStore
@@ -28,9 +29,19 @@ class Accuracy:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Top-1 and top-5 accuracy. [N, K], [N] -> fractions of N."""
+    """Top-1 and top-5 accuracy; of equal logits the first counts. [N, K], [N] -> fractions of N.
+
+    Raises:
+        RecipeError: a logit is NaN or infinite.
+    """
     count = logits.shape[0]
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
+    if wrong := int((~torch.isfinite(logits)).any(dim=1).sum()):
+        raise RecipeError(
+            f"{wrong} of {count} images got NaN or infinite logits, expected finite ones: the "
+            "training diverged; lower the learning rates of the recipe and train again"
+        )
+    # Not topk: its order among equal logits is arbitrary.
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]  # [N, 5]
     hit = best == labels[:, None].to(best.device)
     return Accuracy(
         top1=float(hit[:, 0].float().mean()),

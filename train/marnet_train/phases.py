@@ -161,6 +161,15 @@ def _text_of(model: MARNet, data: TrainingSet, rows: Tensor, frozen: Tensor | No
     return model.text(ids, mask[:, :longest])
 
 
+def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What standardises the rows of x, [N, D]: mean and standard deviation, both [D].
+
+    A dimension that never varies carries nothing: its scale is left alone, 1.
+    """
+    std = x.std(dim=0, correction=0)
+    return x.mean(dim=0), torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
 @torch.no_grad()
 def cache_features(
     model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, batch: int = 256
@@ -180,10 +189,9 @@ def cache_features(
     x_v = torch.cat(views)  # [V * N, D_v]
     x_s = text_features(model, data)  # [N, D_s]
     for name, x in (("vision", x_v), ("text", x_s)):
-        std = x.std(dim=0, correction=0)
-        getattr(model, f"{name}_mean").copy_(x.mean(dim=0))
-        # A dimension that never varies carries nothing: leave its scale alone.
-        getattr(model, f"{name}_std").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        mean, std = mean_and_scale(x)
+        getattr(model, f"{name}_mean").copy_(mean)
+        getattr(model, f"{name}_std").copy_(std)
     repeats = recipe.refinement.views
     return Features(x_v, x_s.repeat(repeats, 1), data.labels.to(device).repeat(repeats))
 
@@ -255,7 +263,7 @@ def train_fusion(model: MARNet, features: Features, recipe: Recipe, seed: int, l
     phase = recipe.fusion_phase
     fused = draw_fused(model, features, recipe, seed).clone()
     labels = features.labels.repeat(phase.draws)
-    mean, std = fused.mean(dim=0), fused.std(dim=0, correction=0).clamp(min=1e-6)
+    mean, std = mean_and_scale(fused)
     fused = (fused - mean) / std
     generator = torch.Generator().manual_seed(seed)
     head = model.classifier

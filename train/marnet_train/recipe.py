@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from marnet_sdk.console import nearest
 from marnet_sdk.errors import MarnetError, RecipeError
 from marnet_train.diffusion import ScheduleConfig
 
@@ -110,10 +110,9 @@ def load_recipe(name: str) -> Recipe:
     elif name.endswith(".toml") and Path(name).is_file():
         content = Path(name).read_bytes()
     else:
-        hint = _did_you_mean(name, recipe_names())
         raise RecipeError(
-            f"no recipe {name!r}{hint}; the package has {', '.join(recipe_names())}, "
-            "or give the path of a .toml file"
+            f"no recipe {name!r}.{nearest(name, recipe_names())} The package has "
+            f"{', '.join(recipe_names())}; or give the path of a .toml file"
         )
     try:
         table = tomllib.loads(content.decode("utf-8"))
@@ -129,7 +128,7 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in table:
         if key not in known:
-            raise RecipeError(f"{where}: unknown setting {key!r}{_did_you_mean(key, known)}")
+            raise RecipeError(f"{where}: unknown setting {key!r}.{nearest(key, list(known))}")
     for name, spec in known.items():
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and name not in table:
@@ -157,8 +156,3 @@ def _value(expected: Any, value: Any, where: str) -> Any:
     if expected is not bool and isinstance(value, int | float) and not least <= value < math.inf:
         raise RecipeError(f"{where} must be finite and at least {least}, got {value!r}")
     return value
-
-
-def _did_you_mean(word: str, choices: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -16,7 +16,14 @@ from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from marnet_sdk.errors import RecipeError
+
 _SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+CHECKED_TEXTS = 1000  # of the training texts, to see whether a loaded tokenizer knows them
+_TOKENIZER_FILES = (
+    "put the encoder's tokenizer.json and tokenizer_config.json (or vocab.txt) there, or name a "
+    "checkpoint that has them in [text] of the recipe"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
@@ -45,15 +52,47 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedT
 
 
 def load_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or of a hub checkpoint."""
-    return AutoTokenizer.from_pretrained(source, **settings)
+    """The tokenizer of a checkpoint folder or of a hub checkpoint.
+
+    Raises:
+        RecipeError: there is none, or its files are damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, **settings)
+    except Exception as error:  # tokenizers has no narrower type for a file that it cannot parse
+        raise RecipeError(
+            f"no tokenizer could be loaded from {str(source)!r} ({error}); {_TOKENIZER_FILES}"
+        ) from error
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], source: str | Path
+) -> None:
+    """Refuse a tokenizer that does not know the texts: without files, transformers makes one.
+
+    Raises:
+        RecipeError: more than half of the tokens of the first `CHECKED_TEXTS` are unknown.
+    """
+    found = tokenizer(list(texts[:CHECKED_TEXTS]), add_special_tokens=False)["input_ids"]
+    tokens = [token for ids in cast("list[list[int]]", found) for token in ids]
+    unknown = sum(token == tokenizer.unk_token_id for token in tokens)
+    if 2 * unknown > len(tokens) or not tokens:
+        raise RecipeError(
+            f"the tokenizer of {str(source)!r} knows {len(tokens) - unknown} of {len(tokens)} "
+            f"tokens of the training texts, expected at least half; {_TOKENIZER_FILES}"
+        )
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both int64 [N, L], cut at `max_tokens` and padded to the longest."""
+    """Token ids and mask, both int64 [N, L], cut at `max_tokens`, padded right to the longest."""
     out = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
+        list(texts),
+        padding=True,
+        padding_side="right",  # whatever the tokenizer's own: rows are later cut at their longest
+        truncation=True,
+        max_length=max_tokens,
+        return_tensors="pt",
     )
     return torch.as_tensor(out["input_ids"]), torch.as_tensor(out["attention_mask"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,20 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.console import nearest, say
 from marnet_sdk.environment import versions
-from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
+from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, NotFound, RecipeError
 from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.card import model_card
 from marnet_train.checkpoint import (
     SAMPLES,
     TRAINING,
+    is_checkpoint,
     load_checkpoint,
     write_json,
     write_model,
 )
 from marnet_train.data.imagefolder import (
+    METADATA,
     Example,
     ImageFolder,
     data_hash,
@@ -53,7 +58,7 @@ from marnet_train.phases import (
     train_refinement,
 )
 from marnet_train.recipe import Recipe
-from marnet_train.text import encode, load_tokenizer, train_tokenizer
+from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_tokenizer
 
 MAX_SAMPLES = 512
 PACKAGES = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -78,23 +83,34 @@ def fit(
     *,
     name: str = "custom",
     seed: int = 0,
+    threads: int | None = None,
     device: str = "auto",
     keep_samples: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train on `data` and write a checkpoint to `out`.
 
+    The same seed, threads, device, machine and versions give the same weights.
+
+    Args:
+        threads: CPU threads to compute with; None leaves torch's own number.
+        overwrite: replace the checkpoint at `out`.
+
     Returns:
-        The content of training.json: recipe, seed, metrics, data hash, seconds, versions.
+        The content of training.json: recipe, seed, metrics, data hash, seconds, machine, versions.
 
     Raises:
-        DataError, RecipeError, OutputExists: before any training.
+        DataError, RecipeError, InvalidInput, OutputExists: before any training.
     """
     started = time.perf_counter()
-    with atomic_directory(out, overwrite=overwrite) as fresh:
+    _check_apart(data, out)
+    with (
+        _threads(threads),
+        atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh,
+    ):
+        target, log = pick_device(device), Logger(fresh / "metrics.jsonl")
         folder = read_image_folder(data)
         tokenizer, preprocess = _tokenizer(recipe, folder), _preprocess(recipe)
-        target, log = pick_device(device), Logger(fresh / "metrics.jsonl")
         model, metrics = _train_both(folder, tokenizer, preprocess, recipe, seed, target, log)
         training = {
             "recipe": name,
@@ -105,6 +121,11 @@ def fit(
                 "sha256": data_hash(folder),
                 "images": {split: len(rows) for split, rows in folder.splits.items()},
             },
+            "machine": {
+                "threads": torch.get_num_threads(),
+                "device": str(target),
+                "processor": platform.machine(),
+            },
             "versions": versions(PACKAGES),
             "settings": recipe.to_dict(),
         }
@@ -113,8 +134,29 @@ def fit(
         write_json(fresh / TRAINING, training)
         if keep_samples:
             _write_samples(fresh / SAMPLES, folder.splits["val"], seed)
-        (fresh / "README.md").write_text(model_card(out.name, training, folder.labels), "utf-8")
+        (fresh / "README.md").write_text(model_card(out, training, folder.labels), "utf-8")
     return training
+
+
+def _check_apart(data: Path, out: Path) -> None:
+    """`out` may be replaced, so the data must be neither in it nor around it."""
+    source, target = data.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise InvalidInput(
+            f"--out {out} and --data {data} are, or lie in, the same folder; expected two folders "
+            "apart: choose another --out, such as runs/NAME"
+        )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with that many CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_both(
@@ -185,12 +227,14 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the CUDA device if there is one, else the CPU.
+    """auto, cpu, cuda or cuda:N; `auto` is the CUDA device if there is one, else the CPU.
 
     Raises:
         EnvironmentMismatch: a CUDA device is asked for where there is none.
-        InvalidInput: not the name of a device.
+        InvalidInput: none of these names.
     """
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", name):  # not torch's mps, meta, ...
+        raise InvalidInput(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -198,10 +242,7 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: no CUDA device that torch {torch.__version__} can use; "
             "choose --device cpu, or install a CUDA build of torch"
         )
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidInput(f"--device {name!r} is unknown; choose auto, cpu or cuda") from error
+    return torch.device(name)
 
 
 def _tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:
@@ -211,10 +252,13 @@ def _tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:
             f"max_tokens is {recipe.max_tokens}, but the text encoder has "
             f"max_position_embeddings = {limit}"
         )
+    texts = [example.text or "" for example in folder.splits["train"]]
     if "pretrained" in recipe.text:
         settings = {k: v for k, v in recipe.text.items() if k != "pretrained"}
-        return load_tokenizer(recipe.text["pretrained"], **settings)
-    return train_tokenizer(example.text or "" for example in folder.splits["train"])
+        tokenizer = load_tokenizer(recipe.text["pretrained"], **settings)
+        check_vocabulary(tokenizer, texts, recipe.text["pretrained"])
+        return tokenizer
+    return train_tokenizer(texts)
 
 
 def _preprocess(recipe: Recipe) -> Preprocess:
@@ -226,10 +270,15 @@ def _preprocess(recipe: Recipe) -> Preprocess:
         return preprocess
     if "pretrained" not in recipe.vision:
         raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
+    name = recipe.vision["pretrained"]
     settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}
-    content, _ = ImageProcessingMixin.get_image_processor_dict(
-        recipe.vision["pretrained"], **settings
-    )
+    try:
+        content, _ = ImageProcessingMixin.get_image_processor_dict(name, **settings)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"no preprocessor_config.json could be read from {name!r} ({error}); write an [image] "
+            "table (size, image_mean, image_std, ...) in the recipe"
+        ) from error
     return Preprocess.from_dict(content)
 
 
@@ -288,8 +337,10 @@ def evaluate_checkpoint(
     """Accuracy of each branch of a checkpoint on one split of a data set.
 
     Raises:
-        DataError: the split is missing or has a class that the checkpoint does not know.
+        NotFound: there is no such checkpoint, data set or split.
+        DataError: the split has a class that the checkpoint does not know.
     """
+    _check_split(data, split)
     checkpoint = load_checkpoint(path)
     examples = read_split(data / split, needs_text=False)
     if unknown := sorted({e.label for e in examples} - set(checkpoint.labels)):
@@ -299,6 +350,17 @@ def evaluate_checkpoint(
         )
     store = PixelStore(examples, checkpoint.preprocess, split)
     return _branches(checkpoint.model.to(pick_device(device)), store, examples)
+
+
+def _check_split(data: Path, split: str) -> None:
+    if not data.is_dir():
+        raise NotFound(f"--data {data}: no such folder; expected one that holds {split}/")
+    if not (data / split).is_dir():
+        found = sorted(path.parent.name for path in data.glob(f"*/{METADATA}"))
+        raise NotFound(
+            f"{data} has no split {split!r}; choose --split from: {', '.join(found) or 'none'}."
+            f"{nearest(split, found)}"
+        )
 
 
 def _line(branch: str, splits: dict[str, Any]) -> str:

@@ -28,6 +28,9 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
+    # Idle worker threads would otherwise burn a core after every call, taking it from whatever runs
+    # next: measured to slow other work in the process, and this backend itself at batch 64.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
     try:
         session = ort.InferenceSession(payload / MODEL, options, ["CPUExecutionProvider"])

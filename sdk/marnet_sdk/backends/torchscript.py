@@ -56,6 +56,9 @@ class _TorchScript:
         import torch
 
         arrays = [pixels, *tables.named().values()]
-        with torch.inference_mode():
-            logits, features = self._module(*map(torch.from_numpy, arrays))
+        # torch warns of arrays that it must not write to, though nothing here writes to them.
+        writeable = [array if array.flags.writeable else array.copy() for array in arrays]
+        # A caller's autocast would change the types that the bundle was verified with.
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            logits, features = self._module(*map(torch.from_numpy, writeable))
         return logits.numpy(), features.numpy()

@@ -19,7 +19,7 @@ from PIL import Image
 from marnet_sdk.errors import MissingExtra
 from marnet_sdk.files import atomic_directory
 from marnet_train.data.digit_words import describe
-from marnet_train.data.imagefolder import ImageFolder, read_image_folder, write_split
+from marnet_train.data.imagefolder import ImageFolder, is_data_set, read_image_folder, write_split
 
 HELD_OUT = 0.30  # share of the digits outside of train; half of it is val, half test
 
@@ -31,14 +31,14 @@ def write_digits(out: Path, *, seed: int = 0, overwrite: bool = False) -> ImageF
         out: appears whole or not at all. About 1,800 files, 0.3 MB.
         seed: decides the split (70/15/15, classes in proportion) and the wording of the texts.
             The same seed gives the same bytes.
-        overwrite: replace what is at `out`.
+        overwrite: replace the data set at `out`.
 
     Raises:
-        OutputExists: `out` exists and `overwrite` is False.
+        OutputExists: `out` exists, and `overwrite` is False or it is no data set.
         MissingExtra: scikit-learn is not installed.
     """
     pictures, digits = load_pictures()
-    with atomic_directory(out, overwrite=overwrite) as fresh:
+    with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
         for split, indices in split_indices(digits, seed=seed).items():
             write_split(fresh / split, _rows(pictures, digits, indices, seed))
     return read_image_folder(out)

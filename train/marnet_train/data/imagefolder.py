@@ -65,6 +65,11 @@ class _Problems:
         raise DataError("\n  ".join(lines))
 
 
+def is_data_set(root: Path) -> bool:
+    """Whether a directory looks like a data set in this layout."""
+    return (root / "train" / METADATA).is_file()
+
+
 def natural_key(label: str) -> tuple[list[tuple[int, str]], str]:
     """Sort key that puts "2" before "10" and "dish 2" before "dish 10".
 
@@ -242,8 +247,13 @@ def _lines(metadata: Path, problems: _Problems) -> Iterator[tuple[int, bytes]]:
 def _check_classes(
     root: Path, rows: dict[str, list[tuple[int, Example]]], problems: _Problems
 ) -> None:
-    """Every class of val and test must be one that train teaches; each is reported once."""
+    """Train must teach two classes, and every class of val and test; each is reported once."""
     known = {example.label for _, example in rows["train"]}
+    if len(known) < 2:
+        problems.add(
+            f"{root / 'train' / METADATA}: found {len(known)} class ({quoted(*known)}), expected "
+            "at least 2 to tell apart; add images of another class"
+        )
     for split in ("val", "test"):
         reported: set[str] = set()
         for number, example in rows.get(split, []):

@@ -1,0 +1,88 @@
+"""Accuracy over several training seeds, beside an SVM on the raw pixels.
+
+python -m marnet_bench.accuracy --data data/digits --recipe digits --seeds 3 --output out.json
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.svm import SVC
+
+from marnet_bench.machine import describe_machine
+from marnet_sdk.console import Command, print_table, say
+from marnet_train.data.imagefolder import Example, ImageFolder, read_image_folder
+from marnet_train.recipe import load_recipe
+from marnet_train.trainer import fit
+
+BRANCHES = ("baseline", "alignment", "refined", "marnet")
+
+
+def svm_accuracy(folder: ImageFolder) -> float:
+    """Test accuracy of an RBF support vector machine (C = 10) on raw pixels from 0 to 1.
+
+    Its gamma is the one of 2^-12 .. 2^2 that is best on the validation split.
+    """
+    train, val, test = (_pixels(folder.splits[split]) for split in ("train", "val", "test"))
+    machines = [SVC(C=10, gamma=2.0**k).fit(*train) for k in range(-12, 3)]
+    best = max(machines, key=lambda machine: machine.score(*val))
+    return float(best.score(*test))
+
+
+def _pixels(examples: Sequence[Example]) -> tuple[NDArray[np.float64], list[str]]:
+    """Flattened grey pixels [N, height * width] and labels."""
+    images = [np.asarray(Image.open(e.image).convert("L")).ravel() / 255 for e in examples]
+    return np.stack(images), [e.label for e in examples]
+
+
+def measure(data: Path, recipe: str, seeds: int) -> dict[str, Any]:
+    """Train with seeds 0 .. seeds - 1 and collect the test accuracy of every branch."""
+    folder = read_image_folder(data)
+    runs = []
+    for seed in range(seeds):
+        say(f"seed {seed}")
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "run"
+            training = fit(data, load_recipe(recipe), out, name=recipe, seed=seed)
+        top1 = {branch: training["metrics"][branch]["test"]["top1"] for branch in BRANCHES}
+        runs.append({"seed": seed, "seconds": training["seconds"], "test_top1": top1})
+    return {
+        "what": "test top-1 accuracy per training seed, and of an SVM on the raw pixels",
+        "data_sha256": training["data"]["sha256"],
+        "recipe": recipe,
+        "test_images": len(folder.splits["test"]),
+        "svm": svm_accuracy(folder),
+        "runs": runs,
+        "machine": describe_machine(),
+    }
+
+
+@click.command(cls=Command)
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--recipe", default="digits", show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+def main(data: Path, recipe: str, seeds: int, output: Path) -> None:
+    """Train with several seeds and compare with an SVM."""
+    found = measure(data, recipe, seeds)
+    output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    rows = []
+    for branch in BRANCHES:
+        values = [run["test_top1"][branch] for run in found["runs"]]
+        rows.append((branch, f"{np.mean(values):.2%}", " ".join(f"{v:.2%}" for v in values)))
+    rows.append(("SVM on pixels", f"{found['svm']:.2%}", ""))
+    title = f"test top-1 on {found['test_images']} images"
+    print_table(title, ("model", "mean", "by training seed"), rows)
+    say(f"seconds of training: {[run['seconds'] for run in found['runs']]}")
+
+
+if __name__ == "__main__":
+    main()

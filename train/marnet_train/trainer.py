@@ -90,7 +90,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train on `data` and write a checkpoint to `out`.
 
-    The same seed, threads, device, machine and versions give the same weights.
+    On the CPU, the same seed, threads, processor and versions give the same weights.
 
     Args:
         threads: CPU threads to compute with; None leaves torch's own number.
@@ -117,16 +117,7 @@ def fit(
             "seed": seed,
             "seconds": round(time.perf_counter() - started, 1),
             "metrics": metrics,
-            "data": {
-                "sha256": data_hash(folder),
-                "images": {split: len(rows) for split, rows in folder.splits.items()},
-            },
-            "machine": {
-                "threads": torch.get_num_threads(),
-                "device": str(target),
-                "processor": platform.machine(),
-            },
-            "versions": versions(PACKAGES),
+            **_provenance(folder, target),
             "settings": recipe.to_dict(),
         }
         write_model(fresh, model, preprocess)
@@ -136,6 +127,22 @@ def fit(
             _write_samples(fresh / SAMPLES, folder.splits["val"], seed)
         (fresh / "README.md").write_text(model_card(out, training, folder.labels), "utf-8")
     return training
+
+
+def _provenance(folder: ImageFolder, device: torch.device) -> dict[str, Any]:
+    """What beside recipe and seed decides the weights: data, machine and versions."""
+    return {
+        "data": {
+            "sha256": data_hash(folder),
+            "images": {split: len(rows) for split, rows in folder.splits.items()},
+        },
+        "machine": {
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "processor": platform.machine(),
+        },
+        "versions": versions(PACKAGES),
+    }
 
 
 def _check_apart(data: Path, out: Path) -> None:

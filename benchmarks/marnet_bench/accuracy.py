@@ -19,7 +19,12 @@ from sklearn.svm import SVC
 
 from marnet_bench.machine import describe_machine
 from marnet_sdk.console import Command, print_table, say
-from marnet_train.data.imagefolder import Example, ImageFolder, read_image_folder
+from marnet_train.data.imagefolder import (
+    Example,
+    ImageFolder,
+    data_hash,
+    read_image_folder,
+)
 from marnet_train.recipe import load_recipe
 from marnet_train.trainer import fit
 
@@ -47,16 +52,16 @@ def measure(data: Path, recipe: str, seeds: int) -> dict[str, Any]:
     """Train with seeds 0 .. seeds - 1 and collect the test accuracy of every branch."""
     folder = read_image_folder(data)
     runs = []
-    for seed in range(seeds):
-        say(f"seed {seed}")
-        with tempfile.TemporaryDirectory() as scratch:
-            out = Path(scratch) / "run"
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(seeds):
+            say(f"seed {seed}")
+            out = Path(scratch) / str(seed)
             training = fit(data, load_recipe(recipe), out, name=recipe, seed=seed)
-        top1 = {branch: training["metrics"][branch]["test"]["top1"] for branch in BRANCHES}
-        runs.append({"seed": seed, "seconds": training["seconds"], "test_top1": top1})
+            top1 = {branch: training["metrics"][branch]["test"]["top1"] for branch in BRANCHES}
+            runs.append({"seed": seed, "seconds": training["seconds"], "test_top1": top1})
     return {
         "what": "test top-1 accuracy per training seed, and of an SVM on the raw pixels",
-        "data_sha256": training["data"]["sha256"],
+        "data_sha256": data_hash(folder),
         "recipe": recipe,
         "test_images": len(folder.splits["test"]),
         "svm": svm_accuracy(folder),

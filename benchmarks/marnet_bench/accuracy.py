@@ -37,7 +37,10 @@ def svm_accuracy(folder: ImageFolder) -> float:
     Its gamma is the one of 2^-12 .. 2^2 that is best on the validation split.
     """
     train, val, test = (_pixels(folder.splits[split]) for split in ("train", "val", "test"))
-    machines = [SVC(C=10, gamma=2.0**k).fit(*train) for k in range(-12, 3)]
+    machines = [
+        SVC(C=10, gamma=2.0**k).fit(*train)  # pyright: ignore[reportArgumentType]
+        for k in range(-12, 3)
+    ]
     best = max(machines, key=lambda machine: machine.score(*val))
     return float(best.score(*test))
 

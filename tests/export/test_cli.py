@@ -108,7 +108,7 @@ def test_a_weight_beyond_fp16_exits_with_1_and_names_the_way_out(workplace):
     save_file(weights, file)
     result = export("--precision", "fp16", "--checkpoint", "runs/newer")
     assert result.exit_code == 1
-    assert "denoiser.layer2.weight holds 7e+04" in one_line(result.stderr)
+    assert "denoiser: hidden2 holds 7e+04" in one_line(result.stderr)
     assert "use --precision bf16 or fp32" in one_line(result.stderr)
     assert list(Path("bundles").iterdir()) == []
 

@@ -1,13 +1,16 @@
 """Accuracy over several training seeds, beside an SVM on the raw pixels.
 
-python -m marnet_bench.accuracy --data data/digits --recipe digits --seeds 3 --output out.json
+python -m marnet_train.over_seeds --data data/digits --recipe digits --seeds 3 --output out.json
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import tempfile
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.svm import SVC
 
-from marnet_bench.machine import describe_machine
 from marnet_sdk.console import Command, print_table, say
+from marnet_sdk.environment import versions
 from marnet_train.data.imagefolder import (
     Example,
     ImageFolder,
@@ -26,7 +29,7 @@ from marnet_train.data.imagefolder import (
     read_image_folder,
 )
 from marnet_train.recipe import load_recipe
-from marnet_train.trainer import fit
+from marnet_train.trainer import PACKAGES, fit
 
 BRANCHES = ("baseline", "alignment", "refined", "marnet")
 
@@ -69,7 +72,9 @@ def measure(data: Path, recipe: str, seeds: int) -> dict[str, Any]:
         "test_images": len(folder.splits["test"]),
         "svm": svm_accuracy(folder),
         "runs": runs,
-        "machine": describe_machine(),
+        "machine": {"processor": platform.machine(), "threads": os.cpu_count()},
+        "versions": versions((*PACKAGES, "scikit-learn")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -133,7 +133,7 @@ def test_branches_are_measured_once_per_seed_where_noise_is_involved(
 
 def test_a_trained_checkpoint_recognises_most_digits(checkpoint: Path, digits: Path) -> None:
     """Chance is 10 %; the recipe of this fixture reaches about 90 %."""
-    from marnet_train.trainer import evaluate_checkpoint
+    from marnet_train.evaluate import evaluate_checkpoint
 
     found = evaluate_checkpoint(checkpoint, digits, "test", device="cpu")
     assert found["alignment"]["top1"] > 0.75

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from marnet_sdk.errors import RecipeError
 from marnet_sdk.preprocess import Preprocess
+from marnet_train.assemble import build_model
 from marnet_train.data.imagefolder import read_split
 from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
@@ -40,7 +41,6 @@ from marnet_train.phases import (
 )
 from marnet_train.recipe import AlignmentPhase, Augment, FusionPhase, Recipe, RefinementPhase
 from marnet_train.text import encode, train_tokenizer
-from marnet_train.trainer import build_model
 
 LABELS = tuple("0123456789")
 

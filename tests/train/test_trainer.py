@@ -30,9 +30,10 @@ from marnet_train.data.imagefolder import (
     write_split,
 )
 from marnet_train.diffusion import ScheduleConfig
+from marnet_train.evaluate import evaluate_checkpoint, pick_device
 from marnet_train.models.backbones import load_backbone
 from marnet_train.recipe import Recipe
-from marnet_train.trainer import evaluate_checkpoint, fit, pick_device
+from marnet_train.trainer import fit
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def evaluate(checkpoint: Path | None, data_dir: Path, split: str, device: str) -
     """Accuracy of a checkpoint on a data set, over five noise seeds."""
     with requires_extra(*_NEEDS):
         from marnet_train.checkpoint import newest_checkpoint
-        from marnet_train.trainer import evaluate_checkpoint
+        from marnet_train.evaluate import evaluate_checkpoint
     path = checkpoint or newest_checkpoint()
     say(f"checkpoint {path}")
     found = evaluate_checkpoint(path, data_dir, split, device)

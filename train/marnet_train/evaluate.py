@@ -5,18 +5,25 @@ Axes: N images, K classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.console import nearest
+from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, NotFound, RecipeError
 from marnet_sdk.trajectory import draw_trajectory
-from marnet_train.data.imagefolder import Example
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.data.imagefolder import METADATA, Example, ImageFolder, read_split
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SamplerTable, sampler_table, trajectory_tensors
 from marnet_train.models.marnet import MARNet
+
+NOISE_SEEDS = (0, 1, 2, 3, 4)  # accuracy is reported over these; 0 is the one that is served
 
 
 @dataclass(frozen=True)
@@ -94,3 +101,91 @@ def evaluate_branches(
         out["refined"].append(accuracy(model.semantic_classifier(x_cdr), labels))
         out["marnet"].append(accuracy(model.classifier(model.fuse(x_v, x_cdr)), labels))
     return out
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N; `auto` is the CUDA device if there is one, else the CPU.
+
+    Raises:
+        EnvironmentMismatch: a CUDA device is asked for where there is none.
+        InvalidInput: none of these names.
+    """
+    if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", name):  # not torch's mps, meta, ...
+        raise InvalidInput(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EnvironmentMismatch(
+            f"--device {name}: no CUDA device that torch {torch.__version__} can use; "
+            "choose --device cpu, or install a CUDA build of torch"
+        )
+    return torch.device(name)
+
+
+def evaluate_baseline(
+    model: MARNet, folder: ImageFolder, stores: dict[str, PixelStore]
+) -> dict[str, Any]:
+    """split -> top1, top5, images of the image-only baseline."""
+    out = {}
+    for split, store in stores.items():
+        with torch.no_grad():
+            x_v = visual_features(model, store)
+            logits = model.alignment_classifier(model.align_vision(x_v))
+        labels = label_tensor(folder.splits[split], folder.labels)
+        out[split] = asdict(accuracy(logits.cpu(), labels))
+    return out
+
+
+def evaluate_marnet(
+    model: MARNet, folder: ImageFolder, stores: dict[str, PixelStore]
+) -> dict[str, Any]:
+    """branch -> split -> what `_branches` gives."""
+    out: dict[str, Any] = {}
+    for split, store in stores.items():
+        for branch, found in _branches(model, store, folder.splits[split]).items():
+            out.setdefault(branch, {})[split] = found
+    return out
+
+
+def _branches(
+    model: MARNet, store: PixelStore, examples: Sequence[Example]
+) -> dict[str, dict[str, Any]]:
+    """branch -> top1, top5 at the served noise seed, and top-1 at each of `NOISE_SEEDS`."""
+    labels = label_tensor(examples, model.config.labels).to(model.vision_mean.device)
+    found = evaluate_branches(model, visual_features(model, store), labels, NOISE_SEEDS)
+    return {
+        branch: asdict(per_seed[0]) | {"top1_over_noise_seeds": [m.top1 for m in per_seed]}
+        for branch, per_seed in found.items()
+    }
+
+
+def evaluate_checkpoint(
+    path: Path, data: Path, split: str, device: str = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Accuracy of each branch of a checkpoint on one split of a data set.
+
+    Raises:
+        NotFound: there is no such checkpoint, data set or split.
+        DataError: the split has a class that the checkpoint does not know.
+    """
+    _check_split(data, split)
+    checkpoint = load_checkpoint(path)
+    examples = read_split(data / split, needs_text=False)
+    if unknown := sorted({e.label for e in examples} - set(checkpoint.labels)):
+        raise DataError(
+            f"{data / split} has classes that {path} was not trained on: {unknown[:5]}; "
+            f"it knows {list(checkpoint.labels)[:5]} ..."
+        )
+    store = PixelStore(examples, checkpoint.preprocess, split)
+    return _branches(checkpoint.model.to(pick_device(device)), store, examples)
+
+
+def _check_split(data: Path, split: str) -> None:
+    if not data.is_dir():
+        raise NotFound(f"--data {data}: no such folder; expected one that holds {split}/")
+    if not (data / split).is_dir():
+        found = sorted(path.parent.name for path in data.glob(f"*/{METADATA}"))
+        raise NotFound(
+            f"{data} has no split {split!r}; choose --split from: {', '.join(found) or 'none'}."
+            f"{nearest(split, found)}"
+        )

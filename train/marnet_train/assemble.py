@@ -1,0 +1,112 @@
+"""From a recipe and a data set to the parts of a training run: tokenizer, preprocessing, model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_base import ImageProcessingMixin
+
+from marnet_sdk.console import nearest
+from marnet_sdk.errors import RecipeError
+from marnet_sdk.preprocess import Preprocess
+from marnet_train.data.imagefolder import ImageFolder
+from marnet_train.data.pixels import PixelStore
+from marnet_train.evaluate import label_tensor
+from marnet_train.models.backbones import backbone_config, load_backbone
+from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.phases import TrainingSet
+from marnet_train.recipe import Recipe
+from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_tokenizer
+
+
+def build_model(
+    recipe: Recipe, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> MARNet:
+    """The model of a recipe; the same seed gives the same initial weights."""
+    torch.manual_seed(seed)
+    text = dict(recipe.text)
+    if "pretrained" not in text:
+        text |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    vision_backbone, text_backbone = load_backbone(recipe.vision), load_backbone(text)
+    config = MarnetConfig(
+        vision=_plain(vision_backbone.config),
+        text=_plain(text_backbone.config),
+        labels=tuple(labels),
+        dim=recipe.dim,
+        hidden=recipe.hidden,
+        time_dim=recipe.time_dim,
+        fusion=recipe.fusion,
+        schedule=recipe.schedule,
+    )
+    return MARNet(config, vision_backbone, text_backbone)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A transformers configuration as JSON data, without what concerns heads we do not use."""
+    content = json.loads(config.to_json_string(use_diff=False))
+    unused = ("architectures", "id2label", "label2id", "loss_type")
+    return {k: v for k, v in content.items() if k not in unused}
+
+
+def make_tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained text encoder, or one trained on the training texts.
+
+    Raises:
+        RecipeError: none can be loaded, it does not know the texts, or max_tokens is too large.
+    """
+    limit = getattr(backbone_config(recipe.text), "max_position_embeddings", recipe.max_tokens)
+    if recipe.max_tokens > limit:
+        raise RecipeError(
+            f"max_tokens is {recipe.max_tokens}, but the text encoder has "
+            f"max_position_embeddings = {limit}"
+        )
+    texts = [example.text or "" for example in folder.splits["train"]]
+    if "pretrained" in recipe.text:
+        settings = {k: v for k, v in recipe.text.items() if k != "pretrained"}
+        tokenizer = load_tokenizer(recipe.text["pretrained"], **settings)
+        check_vocabulary(tokenizer, texts, recipe.text["pretrained"])
+        return tokenizer
+    return train_tokenizer(texts)
+
+
+def make_preprocess(recipe: Recipe) -> Preprocess:
+    """The recipe's [image] table, or what a pretrained vision encoder comes with.
+
+    Raises:
+        RecipeError: neither, or an unknown setting.
+    """
+    if recipe.image is not None:
+        preprocess = Preprocess.from_dict(recipe.image)
+        known = {*preprocess.to_dict(), "crop_size"}
+        for key in sorted(set(recipe.image) - known):
+            raise RecipeError(f"[image]: unknown setting {key!r}.{nearest(key, sorted(known))}")
+        return preprocess
+    if "pretrained" not in recipe.vision:
+        raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
+    name = recipe.vision["pretrained"]
+    settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}
+    try:
+        content, _ = ImageProcessingMixin.get_image_processor_dict(name, **settings)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"no preprocessor_config.json could be read from {name!r} ({error}); write an [image] "
+            "table (size, image_mean, image_std, ...) in the recipe"
+        ) from error
+    return Preprocess.from_dict(content)
+
+
+def make_training_set(
+    folder: ImageFolder,
+    preprocess: Preprocess,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> TrainingSet:
+    """Decode the training images and encode their texts."""
+    examples = folder.splits["train"]
+    ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
+    store = PixelStore(examples, preprocess, "train")
+    return TrainingSet(store, label_tensor(examples, folder.labels), ids, mask)

@@ -167,8 +167,7 @@ class Classifier:
             names = _names(chunk, start)
             parts.append(self._run(self.preprocess.pixels(chunk, names=names), names)[1])
             start += len(chunk)
-        width = self._golden["features"]
-        return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
+        return np.concatenate(parts or [np.empty((0, self._feature_width), np.float32)])
 
     def logits(self, pixels: Floats) -> Floats:
         """Logits of images that are preprocessed already: float32 [B, 3, H, W] -> [B, K].
@@ -257,7 +256,7 @@ class Classifier:
                 self._mismatch(f"decoded golden images differ by {error:.3g} (bound {level:.3g})")
             )
         logits, features = self._backend.run(golden["pixels"], self._tables)
-        self._golden = {"features": features.shape[1]}
+        self._feature_width = features.shape[1]
         bound = bundle.manifest.golden_tolerance * float(np.abs(golden["logits"]).max())
         error = float(np.abs(logits - golden["logits"]).max())
         labels_differ = logits.argmax(axis=1) != golden["logits"].argmax(axis=1)

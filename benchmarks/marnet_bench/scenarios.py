@@ -29,13 +29,14 @@ def run_batches(
     batch: int,
     warmup: int,
     duration: float,
+    min_rounds: int = 10,
     accuracy: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle and its peer on batches of its golden images, from file bytes and pixels.
 
     Args:
         accuracy: as from `peers.measured_accuracy`, to stand beside the speed.
-        duration: seconds for each kind of input.
+        duration: seconds for each kind of input. min_rounds: calls of each, at least.
     Returns:
         The report: plain data, as it is written to JSON.
     """
@@ -43,7 +44,10 @@ def run_batches(
     ratios: list[dict[str, Any]] = []
     for kind in INPUTS:
         taken = interleave(
-            _candidates(classifier, peer, batch, kind), warmup=warmup, duration=duration
+            _candidates(classifier, peer, batch, kind),
+            warmup=warmup,
+            duration=duration,
+            min_rounds=min_rounds,
         )
         for name, seconds in taken.items():
             lines.append(

@@ -17,49 +17,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import encode, make_picture, to_array
 from PIL import Image, ImageFile, ImageOps
 from tolerances import COLOUR_ENGINE
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 from marnet_sdk.images import Limits, decode
 
-
-def _picture(width: int = 48, height: int = 32) -> Image.Image:
-    """Smooth colours without any symmetry, so that every flip and swap of channels shows."""
-    y, x = np.mgrid[:height, :width]
-    channels = [x * 255 // width, y * 200 // height, (x + 2 * y) * 90 // (width + 2 * height) + 40]
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image)
-
-
 LOSSLESS: dict[str, Callable[[Image.Image], bytes]] = {
-    "PNG": lambda image: _encode(image, "PNG"),
-    "BMP": lambda image: _encode(image, "BMP"),
-    "TIFF": lambda image: _encode(image, "TIFF"),
-    "TIFF, deflate": lambda image: _encode(image, "TIFF", compression="tiff_adobe_deflate"),
-    "WEBP": lambda image: _encode(image, "WEBP", lossless=True),
+    "PNG": lambda image: encode(image, "PNG"),
+    "BMP": lambda image: encode(image, "BMP"),
+    "TIFF": lambda image: encode(image, "TIFF"),
+    "TIFF, deflate": lambda image: encode(image, "TIFF", compression="tiff_adobe_deflate"),
+    "WEBP": lambda image: encode(image, "WEBP", lossless=True),
 }
 ENCODERS: dict[str, Callable[[Image.Image], bytes]] = {
     **LOSSLESS,
-    "JPEG": lambda image: _encode(image, "JPEG", exif=_exif(6)),
-    "JPEG, progressive": lambda image: _encode(image, "JPEG", progressive=True),
-    "JPEG, CMYK": lambda image: _encode(image.convert("CMYK"), "JPEG"),
-    "GIF": lambda image: _encode(image, "GIF"),
-    "GIF, animated": lambda image: _encode(image, "GIF", save_all=True, append_images=[image]),
-    "PNG, palette": lambda image: _encode(image.quantize(16), "PNG", transparency=3),
-    "PNG, animated": lambda image: _encode(image, "PNG", save_all=True, append_images=[image]),
-    "WEBP, lossy": lambda image: _encode(image, "WEBP", exif=_exif(3)),
-    "TIFF, EXIF": lambda image: _encode(image, "TIFF", exif=_exif(5)),
-    "MPO": lambda image: _encode(image, "MPO", save_all=True, append_images=[image]),
+    "JPEG": lambda image: encode(image, "JPEG", exif=_exif(6)),
+    "JPEG, progressive": lambda image: encode(image, "JPEG", progressive=True),
+    "JPEG, CMYK": lambda image: encode(image.convert("CMYK"), "JPEG"),
+    "GIF": lambda image: encode(image, "GIF"),
+    "GIF, animated": lambda image: encode(image, "GIF", save_all=True, append_images=[image]),
+    "PNG, palette": lambda image: encode(image.quantize(16), "PNG", transparency=3),
+    "PNG, animated": lambda image: encode(image, "PNG", save_all=True, append_images=[image]),
+    "WEBP, lossy": lambda image: encode(image, "WEBP", exif=_exif(3)),
+    "TIFF, EXIF": lambda image: encode(image, "TIFF", exif=_exif(5)),
+    "MPO": lambda image: encode(image, "MPO", save_all=True, append_images=[image]),
 }
 
 
@@ -75,15 +58,15 @@ def _exif(orientation: int) -> bytes:
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_any_buffer_is_the_content_of_one_file(kind: Callable[[bytes], Any]) -> None:
-    expected = decode(_encode(_picture(), "PNG"))
-    assert decode(kind(_encode(_picture(), "PNG"))).tobytes() == expected.tobytes()
+    expected = decode(encode(make_picture(), "PNG"))
+    assert decode(kind(encode(make_picture(), "PNG"))).tobytes() == expected.tobytes()
     every_other = memoryview(bytes(2 * byte for byte in b"no image"))[::2]
     with pytest.raises(ImageError, match="got a file that starts with"):
         decode(every_other)
 
 
 def test_an_open_file_is_told_from_its_content(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(_encode(_picture(), "PNG"))
+    (tmp_path / "a.png").write_bytes(encode(make_picture(), "PNG"))
     with (
         (tmp_path / "a.png").open("rb") as file,
         pytest.raises(
@@ -94,42 +77,42 @@ def test_an_open_file_is_told_from_its_content(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_input_gives_the_same_pixels(tmp_path: Path) -> None:
-    picture = _picture()
+    picture = make_picture()
     path = tmp_path / "picture.png"
     picture.save(path)
     with Image.open(path) as lazy:
-        inputs: list[Any] = [str(path), path, path.read_bytes(), picture, lazy, _array(picture)]
-        inputs.append(np.asfortranarray(_array(picture)))
+        inputs: list[Any] = [str(path), path, path.read_bytes(), picture, lazy, to_array(picture)]
+        inputs.append(np.asfortranarray(to_array(picture)))
         for image in inputs:
             decoded = decode(image)
             assert decoded.mode == "RGB"
-            np.testing.assert_array_equal(_array(decoded), _array(picture))
+            np.testing.assert_array_equal(to_array(decoded), to_array(picture))
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_lossless_formats_keep_every_pixel(kind: str) -> None:
-    picture = _picture()
-    np.testing.assert_array_equal(_array(decode(LOSSLESS[kind](picture))), _array(picture))
+    picture = make_picture()
+    np.testing.assert_array_equal(to_array(decode(LOSSLESS[kind](picture))), to_array(picture))
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_jpeg_decodes_as_pillow_decodes_it(options: dict[str, Any]) -> None:
-    data = _encode(_picture(), "JPEG", comment=b"x" * 500, icc_profile=b"y" * 70_000, **options)
+    data = encode(make_picture(), "JPEG", comment=b"x" * 500, icc_profile=b"y" * 70_000, **options)
     with Image.open(io.BytesIO(data)) as expected:
-        np.testing.assert_array_equal(_array(decode(data)), _array(expected))
+        np.testing.assert_array_equal(to_array(decode(data)), to_array(expected))
 
 
 @pytest.mark.parametrize("space", ["CMYK", "L"])
 def test_other_jpeg_colour_spaces_decode_as_pillow_decodes_them(space: str) -> None:
-    data = _encode(_picture().convert(space), "JPEG")
+    data = encode(make_picture().convert(space), "JPEG")
     with Image.open(io.BytesIO(data)) as image:
-        np.testing.assert_array_equal(_array(decode(data)), _array(image.convert("RGB")))
+        np.testing.assert_array_equal(to_array(decode(data)), to_array(image.convert("RGB")))
 
 
 def test_a_jpeg_with_fill_bytes_bare_markers_and_junk_between_segments_is_read() -> None:
-    data = _encode(_picture(), "JPEG")
+    data = encode(make_picture(), "JPEG")
     padded = data[:2] + b"\xff\xff\xff" + data[3:20] + b"junk\xff\xd0" + data[20:]
-    np.testing.assert_array_equal(_array(decode(padded)), _array(decode(data)))
+    np.testing.assert_array_equal(to_array(decode(padded)), to_array(decode(data)))
 
 
 PIXELS: list[tuple[str, Any, tuple[int, int, int]]] = [
@@ -169,7 +152,7 @@ def test_every_mode_becomes_rgb(mode: str, value: Any, expected: tuple[int, int,
     decoded = decode(image)
     assert decoded.mode == "RGB"
     assert decoded.size == (3, 2)
-    error = np.abs(_array(decoded).astype(int) - expected).max()
+    error = np.abs(to_array(decoded).astype(int) - expected).max()
     assert error <= (COLOUR_ENGINE if mode == "LAB" else 0)
 
 
@@ -184,7 +167,7 @@ def test_32_bit_modes_are_refused(mode: str) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_grey_files_keep_the_high_byte(kind: str) -> None:
     wide = (np.arange(12, dtype=np.uint16).reshape(3, 4) * 5461).astype(np.uint16)
-    decoded = _array(decode(_encode(Image.fromarray(wide), kind)))
+    decoded = to_array(decode(encode(Image.fromarray(wide), kind)))
     np.testing.assert_array_equal(decoded, np.repeat((wide >> 8)[..., None], 3, axis=-1))
 
 
@@ -196,7 +179,7 @@ def test_16_bit_grey_and_16_bit_colour_agree() -> None:
     values = (0x12F0, 0xFEDC)
     grey = decode(png(1, struct.pack(">2H", *values)))
     colour = decode(png(3, b"".join(struct.pack(">H", v) * 3 for v in values)))
-    np.testing.assert_array_equal(_array(grey), _array(colour))
+    np.testing.assert_array_equal(to_array(grey), to_array(colour))
 
 
 def test_a_transparent_16_bit_grey_is_white() -> None:
@@ -204,7 +187,7 @@ def test_a_transparent_16_bit_grey_is_white() -> None:
     pixels = zlib.compress(b"\0" + struct.pack(">2H", 0x1200, 0x1201))
     transparent = (b"tRNS", struct.pack(">H", 0x1201))
     data = _png((b"IHDR", header), transparent, (b"IDAT", pixels), (b"IEND", b""))
-    assert _array(decode(data))[0].tolist() == [[0x12] * 3, [255] * 3]
+    assert to_array(decode(data))[0].tolist() == [[0x12] * 3, [255] * 3]
 
 
 def _png(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -220,7 +203,7 @@ def test_a_transparent_palette_colour_is_white(kind: str) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 10, 10] + [0] * 762)
     image.paste(2, (0, 0, 2, 4))
-    decoded = decode(_encode(image, kind, transparency=2))
+    decoded = decode(encode(image, kind, transparency=2))
     assert decoded.getpixel((0, 0)) == (255, 255, 255)
     assert decoded.getpixel((3, 3)) == (200, 10, 10)
 
@@ -229,8 +212,8 @@ def test_a_palette_with_an_alpha_for_each_colour_is_composited_on_white() -> Non
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 0, 0, 0, 0] + [0] * 762)
     image.putpixel((1, 0), 1)
-    decoded = decode(_encode(image, "PNG", transparency=bytes([255, 51])))
-    assert _array(decoded)[0].tolist() == [[0] * 3, [204] * 3]
+    decoded = decode(encode(image, "PNG", transparency=bytes([255, 51])))
+    assert to_array(decoded)[0].tolist() == [[0] * 3, [204] * 3]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -238,7 +221,7 @@ def test_a_transparent_colour_key_is_white(mode: str) -> None:
     image = Image.new(mode, (2, 1), 7)
     key = image.getpixel((0, 0))
     image.putpixel((1, 0), 9 if mode == "L" else (9, 9, 9))
-    decoded = decode(_encode(image, "PNG", transparency=key))
+    decoded = decode(encode(image, "PNG", transparency=key))
     assert decoded.getpixel((0, 0)) == (255, 255, 255)
     assert decoded.getpixel((1, 0)) == (9, 9, 9)
 
@@ -247,16 +230,16 @@ def test_a_transparent_colour_key_is_white(mode: str) -> None:
 def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "lime")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = _encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert decode(data).getpixel((3, 2)) == (255, 0, 0)
 
 
 def test_of_a_multi_picture_jpeg_the_first_is_taken() -> None:
-    pictures = [_picture(), Image.new("RGB", (8, 8))]
-    data = _encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    pictures = [make_picture(), Image.new("RGB", (8, 8))]
+    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
     with Image.open(io.BytesIO(data)) as expected:
         assert expected.format == "MPO"
-        np.testing.assert_array_equal(_array(decode(data)), _array(expected))
+        np.testing.assert_array_equal(to_array(decode(data)), to_array(expected))
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3), (5, 7, 4)])
@@ -264,27 +247,29 @@ def test_arrays_of_one_three_and_four_channels(shape: tuple[int, ...]) -> None:
     array = np.full(shape, 90, np.uint8)
     if shape[2:] == (4,):
         array[..., 3] = 255
-    np.testing.assert_array_equal(_array(decode(array)), np.full((5, 7, 3), 90))
+    np.testing.assert_array_equal(to_array(decode(array)), np.full((5, 7, 3), 90))
 
 
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd on this platform")
 def test_a_pipe_is_read_like_a_file() -> None:
     reader, writer = os.pipe()
-    os.write(writer, LOSSLESS["PNG"](_picture()))
+    os.write(writer, LOSSLESS["PNG"](make_picture()))
     os.close(writer)
     try:
-        np.testing.assert_array_equal(_array(decode(f"/dev/fd/{reader}")), _array(_picture()))
+        np.testing.assert_array_equal(
+            to_array(decode(f"/dev/fd/{reader}")), to_array(make_picture())
+        )
     finally:
         os.close(reader)
 
 
 def test_decoding_leaves_the_callers_image_as_it_was() -> None:
-    image = _picture().convert("RGBA")
+    image = make_picture().convert("RGBA")
     image.info["comment"] = "mine"
     before = image.copy()
     decode(image).putpixel((0, 0), (9, 9, 9))
     assert image.info["comment"] == "mine"
-    np.testing.assert_array_equal(_array(image), _array(before))
+    np.testing.assert_array_equal(to_array(image), to_array(before))
 
 
 # --- orientation ----------------------------------------------------------------------------------
@@ -294,15 +279,15 @@ def test_decoding_leaves_the_callers_image_as_it_was() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "TIFF, deflate"])
 def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     options = {"compression": "tiff_adobe_deflate"} if kind.endswith("deflate") else {}
-    data = _encode(_picture(), kind.split(",")[0], exif=_exif(orientation), **options)
+    data = encode(make_picture(), kind.split(",")[0], exif=_exif(orientation), **options)
     with Image.open(io.BytesIO(data)) as image:
-        expected = _array(ImageOps.exif_transpose(image).convert("RGB"))
+        expected = to_array(ImageOps.exif_transpose(image).convert("RGB"))
     decoded = decode(data)
     assert decoded.size == ((32, 48) if orientation >= 5 else (48, 32))
-    np.testing.assert_array_equal(_array(decoded), expected)
-    np.testing.assert_array_equal(_array(decode(decoded)), expected)  # not turned again
+    np.testing.assert_array_equal(to_array(decoded), expected)
+    np.testing.assert_array_equal(to_array(decode(decoded)), expected)  # not turned again
     with Image.open(io.BytesIO(data)) as lazy:
-        np.testing.assert_array_equal(_array(decode(lazy)), expected)
+        np.testing.assert_array_equal(to_array(decode(lazy)), expected)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -311,7 +296,7 @@ def test_exif_of_either_byte_order_and_width_is_read(order: str, kind: int, widt
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 1)
     entry = struct.pack(order + "HHI" + width, 0x0112, kind, 1, 6).ljust(12, b"\0")
     exif = b"Exif\0\0" + head + entry + bytes(4)
-    assert decode(_encode(_picture(), "JPEG", exif=exif)).size == (32, 48)
+    assert decode(encode(make_picture(), "JPEG", exif=exif)).size == (32, 48)
 
 
 @pytest.mark.parametrize(
@@ -328,21 +313,21 @@ def test_exif_of_either_byte_order_and_width_is_read(order: str, kind: int, widt
     ],
 )
 def test_unreadable_exif_is_ignored(exif: bytes) -> None:
-    data = _encode(_picture(), "JPEG")
+    data = encode(make_picture(), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
     with recorded_warnings() as warned:
         decoded = decode(data[:2] + segment + data[2:])
     assert not warned
-    np.testing.assert_array_equal(_array(decoded), _array(decode(data)))
+    np.testing.assert_array_equal(to_array(decoded), to_array(decode(data)))
 
 
 def test_damaged_png_metadata_is_ignored() -> None:
-    data = _encode(_picture(), "PNG")
+    data = encode(make_picture(), "PNG")
     animation = _png((b"acTL", bytes(8)), (b"iTXt", b"\xff"))[8:]
     with recorded_warnings() as warned:
         decoded = decode(data[:33] + animation + data[33:])
     assert not warned
-    np.testing.assert_array_equal(_array(decoded), _array(_picture()))
+    np.testing.assert_array_equal(to_array(decoded), to_array(make_picture()))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -398,7 +383,7 @@ def test_truncated_files_are_refused(
 ) -> None:
     # Many a host process sets this flag; Pillow then fills what is missing with grey.
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient_host)
-    data = ENCODERS[kind](_picture())
+    data = ENCODERS[kind](make_picture())
     decode(data)
     if kind in ("MPO", "GIF, animated", "PNG, animated"):
         data = data[: len(data) // 2]  # the second picture is not needed
@@ -413,7 +398,7 @@ def test_a_file_without_its_end_is_refused(
     kind: str, missing: int, lenient_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient_host)
-    data = _encode(_picture(), kind)
+    data = encode(make_picture(), kind)
     with pytest.raises(ImageError, match=rf"the {kind} file ends before .* send all of it"):
         decode(data[:-missing])
 
@@ -423,7 +408,7 @@ def test_damaged_png_pixels_are_refused(
     lenient_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient_host)
-    data = bytearray(_encode(_picture(), "PNG"))
+    data = bytearray(encode(make_picture(), "PNG"))
     data[data.index(b"IDAT") + 40] ^= 1
     with pytest.raises(ImageError, match=r"wrong checksum in PNG chunk b'IDAT'.*re-encode"):
         decode(bytes(data))
@@ -431,7 +416,7 @@ def test_damaged_png_pixels_are_refused(
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_file_above_the_byte_limit_is_refused(kind: str, tmp_path: Path) -> None:
-    data = ENCODERS[kind](_picture())
+    data = ENCODERS[kind](make_picture())
     path = tmp_path / "file"
     path.write_bytes(data)
     decode(data, limits=Limits(max_bytes=len(data)))
@@ -445,16 +430,16 @@ def test_a_file_above_the_byte_limit_is_refused(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", [*LOSSLESS, "JPEG", "GIF"])
 def test_an_image_above_the_pixel_limit_is_refused(kind: str) -> None:
-    data = ENCODERS[kind](_picture())
+    data = ENCODERS[kind](make_picture())
     decode(data, limits=Limits(max_pixels=48 * 32))
     with pytest.raises(ImageTooLarge, match=r"48 x 32 pixels; at most 1535 are accepted"):
         decode(data, limits=Limits(max_pixels=48 * 32 - 1))
 
 
-@pytest.mark.parametrize("convert", [_array, lambda image: image], ids=["array", "PIL"])
+@pytest.mark.parametrize("convert", [to_array, lambda image: image], ids=["array", "PIL"])
 def test_the_pixel_limit_holds_for_decoded_images(convert: Callable[[Image.Image], Any]) -> None:
     with pytest.raises(ImageTooLarge, match="48 x 32 pixels"):
-        decode(convert(_picture()), limits=Limits(max_pixels=1535))
+        decode(convert(make_picture()), limits=Limits(max_pixels=1535))
 
 
 def _gif_frame(width: int, height: int) -> bytes:
@@ -480,7 +465,7 @@ def _rle_bmp() -> bytes:
 
 def _many_scans(count: int) -> bytes:
     """A progressive JPEG of 1600 x 1600 whose last scan is repeated."""
-    data = _encode(Image.new("RGB", (1600, 1600)), "JPEG", progressive=True)
+    data = encode(Image.new("RGB", (1600, 1600)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))  # with its Huffman table
     return data[:-2] + data[last:-2] * count + data[-2:]
 
@@ -508,9 +493,11 @@ def test_small_files_that_ask_for_much_work_are_refused_at_once(data: bytes, mes
 
 def test_nested_directories_of_a_tiff_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     # Before version 13 of Pillow, a file of 1 MB could make it read 40 GB of them.
-    data = _encode(_picture(), "TIFF", tiffinfo={0x8769: 8})  # EXIF, at the first directory itself
+    data = encode(
+        make_picture(), "TIFF", tiffinfo={0x8769: 8}
+    )  # EXIF, at the first directory itself
     monkeypatch.setattr(Image.Exif, "get_ifd", lambda *_: pytest.fail("was read"))
-    np.testing.assert_array_equal(_array(decode(data)), _array(_picture()))
+    np.testing.assert_array_equal(to_array(decode(data)), to_array(make_picture()))
 
 
 def test_a_lower_limit_of_pillow_is_reported_as_one_of_ours(
@@ -532,7 +519,7 @@ def test_limits_are_positive_integers(name: str, value: Any) -> None:
 
 # --- hostile bytes --------------------------------------------------------------------------------
 
-SAMPLES = {kind: encode(_picture(24, 16)) for kind, encode in ENCODERS.items()}
+SAMPLES = {kind: encode(make_picture(24, 16)) for kind, encode in ENCODERS.items()}
 
 
 def _image_or_refusal(data: bytes) -> Image.Image | None:
@@ -578,7 +565,7 @@ def test_bit_flips_never_escape(kind: str, data: st.DataObject) -> None:
 
 
 def test_threads_that_decode_odd_tiffs_leave_the_warning_filters_alone() -> None:
-    odd = _encode(_picture(), "TIFF", tiffinfo={258: (8, 8, 8), 270: "x" * 50})
+    odd = encode(make_picture(), "TIFF", tiffinfo={258: (8, 8, 8), 270: "x" * 50})
     odd = odd.replace(b"x" * 40, b"x" * 39 + b"\0")
     before = list(warnings.filters)
     threads = [

@@ -6,8 +6,6 @@ rounds.
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pictures import encode, make_picture, to_array
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
@@ -26,28 +25,8 @@ CLIP = Preprocess(shortest_edge=224, crop_size=(224, 224), resample=Image.Resamp
 
 
 @pytest.fixture(scope="module")
-def photograph() -> Image.Image:
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the photograph that comes with scikit-learn")
-    return decode(Path(spec.origin).parent / "datasets" / "images" / "china.jpg")
-
-
-def _picture(width: int = 48, height: int = 32) -> Image.Image:
-    """Smooth colours without any symmetry, so that every flip and swap of channels shows."""
-    y, x = np.mgrid[:height, :width]
-    channels = [x * 255 // width, y * 200 // height, (x + 2 * y) * 90 // (width + 2 * height) + 40]
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def _array(image: Image.Image) -> np.ndarray:
-    return np.asarray(image)
+def photograph(photographs: list[Path]) -> Image.Image:
+    return decode(photographs[0])
 
 
 # --- resizing and normalising ---------------------------------------------------------------------
@@ -121,7 +100,7 @@ def test_transformers_loads_what_we_write(
 def test_transparent_images_become_the_same_rgb_as_in_transformers() -> None:
     processor = _processor("CLIP")
     alpha = Image.linear_gradient("L").resize((48, 32))
-    image = _picture()
+    image = make_picture()
     image.putalpha(alpha)
     expected = processor(image, return_tensors="np")["pixel_values"][0]
     preprocess = Preprocess.from_dict(processor.to_dict())
@@ -135,9 +114,9 @@ def test_centre_crops_equal_those_of_transformers(
     height: int, width: int, crop: tuple[int, int]
 ) -> None:
     transforms = pytest.importorskip("transformers.image_transforms")
-    image = _picture(width, height)
+    image = make_picture(width, height)
     preprocess = Preprocess(size=(height, width), crop_size=crop)
-    expected = transforms.center_crop(_array(image), crop, input_data_format="channels_last")
+    expected = transforms.center_crop(to_array(image), crop, input_data_format="channels_last")
     np.testing.assert_array_equal(preprocess.resized_uint8(image), expected)
 
 
@@ -150,7 +129,7 @@ def test_centre_crops_equal_those_of_transformers(
 def test_the_output_size_never_depends_on_the_image(
     width: int, height: int, edge: int, crop: tuple[int, int]
 ) -> None:
-    image = _picture(width, height)
+    image = make_picture(width, height)
     for preprocess in (
         Preprocess(shortest_edge=edge, crop_size=crop),
         Preprocess(size=crop),
@@ -163,7 +142,7 @@ def test_the_output_size_never_depends_on_the_image(
 
 @pytest.mark.parametrize("preprocess", [VIT, CLIP])
 def test_cached_bytes_give_the_same_as_the_image(preprocess: Preprocess) -> None:
-    images = [_picture(60, 40), _picture(33, 70)]
+    images = [make_picture(60, 40), make_picture(33, 70)]
     cached = np.stack([preprocess.resized_uint8(image) for image in images])  # [B, H, W, 3]
     assert cached.dtype == np.uint8
     expected = np.stack([preprocess(image) for image in images])
@@ -172,19 +151,24 @@ def test_cached_bytes_give_the_same_as_the_image(preprocess: Preprocess) -> None
 
 def test_pixels_are_written_where_asked() -> None:
     out = np.zeros((2, 3, 224, 224), np.float32)
-    assert VIT(_picture(), out=out[1]).base is out
+    assert VIT(make_picture(), out=out[1]).base is out
     assert not out[0].any()
-    np.testing.assert_array_equal(out[1], VIT(_picture()))
+    np.testing.assert_array_equal(out[1], VIT(make_picture()))
     wrongs: list[Any] = [np.zeros((3, 224, 225), np.float32), np.zeros((3, 224, 224))]
     for wrong in wrongs:
         with pytest.raises(InvalidInput, match=r"expected \[\.\.\., H, W, 3\] into float32"):
-            VIT(_picture(), out=wrong)
+            VIT(make_picture(), out=wrong)
 
 
 def test_a_batch_is_its_images_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    _picture(70, 50).save(path)
-    images: list[Any] = [path, _encode(_picture(), "JPEG"), _array(_picture(9, 9)), _picture()]
+    make_picture(70, 50).save(path)
+    images: list[Any] = [
+        path,
+        encode(make_picture(), "JPEG"),
+        to_array(make_picture(9, 9)),
+        make_picture(),
+    ]
     batch = CLIP.pixels(images)
     assert batch.dtype == np.float32
     assert batch.flags.c_contiguous
@@ -195,7 +179,7 @@ def test_a_batch_is_its_images_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_bad_image_in_a_batch_is_named() -> None:
-    images: list[Any] = [_picture(), b"no image"]
+    images: list[Any] = [make_picture(), b"no image"]
     with pytest.raises(ImageError, match=r"^image 1: got a file that starts with b'no image'"):
         VIT.pixels(images)
     with pytest.raises(ImageError, match=r"^gone\.jpg: cannot be read"):
@@ -209,7 +193,7 @@ def test_a_bad_image_in_a_batch_is_named() -> None:
 
 
 def test_an_elongated_image_cannot_grow_without_bound() -> None:
-    data = _encode(Image.new("RGB", (60_000, 1)), "JPEG")
+    data = encode(Image.new("RGB", (60_000, 1)), "JPEG")
     message = r"^image 0: got 60000 x 1 pixels, which .* would be 13440000 x 224.*crop it"
     with pytest.raises(ImageTooLarge, match=message):
         CLIP.pixels([data])

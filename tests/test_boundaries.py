@@ -27,7 +27,7 @@ MAY_IMPORT = {
 OF_TRAINING = {"models", "diffusion", "checkpoint", "data"}
 FRAMEWORKS = {
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
-    "tensorrt_rtx", "cuda", "sklearn",
+    "tensorrt_rtx", "cuda", "sklearn", "datasets",
 }  # fmt: skip
 # The one file of the SDK that may import each framework.
 LEAVES = {

@@ -10,11 +10,17 @@ import click
 from marnet_sdk.console import Choice, Command, next_commands, say
 from marnet_sdk.errors import requires_extra
 
+_NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--checkpoint", type=_FOLDER, help="Default: the newest under ./runs.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False),
+    help="Folder, or ORG/NAME on the hub. Default: the newest under ./runs.",
+)
+@click.option("--revision", help="Branch, tag or commit of ORG/NAME. Default: main.")
 @click.option(
     "--output",
     "-o",
@@ -60,7 +66,8 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.version_option(package_name="marnet")
 def main(
-    checkpoint: Path | None,
+    checkpoint: str | None,
+    revision: str | None,
     output: Path | None,
     backend: str,
     precision: str,
@@ -80,18 +87,19 @@ def main(
     The bundle must give the checkpoint's labels on real images, with the same noise, or nothing is
     written and the exit code is 3.
     """
-    with requires_extra("export", "torch", "transformers", "tokenizers", "onnx", "onnxscript"):
+    with requires_extra("export", *_NEEDS):
         from marnet_export.pipeline import Settings, export_bundle
-        from marnet_train.checkpoint import newest_checkpoint
+        from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
     if checkpoint is None:
-        checkpoint = newest_checkpoint()
+        checkpoint = str(newest_checkpoint())
         say(f"checkpoint {checkpoint} (the newest under ./runs)")
+    source = find_checkpoint(checkpoint, revision=revision)
     if output is None:  # a place of our own choosing: the last build there may be replaced
-        output = Path("bundles") / f"{checkpoint.resolve().name}-{backend}-{precision}.marnet"
+        output = Path("bundles") / f"{Path(checkpoint).resolve().name}-{backend}-{precision}.marnet"
         force = True
     existed = output.exists()
     settings = Settings(backend, precision, compute, sampler, steps, seed, min_agreement)
-    fidelity = export_bundle(checkpoint, output, settings, data=data, overwrite=force, say=say)
+    fidelity = export_bundle(source, output, settings, data=data, overwrite=force, say=say)
     low, high = fidelity.top1_interval
     say(
         f"verified on {fidelity.images} images: top-1 agreement {fidelity.top1_agreement:.2%} "

@@ -60,7 +60,9 @@ from marnet_sdk.files import atomic_directory
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint, write_json
-from marnet_train.data.imagefolder import Example, read_split
+from marnet_train.data.dataset import Example, read_one_split
+from marnet_train.data.imagefolder import is_split, read_split
+from marnet_train.data.pixels import PixelStore
 from marnet_train.models.marnet import MARNet
 
 Say = Callable[[str], None]
@@ -175,15 +177,17 @@ def check_range(model: MARNet, plan: SamplingPlan, storage: str) -> None:
 
 def _load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> _Images:
     folder = checkpoint.samples if data is None else data
-    split = folder / "val" if (folder / "val").is_dir() else folder
-    if data is None and not split.is_dir():
+    if data is None and not folder.is_dir():
         raise DataError(
-            f"{split} does not exist: this checkpoint was trained with --no-samples, so name "
+            f"{folder} does not exist: this checkpoint was trained with --no-samples, so name "
             "images to verify on with --data"
         )
-    if not split.is_dir():
+    if not folder.is_dir():
         raise NotFound(f"{data} does not exist; --data takes a data set or one of its splits")
-    examples = read_split(split, needs_text=False)
+    if is_split(folder):
+        examples = read_split(folder, needs_text=False)
+    else:
+        examples = read_one_split(folder, "val")
     # In random order, because a list may be sorted by class: a part of it must show all of them.
     order = np.random.default_rng(0).permutation(len(examples))[:MAX_IMAGES]
     examples = tuple(examples[i] for i in order)
@@ -194,7 +198,7 @@ def _load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> _Images
             f"{(labels < 0).sum()} of {len(labels)} images have a class that the checkpoint does "
             "not know; agreement is measured on all, accuracy is not reported"
         )
-    pixels = checkpoint.preprocess.pixels([e.image for e in examples])
+    pixels = PixelStore(examples, checkpoint.preprocess, "val").batch(slice(None)).numpy()
     return _Images(examples, pixels, None if (labels < 0).any() else labels)
 
 

@@ -71,6 +71,14 @@ class OutputExists(MarnetError):
     exit_code = 2
 
 
+class OutputBusy(MarnetError):
+    """Another process is writing to the same place."""
+
+
+class OutputError(MarnetError):
+    """The place to write to has no space left, or must not be written to."""
+
+
 class NotFound(MarnetError):
     """A bundle, checkpoint or data set is not where it was looked for."""
 

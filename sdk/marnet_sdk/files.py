@@ -1,20 +1,25 @@
-"""Directories that appear whole or not at all, and finding the newest of them."""
+"""Files and directories that appear whole or not at all, and finding the newest of them."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from marnet_sdk.errors import OutputExists
+from marnet_sdk.errors import MarnetError, OutputBusy, OutputError, OutputExists
 
 _STALE_AFTER = 3600  # seconds
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
 def _read_umask() -> int:
@@ -36,9 +41,10 @@ def atomic_directory(
 ) -> Iterator[Path]:
     """Yield an empty folder beside `target`; rename it onto `target` if the block succeeds.
 
-    The folder is removed if the block fails. With `overwrite`, an existing target is moved aside
-    first and deleted last: an exception leaves the old one or the new one, a kill perhaps none,
-    but never a mix. Modes follow the umask, whatever the block gave its files.
+    The folder is removed if the block fails. With `overwrite`, old and new change places in one
+    step where the file system can do that, as those of Linux can: whatever happens, the old one or
+    the new one is at `target`. Elsewhere a kill in the middle leaves none. Modes follow the umask,
+    whatever the block gave its files.
 
     What a killed write leaves, `.<name>.xxxxxxxx`, is removed by the next successful write to the
     same target once it is an hour old, whoever made it and whatever it holds.
@@ -48,36 +54,68 @@ def atomic_directory(
             default: every directory is.
 
     Raises:
-        OutputExists: `target` exists and `overwrite` is False, or it is no directory, not
-            `replaceable`, or holds the working directory (checked before the block runs).
+        OutputExists: see `check_output`, which runs before the block.
+        OutputError: no space left, or the folder around `target` must not be written to.
     """
+    check_output(target, overwrite=overwrite, replaceable=replaceable)
     target = Path(os.path.abspath(target))
-    if os.path.lexists(target):
-        _check_replaceable(target, overwrite, replaceable)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A dot-prefixed sibling: the same file system, so the rename is atomic, and hidden from
-    # `newest`, so an interrupted write is never picked up.
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with _allowed(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A dot-prefixed sibling: the same file system, so the rename is atomic, and hidden from
+        # `newest`, so an interrupted write is never picked up.
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        fresh = work / "new"
-        fresh.mkdir()
-        yield fresh
-        _set_modes(fresh)
-        _sync_tree(fresh)
-        if os.path.lexists(target):
-            target.rename(work / "old")
-        fresh.rename(target)
-        _sync(target.parent)
-        _remove_stale(target)
+        with enough_space(target):
+            fresh = work / "new"
+            fresh.mkdir()
+            yield fresh
+            _set_modes(fresh)
+            _sync_tree(fresh)
+            _put_in_place(fresh, target, aside=work / "old")
+            _sync(target.parent)
+            _remove_stale(target)
     finally:
         if os.path.lexists(work / "old") and not os.path.lexists(target):
             (work / "old").rename(target)
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_replaceable(
-    target: Path, overwrite: bool, replaceable: Callable[[Path], bool] | None
+def _put_in_place(fresh: Path, target: Path, aside: Path) -> None:
+    """Rename `fresh` to `target`; what was at `target` stays at `fresh` or `aside`."""
+    if not os.path.lexists(target):
+        fresh.rename(target)
+    elif not _exchange(fresh, target):
+        target.rename(aside)
+        fresh.rename(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where that cannot be done.
+
+    renameat2 of Linux, which Python does not offer.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def check_output(
+    target: Path,
+    *,
+    overwrite: bool = False,
+    replaceable: Callable[[Path], bool] | None = None,
 ) -> None:
+    """Whether `atomic_directory` may write to `target`; for asking long before it does.
+
+    Raises:
+        OutputExists: `target` exists and `overwrite` is False, or it is no directory, not
+            `replaceable`, or holds the working directory.
+    """
+    target = Path(os.path.abspath(target))
+    if not os.path.lexists(target):
+        return
     if not overwrite:
         raise OutputExists(
             f"{target} already exists; choose another output or pass --force to replace it"
@@ -143,6 +181,111 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`; flush what the block writes there and rename it into place.
+
+    Raises:
+        OutputError: no space left.
+    """
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with enough_space(target):
+            yield fresh
+            _sync(fresh)
+            fresh.replace(target)
+            _sync(target.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def enough_space(place: Path) -> Iterator[None]:
+    """Say so in one line when the block fails because the file system of `place` is full.
+
+    Libraries report a full disk in many ways, so after any failure the disk itself is asked.
+
+    Raises:
+        OutputError: no space left.
+    """
+    try:
+        yield
+    except MarnetError:
+        raise
+    except Exception as error:
+        reported = isinstance(error, OSError) and error.errno in _NO_SPACE
+        if not reported and os.strerror(errno.ENOSPC) not in str(error) and not _is_full(place):
+            raise
+        raise OutputError(
+            f"{place}: no space left on its file system; what was there before is unchanged. "
+            "Free some space and run the same command again"
+        ) from error
+
+
+def _is_full(place: Path) -> bool:
+    """Whether not even a page is free where `place` is, or would be."""
+    place = Path(os.path.abspath(place))
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    return shutil.disk_usage(existing).free < 4096
+
+
+@contextmanager
+def _allowed(place: Path) -> Iterator[None]:
+    """Say in one line when nothing can be written at `place`: permissions, file for a folder."""
+    with enough_space(place):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise
+            raise OutputError(
+                f"{place}: cannot be written ({error.strerror}: {error.filename}); choose another "
+                "output, or change the permissions of the folder"
+            ) from error
+
+
+@contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Hold the file `lock`, which is made with its folder, so that one process works at a time.
+
+    The kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        OutputBusy: another process holds it.
+        OutputError: no space left, or the folder must not be written to.
+    """
+    with _allowed(lock):
+        descriptor = _open_locked(lock)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path) -> int:
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed the file before letting go: then take the new one.
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+            os.close(descriptor)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise OutputBusy(
+                f"{lock.parent}: {owner} is at work there; wait for it, stop it, or choose "
+                "another output"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
 
 
 def sha256_file(path: Path) -> str:

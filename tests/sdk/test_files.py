@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from marnet_sdk.errors import OutputExists
+from marnet_sdk import files
+from marnet_sdk.errors import OutputError, OutputExists
 from marnet_sdk.files import atomic_directory, newest, sha256_file
 
 
@@ -112,6 +114,7 @@ def test_an_exception_between_the_two_renames_brings_the_old_folder_back(
             raise error
         return rename(self, to)
 
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # as on other systems
     monkeypatch.setattr(Path, "rename", fail_to_place_the_new)
     with pytest.raises(error), atomic_directory(target, overwrite=True) as fresh:
         write(fresh, "new")
@@ -213,3 +216,39 @@ def test_newest_is_by_time_of_writing_and_skips_hidden_and_unfit_folders(tmp_pat
 def test_sha256_is_of_the_bytes(tmp_path):
     (tmp_path / "f").write_bytes(b"\x00\r\n" * 100_000)
     assert sha256_file(tmp_path / "f") == hashlib.sha256(b"\x00\r\n" * 100_000).hexdigest()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "state"
+    with files.atomic_file(target) as fresh:
+        fresh.write_text("old")
+        assert not target.exists()
+    with pytest.raises(ZeroDivisionError), files.atomic_file(target) as fresh:
+        fresh.write_text(str(1 // 0))
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(tmp_path, code):
+    with (
+        pytest.raises(OutputError, match=r"state: no space left on its file system.*Free some"),
+        files.atomic_file(tmp_path / "state"),
+    ):
+        raise OSError(code, os.strerror(code))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_failures_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(OSError, match="unplugged"), files.enough_space(tmp_path):
+        raise OSError(errno.EIO, "unplugged")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file/target"
+    with (
+        pytest.raises(OutputError, match=r"target: cannot be written \(.*/file\); choose"),
+        atomic_directory(target),
+    ):
+        pytest.fail("must not begin")

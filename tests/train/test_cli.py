@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from marnet_train.cli import main
-from marnet_train.data.imagefolder import read_image_folder, read_split, write_split
+from marnet_train.data.dataset import read_data_set
+from marnet_train.data.imagefolder import read_split, write_split
 
 TINY = """
 dim = 8
@@ -108,7 +109,7 @@ def test_a_data_set_is_written_and_the_next_command_named(digits: Path, tmp_path
     out = tmp_path / "digits"
     result = marnet_train("data", "digits", "--out", out, "--seed", "1")
     assert result.exit_code == 0, result.output
-    written, usual = (read_image_folder(root).splits["test"] for root in (out, digits))
+    written, usual = (read_data_set(root).splits["test"] for root in (out, digits))
     assert len(written) == 270
     assert {e.image.name for e in written} != {e.image.name for e in usual}  # seed 0
     assert f"marnet-train fit --data {out} --recipe digits" in result.stderr

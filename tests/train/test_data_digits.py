@@ -14,9 +14,9 @@ from PIL import Image
 
 from marnet_sdk.errors import MissingExtra, OutputExists
 from marnet_train.data import digit_shapes
+from marnet_train.data.dataset import DataSet, Example, data_hash
 from marnet_train.data.digit_words import OUTLINES, describe, loop_detail, openings
 from marnet_train.data.digits import ink, load_pictures, png_bytes, split_indices, write_digits
-from marnet_train.data.imagefolder import Example, ImageFolder, data_hash
 
 pytest.importorskip("sklearn")
 
@@ -24,19 +24,19 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     return write_digits(tmp_path_factory.mktemp("digits") / "digits")
 
 
-def all_examples(folder: ImageFolder) -> list[Example]:
+def all_examples(folder: DataSet) -> list[Example]:
     return [example for examples in folder.splits.values() for example in examples]
 
 
-def texts_of(folder: ImageFolder) -> list[str]:
+def texts_of(folder: DataSet) -> list[str]:
     return [example.text or "" for example in all_examples(folder)]
 
 
-def test_split_is_70_15_15_and_complete(digits: ImageFolder) -> None:
+def test_split_is_70_15_15_and_complete(digits: DataSet) -> None:
     assert {name: len(rows) for name, rows in digits.splits.items()} == {
         "train": 1257,
         "val": 270,
@@ -47,7 +47,7 @@ def test_split_is_70_15_15_and_complete(digits: ImageFolder) -> None:
     assert names == {f"{index:04d}.png" for index in range(1797)}
 
 
-def test_every_split_has_the_classes_in_proportion(digits: ImageFolder) -> None:
+def test_every_split_has_the_classes_in_proportion(digits: DataSet) -> None:
     whole = Counter(example.label for example in all_examples(digits))
     for rows in digits.splits.values():
         share = len(rows) / 1797
@@ -55,7 +55,7 @@ def test_every_split_has_the_classes_in_proportion(digits: ImageFolder) -> None:
         assert all(abs(found[label] - share * whole[label]) < 1.5 for label in whole)
 
 
-def test_images_are_native_size_and_give_the_ink_back(digits: ImageFolder) -> None:
+def test_images_are_native_size_and_give_the_ink_back(digits: DataSet) -> None:
     pictures, labels = load_pictures()
     for example in all_examples(digits):
         index = int(example.image.stem)
@@ -73,7 +73,7 @@ def test_grey_levels_span_the_range() -> None:
     np.testing.assert_array_equal(ink(grey), levels)
 
 
-def test_same_seed_same_bytes_other_seed_other_bytes(digits: ImageFolder, tmp_path: Path) -> None:
+def test_same_seed_same_bytes_other_seed_other_bytes(digits: DataSet, tmp_path: Path) -> None:
     again = write_digits(tmp_path / "again")
     other = write_digits(tmp_path / "other", seed=1)
     assert data_hash(again) == data_hash(digits)
@@ -95,7 +95,7 @@ def test_split_is_disjoint_for_any_seed() -> None:
         np.testing.assert_array_equal(np.sort(joined), np.arange(len(labels)))
 
 
-def test_existing_output_is_kept_unless_told(digits: ImageFolder) -> None:
+def test_existing_output_is_kept_unless_told(digits: DataSet) -> None:
     before = data_hash(digits)
     with pytest.raises(OutputExists, match="digits already exists"):
         write_digits(digits.root, seed=1)
@@ -127,27 +127,27 @@ def test_missing_scikit_learn_is_told_with_the_pip_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_text_names_a_digit(digits: ImageFolder) -> None:
+def test_no_text_names_a_digit(digits: DataSet) -> None:
     forbidden = re.compile(rf"\d|\b({'|'.join(NAMES)})s?\b", re.IGNORECASE)
     phrases = [p for group in OUTLINES.values() for outline in group for p in outline.phrases]
     assert [text for text in texts_of(digits) + phrases if forbidden.search(text)] == []
 
 
-def test_texts_vary_in_all_and_in_each_class(digits: ImageFolder) -> None:
+def test_texts_vary_in_all_and_in_each_class(digits: DataSet) -> None:
     assert len(set(texts_of(digits))) > 1500
     for label in digits.labels:
         own = {example.text for example in all_examples(digits) if example.label == label}
         assert len(own) > 100
 
 
-def test_texts_are_short_plain_lines(digits: ImageFolder) -> None:
+def test_texts_are_short_plain_lines(digits: DataSet) -> None:
     for text in texts_of(digits):
         assert re.fullmatch(r"[a-z][a-z ,;:]*[a-z]", text), text
         assert not re.search(r"  | [,;:]|[,;:]\S", text), text
         assert 5 <= len(text.split()) <= 45, text
 
 
-def test_every_outline_is_used(digits: ImageFolder) -> None:
+def test_every_outline_is_used(digits: DataSet) -> None:
     for digit, outlines in OUTLINES.items():
         texts = [e.text or "" for e in all_examples(digits) if e.label == str(digit)]
         for outline in outlines:

@@ -15,14 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from marnet_sdk.errors import DataError, NotFound, OutputExists
-from marnet_train.data.imagefolder import (
-    Example,
-    data_hash,
-    natural_key,
-    read_image_folder,
-    read_split,
-    write_split,
-)
+from marnet_train.data.dataset import Example, data_hash, read_data_set
+from marnet_train.data.examples import natural_key
+from marnet_train.data.imagefolder import read_split, write_split
 
 Line = bytes | str | Mapping[str, object]
 
@@ -68,14 +63,14 @@ def test_reads_examples_in_file_order(tmp_path: Path) -> None:
 def test_reads_all_splits_and_the_classes_of_train(tmp_path: Path) -> None:
     root = make_root(tmp_path)
     make_split(root / "test", {"file_name": "a.png", "label": "cat"})
-    folder = read_image_folder(root)
+    folder = read_data_set(root)
     assert folder.labels == ("cat", "dog")
     assert list(folder.splits) == ["train", "val", "test"]
     assert [len(examples) for examples in folder.splits.values()] == [2, 1, 1]
 
 
 def test_test_split_is_optional(tmp_path: Path) -> None:
-    assert list(read_image_folder(make_root(tmp_path)).splits) == ["train", "val"]
+    assert list(read_data_set(make_root(tmp_path)).splits) == ["train", "val"]
 
 
 @pytest.mark.parametrize("text", [{}, {"text": None}])
@@ -164,7 +159,7 @@ def test_problems_of_all_splits_come_in_one_error(tmp_path: Path) -> None:
     make_split(tmp_path / "train", "oops")
     make_split(tmp_path / "test", GOOD | {"label": 1})
     with pytest.raises(DataError, match=r"^3 problems") as caught:
-        read_image_folder(tmp_path)
+        read_data_set(tmp_path)
     message = str(caught.value)
     assert "train/metadata.jsonl:1: not JSON" in message
     assert "no val/ folder (found: test, train); add or rename it" in message
@@ -173,7 +168,7 @@ def test_problems_of_all_splits_come_in_one_error(tmp_path: Path) -> None:
 
 def test_missing_root_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="nowhere: no such folder; expected one that holds train/"):
-        read_image_folder(tmp_path / "nowhere")
+        read_data_set(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -181,7 +176,7 @@ def test_train_and_val_are_required(tmp_path: Path, split: str) -> None:
     root = make_root(tmp_path)
     shutil.rmtree(root / split)
     with pytest.raises(DataError, match=f"no {split}/ folder"):
-        read_image_folder(root)
+        read_data_set(root)
 
 
 def test_missing_metadata_shows_a_line_to_write(tmp_path: Path) -> None:
@@ -205,7 +200,7 @@ def test_a_class_that_train_lacks_is_reported_once(tmp_path: Path) -> None:
     owl = {"file_name": "a.png", "label": "owl"}
     make_split(root / "test", owl, owl | {"file_name": "b.png"})
     with pytest.raises(DataError, match=r"^1 problem .*\n.*test/metadata.jsonl:1: class 'owl' is"):
-        read_image_folder(root)
+        read_data_set(root)
 
 
 def test_a_data_set_with_a_single_class_is_refused(tmp_path: Path) -> None:
@@ -215,7 +210,7 @@ def test_a_data_set_with_a_single_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"train/metadata\.jsonl: found 1 class \('soup'\), expected at least 2"
     ):
-        read_image_folder(tmp_path)
+        read_data_set(tmp_path)
 
 
 def test_a_link_inside_the_split_is_followed(tmp_path: Path) -> None:
@@ -406,10 +401,10 @@ def test_write_does_not_mix_with_what_is_there(tmp_path: Path) -> None:
 def test_hash_follows_content_and_not_place(tmp_path: Path) -> None:
     here, there = make_root(tmp_path / "here"), tmp_path / "there"
     shutil.copytree(here, there)
-    before = data_hash(read_image_folder(here))
-    assert data_hash(read_image_folder(there)) == before
+    before = data_hash(read_data_set(here))
+    assert data_hash(read_data_set(there)) == before
     (there / "val/b.png").write_bytes(b"not listed")
-    assert data_hash(read_image_folder(there)) == before
+    assert data_hash(read_data_set(there)) == before
 
 
 @pytest.mark.parametrize(
@@ -418,25 +413,25 @@ def test_hash_follows_content_and_not_place(tmp_path: Path) -> None:
 )
 def test_hash_sees_text_label_and_name(tmp_path: Path, old: str, new: str) -> None:
     root = make_root(tmp_path)
-    before = data_hash(read_image_folder(root))
+    before = data_hash(read_data_set(root))
     metadata = root / "train/metadata.jsonl"
     metadata.write_text(metadata.read_text().replace(old, new))
-    assert data_hash(read_image_folder(root)) != before
+    assert data_hash(read_data_set(root)) != before
 
 
 def test_hash_sees_image_bytes_and_order(tmp_path: Path) -> None:
     root = make_root(tmp_path)
-    hashes = {data_hash(read_image_folder(root))}
+    hashes = {data_hash(read_data_set(root))}
     metadata = root / "train/metadata.jsonl"
     metadata.write_text("\n".join(reversed(metadata.read_text().splitlines())))
-    hashes.add(data_hash(read_image_folder(root)))
+    hashes.add(data_hash(read_data_set(root)))
     (root / "train/a.png").write_bytes(b"other")
-    hashes.add(data_hash(read_image_folder(root)))
+    hashes.add(data_hash(read_data_set(root)))
     assert len(hashes) == 3
 
 
 def test_hash_names_an_image_that_went_away(tmp_path: Path) -> None:
-    folder = read_image_folder(make_root(tmp_path))
+    folder = read_data_set(make_root(tmp_path))
     (tmp_path / "train/a.png").unlink()
     with pytest.raises(DataError, match=r"a.png: cannot be read .*restore the image"):
         data_hash(folder)

@@ -13,7 +13,8 @@ from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from marnet_sdk.errors import RecipeError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
-from marnet_train.data.imagefolder import Example, read_split
+from marnet_train.data.examples import Example
+from marnet_train.data.imagefolder import read_split
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import sampler_table, trajectory_tensors
 from marnet_train.evaluate import (

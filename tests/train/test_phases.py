@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -39,6 +38,7 @@ from marnet_train.phases import (
     train_refinement,
     warmup_cosine,
 )
+from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, Augment, FusionPhase, Recipe, RefinementPhase
 from marnet_train.text import encode, train_tokenizer
 
@@ -82,15 +82,8 @@ def features(model: MARNet, training_set: TrainingSet, recipe: Recipe) -> Featur
     return cache_features(model, training_set, recipe, seed=0)
 
 
-class Lines(list[dict[str, Any]]):
-    """A log that remembers."""
-
-    def __call__(self, **line: Any) -> None:
-        self.append(line)
-
-    @property
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in self]
+def losses(run: Progress) -> list[float]:
+    return [line["loss"] for line in run.record.log]
 
 
 def changed(model: MARNet, work: Callable[[], None]) -> set[str]:
@@ -168,15 +161,15 @@ def test_a_shift_moves_at_most_its_fraction_of_the_side() -> None:
 def test_each_phase_lowers_its_loss(
     model: MARNet, training_set: TrainingSet, recipe: Recipe
 ) -> None:
-    alignment, refinement, fusion = Lines(), Lines(), Lines()
+    alignment, refinement, fusion = Progress(), Progress(), Progress()
     train_alignment(model, training_set, recipe, 0, alignment, "alignment")
     features = cache_features(model, training_set, recipe, 0)
     train_refinement(model, features, recipe, 0, refinement)
     train_fusion(model, features, recipe, 0, fusion)
-    assert alignment.losses[-1] < 0.95 * alignment.losses[0]
-    assert refinement.losses[-1] < 0.95 * refinement.losses[0]
-    assert fusion.losses[-1] < 0.95 * fusion.losses[0]
-    assert [line["epoch"] for line in refinement] == list(range(1, 31))
+    assert losses(alignment)[-1] < 0.95 * losses(alignment)[0]
+    assert losses(refinement)[-1] < 0.95 * losses(refinement)[0]
+    assert losses(fusion)[-1] < 0.95 * losses(fusion)[0]
+    assert [line["epoch"] for line in refinement.record.log] == list(range(1, 31))
     assert {line["phase"] for line in fusion} == {"fusion"}
 
 
@@ -184,7 +177,7 @@ def test_phase_a_with_a_text_learning_rate_trains_both_encoders(
     model: MARNet, training_set: TrainingSet, recipe: Recipe
 ) -> None:
     parts = changed(
-        model, lambda: train_alignment(model, training_set, recipe, 0, Lines(), "alignment")
+        model, lambda: train_alignment(model, training_set, recipe, 0, Progress(), "alignment")
     )
     heads = {"project_vision", "project_text", "alignment_classifier"}
     assert parts == {"vision", "text", *heads}
@@ -195,7 +188,7 @@ def test_phase_a_without_one_keeps_the_text_encoder_frozen(
 ) -> None:
     frozen = replace(recipe, alignment=replace(recipe.alignment, lr_text=0.0))
     parts = changed(
-        model, lambda: train_alignment(model, training_set, frozen, 0, Lines(), "alignment")
+        model, lambda: train_alignment(model, training_set, frozen, 0, Progress(), "alignment")
     )
     assert parts == {"vision", "project_vision", "project_text", "alignment_classifier"}
 
@@ -204,21 +197,21 @@ def test_the_baseline_never_sees_a_text(
     model: MARNet, training_set: TrainingSet, recipe: Recipe
 ) -> None:
     garbled = replace(training_set, input_ids=torch.full_like(training_set.input_ids, 10**6))
-    parts = changed(model, lambda: train_baseline(model, garbled, recipe, 0, Lines()))
+    parts = changed(model, lambda: train_baseline(model, garbled, recipe, 0, Progress()))
     assert parts == {"vision", "project_vision", "alignment_classifier"}
 
 
 def test_phase_b_trains_only_the_denoiser_and_its_classifier(
     model: MARNet, features: Features, recipe: Recipe
 ) -> None:
-    parts = changed(model, lambda: train_refinement(model, features, recipe, 0, Lines()))
+    parts = changed(model, lambda: train_refinement(model, features, recipe, 0, Progress()))
     assert parts == {"denoiser", "semantic_classifier"}
 
 
 def test_phase_c_trains_only_the_final_classifier(
     model: MARNet, features: Features, recipe: Recipe
 ) -> None:
-    parts = changed(model, lambda: train_fusion(model, features, recipe, 0, Lines()))
+    parts = changed(model, lambda: train_fusion(model, features, recipe, 0, Progress()))
     assert parts == {"classifier"}
 
 
@@ -237,7 +230,7 @@ def test_folding_the_standardisation_into_the_final_classifier_is_exact(
         wide,
         replace(recipe, fusion_phase=replace(recipe.fusion_phase, epochs=0)),
         0,
-        Lines(),
+        Progress(),
     )
     torch.testing.assert_close(model.classifier(fused), before, rtol=FLOAT64, atol=FLOAT64)
 
@@ -247,11 +240,11 @@ def test_the_logged_loss_of_phase_c_is_that_of_the_classifier_it_leaves_behind(
 ) -> None:
     """With a learning rate of 0 and one batch, the trained and the folded classifier are one."""
     still = replace(recipe.fusion_phase, epochs=1, lr=0.0, batch=10**6)
-    lines = Lines()
-    train_fusion(model, features, replace(recipe, fusion_phase=still), 0, lines)
+    run = Progress()
+    train_fusion(model, features, replace(recipe, fusion_phase=still), 0, run)
     logits = model.classifier(draw_fused(model, features, recipe, seed=0))
     loss = nn.functional.cross_entropy(logits, features.labels.repeat(2)).item()
-    assert lines.losses == [pytest.approx(loss, rel=FLOAT32_TWICE)]
+    assert losses(run) == [pytest.approx(loss, rel=FLOAT32_TWICE)]
 
 
 def test_cached_features_are_view_major_and_keep_rows_together(
@@ -307,7 +300,7 @@ def test_a_fused_dimension_that_never_varies_does_not_blow_up_the_final_classifi
     fused[:, 7] = 2.5
     monkeypatch.setattr("marnet_train.phases.draw_fused", lambda *_: fused)
     once = replace(recipe, fusion_phase=replace(recipe.fusion_phase, draws=1))
-    train_fusion(model, features, once, 0, Lines())
+    train_fusion(model, features, once, 0, Progress())
     assert float(model.classifier.weight.detach().abs().max()) < 10
 
 
@@ -341,10 +334,10 @@ def test_a_loss_that_is_not_a_number_stops_the_training(
 ) -> None:
     features.x_v[0] = math.nan
     with pytest.raises(RecipeError, match="the loss became nan; lower the learning rates"):
-        train_refinement(model, features, recipe, 0, Lines())
+        train_refinement(model, features, recipe, 0, Progress())
 
 
 def test_a_batch_of_one_is_refused(model: MARNet, features: Features, recipe: Recipe) -> None:
     single = replace(recipe, refinement=replace(recipe.refinement, batch=1))
     with pytest.raises(RecipeError, match="a batch of 2, got 98 and 1"):
-        train_refinement(model, features, single, 0, Lines())
+        train_refinement(model, features, single, 0, Progress())

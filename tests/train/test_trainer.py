@@ -23,12 +23,8 @@ from marnet_sdk.errors import (
 )
 from marnet_train import trainer
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.data.imagefolder import (
-    data_hash,
-    read_image_folder,
-    read_split,
-    write_split,
-)
+from marnet_train.data.dataset import data_hash, read_data_set
+from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.evaluate import evaluate_checkpoint, pick_device
 from marnet_train.models.backbones import load_backbone
@@ -98,7 +94,7 @@ def test_training_json_says_how_the_model_came_to_be(
 ) -> None:
     assert (training["recipe"], training["seed"]) == ("tiny", 0)
     assert training["settings"] == json.loads(json.dumps(recipe.to_dict()))
-    assert training["data"]["sha256"] == data_hash(read_image_folder(data))
+    assert training["data"]["sha256"] == data_hash(read_data_set(data))
     assert training["data"]["images"] == {"train": 200, "val": 40, "test": 30}
     assert training["versions"]["torch"] == torch.__version__
     assert 0 < training["seconds"] < 600
@@ -336,7 +332,9 @@ def test_an_image_that_cannot_be_read_is_named_before_any_training(
     shutil.copytree(data, tmp_path / "data")
     damaged = read_split(tmp_path / "data" / "val", needs_text=False)[3].image
     damaged.write_bytes(b"no image")
-    with pytest.raises(DataError, match=rf"1 images of val cannot be read:\s+.*{damaged.name}"):
+    with pytest.raises(
+        DataError, match=rf"1 problem in the images of val:\s+.*metadata.jsonl:4: .*{damaged.name}"
+    ):
         fit(tmp_path / "data", recipe, tmp_path / "out")
 
 
@@ -357,7 +355,9 @@ def test_a_split_that_is_not_there_is_refused(run: Path, data: Path) -> None:
 
 
 def test_a_data_folder_that_is_not_there_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"nowhere: no such folder; expected one that holds test/"):
+    with pytest.raises(
+        NotFound, match=r"nowhere: no such folder; expected one that holds train/ and val/"
+    ):
         evaluate_checkpoint(run, tmp_path / "nowhere", "test", device="cpu")
 
 

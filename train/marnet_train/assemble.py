@@ -13,7 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from marnet_sdk.console import nearest
 from marnet_sdk.errors import RecipeError
 from marnet_sdk.preprocess import Preprocess
-from marnet_train.data.imagefolder import ImageFolder
+from marnet_train.data.examples import DataSet
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor
 from marnet_train.models.backbones import backbone_config, load_backbone
@@ -52,7 +52,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in content.items() if k not in unused}
 
 
-def make_tokenizer(recipe: Recipe, folder: ImageFolder) -> PreTrainedTokenizerBase:
+def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained text encoder, or one trained on the training texts.
 
     Raises:
@@ -100,7 +100,7 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
 
 
 def make_training_set(
-    folder: ImageFolder,
+    folder: DataSet,
     preprocess: Preprocess,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,

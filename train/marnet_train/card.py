@@ -62,5 +62,13 @@ noise seeds: {seeds}.
 marnet-export --checkpoint {shlex.quote(str(path))} --precision fp16
 ```
 
+In Python; on the hub, ORG/NAME takes the place of the folder, here and above:
+
+```python
+from marnet_train.checkpoint import Checkpoint
+
+checkpoint = Checkpoint.from_pretrained({str(path)!r})
+```
+
 Versions: {versions}.
 """

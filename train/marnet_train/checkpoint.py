@@ -14,17 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from marnet_sdk.errors import CheckpointError, MarnetError, NotFound
-from marnet_sdk.files import newest, sha256_file
+from marnet_sdk.errors import CheckpointError, InvalidInput, MarnetError, NotFound
+from marnet_sdk.files import atomic_directory, newest, sha256_file
 from marnet_sdk.preprocess import Preprocess, PreprocessError
+from marnet_train.hub import download, files_of, is_hub_id, upload
 from marnet_train.models import METHODS
 from marnet_train.models.marnet import MARNet
 
@@ -38,13 +42,75 @@ _HOW_TO_GET_ONE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; the model is in evaluation mode on the CPU."""
+    """A checkpoint in memory; the model is in evaluation mode on the CPU.
+
+    sha256 is that of the files, `revision` the commit on the hub if they came from there.
+    """
 
     path: Path
     model: MARNet
     preprocess: Preprocess
     training: dict[str, Any]
     sha256: str
+    revision: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Checkpoint:
+        """Load a directory, or ORG/NAME from the Hugging Face Hub; see `find_checkpoint`.
+
+        Raises:
+            NotFound, InvalidInput, HubError: as of `find_checkpoint`.
+            CheckpointError: as of `load_checkpoint`.
+        """
+        path = find_checkpoint(path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir)
+        local = Path(path_or_hub_id).is_dir()
+        return replace(load_checkpoint(path), revision=None if local else path.name)
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a complete checkpoint: the model as it is in memory, the other files from `path`.
+
+        Raises:
+            OutputExists: `directory` exists, and `overwrite` is False or it is no checkpoint.
+        """
+        directory = Path(directory)
+        with atomic_directory(directory, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
+            _copy_files(self.path, fresh)
+            write_model(fresh, self.model, self.preprocess)
+        return directory
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a marnet checkpoint",
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes to the branch `revision` (None: main), in one commit.
+
+        Args:
+            private: whether a repository that is made is private; None: its owner's default.
+
+        Raises:
+            InvalidInput, NotFound, HubError: as of `marnet_train.hub.upload`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(
+                self.save_pretrained(Path(folder) / "checkpoint"),
+                repo_id,
+                private=private,
+                revision=revision,
+                message=commit_message,
+                token=token,
+            )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -72,10 +138,58 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     return found
 
 
+def find_checkpoint(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The directory of a checkpoint: `source` if that is one here, else downloaded from the hub.
+
+    Only a string of the form ORG/NAME that is no directory is looked for on the hub; a `Path` and
+    strings like `./runs/digits` never are.
+
+    Args:
+        revision: branch, tag or commit on the hub; None: main.
+        token: for a private repository; None: HF_TOKEN, or the one of `hf auth login`.
+        cache_dir: where downloads are kept; None: the hub's cache (HF_HOME).
+
+    Raises:
+        NotFound: neither reading finds a checkpoint.
+        InvalidInput: a revision of a directory.
+        HubError: the hub refuses, cannot be reached, or the transfer breaks off.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise InvalidInput(
+                f"revision {revision!r} of {source}, which is a folder: expected ORG/NAME on the "
+                "hub; leave the revision out, or name the repository"
+            )
+        return Path(source)
+    if isinstance(source, Path) or not is_hub_id(source):
+        raise NotFound(
+            f"{source} is neither a folder here nor ORG/NAME on the hub; {_HOW_TO_GET_ONE}"
+        )
+    path = download(source, revision=revision, token=token, cache_dir=cache_dir)
+    if not is_checkpoint(path):
+        raise NotFound(
+            f"{source} on the hub (commit {path.name}) is not a checkpoint: it needs {CONFIG} and "
+            f"{WEIGHTS}; {_HOW_TO_GET_ONE}"
+        )
+    return path
+
+
 def checkpoint_hash(path: Path) -> str:
     """SHA-256 over everything that decides the model's answers: config, weights, preprocessing."""
     digests = [sha256_file(path / name) for name in (CONFIG, WEIGHTS, PREPROCESSOR)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in files_of(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def write_model(path: Path, model: MARNet, preprocess: Preprocess) -> None:

@@ -68,6 +68,7 @@ def digits(out: Path, seed: int, force: bool) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--no-samples", is_flag=True, help="Leave the validation images out of the result.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint if it exists.")
+@click.option("--restart", is_flag=True, help="Discard what an interrupted run to --out has done.")
 def fit(
     data_dir: Path,
     recipe: str,
@@ -77,8 +78,12 @@ def fit(
     device: str,
     no_samples: bool,
     force: bool,
+    restart: bool,
 ) -> None:
-    """Train a checkpoint, and an image-only baseline to compare it with."""
+    """Train a checkpoint, and an image-only baseline to compare it with.
+
+    An interrupted run leaves OUT.partial; the same command goes on from its last epoch.
+    """
     with requires_extra(*_NEEDS):
         from marnet_train.recipe import load_recipe
         from marnet_train.trainer import fit as run_fit
@@ -92,6 +97,7 @@ def fit(
         device=device,
         keep_samples=not no_samples,
         overwrite=force,
+        restart=restart,
     )
     say(f"wrote {out} after {training['seconds']} s")
     next_commands(_export_command(out))

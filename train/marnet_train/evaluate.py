@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, NotFound, RecipeError
+from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.data.imagefolder import METADATA, Example, ImageFolder, read_split
+from marnet_train.data.dataset import read_one_split
+from marnet_train.data.examples import DataSet, Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SamplerTable, sampler_table, trajectory_tensors
 from marnet_train.models.marnet import MARNet
@@ -123,7 +123,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def evaluate_baseline(
-    model: MARNet, folder: ImageFolder, stores: dict[str, PixelStore]
+    model: MARNet, folder: DataSet, stores: dict[str, PixelStore]
 ) -> dict[str, Any]:
     """split -> top1, top5, images of the image-only baseline."""
     out = {}
@@ -137,7 +137,7 @@ def evaluate_baseline(
 
 
 def evaluate_marnet(
-    model: MARNet, folder: ImageFolder, stores: dict[str, PixelStore]
+    model: MARNet, folder: DataSet, stores: dict[str, PixelStore]
 ) -> dict[str, Any]:
     """branch -> split -> what `_branches` gives."""
     out: dict[str, Any] = {}
@@ -168,24 +168,12 @@ def evaluate_checkpoint(
         NotFound: there is no such checkpoint, data set or split.
         DataError: the split has a class that the checkpoint does not know.
     """
-    _check_split(data, split)
+    examples = read_one_split(data, split)
     checkpoint = load_checkpoint(path)
-    examples = read_split(data / split, needs_text=False)
     if unknown := sorted({e.label for e in examples} - set(checkpoint.labels)):
         raise DataError(
-            f"{data / split} has classes that {path} was not trained on: {unknown[:5]}; "
+            f"{split} of {data} has classes that {path} was not trained on: {unknown[:5]}; "
             f"it knows {list(checkpoint.labels)[:5]} ..."
         )
     store = PixelStore(examples, checkpoint.preprocess, split)
     return _branches(checkpoint.model.to(pick_device(device)), store, examples)
-
-
-def _check_split(data: Path, split: str) -> None:
-    if not data.is_dir():
-        raise NotFound(f"--data {data}: no such folder; expected one that holds {split}/")
-    if not (data / split).is_dir():
-        found = sorted(path.parent.name for path in data.glob(f"*/{METADATA}"))
-        raise NotFound(
-            f"{data} has no split {split!r}; choose --split from: {', '.join(found) or 'none'}."
-            f"{nearest(split, found)}"
-        )

@@ -11,6 +11,7 @@ import platform
 import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from sklearn.svm import SVC
 
 from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.environment import versions
-from marnet_train.data.imagefolder import (
+from marnet_train.data.dataset import (
+    DataSet,
     Example,
-    ImageFolder,
     data_hash,
-    read_image_folder,
+    read_data_set,
 )
 from marnet_train.recipe import load_recipe
 from marnet_train.trainer import PACKAGES, fit
@@ -34,7 +35,7 @@ from marnet_train.trainer import PACKAGES, fit
 BRANCHES = ("baseline", "alignment", "refined", "marnet")
 
 
-def svm_accuracy(folder: ImageFolder) -> float:
+def svm_accuracy(folder: DataSet) -> float:
     """Test accuracy of an RBF support vector machine (C = 10) on raw pixels from 0 to 1.
 
     Its gamma is the one of 2^-12 .. 2^2 that is best on the validation split.
@@ -50,13 +51,16 @@ def svm_accuracy(folder: ImageFolder) -> float:
 
 def _pixels(examples: Sequence[Example]) -> tuple[NDArray[np.float64], list[str]]:
     """Flattened grey pixels [N, height * width] and labels."""
-    images = [np.asarray(Image.open(e.image).convert("L")).ravel() / 255 for e in examples]
+    images = [
+        np.asarray(Image.open(BytesIO(e.image.read_bytes())).convert("L")).ravel() / 255
+        for e in examples
+    ]
     return np.stack(images), [e.label for e in examples]
 
 
 def measure(data: Path, recipe: str, seeds: int) -> dict[str, Any]:
     """Train with seeds 0 .. seeds - 1 and collect the test accuracy of every branch."""
-    folder = read_image_folder(data)
+    folder = read_data_set(data)
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(seeds):

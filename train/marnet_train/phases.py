@@ -9,7 +9,7 @@ Axes: N images, V cached views of each, B batch, D_v, D_s, D_f feature widths, K
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,9 +21,8 @@ from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
 from marnet_train.losses import alignment_loss, classification_loss, refinement_loss
 from marnet_train.models.marnet import MARNet
+from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, Recipe
-
-Log = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,57 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def _scheduled(optimizer: torch.optim.Optimizer, total: int, warmup: float = 0.1) -> Callable:
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, total, warmup)
-    )
+class Learner:
+    """What a phase trains: modules, their optimizer and its learning-rate schedule."""
 
-    def step(loss: Tensor) -> float:
-        optimizer.zero_grad()
+    def __init__(
+        self,
+        modules: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+        warmup: float = 0.1,
+    ) -> None:
+        self.modules = modules
+        self.optimizer = optimizer
+        self.total, self.warmup = total, warmup  # steps; share of them
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.steps = 0
+
+    def step(self, loss: Tensor) -> float:
+        """Follow the gradient of the loss once, and return the loss."""
+        factor = warmup_cosine(self.steps, self.total, self.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        scheduler.step()
+        self.optimizer.step()
+        self.steps += 1
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RecipeError(f"the loss became {value}; lower the learning rates of the recipe")
         return value
 
-    return step
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        state = {f"modules.{name}": value for name, value in self.modules.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        return state | {"steps": torch.tensor(self.steps)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go back to where `state` was taken. Entries with other names are left alone."""
+        self.steps = int(state["steps"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        prefix = "modules."
+        self.modules.load_state_dict(
+            {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        )
 
 
 @torch.no_grad()
@@ -91,7 +125,7 @@ def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
 
 
 def train_alignment(
-    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, log: Log, title: str
+    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress, title: str
 ) -> None:
     """Phase A: minimise L_EMA over F_v, E_v, E_s, the alignment classifier and, if it has a
     learning rate, F_s. With ita_weight = 0 this trains the image-only baseline."""
@@ -102,12 +136,8 @@ def train_alignment(
     uses_text = phase.ita_weight > 0
     frozen_text = None if phase.lr_text > 0 or not uses_text else text_features(model, data)
     count = len(data.store)
-    step = _scheduled(
-        _alignment_optimizer(model, phase),
-        phase.epochs * len(range(0, count, phase.batch)),
-        phase.warmup,
-    )
-    for epoch in track(range(phase.epochs), title):
+    learner = _alignment_learner(model, phase, phase.epochs * len(range(0, count, phase.batch)))
+    for epoch in run.epochs(title, phase.epochs, learner, generator):
         model.train()
         losses = []
         for rows in _batches(count, phase.batch, generator):
@@ -129,25 +159,31 @@ def train_alignment(
                     )
                 else:
                     loss = phase.ce_weight * classification_loss(logits, labels)
-            losses.append(step(loss))
-        log(phase=title, epoch=epoch + 1, loss=sum(losses) / len(losses))
+            losses.append(learner.step(loss))
+        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
 
 
-def train_baseline(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, log: Log) -> None:
+def train_baseline(
+    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress
+) -> None:
     """The image-only peer: the same encoder, data, order and epochs, without any text."""
     image_only = replace(recipe, alignment=replace(recipe.alignment, ita_weight=0.0))
-    train_alignment(model, data, image_only, seed, log, "baseline")
+    train_alignment(model, data, image_only, seed, run, "baseline")
 
 
-def _alignment_optimizer(model: MARNet, phase: AlignmentPhase) -> torch.optim.Optimizer:
+def _alignment_learner(model: MARNet, phase: AlignmentPhase, total: int) -> Learner:
     heads = nn.ModuleList([model.project_vision, model.project_text, model.alignment_classifier])
-    groups = [
-        {"params": list(model.vision.parameters()), "lr": phase.lr_backbone},
-        {"params": list(heads.parameters()), "lr": phase.lr_heads},
-    ]
+    learned = nn.ModuleList([model.vision, heads])
+    rates = [phase.lr_backbone, phase.lr_heads]
     if phase.lr_text > 0:
-        groups.append({"params": list(model.text.parameters()), "lr": phase.lr_text})
-    return torch.optim.AdamW(groups, weight_decay=phase.weight_decay)
+        learned.append(model.text)
+        rates.append(phase.lr_text)
+    groups = [
+        {"params": list(module.parameters()), "lr": rate}
+        for module, rate in zip(learned, rates, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=phase.weight_decay)
+    return Learner(learned, optimizer, total, phase.warmup)
 
 
 def _text_of(model: MARNet, data: TrainingSet, rows: Tensor, frozen: Tensor | None) -> Tensor:
@@ -197,7 +233,7 @@ def cache_features(
 
 
 def train_refinement(
-    model: MARNet, features: Features, recipe: Recipe, seed: int, log: Log
+    model: MARNet, features: Features, recipe: Recipe, seed: int, run: Progress
 ) -> None:
     """Phase B: minimise L_CDR over the denoiser and its classifier, t ~ Uniform{1..T} per row."""
     phase = recipe.refinement
@@ -211,9 +247,9 @@ def train_refinement(
         learned.parameters(), lr=phase.lr, weight_decay=phase.weight_decay
     )
     count = len(condition)
-    step = _scheduled(optimizer, phase.epochs * len(range(0, count, phase.batch)))
+    learner = Learner(learned, optimizer, phase.epochs * len(range(0, count, phase.batch)))
     model.train()
-    for epoch in track(range(phase.epochs), "refinement"):
+    for epoch in run.epochs("refinement", phase.epochs, learner, generator):
         losses = []
         for rows in _batches(count, phase.batch, generator):
             t = torch.randint(1, recipe.schedule.steps + 1, (len(rows),), generator=generator)
@@ -229,8 +265,8 @@ def train_refinement(
                 ce_weight=phase.ce_weight,
                 mse_weight=phase.mse_weight,
             )
-            losses.append(step(loss))
-        log(phase="refinement", epoch=epoch + 1, loss=sum(losses) / len(losses))
+            losses.append(learner.step(loss))
+        run.log(phase="refinement", epoch=epoch, loss=sum(losses) / len(losses))
 
 
 @torch.no_grad()
@@ -254,7 +290,9 @@ def draw_fused(model: MARNet, features: Features, recipe: Recipe, seed: int) -> 
     return torch.cat(fused)
 
 
-def train_fusion(model: MARNet, features: Features, recipe: Recipe, seed: int, log: Log) -> None:
+def train_fusion(
+    model: MARNet, features: Features, recipe: Recipe, seed: int, run: Progress
+) -> None:
     """Phase C: train only the final classifier on x_f.
 
     It learns on standardised x_f, where one learning rate suits every dimension; the
@@ -268,13 +306,13 @@ def train_fusion(model: MARNet, features: Features, recipe: Recipe, seed: int, l
     generator = torch.Generator().manual_seed(seed)
     head = model.classifier
     optimizer = torch.optim.AdamW(head.parameters(), lr=phase.lr, weight_decay=phase.weight_decay)
-    step = _scheduled(optimizer, phase.epochs * len(range(0, len(fused), phase.batch)))
-    for epoch in track(range(phase.epochs), "fusion"):
+    learner = Learner(head, optimizer, phase.epochs * len(range(0, len(fused), phase.batch)))
+    for epoch in run.epochs("fusion", phase.epochs, learner, generator):
         losses = []
         for rows in _batches(len(fused), phase.batch, generator):
             rows = rows.to(fused.device)
-            losses.append(step(classification_loss(head(fused[rows]), labels[rows])))
-        log(phase="fusion", epoch=epoch + 1, loss=sum(losses) / len(losses))
+            losses.append(learner.step(classification_loss(head(fused[rows]), labels[rows])))
+        run.log(phase="fusion", epoch=epoch, loss=sum(losses) / len(losses))
     with torch.no_grad():
         head.weight.div_(std)
         head.bias.sub_(head.weight @ mean)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from marnet_sdk.console import say
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.files import atomic_directory, check_output
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.assemble import (
     build_model,
@@ -33,13 +31,8 @@ from marnet_train.checkpoint import (
     write_json,
     write_model,
 )
-from marnet_train.data.imagefolder import (
-    Example,
-    ImageFolder,
-    data_hash,
-    read_image_folder,
-    write_split,
-)
+from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
+from marnet_train.data.imagefolder import write_split
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import evaluate_baseline, evaluate_marnet, pick_device
 from marnet_train.models.marnet import MARNet
@@ -51,21 +44,11 @@ from marnet_train.phases import (
     train_fusion,
     train_refinement,
 )
+from marnet_train.progress import METRICS, Progress, saved_progress
 from marnet_train.recipe import Recipe
 
 MAX_SAMPLES = 512
 PACKAGES = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
-
-
-class Logger:
-    """Appends one line per epoch to metrics.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, **line: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            print(json.dumps(line), file=file)
 
 
 def fit(
@@ -79,49 +62,54 @@ def fit(
     device: str = "auto",
     keep_samples: bool = True,
     overwrite: bool = False,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Train on `data` and write a checkpoint to `out`.
 
-    On the CPU, the same seed, threads, processor and versions give the same weights.
+    On the CPU, the same seed, threads, processor and versions give the same weights, also when the
+    training was interrupted: what it has done is kept in `OUT.partial`, and another call with the
+    same settings goes on from there.
 
     Args:
         threads: CPU threads to compute with; None leaves torch's own number.
         overwrite: replace the checkpoint at `out`.
+        restart: discard what an interrupted training to `out` has done.
 
     Returns:
         The content of training.json: recipe, seed, metrics, data hash, seconds, machine, versions.
 
     Raises:
         DataError, RecipeError, InvalidInput, OutputExists: before any training.
+        OutputBusy: another process is training to `out`.
+        OutputError: no space left, or `out` must not be written to.
     """
-    started = time.perf_counter()
     _check_apart(data, out)
-    with (
-        _threads(threads),
-        atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh,
-    ):
-        target, log = pick_device(device), Logger(fresh / "metrics.jsonl")
-        folder = read_image_folder(data)
-        tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
-        model, metrics = _train_both(folder, tokenizer, preprocess, recipe, seed, target, log)
-        training = {
-            "recipe": name,
-            "seed": seed,
-            "seconds": round(time.perf_counter() - started, 1),
-            "metrics": metrics,
-            **_provenance(folder, target),
-            "settings": recipe.to_dict(),
-        }
-        write_model(fresh, model, preprocess)
-        tokenizer.save_pretrained(fresh)
-        write_json(fresh / TRAINING, training)
-        if keep_samples:
-            _write_samples(fresh / SAMPLES, folder.splits["val"], seed)
-        (fresh / "README.md").write_text(model_card(out, training, folder.labels), "utf-8")
+    check_output(out, overwrite=overwrite, replaceable=is_checkpoint)
+    with _threads(threads):
+        target = pick_device(device)
+        folder = read_data_set(data)
+        decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
+        with saved_progress(out, decisive, restart=restart) as run:
+            tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
+            model, metrics = _train_both(folder, tokenizer, preprocess, recipe, seed, target, run)
+            training = {
+                "recipe": name,
+                "seconds": round(run.seconds, 1),
+                "metrics": metrics,
+                **decisive,
+            }
+            with atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
+                write_model(fresh, model, preprocess)
+                tokenizer.save_pretrained(fresh)
+                write_json(fresh / TRAINING, training)
+                (fresh / METRICS).write_text(run.log_lines(), "utf-8")
+                if keep_samples:
+                    _write_samples(fresh / SAMPLES, folder.splits["val"], seed)
+                (fresh / "README.md").write_text(model_card(out, training, folder.labels), "utf-8")
     return training
 
 
-def _provenance(folder: ImageFolder, device: torch.device) -> dict[str, Any]:
+def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
     """What beside recipe and seed decides the weights: data, machine and versions."""
     return {
         "data": {
@@ -159,41 +147,50 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _train_both(
-    folder: ImageFolder,
+    folder: DataSet,
     tokenizer: PreTrainedTokenizerBase,
     preprocess: Preprocess,
     recipe: Recipe,
     seed: int,
     device: torch.device,
-    log: Logger,
+    run: Progress,
 ) -> tuple[MARNet, dict[str, Any]]:
     """The image-only baseline, then MARNet from the same initial weights; and both's metrics."""
     # Built first: what is wrong with a recipe should show before every image has been decoded.
-    baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    model = build_model(recipe, folder.labels, tokenizer, seed)
     training_set = make_training_set(folder, preprocess, tokenizer, recipe)
     stores = {
         split: PixelStore(examples, preprocess, split)
         for split, examples in folder.splits.items()
         if split != "train"
     }
-    train_baseline(baseline, training_set, recipe, seed, log)
-    metrics = {"baseline": evaluate_baseline(baseline, folder, stores)}
+
+    def image_only() -> dict[str, Any]:
+        baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+        train_baseline(baseline, training_set, recipe, seed, run)
+        return evaluate_baseline(baseline, folder, stores)
+
+    # Of the baseline only its figures are kept.
+    metrics = {"baseline": run.once("baseline", None, image_only)}
     say(_line("baseline", metrics["baseline"]))
-    del baseline  # its memory is wanted
-    model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
-    train_marnet(model, training_set, recipe, seed, log)
+    model = model.to(device)
+    train_marnet(model, training_set, recipe, seed, run)
     metrics |= evaluate_marnet(model, folder, stores)
     for branch in ("alignment", "refined", "marnet"):
         say(_line(branch, metrics[branch]))
     return model, metrics
 
 
-def train_marnet(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, log: Logger) -> None:
+def train_marnet(
+    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress
+) -> None:
     """Phases A, B and C, in order."""
-    train_alignment(model, data, recipe, seed, log, "alignment")
+    run.once(
+        "alignment", model, lambda: train_alignment(model, data, recipe, seed, run, "alignment")
+    )
     features = cache_features(model, data, recipe, seed)
-    train_refinement(model, features, recipe, seed, log)
-    train_fusion(model, features, recipe, seed, log)
+    run.once("refinement", model, lambda: train_refinement(model, features, recipe, seed, run))
+    run.once("fusion", model, lambda: train_fusion(model, features, recipe, seed, run))
 
 
 def _line(branch: str, splits: dict[str, Any]) -> str:

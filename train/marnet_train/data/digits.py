@@ -18,13 +18,14 @@ from PIL import Image
 
 from marnet_sdk.errors import MissingExtra
 from marnet_sdk.files import atomic_directory
+from marnet_train.data.dataset import DataSet, read_data_set
 from marnet_train.data.digit_words import describe
-from marnet_train.data.imagefolder import ImageFolder, is_data_set, read_image_folder, write_split
+from marnet_train.data.imagefolder import is_data_set, write_split
 
 HELD_OUT = 0.30  # share of the digits outside of train; half of it is val, half test
 
 
-def write_digits(out: Path, *, seed: int = 0, overwrite: bool = False) -> ImageFolder:
+def write_digits(out: Path, *, seed: int = 0, overwrite: bool = False) -> DataSet:
     """Write the digits to `out` as train, val and test, and return them as read back.
 
     Args:
@@ -41,7 +42,7 @@ def write_digits(out: Path, *, seed: int = 0, overwrite: bool = False) -> ImageF
     with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
         for split, indices in split_indices(digits, seed=seed).items():
             write_split(fresh / split, _rows(pictures, digits, indices, seed))
-    return read_image_folder(out)
+    return read_data_set(out)
 
 
 def load_pictures() -> tuple[NDArray[np.float64], NDArray[np.int64]]:

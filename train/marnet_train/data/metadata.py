@@ -1,4 +1,4 @@
-"""One line of `metadata.jsonl`: parsed from bytes that anybody may have written, and judged.
+"""One line of metadata: parsed from bytes that anybody may have written, and judged.
 
 Nothing here raises on bad input: what is wrong with a line is returned as a sentence that says
 what was got, what was expected and what to do, and the caller adds file and line.
@@ -14,6 +14,7 @@ from typing import Any
 from marnet_train.data.image_names import is_encodable, quoted
 
 METADATA = "metadata.jsonl"
+METADATA_CSV = "metadata.csv"
 LINE_EXAMPLE = '{"file_name": "0001.png", "text": "what the image shows", "label": "cat"}'
 
 
@@ -41,8 +42,8 @@ def line_faults(
     """What is wrong with a line: at most one fault for each of its three fields."""
     faults = (
         _name_fault(record.get("file_name"), first, name_check),
-        _field_fault(record.get("text"), "text", needed=needs_text),
-        _field_fault(record.get("label"), "label"),
+        field_fault(record.get("text"), "text", needed=needs_text),
+        field_fault(record.get("label"), "label"),
     )
     return [fault for fault in faults if fault]
 
@@ -51,19 +52,20 @@ def _name_fault(
     name: Any, first: dict[str, int], name_check: Callable[[str], str | None]
 ) -> str | None:
     """`first` maps every name seen so far to its line."""
-    if fault := _field_fault(name, "file_name"):
+    if fault := field_fault(name, "file_name"):
         return fault
-    if name == METADATA:
-        return f'"file_name" is {METADATA} itself, expected an image; correct it'
+    if name in (METADATA, METADATA_CSV):
+        return f'"file_name" is {name} itself, expected an image; correct it'
     if name in first:
         where = f"line {first[name]}"
         return f'"file_name" {quoted(name)} was already on {where}; keep one of them'
     return name_check(name)
 
 
-def _field_fault(value: object, key: str, *, needed: bool = True) -> str | None:
+def field_fault(value: object, key: str, *, needed: bool = True) -> str | None:
+    """What is wrong with one field, which must be text, or None if it is not needed."""
     if value is None:
-        return f'no "{key}", expected a string; add it to the line' if needed else None
+        return f'no "{key}", expected a string; add it' if needed else None
     if not isinstance(value, str):
         return f'"{key}" is {reprlib.repr(value)}, expected a string; put it in quotes'
     if not value.strip():

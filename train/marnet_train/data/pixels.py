@@ -10,18 +10,20 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import radians
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from marnet_sdk.console import track
-from marnet_sdk.errors import DataError, ImageError
+from marnet_sdk.errors import ImageError
 from marnet_sdk.images import decode
 from marnet_sdk.preprocess import Preprocess
-from marnet_train.data.imagefolder import Example
+from marnet_train.data.examples import Example, Problems
 from marnet_train.recipe import Augment
 
 _RAM_LIMIT = 2 << 30  # bytes; larger sets are kept in an unlinked temporary file
@@ -34,26 +36,27 @@ class PixelStore:
         """Decode and resize every image, with all cores.
 
         Raises:
-            DataError: some images cannot be decoded; names them (the first ten).
+            DataError: some images cannot be decoded; names them and their lines.
         """
         self.preprocess = preprocess
         _, height, width = preprocess.output_shape
         self.array = _allocate((len(examples), height, width, 3))
-        problems: list[str] = []
+        problems = Problems()
 
-        def load(i: int) -> None:
+        def load(i: int) -> str | None:
             try:
-                image = decode(examples[i].image)
-                self.array[i] = preprocess.resized_uint8(image)
+                image = decode_example(examples[i])
+                self.array[i] = preprocess.resized_uint8(image, name=image_name(examples[i]))
             except ImageError as error:
-                problems.append(str(error))
+                return str(error)
+            return None
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in track(pool.map(load, range(len(examples))), f"read {title}", len(examples)):
-                pass
-        if problems:
-            shown = "\n  ".join(sorted(problems)[:10])
-            raise DataError(f"{len(problems)} images of {title} cannot be read:\n  {shown}")
+            faults = pool.map(load, range(len(examples)))  # in order
+            for fault in track(faults, f"read {title}", len(examples)):
+                if fault is not None:
+                    problems.add(fault)
+        problems.raise_if_any(f"the images of {title}")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -61,6 +64,22 @@ class PixelStore:
     def batch(self, rows: NDArray[np.int64] | slice) -> Tensor:
         """Images `rows`, normalised: float32 [B, 3, H, W]."""
         return torch.from_numpy(self.preprocess.normalize(self.array[rows]))
+
+
+def image_name(example: Example) -> str:
+    """How errors call the image: with the line of the data set that names it."""
+    return f"{example.origin}: {example.image}" if example.origin else str(example.image)
+
+
+def decode_example(example: Example) -> Image.Image:
+    """The upright RGB image of an example.
+
+    Raises:
+        ImageError: it is not a usable image, or can no longer be read.
+    """
+    image = example.image
+    source = image if isinstance(image, Path) else image.read_bytes()
+    return decode(source, name=image_name(example))
 
 
 def _allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:

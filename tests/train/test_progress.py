@@ -1,0 +1,201 @@
+"""Interrupted trainings: what is saved, what goes on, what is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from marnet_sdk.errors import CheckpointError, OutputBusy, OutputExists
+from marnet_sdk.files import sha256_file
+from marnet_train import progress
+from marnet_train.phases import Learner
+from marnet_train.progress import EPOCH, METRICS, PHASE, Progress, saved_progress
+from marnet_train.trainer import fit
+
+SETTINGS = {"seed": 0, "data": {"sha256": "ab"}}
+
+
+@pytest.fixture
+def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save after each epoch, however short it was."""
+    monkeypatch.setattr(progress, "SAVING_SHARE", float("inf"))
+
+
+class Stop(KeyboardInterrupt):
+    """What Ctrl-C raises, told apart from a real one."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
+    """Stop in the epoch after the one named, before it could be saved."""
+    log = Progress.log
+
+    def log_or_stop(self: Progress, **line: Any) -> None:
+        log(self, **line)
+        if (line["phase"], line["epoch"]) == (phase, epoch + 1):
+            raise Stop
+
+    monkeypatch.setattr(Progress, "log", log_or_stop)
+
+
+def test_a_training_interrupted_in_every_phase_gives_the_same_checkpoint(
+    digits, quick_recipe, checkpoint, tmp_path, every_epoch, monkeypatch, capsys
+):
+    out = tmp_path / "runs/quick"
+    partial = tmp_path / "runs/quick.partial"
+    moments = [("baseline", 1), ("alignment", 2), ("refinement", 5), ("fusion", 9)]
+    for phase, epoch in moments:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, phase, epoch)
+            with pytest.raises(Stop):
+                fit(digits, quick_recipe, out, name="digits")
+        assert not out.exists()
+        assert "run the same command again" in capsys.readouterr().err
+    training = fit(digits, quick_recipe, out, name="digits")
+    told = capsys.readouterr().err
+    assert f"going on from {partial}" in told
+    assert "fusion epoch 9" in told
+    assert not partial.exists()
+    for name in ("model.safetensors", METRICS, "config.json"):
+        assert sha256_file(out / name) == sha256_file(checkpoint / name), name
+    undisturbed = json.loads((checkpoint / "training.json").read_text())
+    assert training["metrics"] == undisturbed["metrics"]
+    assert training["seconds"] > 0
+
+
+def test_other_settings_are_refused_and_restart_discards(
+    digits, quick_recipe, tmp_path, every_epoch, monkeypatch
+):
+    out = tmp_path / "quick"
+    short = replace(
+        quick_recipe,
+        alignment=replace(quick_recipe.alignment, epochs=1),
+        refinement=replace(quick_recipe.refinement, epochs=1),
+        fusion_phase=replace(quick_recipe.fusion_phase, epochs=1),
+    )
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, "alignment", 0)
+        with pytest.raises(Stop):
+            fit(digits, short, out)
+    saved = sha256_file(tmp_path / "quick.partial" / PHASE)
+    with pytest.raises(OutputExists, match=r"seed: 0 then, 1 now.*--restart"):
+        fit(digits, short, out, seed=1)
+    assert sha256_file(tmp_path / "quick.partial" / PHASE) == saved
+    assert fit(digits, short, out, seed=1, restart=True)["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+
+
+def stop() -> None:
+    raise Stop
+
+
+def begin(out: Path) -> None:
+    """One run whose first phase is done and which then stops."""
+    with pytest.raises(Stop), saved_progress(out, SETTINGS, restart=False) as run:
+        assert run.once("baseline", None, lambda: {"top1": 0.5}) == {"top1": 0.5}
+        run.once("alignment", None, stop)
+
+
+def test_what_a_phase_returned_is_kept_and_the_phase_not_repeated(tmp_path):
+    begin(tmp_path / "out")
+    with saved_progress(tmp_path / "out", SETTINGS, restart=False) as run:
+        assert run.once("baseline", None, lambda: pytest.fail("done already")) == {"top1": 0.5}
+
+
+def test_nothing_is_left_of_a_run_that_saved_nothing(tmp_path):
+    with (
+        pytest.raises(ValueError, match="bad recipe"),
+        saved_progress(tmp_path / "out", SETTINGS, restart=False),
+    ):
+        raise ValueError("bad recipe")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_state_is_refused_by_name(content, tmp_path):
+    begin(tmp_path / "out")
+    path = tmp_path / "out.partial" / PHASE
+    path.write_bytes(content)
+    with (
+        pytest.raises(CheckpointError, match=r"phase\.safetensors: damaged.*--restart"),
+        saved_progress(tmp_path / "out", SETTINGS, restart=False),
+    ):
+        pytest.fail("must not begin")
+    with saved_progress(tmp_path / "out", SETTINGS, restart=True) as run:
+        assert run.record.results == {}
+
+
+def test_a_second_process_is_told_who_is_at_work(tmp_path):
+    with saved_progress(tmp_path / "out", SETTINGS, restart=False):
+        descriptor = os.open(tmp_path / "out.partial/lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        with (
+            pytest.raises(OutputBusy, match=rf"process {os.getpid()} on .* is at work there"),
+            saved_progress(tmp_path / "out", SETTINGS, restart=True),
+        ):
+            pytest.fail("must not begin")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_epoch_of_a_finished_phase_is_not_gone_back_to(tmp_path):
+    """A kill between the end of a phase and the first epoch of the next."""
+    out, model = tmp_path / "out", nn.Linear(2, 2)
+    learner = Learner(model, torch.optim.AdamW(model.parameters(), lr=0.1), total=4)
+    generator = torch.Generator().manual_seed(0)
+
+    def work(run: Progress) -> None:
+        for _ in run.epochs("alignment", 2, learner, generator):
+            learner.step(model(torch.ones(1, 2)).square().sum())
+
+    with pytest.raises(Stop), saved_progress(out, SETTINGS, restart=False) as run:
+        run.once("alignment", model, lambda: work(run))
+        run.once("refinement", model, stop)
+    assert (tmp_path / "out.partial" / EPOCH).exists()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.weight.zero_()
+    with saved_progress(out, SETTINGS, restart=False) as run:
+        run.once("alignment", model, lambda: pytest.fail("done already"))
+        assert list(run.epochs("refinement", 2, learner, generator)) == [1, 2]
+    assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_learner_goes_on_as_if_it_had_not_stopped():
+    def make() -> tuple[nn.Linear, Learner]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, Learner(model, torch.optim.AdamW(model.parameters(), lr=0.1), total=8)
+
+    def go(model: nn.Linear, learner: Learner, steps: int) -> None:
+        for _ in range(steps):
+            learner.step((model(torch.ones(4, 3)) - 1).square().sum())
+
+    straight, learner = make()
+    go(straight, learner, 6)
+    stopped, learner = make()
+    go(stopped, learner, 3)
+    state = {name: value.clone() for name, value in learner.state().items()}
+    resumed, learner = make()
+    learner.load_state(state)
+    go(resumed, learner, 3)
+    assert torch.equal(resumed.weight, straight.weight)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Progress()
+    run.log(phase="x", epoch=1, loss=1.0)
+    assert run.once("x", nn.Linear(1, 1), lambda: 3) == 3
+    assert run.log_lines() == '{"phase": "x", "epoch": 1, "loss": 1.0}\n'
+    assert list(tmp_path.iterdir()) == []
+    shutil.rmtree(tmp_path)

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from marnet_train.data.plates_brush import EXTENT, Brush, Colour, ellipse, shade, turn
-from marnet_train.data.plates_food import FOODS
-from marnet_train.data.plates_menu import Serving
+from marnet_train.data.plates.brush import EXTENT, Brush, Colour, ellipse, shade, turn
+from marnet_train.data.plates.food import FOODS
+from marnet_train.data.plates.menu import Serving
 
 _GROUND_COLOURS: dict[str, tuple[Colour, ...]] = {
     "broth": ((176, 128, 70), (205, 170, 110), (150, 88, 48)),
@@ -17,16 +17,20 @@ _GROUND_COLOURS: dict[str, tuple[Colour, ...]] = {
     "dry": ((222, 214, 196), (196, 168, 120)),
 }
 _PLATES: tuple[Colour, ...] = (
-    (242, 240, 236), (242, 240, 236), (222, 226, 230), (64, 68, 76), (196, 176, 150), (120, 146, 160)
+    (242, 240, 236), (242, 240, 236), (222, 226, 230), (64, 68, 76), (196, 176, 150),
+    (120, 146, 160),
 )  # fmt: skip
+PLATE = 0.78  # its radius: 25 cm across
 _TABLES: tuple[Colour, ...] = (
     (150, 104, 66), (96, 62, 40), (198, 170, 130), (222, 218, 210), (88, 92, 98), (168, 60, 56),
     (70, 96, 120), (232, 226, 210),
 )  # fmt: skip
 
 
-def compose(serving: Serving, rng: np.random.Generator, size: int, difficulty: float):
-    """The picture of a table from above, RGB [size, size], -EXTENT to EXTENT plate radii."""
+def compose(
+    serving: Serving, rng: np.random.Generator, size: int, difficulty: float
+) -> Image.Image:
+    """The picture of a table from above, RGB [size, size], -EXTENT to EXTENT."""
     brush = Brush(size, rng)
     brush.image.paste(_table(rng, size))
     for _ in range(rng.poisson(2.4 * difficulty)):
@@ -34,13 +38,14 @@ def compose(serving: Serving, rng: np.random.Generator, size: int, difficulty: f
     inside = _plate(brush)
     _ground(brush, serving.ground, inside)
     place_food(brush, serving, inside)
-    for _ in range(rng.poisson(1.0 * difficulty)):
+    for _ in range(rng.poisson(0.6 * difficulty)):
         _over(brush)
     return brush.image
 
 
 def place_food(brush: Brush, serving: Serving, inside: float) -> None:
     """Every ingredient in a heap of its own or scattered, lower layers first."""
+    brush.limit = 0.93 * inside
     heaps = brush.rng.random() < 0.45  # this cook arranges
     slots = brush.rng.permutation(len(serving.ingredients))
     start = brush.angle()
@@ -62,7 +67,7 @@ def _inside(at: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
 
 
 def soft_noise(rng: np.random.Generator, cells: tuple[int, int], size: int) -> NDArray[np.float32]:
-    """Smooth noise around 0 with `cells` (x, y) bumps across, [size, size]; the same at any size."""
+    """Smooth noise around 0, [size, size], with `cells` (x, y) bumps; the same at any size."""
     coarse = rng.normal(0, 1, (cells[1], cells[0])).astype(np.float32)
     smooth = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(smooth)
@@ -90,19 +95,19 @@ def _table(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _plate(brush: Brush) -> float:
-    """A plate or bowl of radius 1; returns the radius of the part that food may lie on."""
+    """A plate or bowl; returns the radius of the part that food may lie on."""
     colour = _PLATES[brush.rng.integers(len(_PLATES))]
     bowl = brush.rng.random() < 0.5
-    inside = 0.86 if bowl else brush.rng.uniform(0.68, 0.8)
+    inside = PLATE * (0.88 if bowl else brush.rng.uniform(0.72, 0.82))
     for height in (0.16, 0.1, 0.05):
-        brush.fill(ellipse(brush.away * height, 1.02), (15, 10, 8), 0.22)
+        brush.fill(ellipse(brush.away * height, 1.02 * PLATE), (15, 10, 8), 0.22)
     smooth = np.linspace(0, 2 * np.pi, 97)[:-1]
     circle = np.stack([np.cos(smooth), np.sin(smooth)], axis=1)
-    brush.fill(circle, shade(colour, 0.8))
-    brush.fill(circle * 0.985 - brush.away * 0.006, colour)
+    brush.fill(circle * PLATE, shade(colour, 0.8))
+    brush.fill(circle * PLATE * 0.985 - brush.away * 0.006, colour)
     if brush.rng.random() < 0.3:
         band = shade(colour, brush.rng.uniform(0.45, 0.8))
-        brush.stroke(circle * brush.rng.uniform(0.9, 0.96), 0.02, band)
+        brush.stroke(circle * PLATE * brush.rng.uniform(0.9, 0.96), 0.02, band)
     # The inside of the rim: the wall near the light lies in shade, the one far from it is lit.
     for k in range(6):
         share = inside + 0.05 * (1 - k / 5)
@@ -132,7 +137,7 @@ def _ground(brush: Brush, ground: str, inside: float) -> None:
 
 def _cutlery(brush: Brush) -> None:
     """A knife, fork or spoon, or chopsticks, beside the plate."""
-    side = brush.rng.choice([-1, 1]) * brush.rng.uniform(1.15, 1.45)
+    side = brush.rng.choice([-1, 1]) * brush.rng.uniform(0.88, 1.1)
     angle = brush.angle() if brush.rng.random() < 0.2 else brush.rng.normal(0, 0.12)
     steel = brush.vary((196, 198, 204), 0.1)
     if brush.rng.random() < 0.3:
@@ -141,8 +146,8 @@ def _cutlery(brush: Brush) -> None:
             brush.stroke(ends + brush.away * 0.03, 0.05, (15, 10, 8), 0.3)
             brush.stroke(ends, 0.05, brush.vary((120, 60, 40), 0.3))
         return
-    handle = turn(np.array([[side, -0.9], [side, 0.5]]), angle)
-    head = ellipse(turn(np.array([[side, 0.68]]), angle)[0], 0.1, 0.22, angle)
+    handle = turn(np.array([[side, -0.7], [side, 0.4]]), angle)
+    head = ellipse(turn(np.array([[side, 0.55]]), angle)[0], 0.1, 0.22, angle)
     for points, colour, alpha in ((brush.away * 0.04, (15, 10, 8), 0.35), (0.0, steel, 1.0)):
         brush.stroke(handle + points, 0.06, colour, alpha)
         brush.fill(head + points, colour, alpha)
@@ -151,7 +156,7 @@ def _cutlery(brush: Brush) -> None:
 
 
 def _napkin(brush: Brush) -> None:
-    at = turn(np.array([[brush.rng.uniform(1.0, 1.5), 0.0]]), brush.angle())[0]
+    at = turn(np.array([[brush.rng.uniform(0.8, 1.2), 0.0]]), brush.angle())[0]
     corners = np.array([[-0.5, -0.4], [0.5, -0.42], [0.52, 0.4], [-0.48, 0.42]])
     angle, tint = brush.angle(), brush.vary((214, 206, 196), 0.2)
     cloth = turn(corners, angle) + at
@@ -163,7 +168,7 @@ def _napkin(brush: Brush) -> None:
 
 
 def _glass(brush: Brush) -> None:
-    at = turn(np.array([[brush.rng.uniform(1.3, 1.6), 0.0]]), brush.angle())[0]
+    at = turn(np.array([[brush.rng.uniform(1.0, 1.3), 0.0]]), brush.angle())[0]
     drink = brush.vary(((180, 120, 40), (200, 220, 225), (120, 20, 40))[brush.rng.integers(3)])
     r = brush.rng.uniform(0.22, 0.34)
     brush.fill(ellipse(at + brush.away * 0.2, r), (15, 10, 8), 0.3)
@@ -174,7 +179,7 @@ def _glass(brush: Brush) -> None:
 
 def _second_plate(brush: Brush) -> None:
     """Another plate at the edge of the frame, with something on it."""
-    at = turn(np.array([[brush.rng.uniform(1.55, 1.9), 0.0]]), brush.angle())[0]
+    at = turn(np.array([[brush.rng.uniform(1.25, 1.5), 0.0]]), brush.angle())[0]
     colour = _PLATES[brush.rng.integers(len(_PLATES))]
     r = brush.rng.uniform(0.45, 0.7)
     brush.fill(ellipse(at + brush.away * 0.1, r * 1.02), (15, 10, 8), 0.35)

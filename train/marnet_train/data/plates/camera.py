@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from marnet_train.data.plates_brush import EXTENT
-from marnet_train.data.plates_scene import soft_noise
+from marnet_train.data.plates.brush import EXTENT
+from marnet_train.data.plates.scene import soft_noise
 
 
 def photograph(table: Image.Image, rng: np.random.Generator, size: int, difficulty: float) -> bytes:
     """A JPEG file of a table seen from above or aslant, `size` x `size` pixels."""
-    hard = 2 * difficulty  # 1 at the default
+    hard = 1.2 * difficulty
     picture = _view(table, rng, 2 * size, hard).resize((size, size), Image.Resampling.BOX)
     blur = rng.gamma(1.2, 0.0022 * hard) * size if hard else 0.0
-    pixels = _light(np.asarray(picture, np.float32) / 255, rng, hard)
+    pixels = _light(np.asarray(picture, np.float32) / np.float32(255), rng, hard)
     # In the order of a camera: light, lens, sensor.
     picture = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
     if blur > 0.3:
@@ -38,9 +38,9 @@ def _view(table: Image.Image, rng: np.random.Generator, size: int, hard: float) 
     tilt = abs(rng.normal(0, 0.38 * hard))  # radians from straight down
     tilt = min(tilt, 0.95)
     spin = rng.uniform(0, 2 * np.pi)
-    reach = 1.12 * np.exp(rng.normal(0, 0.13 * hard))  # half of the frame, plate radii
-    offset = rng.normal(0, 0.13 * hard, 2)
-    distance = 4.0
+    reach = 0.8 * np.exp(rng.normal(0, 0.13 * hard))  # half of the width of the frame
+    offset = rng.normal(0, 0.1 * hard, 2)
+    distance = 3.2
     u, v = np.meshgrid([-1.0, 1.0], [-1.0, 1.0])
     rays = np.stack([u.ravel() * reach, v.ravel() * reach], axis=1)  # corners of the frame
     # A ray through (a, b) of the plane before the camera meets the table where the camera, turned
@@ -75,7 +75,7 @@ def _mirrored(table: Image.Image) -> Image.Image:
 
 
 def _coefficients(target: NDArray[np.float64], source: NDArray[np.float64]) -> tuple[float, ...]:
-    """The eight numbers of a projective map from target to source, from four points, [4, 2] each."""
+    """The eight numbers of a projective map from target to source, from four points each."""
     rows, right = [], []
     for (x, y), (u, v) in zip(target, source, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -91,7 +91,7 @@ def _light(
     x, y = np.meshgrid(*[np.linspace(-1, 1, size, dtype=np.float32)] * 2)
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
-    level = np.exp(rng.normal(0.04, 0.22 * hard)) * (1 + 0.22 * hard * rng.random() * along)
+    level = np.exp(rng.normal(-0.02, 0.18 * hard)) * (1 + 0.22 * hard * rng.random() * along)
     if rng.random() < 0.3 * hard:  # a window frame, an arm
         edge = rng.uniform(-0.7, 0.7)
         soft = rng.uniform(6, 25)

@@ -2,7 +2,7 @@
 
 They mimic the problem that MARNet is for: dishes that look alike, differ within themselves, share
 their ingredients, and are photographed badly, while the text says exactly what is on the plate.
-`plates_menu` decides what that is, `plates_scene` lays the table, `plates_camera` takes the picture.
+`menu` decides what that is, `scene` lays the table with the `food`, `camera` takes the picture.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -25,9 +25,9 @@ from marnet_sdk.files import atomic_directory
 from marnet_train.data.dataset import read_data_set
 from marnet_train.data.examples import DataSet
 from marnet_train.data.imagefolder import is_data_set, write_split
-from marnet_train.data.plates_camera import photograph
-from marnet_train.data.plates_menu import NAMES, Serving, serve
-from marnet_train.data.plates_scene import compose
+from marnet_train.data.plates.camera import photograph
+from marnet_train.data.plates.menu import NAMES, Serving, serve
+from marnet_train.data.plates.scene import compose
 
 CONTACT_SHEET = "contact-sheet.png"
 SIZES = (32, 512)  # pixels
@@ -39,7 +39,7 @@ _PER_TASK = 16  # images that a worker renders at a time
 class Plates:
     """All that decides the pictures; the same gives the same bytes."""
 
-    images: int = 3600
+    images: int = 4500
     size: int = 96  # side, pixels
     seed: int = 0
     difficulty: float = 0.5  # 0: clean studio pictures of complete dishes, 1: hard for anybody
@@ -99,7 +99,7 @@ def render(index: int, plates: Plates) -> tuple[Serving, bytes]:
     """Picture `index`: what is on it, and the JPEG file. A function of its arguments alone."""
     rng = np.random.default_rng([plates.seed, index])
     serving = serve(dish_of(index), rng, plates.difficulty)
-    table = compose(serving, rng, round(2.6 * plates.size), plates.difficulty)
+    table = compose(serving, rng, round(2.8 * plates.size), plates.difficulty)
     return serving, photograph(table, rng, plates.size, plates.difficulty)
 
 
@@ -112,7 +112,7 @@ def _render_task(task: tuple[list[int], Plates]) -> list[tuple[str, bytes, str, 
     return rows
 
 
-def _render_all(plates: Plates, workers: int) -> Iterator[tuple[str, bytes, str, str]]:
+def _render_all(plates: Plates, workers: int) -> Generator[tuple[str, bytes, str, str], None, None]:
     """Rows for `write_split`, in the order of the splits."""
     order = [index for part in split_indices(plates).values() for index in part]
     tasks = [(order[i : i + _PER_TASK], plates) for i in range(0, len(order), _PER_TASK)]

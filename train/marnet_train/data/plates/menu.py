@@ -120,7 +120,7 @@ def presence(dish: str, difficulty: float) -> dict[str, float]:
         difficulty: 0 to 1; the more, the more is left out and the more guests there are.
     """
     own = DISHES[dish]
-    keep, guest = 1 - 0.3 * difficulty, 0.06 * difficulty
+    keep, guest = 1 - 0.2 * difficulty, 0.02 * difficulty
     return {name: max(own.get(name, 0.0) * keep, guest) for name in INGREDIENTS}
 
 
@@ -132,6 +132,6 @@ def serve(dish: str, rng: np.random.Generator, difficulty: float) -> Serving:
     count = int(np.clip((luck < 1).sum(), 3, 9))
     there = [INGREDIENTS[i] for i in rng.permutation(order[:count])]
     ground = _GROUND_OF[dish]
-    if rng.random() < 0.5 * difficulty:
+    if rng.random() < 0.3 * difficulty:
         ground = GROUNDS[rng.integers(len(GROUNDS))]
     return Serving(dish, tuple(there), ground)

@@ -1,6 +1,6 @@
 """Drawing in the plane of the table: shapes with a shadow, a shaded edge and a highlight.
 
-Lengths are in radii of the plate, angles in radians; the plate's centre is the origin, and the
+One unit of length is about 16 cm, angles are in radians; the plate's centre is the origin, and the
 picture shows -EXTENT to EXTENT both ways. Nothing here depends on how many pixels that is.
 """
 
@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-EXTENT = 1.75
+EXTENT = 1.4
 Colour = tuple[int, int, int]
 Points = NDArray[np.float64]  # [N, 2]
+At = Sequence[float] | NDArray[np.float64]  # x, y
 _TURN = np.linspace(0, 2 * np.pi, 21)[:-1]
 
 
@@ -24,7 +25,7 @@ def shade(colour: Colour, factor: float) -> Colour:
     return red, green, blue
 
 
-def ellipse(at: Sequence[float], rx: float, ry: float | None = None, angle: float = 0.0) -> Points:
+def ellipse(at: At, rx: float, ry: float | None = None, angle: float = 0.0) -> Points:
     """The outline of an ellipse, [20, 2]."""
     ry = rx if ry is None else ry
     return turn(np.stack([rx * np.cos(_TURN), ry * np.sin(_TURN)], axis=1), angle) + at
@@ -48,6 +49,7 @@ class Brush:
         self.scale = size / (2 * EXTENT)
         angle = rng.uniform(0, 2 * np.pi)
         self.away = np.array([np.cos(angle), np.sin(angle)])  # from the light
+        self.limit = EXTENT  # how far from the centre a curl may reach
 
     def vary(self, colour: Colour, amount: float = 0.1) -> Colour:
         """A colour a little lighter or darker, and a little off in each channel."""
@@ -84,7 +86,7 @@ class Brush:
 
     def lump(
         self,
-        at: Sequence[float],
+        at: At,
         radius: float,
         *,
         wobble: float = 0.15,
@@ -101,8 +103,10 @@ class Brush:
     def angle(self) -> float:
         return float(self.rng.uniform(0, 2 * np.pi))
 
-    def curl(self, at: Sequence[float], length: float, bend: float) -> Points:
-        """A smooth random path, [16, 2]; `bend` is how far its direction wanders."""
+    def curl(self, at: At, length: float, bend: float) -> Points:
+        """A smooth random path within `limit`, [16, 2]; `bend`: how far its direction wanders."""
         turns = np.cumsum(self.rng.normal(0, bend, 16)) + self.angle()
         steps = np.stack([np.cos(turns), np.sin(turns)], axis=1) * (length / 16)
-        return np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2 + at
+        path = np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2 + at
+        far = np.hypot(path[:, :1], path[:, 1:])
+        return path * np.minimum(1, self.limit / np.maximum(far, 1e-9))  # along the rim

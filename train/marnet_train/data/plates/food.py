@@ -1,18 +1,16 @@
 """How each ingredient looks: one function per kind of piece, and a table from names to kinds.
 
-A function draws one piece at a place. Lengths are in radii of the plate.
+A function draws one piece at a place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from marnet_train.data.plates_brush import Brush, Colour, ellipse, shade, turn
-
-At = Sequence[float]
+from marnet_train.data.plates.brush import At, Brush, Colour, ellipse, shade, turn
 
 
 @dataclass(frozen=True)

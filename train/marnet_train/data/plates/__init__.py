@@ -1,0 +1,1 @@
+"""Synthetic cookery photographs whose text says what is on the plate."""

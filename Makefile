@@ -12,12 +12,14 @@ SEED ?= 0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format readme clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
 	@echo "make test    set up, then run the test suite"
+	@echo "             COVERAGE=1: and tell which lines it ran, about a third slower"
 	@echo "make lint    ruff and pyright"
+	@echo "make readme  run the README's main job and write what it prints into the page"
 	@echo "make setup   the shared first step: .venv with this package in it"
 	@echo "make clean   remove .venv and everything that demo wrote"
 
@@ -52,12 +54,15 @@ demo: setup
 	$(BIN)/marnet-bench --batch 64
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+readme: .venv/.dev
+	$(BIN)/python tests/readme.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

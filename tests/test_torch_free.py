@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import venv
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from environments import closure, make_environment, run, site_packages
 
 from marnet_sdk import Classifier
 
@@ -19,49 +15,14 @@ OURS = ("sdk/marnet_sdk", "kernels/marnet_kernels", "train/marnet_train", "expor
         "benchmarks/marnet_bench")  # fmt: skip
 
 
-def closure(requirement: str) -> set[str]:
-    """The distributions that pip would install for it, other than marnet."""
-    found: set[tuple[str, str]] = set()
-    todo = [Requirement(requirement)]
-    while todo:
-        wanted = todo.pop()
-        name = canonicalize_name(wanted.name)
-        for extra in ("", *wanted.extras):
-            if (name, extra) in found:
-                continue
-            found.add((name, extra))
-            needs = map(Requirement, metadata.requires(name) or [])
-            todo += [n for n in needs if n.marker is None or n.marker.evaluate({"extra": extra})]
-    return {name for name, _ in found} - {"marnet"}
-
-
-def link_files(distribution: str, site: Path) -> None:
-    """Show every file of an installed distribution in another site-packages folder."""
-    for file in metadata.distribution(distribution).files or []:
-        source, target = Path(str(file.locate())), site / file
-        if ".." in file.parts or not source.is_file():
-            continue  # scripts, which lie outside site-packages
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source)
-
-
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment in which torch was never installed."""
     folder = tmp_path_factory.mktemp("torch-free")
-    venv.create(folder, with_pip=False, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    for name in closure("marnet[onnxruntime]"):
-        link_files(name, site)
+    python = make_environment(folder, closure("marnet[onnxruntime]"))
     for package in OURS:  # installed here as editable, so its files are not listed
-        (site / Path(package).name).symlink_to(ROOT / package)
-    return folder / "bin/python"
-
-
-def run(python: Path, code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # -I: neither the working directory nor the user's packages nor PYTHON* variables
-    command = [python, "-I", "-W", "error", "-c", code, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+        (site_packages(python) / Path(package).name).symlink_to(ROOT / package)
+    return python
 
 
 def command(package: str) -> str:

@@ -170,7 +170,7 @@ def test_each_phase_lowers_its_loss(
     assert losses(refinement)[-1] < 0.95 * losses(refinement)[0]
     assert losses(fusion)[-1] < 0.95 * losses(fusion)[0]
     assert [line["epoch"] for line in refinement.record.log] == list(range(1, 31))
-    assert {line["phase"] for line in fusion} == {"fusion"}
+    assert {line["phase"] for line in fusion.record.log} == {"fusion"}
 
 
 def test_phase_a_with_a_text_learning_rate_trains_both_encoders(

@@ -99,9 +99,14 @@ def stop() -> None:
 
 def begin(out: Path) -> None:
     """One run whose first phase is done and which then stops."""
-    with pytest.raises(Stop), saved_progress(out, SETTINGS, restart=False) as run:
-        assert run.once("baseline", None, lambda: {"top1": 0.5}) == {"top1": 0.5}
-        run.once("alignment", None, stop)
+
+    def work() -> None:
+        with saved_progress(out, SETTINGS, restart=False) as run:
+            assert run.once("baseline", None, lambda: {"top1": 0.5}) == {"top1": 0.5}
+            run.once("alignment", None, stop)
+
+    with pytest.raises(Stop):
+        work()
 
 
 def test_what_a_phase_returned_is_kept_and_the_phase_not_repeated(tmp_path):
@@ -153,13 +158,17 @@ def test_an_epoch_of_a_finished_phase_is_not_gone_back_to(tmp_path):
     learner = Learner(model, torch.optim.AdamW(model.parameters(), lr=0.1), total=4)
     generator = torch.Generator().manual_seed(0)
 
-    def work(run: Progress) -> None:
+    def align(run: Progress) -> None:
         for _ in run.epochs("alignment", 2, learner, generator):
             learner.step(model(torch.ones(1, 2)).square().sum())
 
-    with pytest.raises(Stop), saved_progress(out, SETTINGS, restart=False) as run:
-        run.once("alignment", model, lambda: work(run))
-        run.once("refinement", model, stop)
+    def work() -> None:
+        with saved_progress(out, SETTINGS, restart=False) as run:
+            run.once("alignment", model, lambda: align(run))
+            run.once("refinement", model, stop)
+
+    with pytest.raises(Stop):
+        work()
     assert (tmp_path / "out.partial" / EPOCH).exists()
     after = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():

@@ -94,9 +94,10 @@ class Checkpoint:
         commit_message: str = "Upload a marnet checkpoint",
         token: str | None = None,
     ) -> CommitInfo:
-        """Upload what `save_pretrained` writes to the branch `revision` (None: main), in one commit.
+        """Upload what `save_pretrained` writes, in one commit.
 
         Args:
+            revision: the branch, made if need be; None: main.
             private: whether a repository that is made is private; None: its owner's default.
 
         Raises:
@@ -188,7 +189,7 @@ def checkpoint_hash(path: Path) -> str:
 
 def _copy_files(source: Path, target: Path) -> None:
     for name in files_of(source):
-        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 

@@ -1,16 +1,20 @@
-"""marnet-train: make data sets, train, evaluate."""
+"""marnet-train: make data sets, train, evaluate, push to the hub."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from marnet_sdk.console import Group, next_commands, print_table, say
+from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
 from marnet_sdk.errors import requires_extra
 
-_NEEDS = ("train", "torch", "transformers", "tokenizers", "sklearn")
+if TYPE_CHECKING:
+    from marnet_train.data.check import Report
+
+_NEEDS = ("train", "torch", "huggingface_hub", "transformers", "tokenizers", "sklearn")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _SEED = click.IntRange(0, 2**32 - 1)  # what scikit-learn and NumPy take
 
@@ -29,7 +33,7 @@ def main() -> None:
 
 @main.group(cls=Group)
 def data() -> None:
-    """Write a data set to train on.
+    """Write a data set to train on, or check one.
 
     Your own data: DIR/train, DIR/val and DIR/test, each with images and a metadata.jsonl whose
     lines have file_name, text and label (the Hugging Face image-folder layout).
@@ -51,9 +55,85 @@ def digits(out: Path, seed: int, force: bool) -> None:
     )
 
 
+@data.command()
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option("--images", type=int, default=4500, show_default=True, help="Pictures, all splits.")
+@click.option("--size", type=int, default=96, show_default=True, help="Side, 32 to 512 pixels.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Same seed: same bytes.")
+@click.option(
+    "--difficulty",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="From 0, clean pictures of complete dishes, to 1.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Processes that render. Default: one per core."
+)
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def plates(
+    out: Path,
+    images: int,
+    size: int,
+    seed: int,
+    difficulty: float,
+    workers: int | None,
+    force: bool,
+) -> None:
+    """Rendered cookery photographs: 18 dishes, each picture with the ingredients on it as text."""
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.plates.writer import CONTACT_SHEET, Plates, write_plates
+    settings = Plates(images=images, size=size, seed=seed, difficulty=difficulty)
+    write_plates(out, settings, workers=workers, overwrite=force)
+    say(f"wrote {out}; look at {out / CONTACT_SHEET}")
+    next_commands(
+        f"marnet-train fit --data {shlex.quote(str(out))} --recipe plates --out runs/plates"
+    )
+
+
+@data.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+@click.option(
+    "--format", "layout", type=Choice(("table", "json")), default="table", show_default=True
+)
+def check(folder: Path, layout: str) -> None:
+    """Count what is in DIR, and name with file and line what is wrong with it.
+
+    Ends with code 1 if something cannot be read or an image is in more than one split.
+    """
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.check import check_data_set
+    report = check_data_set(folder)
+    if layout == "json":
+        print_json(report.to_dict())
+    else:
+        _print_report(folder, report)
+    report.raise_if_wrong(folder)
+    next_commands(
+        f"marnet-train fit --data {shlex.quote(str(folder))} --recipe RECIPE --out runs/NAME"
+    )
+
+
+def _print_report(folder: Path, report: Report) -> None:
+    from marnet_train.data.check import class_rows, summary_rows
+
+    click.echo(f"{folder}: {report.layout}")
+    print_table("images", ("class", *report.images), class_rows(report))
+    print_table("texts and images", ("", "figures"), summary_rows(report))
+    for title, lines, count in (
+        ("problems", report.problems.lines(), report.problems.count),
+        ("images in more than one split", report.leaks, report.leak_count),
+        ("warning: images that are several times in a split", report.repeats, report.repeat_count),
+    ):
+        if count:
+            click.echo(f"{title}: {count}")
+            for line in lines:
+                click.echo(f"  {line}")
+
+
 @main.command()
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
-@click.option("--recipe", required=True, help="Name of a recipe (digits, vit_b16_bert) or a .toml.")
+@click.option("--recipe", required=True, help="digits, plates, vit_b16_bert, or a .toml file.")
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option(
     "--seed",
@@ -104,16 +184,23 @@ def fit(
 
 
 @main.command()
-@click.option("--checkpoint", type=_FOLDER, help="Default: the newest under ./runs.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False),
+    help="Folder, or ORG/NAME on the hub. Default: the newest under ./runs.",
+)
+@click.option("--revision", help="Branch, tag or commit of ORG/NAME. Default: main.")
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
 @click.option("--split", default="test", show_default=True, help="Which split to measure on.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def evaluate(checkpoint: Path | None, data_dir: Path, split: str, device: str) -> None:
+def evaluate(
+    checkpoint: str | None, revision: str | None, data_dir: Path, split: str, device: str
+) -> None:
     """Accuracy of a checkpoint on a data set, over five noise seeds."""
     with requires_extra(*_NEEDS):
-        from marnet_train.checkpoint import newest_checkpoint
+        from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
         from marnet_train.evaluate import evaluate_checkpoint
-    path = checkpoint or newest_checkpoint()
+    path = find_checkpoint(checkpoint or newest_checkpoint(), revision=revision)
     say(f"checkpoint {path}")
     found = evaluate_checkpoint(path, data_dir, split, device)
     rows = [
@@ -128,6 +215,22 @@ def evaluate(checkpoint: Path | None, data_dir: Path, split: str, device: str) -
     columns = ("branch", "top-1", "top-5", "top-1 by noise seed")
     print_table(f"{split}: {found['marnet']['images']} images", columns, rows)
     next_commands(_export_command(path))
+
+
+@main.command()
+@click.argument("checkpoint", type=_FOLDER)
+@click.argument("hub_id", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a private repository.")
+@click.option("--revision", help="Branch to write to, made if need be. Default: main.")
+def push(checkpoint: Path, hub_id: str, private: bool, revision: str | None) -> None:
+    """Upload the folder CHECKPOINT to the Hugging Face Hub, in one commit."""
+    with requires_extra(*_NEEDS):
+        from marnet_train.checkpoint import load_checkpoint
+    loaded = load_checkpoint(checkpoint)
+    commit = loaded.push_to_hub(hub_id, private=private or None, revision=revision)
+    say(f"wrote {commit.commit_url}")
+    at = f" --revision {shlex.quote(revision)}" if revision else ""
+    next_commands(f"{_export_command(Path(hub_id))}{at}")
 
 
 def _export_command(checkpoint: Path) -> str:

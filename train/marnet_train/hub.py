@@ -6,6 +6,9 @@ a pickle that lies beside them is not downloaded.
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +21,22 @@ from huggingface_hub import (
     constants,
     snapshot_download,
 )
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # HTTPError: of httpx or httpx2, whichever it uses
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, as it uses
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    filter_repo_objects,
+    validate_repo_id,
+)
 
 from marnet_sdk.errors import InvalidInput, MarnetError, NotFound
 
@@ -83,17 +92,17 @@ def download(
         NotFound: there is no such repository (or it is private), or no such revision.
         HubError: it is gated, the hub cannot be reached, or the transfer broke off.
     """
-    with _typed_errors(repo_id, revision, may="read it"):
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=list(FILES),
-                library_name="marnet",
-            )
+    with _typed_errors(repo_id, revision, may="read it"), _bars_on_terminals():
+        path = snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=list(FILES),
+            library_name="marnet",
         )
+        _copy_links(Path(path) / "samples")
+    return Path(path)
 
 
 def upload(
@@ -122,7 +131,7 @@ def upload(
     if not is_hub_id(repo_id):
         raise InvalidInput(f"hub id: got {repo_id!r}, expected ORG/NAME, such as my-team/digits")
     api = HfApi(token=token, library_name="marnet")
-    with _typed_errors(repo_id, revision, may="write to it"):
+    with _typed_errors(repo_id, revision, may="write to it"), _bars_on_terminals():
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private:
             _check_private(api, repo_id)
@@ -134,6 +143,15 @@ def upload(
             commit_message=message,
             revision=revision,
         )
+
+
+def _copy_links(folder: Path) -> None:
+    """Put files in place of the cache's links: a split must not link out of its folder."""
+    for link in folder.rglob("*"):
+        if link.is_symlink():
+            copy = link.with_name(f".{link.name}.{os.getpid()}")
+            shutil.copyfile(link, copy)
+            copy.replace(link)
 
 
 def _check_private(api: HfApi, repo_id: str) -> None:
@@ -158,6 +176,19 @@ def _operations(
 
 def _ours(names: Iterator[str] | list[str]) -> Iterator[str]:
     return iter(filter_repo_objects(names, allow_patterns=list(FILES)))
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """No progress bars where standard error is a file or a pipe."""
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextmanager
@@ -204,4 +235,7 @@ def _refusal(error: HfHubHTTPError, repo_id: str, may: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """What went wrong; of an error that only says that something did, its cause."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -92,7 +92,8 @@ def _captions(path: Path, problems: Problems) -> Captions:
         fault = fault or field_fault(text, "text")
         if fault:
             problems.add(f"{path}:{number}: {fault}")
-        found.setdefault(str(name), (str(text), f"{path}:{number}"))
+        if not name_fault(str(name)):  # else its absence would be a second problem
+            found.setdefault(str(name), (str(text), f"{path}:{number}"))
     return found
 
 
@@ -108,7 +109,7 @@ def _scan_split(
             problems.add(f"{directory / name}: no caption in {source}; add a line for it")
         else:
             examples.append(Example(directory / name, label, text, origin))
-    for name in captions.keys() - images.keys():
+    for name in sorted(captions.keys() - images.keys(), key=natural_key):
         problems.add(
             f"{captions[name][1]}: no image file {quoted(name)} in {directory}; restore it or "
             "remove the line"

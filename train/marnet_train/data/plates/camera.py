@@ -14,7 +14,7 @@ from marnet_train.data.plates.scene import soft_noise
 
 def photograph(table: Image.Image, rng: np.random.Generator, size: int, difficulty: float) -> bytes:
     """A JPEG file of a table seen from above or aslant, `size` x `size` pixels."""
-    hard = 1.2 * difficulty
+    hard = 0.6 * difficulty
     picture = _view(table, rng, 2 * size, hard).resize((size, size), Image.Resampling.BOX)
     blur = rng.gamma(1.2, 0.0022 * hard) * size if hard else 0.0
     pixels = _light(np.asarray(picture, np.float32) / np.float32(255), rng, hard)

@@ -1,0 +1,134 @@
+"""`marnet-train data check`: counts, texts, sizes, copies, and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from pictures import encode, make_picture
+
+from marnet_train.cli import main
+from marnet_train.data.check import MAX_CLASSES, Report, check_data_set, class_rows
+from marnet_train.data.imagefolder import write_split
+
+
+def picture(shift: int, kind: str = "PNG") -> bytes:
+    return encode(make_picture(40 + shift, 32), kind)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes in three splits, every picture of another width."""
+    root = tmp_path / "set"
+    widths = iter(range(100))
+    for split in ("train", "val", "test"):
+        rows = [
+            (f"{label}{i}.png", picture(next(widths)), label, f"a {label} number {i}")
+            for label in ("cat", "dog")
+            for i in range(2)
+        ]
+        write_split(root / split, rows)
+    return root
+
+
+def check(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["data", "check", *map(str, arguments)])
+
+
+def test_a_sound_set_is_counted_and_the_next_command_named(folder):
+    result = check(folder)
+    assert result.exit_code == 0, result.output
+    assert "image folder" in result.output
+    words = result.output.split()
+    assert words[words.index("cat") + 1 :][:3] == ["2", "2", "2"]
+    assert words[words.index("all") + 1 :][:3] == ["4", "4", "4"]
+    assert "4 to 4, median 4; 4 different texts, 0 of them in several classes" in result.output
+    assert "40 to 51 pixels, median 45.5" in result.output
+    assert "PNG RGB 12" in result.output
+    assert f"marnet-train fit --data {folder}" in result.output
+
+
+def test_the_digits_are_sound(digits):
+    report = check_data_set(digits)
+    assert report.images == {"train": 1257, "val": 270, "test": 270}
+    assert list(report.classes) == [str(digit) for digit in range(10)]
+    assert (report.problems.count, report.leak_count) == (0, 0)
+
+
+def test_an_image_in_two_splits_is_a_leak_also_in_another_file_format(folder):
+    source = (folder / "train/cat0.png").read_bytes()
+    write_more(folder / "test", "copy.png", source, "cat")
+    write_more(folder / "val", "copy.bmp", picture(0, "BMP"), "dog")
+    result = check(folder)
+    assert result.exit_code == 1
+    assert "images in more than one split: 1" in result.output
+    where = [f"{folder}/{split}/metadata.jsonl:{n}" for split, n in
+             (("train", 1), ("val", 5), ("test", 5))]  # fmt: skip
+    assert f"{', '.join(where)} (classes cat, dog)" in result.output
+    assert "Error:" in result.output
+    assert "1 images in more than one split, listed above; correct them" in result.output
+
+
+def write_more(split: Path, name: str, image: bytes, label: str) -> None:
+    (split / name).write_bytes(image)
+    with (split / "metadata.jsonl").open("a") as file:
+        print(json.dumps({"file_name": name, "text": "one more", "label": label}), file=file)
+
+
+def test_a_copy_within_a_split_is_a_warning(folder):
+    write_more(folder / "train", "again.png", picture(0), "cat")
+    result = check(folder)
+    assert result.exit_code == 0, result.output
+    assert "warning: images that are several times in a split: 1" in result.output
+    assert f"{folder}/train/metadata.jsonl:1, {folder}/train/metadata.jsonl:5" in result.output
+
+
+def test_all_problems_are_listed_and_the_rest_is_still_counted(folder):
+    (folder / "train/cat0.png").write_bytes(b"no image")
+    write_more(folder / "train", "new.png", picture(70), "cat")
+    with (folder / "train/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "gone.png", "text": "x", "label": "cat"}\nnot JSON\n')
+    result = check(folder)
+    assert result.exit_code == 1
+    for line in (
+        f"{folder}/train/metadata.jsonl:6: no image file 'gone.png'",
+        f"{folder}/train/metadata.jsonl:7: not JSON",
+        f"{folder}/train/metadata.jsonl:1: {folder}/train/cat0.png: got a file that starts",
+    ):
+        assert line in result.output
+    assert "3 problems, listed above" in result.output
+    assert "PNG RGB 12" in result.output
+
+
+def test_json_holds_the_same_figures(folder):
+    result = CliRunner().invoke(main, ["data", "check", str(folder), "--format", "json"])
+    report = json.loads(result.stdout)
+    assert report["classes"]["dog"] == {"train": 2, "val": 2, "test": 2}
+    assert report["width"] == {"least": 40, "median": 45.5, "most": 51}
+    assert report["leaks"] == []
+
+
+def test_texts_that_stand_under_several_classes_are_counted(folder):
+    shutil.rmtree(folder / "train")
+    rows = [(f"{i}.png", picture(60 + i), label, "the same") for i, label in enumerate("ab")]
+    write_split(folder / "train", rows)
+    report = check_data_set(folder)
+    assert report.texts["train"] == {"distinct": 1, "several_classes": 1}
+
+
+def test_of_many_classes_the_largest_and_the_smallest_are_shown():
+    classes = {f"class {i}": {"train": 1000 - i} for i in range(100)}
+    rows = list(class_rows(Report("image folder", classes, {"train": 1})))
+    assert len(rows) == MAX_CLASSES + 2
+    assert rows[0] == ("class 0", "1,000")
+    assert rows[MAX_CLASSES // 2][0] == "... 60 classes between"
+    assert rows[-2] == ("class 99", "901")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    result = check(tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "nowhere" in result.output

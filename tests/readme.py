@@ -22,37 +22,36 @@ def blocks() -> list[tuple[str, str]]:
     return _BLOCK.findall(README.read_text("utf-8"))
 
 
-def run(kind: str, text: str, folder: Path) -> tuple[str, str]:
-    """Run a block in `folder`; returns what it wrote to standard output and to both streams.
+def run(kind: str, text: str, folder: Path) -> str:
+    """Run a block in `folder`; returns its standard output.
 
     Raises:
         AssertionError: it failed; the message holds what it wrote.
     """
+    return _run(kind, text, folder).stdout
+
+
+def run_each(text: str, folder: Path) -> str:
+    """Run a block of commands one by one; returns a transcript, without the hints at their ends."""
+    transcript = []
+    for line in text.splitlines():
+        done = _run("bash", line, folder)
+        work = done.stderr.partition("\nNext:")[0]
+        transcript.append(f"$ {line}\n{work}{done.stdout}")
+    return "\n".join(transcript)
+
+
+def _run(kind: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
     scripts = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", "-euo", "pipefail", "-c", text]
     if kind == "python":
         command = [sys.executable, "-W", "error", "-c", text]
-    with tempfile.TemporaryFile("w+") as both:
-        done = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment | {"PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=both,
-            text=True,
-        )
-        assert done.stdout is not None
-        lines = []
-        for line in done.stdout:
-            lines.append(line)
-            both.write(line)
-            both.flush()
-        done.wait()
-        both.seek(0)
-        everything = both.read()
-    assert done.returncode == 0, f"{text}\n{everything}"
-    return "".join(lines), everything
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def written_output() -> str:
@@ -64,13 +63,14 @@ def written_output() -> str:
 
 def words(output: str) -> list[str]:
     """The words of an output, without figures and frames: what does not change from run to run."""
-    return re.findall(r"[A-Za-z_]{2,}", re.sub(r"[0-9.,]+", " ", output))
+    steady = re.sub(r"(?m)^unsteady: .*$", "", output)
+    return re.findall(r"[A-Za-z_]{2,}", re.sub(r"[0-9.,]+", " ", steady))
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        _, everything = run(*blocks()[0], Path(folder))
-    lines = (line.rstrip() for line in everything.splitlines())
+        transcript = run_each(blocks()[0][1], Path(folder))
+    lines = (line.rstrip() for line in transcript.splitlines())
     text = re.sub("\n{2,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
     page = _OUTPUT.sub(lambda m: m[1] + text + m[3], README.read_text("utf-8"))
     README.write_text(page, "utf-8")

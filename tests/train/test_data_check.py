@@ -47,7 +47,7 @@ def test_a_sound_set_is_counted_and_the_next_command_named(folder):
     assert words[words.index("all") + 1 :][:3] == ["4", "4", "4"]
     assert "4 to 4, median 4; 4 different texts, 0 of them in several classes" in result.output
     assert "40 to 51 pixels, median 45.5" in result.output
-    assert "PNG RGB 12" in result.output
+    assert "PNG 12" in result.output
     assert f"marnet-train fit --data {folder}" in result.output
 
 
@@ -69,7 +69,7 @@ def test_an_image_in_two_splits_is_a_leak_also_in_another_file_format(folder):
              (("train", 1), ("val", 5), ("test", 5))]  # fmt: skip
     assert f"{', '.join(where)} (classes cat, dog)" in result.output
     assert "Error:" in result.output
-    assert "1 images in more than one split, listed above; correct them" in result.output
+    assert "1 image(s) in more than one split, listed above; correct them" in result.output
 
 
 def write_more(split: Path, name: str, image: bytes, label: str) -> None:
@@ -100,7 +100,7 @@ def test_all_problems_are_listed_and_the_rest_is_still_counted(folder):
     ):
         assert line in result.output
     assert "3 problems, listed above" in result.output
-    assert "PNG RGB 12" in result.output
+    assert "PNG 12" in result.output
 
 
 def test_json_holds_the_same_figures(folder):
@@ -132,3 +132,12 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     result = check(tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "nowhere" in result.output
+
+
+def test_a_leak_names_a_place_in_every_split(folder):
+    for i in range(5):
+        write_more(folder / "train", f"copy{i}.png", picture(0), "cat")
+    write_more(folder / "test", "copy.png", picture(0), "cat")
+    (leak,) = check_data_set(folder).leaks
+    assert f"{folder}/test/metadata.jsonl:5" in leak
+    assert leak.endswith("and 3 more")

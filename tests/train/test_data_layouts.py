@@ -306,3 +306,19 @@ def test_a_written_split_is_an_ordinary_image_folder(tmp_path):
         rows = [(f"{i}.png", PNG, label, text) for i, (_, text, label) in enumerate(ROWS)]
         write_split(tmp_path / split, rows)
     assert len(read_data_set(tmp_path).splits["val"]) == 4
+
+
+def test_a_caption_without_a_name_is_one_problem(tmp_path):
+    root = class_folders(tmp_path / "set")
+    with (root / "train/captions.csv").open("a") as file:
+        file.write(",no name\n")
+    message = refused(root)
+    assert message.startswith("1 problem in")
+    assert f"{root}/train/captions.csv:6: " in message
+
+
+def test_a_damaged_list_of_splits_is_an_ordinary_problem(tmp_path):
+    root = saved(tmp_path / "set")
+    (root / "dataset_dict.json").write_text("{")
+    assert scan_data_set(root).problems.count == 1
+    assert "dataset_dict.json: cannot be read" in refused(root)

@@ -1,13 +1,12 @@
 """What a data set holds and what is wrong with it: `marnet-train data check`.
 
-Every image is read and decoded once. Of each only two digests, its size and its format are kept,
-so memory grows with the number of images and not with their pixels.
+Every image is read and decoded once. Of each only a digest, its size and its format are kept, so
+memory grows with the number of images and not with their pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +16,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from PIL import Image
-
 from marnet_sdk.console import track
 from marnet_sdk.errors import DataError, ImageError
 from marnet_sdk.images import decode
 from marnet_train.data.dataset import scan_data_set
-from marnet_train.data.examples import MAX_PROBLEMS, Example, Problems, natural_key, read_image
+from marnet_train.data.examples import (
+    MAX_PROBLEMS,
+    Example,
+    Problems,
+    image_suffix,
+    natural_key,
+    read_image,
+)
 from marnet_train.data.pixels import image_name
 
 MAX_CLASSES = 40  # shown one by one; of more, the largest and the smallest
@@ -49,7 +53,7 @@ class Report:
     texts: dict[str, dict[str, int]] = field(default_factory=dict)  # split -> see `_count_texts`
     width: Spread | None = None  # pixels, of all images that can be decoded
     height: Spread | None = None
-    formats: dict[str, int] = field(default_factory=dict)  # "JPEG RGB" -> images
+    formats: dict[str, int] = field(default_factory=dict)  # "PNG" -> images
     leaks: list[str] = field(default_factory=list)  # one image in several splits
     repeats: list[str] = field(default_factory=list)  # one image several times in a split
     leak_count: int = 0
@@ -66,7 +70,7 @@ class Report:
         if self.problems.count:
             faults.append(f"{self.problems.count} problem{'s' * (self.problems.count > 1)}")
         if self.leak_count:
-            faults.append(f"{self.leak_count} images in more than one split")
+            faults.append(f"{self.leak_count} image(s) in more than one split")
         if faults:
             raise DataError(
                 f"{root}: {' and '.join(faults)}, listed above; correct them, or results on val "
@@ -81,7 +85,7 @@ class _Seen:
     digest: bytes  # of its pixels and size, so that a copy in another file format is found, too
     width: int
     height: int
-    kind: str  # "PNG L"
+    kind: str  # "PNG"
 
 
 def check_data_set(root: Path) -> Report:
@@ -159,9 +163,7 @@ def _look(example: Example) -> _Seen | str:
     except (ImageError, DataError) as error:
         return str(error)
     digest = hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest()
-    with Image.open(io.BytesIO(content)) as file:
-        kind = f"{file.format} {file.mode}"
-    return _Seen(digest, *image.size, kind)
+    return _Seen(digest, *image.size, image_suffix(content)[1:].upper())
 
 
 def _find_copies(places: Mapping[bytes, list[tuple[str, Example]]], report: Report) -> None:
@@ -170,7 +172,10 @@ def _find_copies(places: Mapping[bytes, list[tuple[str, Example]]], report: Repo
             continue
         across = len({split for split, _ in found}) > 1
         labels = sorted({example.label for _, example in found}, key=natural_key)
-        listed = ", ".join(example.origin for _, example in found[:4])
+        firsts = list({split: place for split, *place in reversed(found)}.values())[::-1]
+        named = [example for (example,) in firsts]  # of every split one, then the others
+        named += [example for _, example in found if example not in named]
+        listed = ", ".join(example.origin for example in named[:4])
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         classes = f" (classes {', '.join(labels[:4])})" if len(labels) > 1 else ""
         into = report.leaks if across else report.repeats

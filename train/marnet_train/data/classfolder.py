@@ -92,8 +92,8 @@ def _captions(path: Path, problems: Problems) -> Captions:
         fault = fault or field_fault(text, "text")
         if fault:
             problems.add(f"{path}:{number}: {fault}")
-        if not name_fault(str(name)):  # else its absence would be a second problem
-            found.setdefault(str(name), (str(text), f"{path}:{number}"))
+        if name and not name_fault(name):  # else its absence would be a second problem
+            found.setdefault(name, (text or "", f"{path}:{number}"))
     return found
 
 

@@ -87,7 +87,11 @@ def scan_data_set(root: Path) -> Scan:
     """
     title = find_layout(root)
     layout, problems = LAYOUTS[title], Problems()
-    names = layout.split_names(root)
+    try:
+        names = layout.split_names(root)
+    except DataError as error:
+        problems.add(str(error))
+        return Scan(root, title, {}, problems)
     chosen: dict[str, str] = {}
     for split in SPLITS:
         spelt = (split, VALIDATION) if split == "val" else (split,)

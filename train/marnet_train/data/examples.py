@@ -18,6 +18,11 @@ MAX_PROBLEMS = 20  # listed in one error; the rest is counted
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif", b"BM": ".bmp"}
 
 
+def image_suffix(content: bytes) -> str:
+    """The usual ending of an image file with this content: ".png"."""
+    return _SUFFIXES.get(content[:2], ".tif")
+
+
 @dataclass(frozen=True)
 class EmbeddedImage:
     """An image file inside a table; read like a `Path` is."""
@@ -32,7 +37,7 @@ class EmbeddedImage:
     @property
     def suffix(self) -> str:
         """By content, because the name may be missing or wrong: ".png"."""
-        return _SUFFIXES.get(self.read_bytes()[:2], ".tif")
+        return image_suffix(self.read_bytes())
 
     def __str__(self) -> str:
         return self.name

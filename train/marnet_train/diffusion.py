@@ -22,8 +22,7 @@ from torch import Tensor
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.trajectory import NoiseTrajectory
 
-SCHEDULES = ("cosine",)
-SAMPLERS = ("ddpm",)
+SCHEDULES = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,10 @@ class ScheduleConfig:
 
     kind: str = "cosine"
     steps: int = 100  # T
-    offset: float = 0.008  # s of the cosine schedule
-    max_beta: float = 0.999
+    offset: float = 0.008  # cosine: s
+    max_beta: float = 0.999  # cosine: no beta_t is larger
+    first_beta: float = 1e-4  # linear: beta_1
+    last_beta: float = 0.02  # linear: beta_T
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -45,6 +46,20 @@ class ScheduleConfig:
                 f"a schedule needs offset >= 0 and 0 < max_beta < 1, got offset {self.offset} and "
                 f"max_beta {self.max_beta}"
             )
+        if not 0 < self.first_beta <= self.last_beta < 1:
+            raise InvalidInput(
+                "a schedule needs 0 < first_beta <= last_beta < 1, got first_beta "
+                f"{self.first_beta} and last_beta {self.last_beta}"
+            )
+
+
+# Named settings, for recipes. `group_linear20` is what the authors' group uses in related work
+# (DDPM's betas, 20 steps). Its abar_T is 0.82, so training never sees anything like the pure noise
+# that sampling starts from: it is here to compare with.
+SCHEDULE_PRESETS = {
+    "cosine100": ScheduleConfig(),
+    "group_linear20": ScheduleConfig("linear", steps=20),
+}
 
 
 def cosine_betas(steps: int, offset: float = 0.008, max_beta: float = 0.999) -> NDArray[np.float64]:
@@ -54,9 +69,17 @@ def cosine_betas(steps: int, offset: float = 0.008, max_beta: float = 0.999) -> 
     return np.minimum(1 - f[1:] / f[:-1], max_beta)
 
 
+def linear_betas(steps: int, first: float = 1e-4, last: float = 0.02) -> NDArray[np.float64]:
+    """beta_1..beta_T of the linear schedule of Ho et al. 2020, section 4. Shape [T]."""
+    return np.linspace(first, last, steps, dtype=np.float64)
+
+
 def alphas_cumprod(config: ScheduleConfig) -> NDArray[np.float64]:
     """abar_0..abar_T in float64, with abar_0 = 1. Shape [T + 1]."""
-    betas = cosine_betas(config.steps, config.offset, config.max_beta)
+    if config.kind == "linear":
+        betas = linear_betas(config.steps, config.first_beta, config.last_beta)
+    else:
+        betas = cosine_betas(config.steps, config.offset, config.max_beta)
     return np.concatenate([[1.0], np.cumprod(1 - betas)])
 
 
@@ -93,21 +116,20 @@ class SamplerTable:
     train_steps: int  # T
     timesteps: tuple[int, ...]  # S of them, decreasing, 1-based
     coefficients: NDArray[np.float64]  # [S, 4]: A, B, C, S
+    eta: float = 0.0  # of ddim
 
 
-def ddpm_table(abar: NDArray[np.float64], timesteps: list[int]) -> NDArray[np.float64]:
-    """Rows (A, B, 0, S) of ancestral sampling: MARNet eq. (21)-(23), on any subset of timesteps.
+# Each sampler makes its rows from abar at the timesteps it visits and, last, at the one where it
+# ends: `nodes`, [S + 1], increasing. t is where a step begins, p where it ends. Where p = 0, so
+# abar_p = 1, every sampler's row is (0, 1, 0, 0): the chain ends in the network's own estimate.
 
-    For consecutive visited timesteps t > p: alpha = abar_t / abar_p takes the place of alpha_t.
-    The last row is (0, 1, 0, 0): the chain ends in the network's own estimate.
 
-    Args:
-        abar: [T + 1]. timesteps: S of them, decreasing.
-    Returns:
-        [S, 4] float64.
+def ddpm_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ancestral sampling, MARNet eq. (21)-(23), on any subset of timesteps. [S + 1] -> [S, 4].
+
+    alpha = abar_t / abar_p takes the place of alpha_t.
     """
-    a_t = abar[timesteps]
-    a_p = abar[[*timesteps[1:], 0]]
+    a_t, a_p = nodes[:-1], nodes[1:]
     alpha = a_t / a_p
     beta = 1 - alpha
     from_x0 = np.sqrt(a_p) * beta / (1 - a_t)
@@ -116,13 +138,72 @@ def ddpm_table(abar: NDArray[np.float64], timesteps: list[int]) -> NDArray[np.fl
     return np.stack([from_x, from_x0, np.zeros_like(sigma), sigma], axis=1)
 
 
-def sampler_table(config: ScheduleConfig, sampler: str, steps: int | None = None) -> SamplerTable:
-    """The table of a sampler for a model trained with `config`; `steps` defaults to T."""
+def ddim_rows(nodes: NDArray[np.float64], eta: float = 0.0) -> NDArray[np.float64]:
+    """DDIM, eq. (12) and (16) of Song et al. 2021. [S + 1] -> [S, 4].
+
+    Args:
+        eta: 0 adds no noise after the start; 1 is `ddpm`.
+
+    Raises:
+        InvalidInput: eta is negative, or asks for more noise than a step ends with.
+    """
+    a_t, a_p = nodes[:-1], nodes[1:]
+    unit = np.sqrt((1 - a_p) / (1 - a_t) * (1 - a_t / a_p))  # sigma at eta = 1
+    sigma = eta * unit
+    direction = 1 - a_p - sigma**2  # variance that is left along the estimated noise
+    if not eta >= 0 or (direction < 0).any():
+        bounded = unit > 0
+        largest = np.sqrt((1 - a_p[bounded]).clip(0) / unit[bounded] ** 2).min(initial=np.inf)
+        raise InvalidInput(f"eta: got {eta}; expected 0 to {largest:.3g} for these timesteps")
+    from_x = np.sqrt(direction / (1 - a_t))
+    from_x0 = np.sqrt(a_p) - from_x * np.sqrt(a_t)
+    return np.stack([from_x, from_x0, np.zeros_like(sigma), sigma], axis=1)
+
+
+def dpmpp_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """DPM-Solver++(2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095). [S + 1] -> [S, 4].
+
+    The first step, and a last one that ends at abar_p = 1, are of first order.
+    """
+    alpha, sigma = np.sqrt(nodes), np.sqrt(1 - nodes)
+    ratio = sigma[1:] / sigma[:-1]
+    from_x0 = alpha[1:] - ratio * alpha[:-1]  # alpha_p (1 - exp(-h)), also where h is infinite
+    previous = np.zeros_like(from_x0)
+    with np.errstate(divide="ignore"):
+        step = np.diff(np.log(alpha / sigma))  # h_i, in the half log of the signal-to-noise ratio
+    second = np.arange(1, len(step))
+    second = second[np.isfinite(step[second])]
+    extrapolate = step[second] / (2 * step[second - 1])  # 1 / (2 r_i)
+    previous[second] = -from_x0[second] * extrapolate
+    from_x0[second] *= 1 + extrapolate
+    return np.stack([ratio, from_x0, previous, np.zeros_like(ratio)], axis=1)
+
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+
+
+def sampler_table(
+    config: ScheduleConfig, sampler: str, steps: int | None = None, eta: float = 0.0
+) -> SamplerTable:
+    """The table of a sampler for a model trained with `config`; `steps` defaults to T.
+
+    Raises:
+        InvalidInput: an unknown sampler, steps outside 1..T, or an eta that it cannot have.
+    """
     if sampler not in SAMPLERS:
         raise InvalidInput(f"sampler {sampler!r} is unknown; choose from {SAMPLERS}")
+    if eta and sampler != "ddim":
+        raise InvalidInput(f"eta: got {eta} for {sampler}; only ddim has it, so leave it at 0")
     timesteps = sampling_timesteps(config.steps, config.steps if steps is None else steps)
-    table = ddpm_table(alphas_cumprod(config), timesteps)
-    return SamplerTable(sampler, config.steps, tuple(timesteps), table)
+    nodes = alphas_cumprod(config)[[*timesteps, 0]]
+    if sampler == "ddpm":
+        rows = ddpm_rows(nodes)
+    elif sampler == "ddim":
+        rows = ddim_rows(nodes, eta)
+    else:
+        rows = dpmpp_rows(nodes)
+    rows[-1] = 0, 1, 0, 0  # exactly
+    return SamplerTable(sampler, config.steps, tuple(timesteps), rows, eta)
 
 
 def sample(

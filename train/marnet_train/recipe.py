@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from marnet_sdk.console import nearest
 from marnet_sdk.errors import MarnetError, RecipeError
-from marnet_train.diffusion import ScheduleConfig
+from marnet_train.diffusion import SCHEDULE_PRESETS, ScheduleConfig
 
 T = TypeVar("T")
 
@@ -142,6 +142,14 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _value(expected: Any, value: Any, where: str) -> Any:
+    if expected is ScheduleConfig and isinstance(value, str):
+        if value not in SCHEDULE_PRESETS:
+            near = nearest(value, list(SCHEDULE_PRESETS))
+            raise RecipeError(
+                f"{where}: no schedule {value!r}.{near} Choose from {', '.join(SCHEDULE_PRESETS)}, "
+                "or describe one in a [schedule] table"
+            )
+        return SCHEDULE_PRESETS[value]
     if expected not in (int, float, bool, str):  # a table: of ours, or of somebody else's keys
         if not isinstance(value, dict):
             raise RecipeError(f"{where} must be a table, got {value!r}")

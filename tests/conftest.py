@@ -72,6 +72,28 @@ def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 
 @pytest.fixture(scope="session")
+def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three operating points, and a threshold for 2 % of wrong answers."""
+    from marnet_export.pipeline import Settings, export_bundle
+
+    path = tmp_path_factory.mktemp("bundles") / "swept.marnet"
+    settings = Settings(steps="auto", max_drop=0.03, min_agreement=0.95, target_risk=0.04)
+    export_bundle(checkpoint, path, settings)
+    return path
+
+
+@pytest.fixture(scope="session")
+def noisy_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two samples of noise that is keyed by the image."""
+    from marnet_export.pipeline import Settings, export_bundle
+
+    path = tmp_path_factory.mktemp("bundles") / "noisy.marnet"
+    settings = Settings("onnxruntime", steps=10, samples=2, noise="image", min_agreement=0.98)
+    export_bundle(checkpoint, path, settings)
+    return path
+
+
+@pytest.fixture(scope="session")
 def photographs() -> list[Path]:
     """Two real photographs, which scikit-learn ships."""
     import sklearn.datasets

@@ -33,6 +33,7 @@ FRAMEWORKS = {
 LEAVES = {
     "torch": "marnet_sdk/backends/torchscript.py",
     "onnxruntime": "marnet_sdk/backends/onnxruntime.py",
+    "openvino": "marnet_sdk/backends/openvino.py",
 }
 PICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

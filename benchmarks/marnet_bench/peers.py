@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import Manifest, Sampling
+from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
 from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
-from marnet_train.diffusion import sampler_table, trajectory_tensors
+from marnet_train.diffusion import sampler_table
 
 
 def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
@@ -38,20 +41,44 @@ class PlainTorch:
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         sampling = manifest.sampling
-        self.model = checkpoint.model
+        point = sampling.point
+        self.model, self.sampling, self.samples = checkpoint.model, sampling, point.samples
         self.table = sampler_table(
-            self.model.config.schedule, sampling.sampler, len(sampling.timesteps)
+            self.model.config.schedule, point.sampler, len(point.timesteps), point.eta
         )
-        self.trajectory = draw_trajectory(
-            sampling.seed, sampling.timesteps, sampling.train_steps, sampling.width
-        )
+        self.shared = [self._noise([k]) for k in range(self.samples)]
+
+    def _noise(self, keys: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
+        sampling, table = self.sampling, self.table
+        drawn = [
+            draw_trajectory(
+                sampling.seed,
+                table.timesteps,
+                table.train_steps,
+                sampling.width,
+                trajectory=key % 2**64,
+            )
+            for key in keys
+        ]
+        initial = np.stack([t.initial for t in drawn])
+        steps = np.stack([t.steps for t in drawn], axis=1)
+        return torch.from_numpy(initial).float(), torch.from_numpy(steps).float()
 
     def logits(self, pixels: Floats) -> Floats:
-        """[B, 3, H, W] -> [B, K]."""
+        """[B, 3, H, W] -> [B, C]."""
+        chains = self.shared
+        if self.sampling.noise == "image":
+            keys = [pixel_key(row) for row in pixels]
+            chains = [self._noise([key + k for key in keys]) for k in range(self.samples)]
         with torch.inference_mode():
-            batch = torch.from_numpy(pixels)
-            initial, noise = trajectory_tensors(self.trajectory, len(batch), batch)
-            return self.model(batch, self.table, initial, noise)[0].numpy()
+            x_v = self.model.vision(torch.from_numpy(pixels))
+            logits = []
+            for initial, noise in chains:
+                initial = initial.expand(len(x_v), -1)
+                x_cdr = self.model.refine(x_v, self.table, initial, noise)
+                logits.append(self.model.classifier(self.model.fuse(x_v, x_cdr)))
+            return mean_logits(torch.stack(logits, dim=1).numpy())
 
 
 def load_peer(
@@ -92,8 +119,10 @@ def measured_accuracy(training: dict[str, Any], sampling: Sampling) -> dict[str,
     split = "test" if "test" in metrics["marnet"] else "val"
     found = metrics["marnet"][split]
     by_seed = found["top1_over_noise_seeds"]
-    whole = sampling.sampler == "ddpm" and len(sampling.timesteps) == sampling.train_steps
-    known = whole and sampling.seed < len(by_seed)
+    point = sampling.point
+    whole = point.sampler == "ddpm" and len(point.timesteps) == sampling.train_steps
+    as_trained = whole and point.samples == 1 and sampling.noise == "shared"
+    known = as_trained and sampling.seed < len(by_seed)
     marnet = {
         "top1": by_seed[sampling.seed] if known else None,
         "top5": found["top5"] if known and sampling.seed == 0 else None,

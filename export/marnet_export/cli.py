@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
-from marnet_sdk.console import Choice, Command, next_commands, say
+from marnet_sdk.console import Choice, Command, next_commands, print_table, say
 from marnet_sdk.errors import requires_extra
 
 _NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class Steps(click.IntRange):
+    """A number of steps, or "auto"."""
+
+    name = "integer or auto"
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,10 +49,10 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option(
     "--precision",
-    type=Choice(["fp32", "bf16", "fp16"]),
+    type=Choice(["fp32", "bf16", "fp16", "auto"]),
     default="fp32",
     show_default=True,
-    help="In which type the weights are stored.",
+    help="In which type the weights are stored. auto: with --steps auto, whichever does best.",
 )
 @click.option(
     "--compute",
@@ -48,10 +61,48 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "else fp32.",
 )
 @click.option(
-    "--sampler", type=Choice(["ddpm"]), default="ddpm", show_default=True, help="Reverse process."
+    "--sampler",
+    type=Choice(["ddpm", "ddim", "dpmpp"]),
+    help="Reverse process. Default: ddpm, as trained; with --steps auto, all of them.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Sampling steps. Default: as trained.")
+@click.option("--eta", type=click.FloatRange(0), default=0.0, show_default=True, help="Of ddim.")
+@click.option(
+    "--steps",
+    type=Steps(),
+    metavar="INTEGER|auto",
+    help="Sampling steps. Default: as trained. auto: the fewest that keep the accuracy.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=0.2,
+    show_default=True,
+    help="With --steps auto: percentage points of accuracy that may be lost.",
+)
+@click.option(
+    "--latency-budget-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="With --steps auto: pick the most accurate within it, for one image on this machine.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Noise samples per image, averaged. Default: 1; with --steps auto, 1 to 8.",
+)
+@click.option(
+    "--noise",
+    type=Choice(["shared", "image"]),
+    default="shared",
+    show_default=True,
+    help="One noise for all images, or keyed by the image's pixels.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Noise seed.")
+@click.option(
+    "--target-risk",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Find the score under which to abstain, so that of the other answers at most this share "
+    "is wrong.",
+)
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 1),
@@ -63,6 +114,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     type=_FOLDER,
     help="Verify on this data set's val split, not the checkpoint's samples.",
 )
+@click.option("--explain", is_flag=True, help="Say what the rewritten loop saves; build nothing.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
 @click.version_option(package_name="marnet")
 def main(
@@ -72,33 +124,62 @@ def main(
     backend: str,
     precision: str,
     compute: str | None,
-    sampler: str,
-    steps: int | None,
+    sampler: str | None,
+    eta: float,
+    steps: int | Literal["auto"] | None,
+    max_drop: float,
+    latency_budget_ms: float | None,
+    samples: int | None,
+    noise: str,
     seed: int,
+    target_risk: float | None,
     min_agreement: float | None,
     data: Path | None,
+    explain: bool,
     force: bool,
 ) -> None:
     """Build a bundle from a checkpoint, verify it against the checkpoint, and write it.
 
     \b
     marnet-export --precision fp16
+    marnet-export --steps auto --max-drop 0.5 --data data/digits
 
     The bundle must give the checkpoint's labels on real images, with the same noise, or nothing is
     written and the exit code is 3.
     """
     with requires_extra("export", *_NEEDS):
         from marnet_export.pipeline import Settings, export_bundle
+        from marnet_export.pipeline import explain as explain_plan
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
     if checkpoint is None:
         checkpoint = str(newest_checkpoint())
         say(f"checkpoint {checkpoint} (the newest under ./runs)")
     source = find_checkpoint(checkpoint, revision=revision)
+    settings = Settings(
+        backend,
+        precision,
+        compute,
+        sampler,
+        steps,
+        eta,
+        samples,
+        noise,
+        seed,
+        min_agreement,
+        max_drop / 100,
+        latency_budget_ms,
+        target_risk,
+    )
+    if explain:
+        rows, sentence = explain_plan(source, settings)
+        print_table("reverse loop", ("", "as written", "as run"), rows)
+        say(sentence)
+        next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
+        return
     if output is None:  # a place of our own choosing: the last build there may be replaced
         output = Path("bundles") / f"{Path(checkpoint).resolve().name}-{backend}-{precision}.marnet"
         force = True
     existed = output.exists()
-    settings = Settings(backend, precision, compute, sampler, steps, seed, min_agreement)
     fidelity = export_bundle(source, output, settings, data=data, overwrite=force, say=say)
     low, high = fidelity.top1_interval
     say(

@@ -1,8 +1,9 @@
 """The deployed model as torch modules: what the builders trace, script or export.
 
-pixels -> encoder -> x_v -> reverse loop -> x_CDR -> head -> logits, fused features. The tables of
-the loop are inputs, so that one graph serves every seed and number of steps.
-Axes: B batch, S steps, W carried state, H hidden, D feature.
+Two graphs: pixels -> encoder -> x_v, and x_v -> reverse loop -> x_CDR -> head -> logits, fused
+features. The tables of the loop are inputs, so that one graph serves every sampler, number of
+steps, number of noise samples and seed.
+Axes: B batch, K noise samples, S steps, W carried state, H hidden, D feature, C classes.
 """
 
 from __future__ import annotations
@@ -96,59 +97,59 @@ class ReverseLoop(nn.Module):
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.std = nn.Parameter(std, requires_grad=False)
         self.condition = matrix(plan.condition_weight)
-        hidden_carry = plan.carry == "hidden"
-        self.input = nn.Identity() if hidden_carry else matrix(plan.input_weight)
+        self.input = nn.Identity() if plan.carry == "hidden" else matrix(plan.input_weight)
         self.hidden2 = matrix(*plan.hidden2)
         self.hidden3 = matrix(*plan.hidden3)
-        self.carry = matrix(*plan.carry_weight)
+        self.carry = matrix(plan.carry_weight)
         self.output = matrix(*plan.output)
+        self.width = len(plan.carry_weight)
         self.slope = LEAKY_SLOPE
 
-    def hidden(self, state: Tensor, condition: Tensor, time_bias: Tensor) -> Tensor:
-        """h3 of one step. state [B, W], condition [B, H], time_bias [H] -> [B, H]."""
-        h = F.leaky_relu(self.input(state) + condition + time_bias, self.slope)
+    def hidden(self, state: Tensor, condition: Tensor, bias: Tensor) -> Tensor:
+        """h3 of one step. state [B, K, W], condition [B, 1, H], bias [1 or B, K, H] -> [B, K, H]"""
+        h = F.leaky_relu(self.input(state) + condition + bias, self.slope)
         h = F.leaky_relu(self.hidden2(h), self.slope)
         return F.leaky_relu(self.hidden3(h), self.slope)
 
-    def forward(
-        self, x_v: Tensor, initial: Tensor, coefficients: Tensor, time_bias: Tensor, noise: Tensor
-    ) -> Tensor:
-        """x_v [B, D_v], initial [1, W], coefficients [S, 4], time_bias [S, H], noise [S, W]
-        -> x_CDR [B, D]."""
-        condition = self.condition((x_v - self.mean) / self.std)
-        state = initial.expand(x_v.shape[0], -1)
-        previous = torch.zeros_like(state)
+    def start(self, x_v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, 1, H], and the state before the first step, zeros [B, K, W]."""
+        condition = self.condition((x_v - self.mean) / self.std).unsqueeze(1)
+        # Computed of both, so that exporters see where its shape comes from.
+        zero = (condition[:, :, :1] + bias[0, :, :, :1]) * 0.0  # [B, K, 1]
+        return condition, zero + torch.zeros(self.width, device=x_v.device)
+
+    def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
+        """x_v [B, D_v], coefficients [S, 3], bias [S, 1 or B, K, H] -> x_CDR [B, K, D]."""
+        condition, state = self.start(x_v, bias)
+        previous = state
         last = coefficients.shape[0] - 1
         for i in range(last):
-            gained = self.carry(self.hidden(state, condition, time_bias[i]))  # [B, W]
+            gained = self.carry(self.hidden(state, condition, bias[i]))  # [B, K, W]
             c = coefficients[i]
-            state = c[0] * state + c[1] * gained + c[2] * previous + c[3] * noise[i]
+            state = torch.addcmul(state * c[0], gained, c[1])
+            state = torch.addcmul(state, previous, c[2])
             previous = gained
-        return self.output(self.hidden(state, condition, time_bias[last]))
+        return self.output(self.hidden(state, condition, bias[last]))
 
 
 class ScanLoop(ReverseLoop):
     """The same loop through torch's `scan`, which ONNX has as one `Scan` node of any length."""
 
-    def forward(
-        self, x_v: Tensor, initial: Tensor, coefficients: Tensor, time_bias: Tensor, noise: Tensor
-    ) -> Tensor:
-        condition = self.condition((x_v - self.mean) / self.std)
-        # A computed copy: scan refuses a carried state that is a view of an input.
-        state = initial + torch.zeros_like(condition[:, :1])
+    def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
+        condition, state = self.start(x_v, bias)
 
         def step(
-            carried: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor, Tensor]
+            carried: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor]
         ) -> tuple[tuple[Tensor, Tensor], Tensor]:
             state, previous = carried
-            c, bias, z = row
-            gained = self.carry(self.hidden(state, condition, bias))
-            state = c[0] * state + c[1] * gained + c[2] * previous + c[3] * z
-            return (state, gained.clone()), state[:1, :1].clone()  # scan must emit something
+            c, b = row
+            gained = self.carry(self.hidden(state, condition, b))
+            state = c[0] * state + c[1] * gained + c[2] * previous
+            return (state, gained.clone()), state[:1, :1, :1].clone()  # scan must emit something
 
-        rows = (coefficients[:-1], time_bias[:-1], noise[:-1])
+        rows = (coefficients[:-1], bias[:-1])
         (state, _), _ = scan(step, (state, torch.zeros_like(state)), rows)
-        return self.output(self.hidden(state, condition, time_bias[-1]))
+        return self.output(self.hidden(state, condition, bias[-1]))
 
 
 class Head(nn.Module):
@@ -161,27 +162,19 @@ class Head(nn.Module):
         self.fusion = FUSIONS[model.config.fusion]
 
     def forward(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
-        aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
-        fused = self.fusion(aligned, x_cdr)
+        """x_v [B, D_v], x_CDR [B, K, D_s] -> logits [B, K, C], fused features [B, K, D_f]."""
+        aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE).unsqueeze(1)
+        fused = self.fusion(aligned.expand(-1, x_cdr.shape[1], -1), x_cdr)
         return self.classifier(fused), fused
 
 
-class Deployed(nn.Module):
-    """Pixels and tables to logits [B, K] and fused features [B, D_f]."""
+class Refine(nn.Module):
+    """Everything behind the encoder: reverse loop and head."""
 
-    def __init__(self, encoder: nn.Module, loop: nn.Module, head: nn.Module) -> None:
+    def __init__(self, loop: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.encoder, self.loop, self.head = encoder, loop, head
+        self.loop, self.head = loop, head
 
-    def forward(
-        self,
-        pixels: Tensor,
-        initial: Tensor,
-        coefficients: Tensor,
-        time_bias: Tensor,
-        noise: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        x_v = self.encoder(pixels)
-        x_cdr = self.loop(x_v, initial, coefficients, time_bias, noise)
-        logits, fused = self.head(x_v, x_cdr)
+    def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logits, fused = self.head(x_v, self.loop(x_v, coefficients, bias))
         return logits, fused

@@ -3,18 +3,24 @@
 The denoiser as the paper writes it, with a = LeakyReLU and c the standardised image features:
     h1 = a(Wx x + Wc c + Wt tau(t) + b1),  h2 = a(W2 h1 + b2),  h3 = a(W3 h2 + b3),
     x0 = W4 h3 + b4,   x_next = A x + B x0 + C x0_previous + S z .
-Three exact rewrites:
+Four exact rewrites:
   hoisting      q = Wc c is computed once per image; Wt tau(t) + b1 is a table, a row per step.
-  recurrence    between x0 and the next h1 everything is linear, so the loop can carry u = Wx x
-                (width H) instead of x (width D): with M = Wx W4, m = Wx b4,
-                u_next = A u + B (M h3 + m) + C (previous) + S (Wx z).  Three H x H products a step.
-  trajectories  one noise trajectory for all images; Wx z is a table too.
-Axes: S steps, D feature, H hidden, W carried state (H or D), N images.
+  splitting     the chain is linear in x, so x = p + w: w is what noise and b4 make of it, the same
+                for every image, and p what the estimates make of it. Wx w is one table with the
+                time (`marnet_sdk.trajectory.fold`), and the loop has neither noise nor b4 in it.
+  recurrence    between p and the next h1 everything is linear, so the loop can carry Wx p (width H)
+                instead of p (width D): with M = Wx W4,
+                y = p + q + bias_i,  h3 = ...,  g = M h3,  p_next = A p + B g + C g_previous.
+                Three H x H products a step.
+  tables        A, B, C and bias are inputs: the plan itself knows neither sampler nor steps.
+Axes: T train steps, S sampling steps, K noise samples, D feature, H hidden, W carried state (H or
+D), N images.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,39 +28,29 @@ import torch
 from numpy.typing import NDArray
 
 from marnet_sdk.errors import ExportError
-from marnet_sdk.trajectory import NoiseTrajectory
-from marnet_train.diffusion import SamplerTable, sampler_table
+from marnet_sdk.trajectory import NoiseTrajectory, fold
+from marnet_train.diffusion import SamplerTable
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.marnet import MARNet
 
 Array = NDArray[np.float64]
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """One reverse loop. The carried state is u = Wx x ("hidden") or x itself ("feature")."""
+    """One reverse loop. The carried state is Wx p ("hidden") or p itself ("feature")."""
 
     carry: str
-    table: SamplerTable
-    time_bias: Array  # [S, H]
+    time_bias: Array  # [T, H], Wt tau(t) + b1 of t = 1..T
     standardise: tuple[Array, Array]  # mean and standard deviation of x_v, [D_v] each
     condition_weight: Array  # [H, D_v]: Wc, from standardised x_v to q
     input_weight: Array  # [H, D]: Wx
     hidden2: tuple[Array, Array]  # [H, H], [H]
     hidden3: tuple[Array, Array]
-    carry_weight: tuple[Array, Array]  # [W, H], [W]: from h3 to what the state gains
-    output: tuple[Array, Array]  # [D, H], [D]
-
+    carry_weight: Array  # [W, H]: from h3 to what the state gains, M or W4
+    output: tuple[Array, Array]  # [D, H], [D]: W4, b4
     time_dim: int  # E, of the network before the rewrite
-
-    @property
-    def sentence(self) -> str:
-        """What `marnet-export` says about the plan, in one line."""
-        return (
-            f"reverse loop: {len(self.table.timesteps)} {self.table.sampler} steps, the "
-            f"{self.carry} state carried, {self.multiply_adds / 1e6:.3g} M multiply-adds a step "
-            f"instead of {self.plain_multiply_adds / 1e6:.3g} M"
-        )
 
     @property
     def plain_multiply_adds(self) -> int:
@@ -68,7 +64,57 @@ class SamplingPlan:
         """Per image and step, inside the loop."""
         hidden = self.input_weight.shape[0]
         into = 0 if self.carry == "hidden" else self.input_weight.size
-        return into + 2 * hidden * hidden + self.carry_weight[0].size
+        return into + 2 * hidden * hidden + self.carry_weight.size
+
+    @property
+    def products(self) -> int:
+        """Matrix products of a step that wait for one another."""
+        return 3 if self.carry == "hidden" else 4
+
+    def sentence(self, table: SamplerTable, samples: int = 1) -> str:
+        """What `marnet-export` says about the plan, in one line."""
+        chains = f", {samples} chains an image" if samples > 1 else ""
+        return (
+            f"reverse loop: {len(table.timesteps)} {table.sampler} steps{chains}, the "
+            f"{self.carry} state carried, {self.multiply_adds / 1e6:.3g} M multiply-adds a step "
+            f"instead of {self.plain_multiply_adds / 1e6:.3g} M"
+        )
+
+    def explain(self, compute: str) -> list[tuple[str, str, str]]:
+        """Rows (what, as the network is written, as it is run) for `marnet-export --explain`.
+
+        Args:
+            compute: the type that matrices are multiplied in.
+        """
+        hidden, dim = self.input_weight.shape
+        size = _BYTES[compute]
+        before, after = self.plain_multiply_adds, self.multiply_adds
+        condition = self.condition_weight.size
+        plain_state, state = 4 * 2 * dim, 4 * 2 * self.carry_weight.shape[0]
+        return [
+            ("multiply-adds, per image and step", f"{before:,}", f"{after:,}"),
+            ("weights read, bytes per step", f"{before * size:,}", f"{after * size:,}"),
+            # noise z and tau(t); now one row of the table, and the coefficients
+            (
+                "tables read, bytes per step",
+                f"{4 * (dim + self.time_dim + 4):,}",
+                f"{4 * (hidden + 3):,}",
+            ),
+            ("state kept, bytes per image", f"{plain_state:,}", f"{state:,}"),
+            ("matrix products one after another, per step", "4", str(self.products)),
+            ("multiply-adds before the loop, per image", "0", f"{condition:,}"),
+        ]
+
+    def noise_cost(self, table: SamplerTable) -> str:
+        """What noise keyed by the image costs beside shared noise, in one line."""
+        hidden, dim = self.input_weight.shape
+        noisy = int((table.coefficients[:, 3] != 0).sum())
+        rows = len(table.timesteps)
+        return (
+            f"noise keyed by image: {(noisy + 1) * dim:,} normals and {rows * hidden * dim:,} "
+            "float64 multiply-adds for each image, on top of the "
+            f"{rows * self.multiply_adds:,} of its loop; shared noise costs neither"
+        )
 
     def matrices(self) -> dict[str, Array]:
         """The factors of the loop's products, which a bundle may store in 16 bits."""
@@ -76,44 +122,50 @@ class SamplingPlan:
             "condition": self.condition_weight,
             "hidden2": self.hidden2[0],
             "hidden3": self.hidden3[0],
-            "carry": self.carry_weight[0],
+            "carry": self.carry_weight,
             "output": self.output[0],
         }
         return found if self.carry == "hidden" else found | {"input": self.input_weight}
 
-    def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """The content of plan.safetensors: the tables, and Wx where noise has to be folded."""
-        out = {"coefficients": self.table.coefficients, "time_bias": self.time_bias}
-        if self.carry == "hidden":
-            out["input_weight"] = self.input_weight
-        return {k: np.ascontiguousarray(v, np.float32) for k, v in out.items()}
+    def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
+        """The content of plan.safetensors: what `marnet_sdk.backends.make_tables` folds.
+
+        Args:
+            tables: the sampler of each operating point.
+        """
+        arrays: dict[str, NDArray] = {
+            "time_bias": self.time_bias,
+            "input_weight": self.input_weight,
+            "output_bias": self.output[1],
+        }
+        out: dict[str, NDArray] = {
+            name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()
+        }
+        for name, table in tables.items():
+            out[f"coefficients.{name}"] = np.ascontiguousarray(table.coefficients)
+        return out
 
 
-def make_plan(
-    model: MARNet, sampler: str = "ddpm", steps: int | None = None, carry: str | None = None
-) -> SamplingPlan:
-    """Rewrite a model's reverse loop for a sampler of `steps` steps.
+def make_plan(model: MARNet, carry: str | None = None) -> SamplingPlan:
+    """Rewrite a model's reverse loop.
 
     Args:
         carry: "hidden" or "feature"; None counts multiply-adds and takes the cheaper.
 
     Raises:
-        InvalidInput: an unknown sampler, or steps outside 1..T.
         ExportError: a weight or a rewritten table is not finite.
     """
-    table = sampler_table(model.config.schedule, sampler, steps)
     denoiser = model.denoiser
     w_x, w_c, w_t = (_float64(w) for w in denoiser.split_input_weight())
     with torch.no_grad():
         time = copy.deepcopy(denoiser.time).double()
-        tau = time(torch.tensor(table.timesteps)).cpu().numpy()  # [S, E]
+        tau = time(torch.arange(1, model.config.schedule.steps + 1)).cpu().numpy()  # [T, E]
     w4, b4 = _linear(denoiser.layer4)
     hidden, dim = w_x.shape
     if carry is None:
         carry = "hidden" if hidden * hidden < 2 * hidden * dim else "feature"
     plan = SamplingPlan(
         carry=carry,
-        table=table,
         time_bias=tau @ w_t.T + _float64(denoiser.layer1.bias),
         # Not folded into Wc: where the mean is large beside the deviation, a product in 16 bits
         # would then cancel. It costs D_v operations per image, once.
@@ -122,7 +174,7 @@ def make_plan(
         input_weight=w_x,
         hidden2=_linear(denoiser.layer2),
         hidden3=_linear(denoiser.layer3),
-        carry_weight=(w_x @ w4, w_x @ b4) if carry == "hidden" else (w4, b4),
+        carry_weight=w_x @ w4 if carry == "hidden" else w4,
         output=(w4, b4),
         time_dim=w_t.shape[1],
     )
@@ -130,37 +182,54 @@ def make_plan(
     return plan
 
 
-def run_plan(plan: SamplingPlan, x_v: Array, noise: NoiseTrajectory) -> Array:
+def run_plan(
+    plan: SamplingPlan, table: SamplerTable, x_v: Array, trajectories: Sequence[NoiseTrajectory]
+) -> Array:
     """The plan in NumPy float64: the twin that every lowered loop is held to.
 
     Args:
-        x_v: [N, D_v].
+        x_v: [N, D_v]. trajectories: K of them, met by every image.
     Returns:
-        x_CDR, [N, D].
+        x_CDR, [N, K, D].
+
+    Raises:
+        ExportError: the chain leaves the finite numbers; names the step.
     """
-
-    def into(x: Array) -> Array:
-        return x @ plan.input_weight.T
-
-    def layer(x: Array, weights: tuple[Array, Array]) -> Array:
-        y = x @ weights[0].T + weights[1]
-        return np.maximum(y, LEAKY_SLOPE * y)
-
-    hidden_carry = plan.carry == "hidden"
+    time_bias = plan.time_bias[np.array(table.timesteps) - 1]
+    bias = fold(trajectories, table.coefficients, time_bias, plan.input_weight, plan.output[1])
     mean, std = plan.standardise
-    q = (x_v - mean) / std @ plan.condition_weight.T  # [N, H]
-    start = into(noise.initial) if hidden_carry else noise.initial
-    state = np.tile(start, (len(x_v), 1))  # [N, W]
-    steps = into(noise.steps) if hidden_carry else noise.steps
-    previous = np.zeros_like(state)
+    q = ((x_v - mean) / std @ plan.condition_weight.T)[:, None]  # [N, 1, H]
+    state = previous = np.zeros((len(x_v), len(trajectories), len(plan.carry_weight)))
     h3 = q
-    for i, (a, b, c, s) in enumerate(plan.table.coefficients):
-        y = (state if hidden_carry else into(state)) + q + plan.time_bias[i]
-        h3 = layer(layer(np.maximum(y, LEAKY_SLOPE * y), plan.hidden2), plan.hidden3)
-        gained = h3 @ plan.carry_weight[0].T + plan.carry_weight[1]
-        state = a * state + b * gained + c * previous + s * steps[i]
-        previous = gained
+    for i, (a, b, c, _) in enumerate(table.coefficients):
+        into = state if plan.carry == "hidden" else state @ plan.input_weight.T
+        h3 = _layer(_layer(_leaky(into + q + bias[i]), plan.hidden2), plan.hidden3)
+        gained = h3 @ plan.carry_weight.T
+        state, previous = a * state + b * gained + c * previous, gained
+        check_step(gained, table, i)
     return h3 @ plan.output[0].T + plan.output[1]
+
+
+def check_step(values: Array | torch.Tensor, table: SamplerTable, step: int) -> None:
+    """Refuse a chain that has left the finite numbers, by the step at which it did.
+
+    Raises:
+        ExportError
+    """
+    if not bool(abs(values).max() < np.inf):  # False for NaN too
+        raise ExportError(
+            f"the reverse chain holds NaN or infinity from step {step + 1} of "
+            f"{len(table.timesteps)} on (t = {table.timesteps[step]}, {table.sampler}): its "
+            "denoiser does not contract; train it again, or use fewer steps"
+        )
+
+
+def _leaky(y: Array) -> Array:
+    return np.maximum(y, LEAKY_SLOPE * y)
+
+
+def _layer(x: Array, weights: tuple[Array, Array]) -> Array:
+    return _leaky(x @ weights[0].T + weights[1])
 
 
 def _float64(tensor: torch.Tensor) -> Array:
@@ -173,14 +242,13 @@ def _linear(layer: torch.nn.Linear) -> tuple[Array, Array]:
 
 def _check_finite(plan: SamplingPlan) -> None:
     arrays = {
-        "coefficients": (plan.table.coefficients,),
         "time_bias": (plan.time_bias,),
         "standardise": plan.standardise,
         "condition_weight": (plan.condition_weight,),
         "input_weight": (plan.input_weight,),
         "hidden2": plan.hidden2,
         "hidden3": plan.hidden3,
-        "carry_weight": plan.carry_weight,
+        "carry_weight": (plan.carry_weight,),
         "output": plan.output,
     }
     for name, parts in arrays.items():

@@ -1,12 +1,12 @@
 """Does the built thing agree with the float32 checkpoint? Same noise on both sides, real images.
 
-Axes: N images, K classes.
+Axes: N images, K noise samples, C classes, S steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,13 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Floats
+from marnet_export.plan import check_step
+from marnet_sdk.backends import Backend, Floats, Tables, make_tables
+from marnet_sdk.bundle import Sampling
+from marnet_sdk.classifier import pixel_key
 from marnet_sdk.console import track
-from marnet_sdk.trajectory import NoiseTrajectory
-from marnet_train.diffusion import SamplerTable, trajectory_tensors
+from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.uncertainty import mean_logits, schedule, settled, softmax, summarise
+from marnet_train.diffusion import SamplerTable
 from marnet_train.models.marnet import MARNet
 
-Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, K]
+Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, C]
 
 # Share of images whose label must not change. bf16 keeps 8 bits of every factor, so that labels
 # with a small margin may change; float32 and fp16 storage must not.
@@ -79,28 +83,223 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
     centre = p + z * z / (2 * count)
     spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return (centre - spread) / scale, (centre + spread) / scale
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # whatever the last bits say
 
 
-@torch.inference_mode()
-def reference_logits(
-    model: MARNet,
+class Reference:
+    """The float32 checkpoint on the images of a verification, with the loop as the paper has it."""
+
+    def __init__(self, model: MARNet, pixels: Floats, *, by_image: bool = False, batch: int = 64):
+        """Encode the images, once.
+
+        Args:
+            pixels: [N, 3, H, W]. by_image: key the noise by them; else all meet the same.
+        """
+        self.model, self.batch, self.count = model, batch, len(pixels)
+        self._keys = [pixel_key(row) for row in pixels] if by_image else None
+        with torch.inference_mode():
+            parts = [
+                model.vision(torch.from_numpy(pixels[rows])) for rows in self._chunks("encode")
+            ]
+        self.x_v = torch.cat(parts)  # [N, D_v]
+
+    def _chunks(self, title: str, limit: int | None = None) -> Iterator[slice]:
+        count = self.count if limit is None else min(limit, self.count)
+        for start in track(range(0, count, self.batch), title):
+            yield slice(start, min(start + self.batch, count))
+
+    @torch.inference_mode()
+    def logits(
+        self, table: SamplerTable, seed: int, samples: int = 1, *, limit: int | None = None
+    ) -> Floats:
+        """Of every image (or the first `limit`) and noise sample, [N, K, C].
+
+        Raises:
+            ExportError: a chain leaves the finite numbers; names the step.
+        """
+        out = []
+        for rows in self._chunks("reference", limit):
+            chains = [
+                self._chain(table, seed, k, rows, lambda i, x0: check_step(x0, table, i))
+                for k in range(samples)
+            ]
+            out.append(torch.stack(chains, dim=1).numpy())
+        return np.concatenate(out)
+
+    @torch.inference_mode()
+    def estimates(self, table: SamplerTable, seed: int, count: int) -> Floats:
+        """What the head makes of each step's estimate, for the first images: [S, count, C]."""
+        rows, found = slice(0, count), []
+        self._chain(table, seed, 0, rows, lambda _, x0: found.append(self._head(rows, x0).numpy()))
+        return np.stack(found)
+
+    def _head(self, rows: slice, x_cdr: torch.Tensor) -> torch.Tensor:
+        return self.model.classifier(self.model.fuse(self.x_v[rows], x_cdr))
+
+    def _chain(
+        self,
+        table: SamplerTable,
+        seed: int,
+        sample: int,
+        rows: slice,
+        watch: Callable[[int, torch.Tensor], None],
+    ) -> torch.Tensor:
+        """Logits [B, C] of one chain of each image."""
+        x_v = self.x_v[rows]
+        trajectories = [
+            draw_trajectory(
+                seed,
+                table.timesteps,
+                table.train_steps,
+                self.model.denoiser.dim,
+                trajectory=(key + sample) % 2**64,
+            )
+            for key in ([0] if self._keys is None else self._keys[rows])
+        ]
+        initial = torch.as_tensor(np.stack([t.initial for t in trajectories])).to(
+            x_v
+        )  # [1 or B, D]
+        noise = torch.as_tensor(np.stack([t.steps for t in trajectories], axis=1)).to(x_v)
+        x_cdr = self.model.refine(x_v, table, initial.expand(len(x_v), -1), noise, watch)
+        return self._head(rows, x_cdr)
+
+
+class Built:
+    """Graphs that were built, opened again, with the tables of some operating points."""
+
+    def __init__(self, backend: Backend, plan: dict[str, NDArray], sampling: Sampling) -> None:
+        self.backend, self.plan, self.sampling = backend, plan, sampling
+
+    def tables(self, name: str, pixels: Floats, samples: int, seed: int | None = None) -> Tables:
+        """The tables of a batch [B, 3, H, W] at an operating point."""
+        by_image = self.sampling.noise == "image"
+        return make_tables(
+            self.plan,
+            self.sampling,
+            name,
+            seed=self.sampling.seed if seed is None else seed,
+            samples=samples,
+            keys=[pixel_key(row) for row in pixels] if by_image else None,
+        )
+
+    def samples(
+        self, name: str, pixels: Floats, x_v: Floats, count: int, batch: int = 64
+    ) -> Floats:
+        """Logits of every noise sample of images that are encoded already, [N, K, C]."""
+        shared = self.tables(name, pixels[:1], count) if self.sampling.noise == "shared" else None
+        out = []
+        for start in range(0, len(pixels), batch):
+            rows = slice(start, start + batch)
+            tables = shared or self.tables(name, pixels[rows], count)
+            out.append(self.backend.refine(x_v[rows], tables)[0])
+        return np.concatenate(out)
+
+    def run(self, name: str) -> Logits:
+        """From pixels to one row of logits for each image, at an operating point."""
+        count = self.sampling.points[name].samples
+
+        def logits(pixels: Floats) -> Floats:
+            x_v = self.backend.encode(pixels)
+            return mean_logits(self.samples(name, pixels, x_v, count, batch=len(pixels)))
+
+        return logits
+
+
+def trajectory_error(
+    reference: Reference,
+    built: Built,
+    name: str,
     table: SamplerTable,
-    trajectory: NoiseTrajectory,
     pixels: Floats,
-    batch: int = 64,
-) -> Floats:
-    """Logits of the float32 model and its plain loop, [N, K]."""
+    *,
+    images: int = 16,
+    most: int = 20,
+) -> list[dict[str, float]]:
+    """How far the built loop is from the reference on its way, at up to `most` of its steps.
+
+    A chain that is cut short returns the estimate of its last step, so no graph needs a second
+    output for this.
+
+    Returns:
+        For each step: `step` (1-based), `t`, and `error`, the norm of the difference of the logits
+        that the head makes of the estimate, over the norm of the reference's.
+    """
+    pixels = pixels[:images]
+    expected = reference.estimates(table, built.sampling.seed, len(pixels))
+    tables = built.tables(name, pixels, 1)
+    x_v = built.backend.encode(pixels)
+    steps = len(table.timesteps)
     out = []
-    for start in track(range(0, len(pixels), batch), "reference"):
-        chunk = torch.from_numpy(pixels[start : start + batch])
-        initial, noise = trajectory_tensors(trajectory, len(chunk), chunk)
-        out.append(model(chunk, table, initial, noise)[0].numpy())
-    return np.concatenate(out)
+    for step in np.unique(np.linspace(1, steps, min(steps, most)).round().astype(int)).tolist():
+        got = built.backend.refine(x_v, tables.first_steps(step))[0][:, 0]
+        want = expected[step - 1]
+        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        out.append({"step": step, "t": table.timesteps[step - 1], "error": error})
+    return out
+
+
+def instability_floor(
+    reference: Reference,
+    table: SamplerTable,
+    seed: int,
+    samples: int,
+    *,
+    seeds: int = 5,
+    most: int = 1_000_000,
+) -> dict[str, Any]:
+    """Share of images whose label depends on the noise seed, in the float32 reference itself.
+
+    No export can be expected to agree with itself at another seed better than this.
+
+    Args:
+        most: chain steps to take in all; of more images, the first ones are used.
+    """
+    count = max(64, most // (seeds * samples * len(table.timesteps)))
+    used = [(seed + i) % 2**64 for i in range(seeds)]
+    logits = [reference.logits(table, s, samples, limit=count) for s in used]
+    labels = np.stack([mean_logits(found).argmax(axis=1) for found in logits])  # [seeds, N]
+    changing = (labels != labels[0]).any(axis=0)
+    return {
+        "seeds": used,
+        "images": len(changing),
+        "share": float(changing.mean()),
+        "interval": wilson_interval(int(changing.sum()), len(changing)),
+    }
+
+
+def settling(
+    built: Built, name: str, pixels: Floats, *, samples: int = 8, most: int = 1_000_000
+) -> dict[str, Any]:
+    """How `stop="settled"` does against all of its samples, on these images.
+
+    Returns:
+        samples: what there would be; mean_samples: what was drawn; agreement: share of images
+        with the label that all samples give, and its interval.
+    """
+    samples = max(samples, built.sampling.points[name].samples)
+    steps = len(built.sampling.points[name].timesteps)
+    pixels = pixels[: max(64, most // (samples * steps))]
+    x_v = np.concatenate(
+        [built.backend.encode(pixels[i : i + 64]) for i in range(0, len(pixels), 64)]
+    )
+    probabilities = softmax(built.samples(name, pixels, x_v, samples))  # [N, K, C]
+    drawn = np.full(len(pixels), samples)
+    for look in reversed(schedule(samples)):
+        drawn[settled(probabilities[:, :look], samples)] = look
+    early = summarise(probabilities, drawn).winner
+    same = int((early == summarise(probabilities).winner).sum())
+    return {
+        "samples": samples,
+        "images": len(pixels),
+        "mean_samples": float(drawn.mean()),
+        "agreement": same / len(pixels),
+        "interval": wilson_interval(same, len(pixels)),
+    }
 
 
 def in_batches(run: Logits, pixels: Floats, batch: int = 64) -> Floats:
-    """Logits of all images through a backend, [N, K]."""
+    """Logits of all images through a backend, [N, C]."""
     starts = track(range(0, len(pixels), batch), "bundle")
     return np.concatenate([run(pixels[start : start + batch]) for start in starts])
 
@@ -133,7 +332,7 @@ def row_invariance(
 
 
 def margin(logits: Floats) -> Floats:
-    """Distance between the two largest logits of each row, [N, K] -> [N]."""
+    """Distance between the two largest logits of each row, [N, C] -> [N]."""
     best = np.partition(logits, -2, axis=1)  # at least two classes: data sets with one are refused
     return best[:, -1] - best[:, -2]
 
@@ -148,7 +347,7 @@ def measure_fidelity(
     min_agreement: float,
     row_tolerance: float,
 ) -> Fidelity:
-    """Compare a built graph with the reference logits [N, K] of the same images and noise.
+    """Compare a built graph with the reference logits [N, C] of the same images and noise.
 
     Args:
         labels: true classes [N], if they are known.

@@ -25,7 +25,7 @@ from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLAN = "payload/plan.safetensors"
 FIDELITY = "fidelity.json"
 GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
@@ -41,14 +41,31 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the reverse process is run."""
+class OperatingPoint:
+    """One way to run the reverse process: a trade of accuracy for speed, verified at export."""
 
     sampler: str
+    eta: float  # of ddim
     timesteps: tuple[int, ...]  # S of them, decreasing, 1-based
+    samples: int  # K: chains per image, whose probabilities are averaged
+    abstain_below: float | None  # score under which an answer is not to be relied on
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the reverse process is run. The plan file holds `coefficients.NAME` of each point."""
+
+    points: dict[str, OperatingPoint]
+    default: str  # which of them answers when none is asked for
     train_steps: int  # T
-    seed: int  # of the noise trajectory that the golden answers were made with
+    noise: str  # "shared": every image meets the same; "image": keyed by its pixels
+    seed: int  # of the noise that the golden answers were made with
     width: int  # D, of one noise vector
+
+    @property
+    def point(self) -> OperatingPoint:
+        """The default operating point."""
+        return self.points[self.default]
 
 
 @dataclass(frozen=True)
@@ -194,6 +211,11 @@ def _parse(path: Path) -> Manifest:
             f"{path}: format {version} is newer than this version of marnet reads "
             f"({FORMAT_VERSION}); upgrade with: pip install --upgrade marnet"
         )
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise BundleFormatError(
+            f"{path}: format {version} is older than this version of marnet reads "
+            f"({FORMAT_VERSION}); export the bundle again"
+        )
     if not unchanged:
         raise BundleCorrupt(
             f"{path} was changed after it was written; copy or export the bundle again"
@@ -207,8 +229,12 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
         fields["labels"] = tuple(fields["labels"])
         fields["buckets"] = tuple(fields["buckets"])
         fields["precision"] = Precision(**fields["precision"])
-        timesteps = tuple(fields["sampling"].pop("timesteps"))
-        fields["sampling"] = Sampling(**fields["sampling"], timesteps=timesteps)
+        points = {
+            name: OperatingPoint(**{**point, "timesteps": tuple(point["timesteps"])})
+            for name, point in fields["sampling"]["points"].items()
+        }
+        fields["sampling"] = Sampling(**{**fields["sampling"], "points": points})
+        fields["sampling"].point  # noqa: B018 - the default must be one of them
         fields["built_for"] = BuiltFor(**fields["built_for"])
         fields["files"] = {
             name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}

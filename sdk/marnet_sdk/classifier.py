@@ -1,14 +1,16 @@
 """The classifier that a deployed process uses.
 
-Axes: B batch, K classes, D_f fused features.
+Axes: B batch, K noise samples, C classes, D_v encoder features, D_f fused features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from marnet_sdk.backends import Floats, make_tables, open_backend
+from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
 from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, PLAN, read_bundle
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
@@ -30,6 +32,14 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.images import Buffer, ImageInput, decode
 from marnet_sdk.prediction import Prediction, Score
+from marnet_sdk.uncertainty import (
+    Answers,
+    mean_logits,
+    schedule,
+    settled,
+    softmax,
+    summarise,
+)
 
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
 _GREY_LEVELS = 1.5
@@ -46,12 +56,22 @@ class Classifier:
     """
 
     def __init__(
-        self, path: str | Path, *, seed: int | None = None, threads: int | None = None
+        self,
+        path: str | Path,
+        *,
+        operating_point: str | None = None,
+        samples: int | None = None,
+        seed: int | None = None,
+        threads: int | None = None,
     ) -> None:
         """Open a bundle.
 
         Args:
-            seed: of the noise trajectory; default: the one that the bundle was verified with.
+            operating_point: which of the bundle's trades of accuracy for speed answers
+                (`bundle.manifest.sampling.points`); default: the one that its export picked.
+            samples: noise samples per image, whose probabilities are averaged; default: the
+                operating point's.
+            seed: of the noise; default: the one that the bundle was verified with.
             threads: cores to use; default: the backend's own choice.
 
         Raises:
@@ -64,29 +84,54 @@ class Classifier:
             threads = _positive("threads", threads)
         bundle = read_bundle(path)
         manifest = bundle.manifest
+        sampling = manifest.sampling
+        if operating_point is not None and operating_point not in sampling.points:
+            raise InvalidInput(
+                f"operating_point: got {operating_point!r}; {bundle.path} has "
+                f"{', '.join(sampling.points)}. More are made by marnet-export --steps auto"
+            )
         self.bundle = bundle
         self.labels = manifest.labels
         self.preprocess = manifest.preprocessing
         plan = bundle.file(PLAN)
+        self._plan = load_file(plan)
         self._backend = open_backend(
             manifest.backend, plan.parent, manifest.precision.compute, threads
         )
-        self._tables = self._make_tables(manifest.sampling.seed)
+        self._use(sampling.default, sampling.point.samples, sampling.seed)
         self._self_test()
-        if seed is not None and seed != manifest.sampling.seed:
-            self._tables = self._make_tables(seed)
+        name = operating_point or sampling.default
+        self._use(
+            name,
+            sampling.points[name].samples if samples is None else _positive("samples", samples),
+            sampling.seed if seed is None else seed,
+        )
+
+    def _use(self, operating_point: str, samples: int, seed: int) -> None:
+        """Answer like this from now on."""
+        self.operating_point, self.samples, self.seed = operating_point, samples, seed
+        self._shared: dict[int, Tables] = {}
+        self._tables(np.zeros((1, *self.preprocess.output_shape), np.float32), samples)
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
+        point = manifest.sampling.points[self.operating_point]
         return (
             f"Classifier({str(self.bundle.path)!r}: {len(self.labels)} classes, "
             f"{manifest.backend} {manifest.precision.asked}, "
-            f"{len(manifest.sampling.timesteps)} {manifest.sampling.sampler} steps)"
+            f"{len(point.timesteps)} {point.sampler} steps"
+            + (f", {self.samples} samples)" if self.samples > 1 else ")")
         )
 
     @overload
     def predict(
-        self, images: ImageInput, *, batch_size: int = ..., top_k: int = ...
+        self,
+        images: ImageInput,
+        *,
+        batch_size: int = ...,
+        top_k: int = ...,
+        samples: int | None = ...,
+        stop: str | None = ...,
     ) -> Prediction: ...
     @overload
     def predict(
@@ -95,6 +140,8 @@ class Classifier:
         *,
         batch_size: int = ...,
         top_k: int = ...,
+        samples: int | None = ...,
+        stop: str | None = ...,
         on_error: Literal["raise"] = ...,
     ) -> list[Prediction]: ...
     @overload
@@ -104,6 +151,8 @@ class Classifier:
         *,
         batch_size: int = ...,
         top_k: int = ...,
+        samples: int | None = ...,
+        stop: str | None = ...,
         on_error: Literal["return"],
     ) -> list[Prediction | ImageError]: ...
     def predict(
@@ -112,6 +161,8 @@ class Classifier:
         *,
         batch_size: int = 64,
         top_k: int = 5,
+        samples: int | None = None,
+        stop: str | None = None,
         on_error: str = "raise",
     ) -> Prediction | list[Prediction] | list[Prediction | ImageError]:
         """Classify one image, or a list or iterator of them.
@@ -120,6 +171,10 @@ class Classifier:
             images: path, bytes of a file, PIL image, uint8 array [H, W, 3]; or many of these.
             batch_size: images that go through the model together.
             top_k: how many classes `Prediction.top` holds.
+            samples: noise samples per image, whose probabilities are averaged; default: the
+                classifier's. The encoder runs once for all of them.
+            stop: "settled" draws no more samples for an image once its best class will stay the
+                best (a sequential test at 99 %).
             on_error: for many images: "raise" one `InvalidImages` at the end, which holds the
                 other answers, or "return" the `ImageError` in the place of the answer.
 
@@ -128,18 +183,28 @@ class Classifier:
 
         Raises:
             ImageError: the one image is not usable. InvalidImages: some of many are not.
-            InvalidInput: a batch_size or top_k that is no integer or below 1.
+            InvalidInput: a batch_size, top_k or samples that is no integer or below 1, or a `stop`
+                that does not exist or has nothing to stop.
             InferenceError: the model gives NaN or infinity.
         """
         batch_size, top_k = _positive("batch_size", batch_size), _positive("top_k", top_k)
+        samples = self.samples if samples is None else _positive("samples", samples)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
+        if stop not in (None, "settled"):
+            raise InvalidInput(f'stop must be "settled" or None, got {stop!r}')
+        if stop and len(schedule(samples)) == 1:
+            raise InvalidInput(
+                f"stop={stop!r} looks after {schedule(99)[0]} samples for the first time, got "
+                f"samples={samples}; ask for more, or leave stop out"
+            )
+        how = _How(top_k, samples, stop)
         if _is_single(images):
-            logits, _ = self._run(self.preprocess.pixels([cast(ImageInput, images)]))
-            return self._predictions(logits, top_k)[0]
+            pixels = self.preprocess.pixels([cast(ImageInput, images)])
+            return self._predictions(self._run(pixels, samples=samples, stop=stop), how)[0]
         answers: list[Prediction | ImageError] = []
         for chunk in _chunks(images, batch_size):
-            answers += self._predict_chunk(chunk, len(answers), top_k)
+            answers += self._predict_chunk(chunk, len(answers), how)
         errors = {i: a for i, a in enumerate(answers) if isinstance(a, ImageError)}
         if on_error == "return":
             return answers
@@ -149,7 +214,7 @@ class Classifier:
         return cast(list[Prediction], predictions)
 
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
-        """The fused representation that the final classifier sees.
+        """The fused representation that the final classifier sees, the mean over noise samples.
 
         Returns:
             [D_f] for one image, [B, D_f] for many.
@@ -160,17 +225,19 @@ class Classifier:
         """
         batch_size = _positive("batch_size", batch_size)
         if _is_single(images):
-            return self._run(self.preprocess.pixels([cast(ImageInput, images)]))[1][0]
+            return self._run(self.preprocess.pixels([cast(ImageInput, images)])).features[0]
         parts: list[Floats] = []
         start = 0
         for chunk in _chunks(images, batch_size):
             names = _names(chunk, start)
-            parts.append(self._run(self.preprocess.pixels(chunk, names=names), names)[1])
+            parts.append(self._run(self.preprocess.pixels(chunk, names=names), names).features)
             start += len(chunk)
         return np.concatenate(parts or [np.empty((0, self._feature_width), np.float32)])
 
     def logits(self, pixels: Floats) -> Floats:
-        """Logits of images that are preprocessed already: float32 [B, 3, H, W] -> [B, K].
+        """Logits of images that are preprocessed already: float32 [B, 3, H, W] -> [B, C].
+
+        With several noise samples, the logarithm of their mean probabilities.
 
         Raises:
             InvalidInput: another shape or type.
@@ -186,18 +253,88 @@ class Classifier:
             )
         if not len(pixels):
             return np.empty((0, len(self.labels)), np.float32)
-        return self._run(np.ascontiguousarray(pixels))[0]
+        return self._run(np.ascontiguousarray(pixels)).logits
 
-    def _run(self, pixels: Floats, names: Sequence[str] = ()) -> tuple[Floats, Floats]:
-        """Logits and features. `names` are what an error calls the rows."""
-        logits, features = self._backend.run(pixels, self._tables)
-        if not np.isfinite(logits).all():
-            rows = np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist()
-            raise InferenceError(_not_finite([names[i] if names else f"row {i}" for i in rows]))
-        return logits, features
+    def _run(
+        self,
+        pixels: Floats,
+        names: Sequence[str] = (),
+        *,
+        samples: int | None = None,
+        stop: str | None = None,
+    ) -> _Run:
+        """Everything about a batch. `names` are what an error calls the rows."""
+        count = self.samples if samples is None else samples
+        tables = self._tables(pixels, count)
+        x_v = self._backend.encode(pixels)
+        looks = schedule(count) if stop else [count]
+        active = np.arange(len(pixels))  # images that still draw
+        logits = np.full((len(pixels), count, len(self.labels)), np.nan, np.float32)
+        drawn = np.zeros(len(pixels), np.int64)
+        features = np.zeros((len(pixels), 0), np.float32)
+        for start, end in zip([0, *looks], looks, strict=False):
+            part = tables if (start, end) == (0, count) else tables.samples(start, end)
+            got, fused = self._backend.refine(x_v[active], part.rows(active))
+            self._check_finite(got, x_v, tables, active, names)
+            logits[active, start:end] = got
+            features = features if features.size else np.zeros((len(pixels), fused.shape[-1]))
+            features[active] += fused.sum(axis=1)
+            drawn[active] = end
+            if end < count:
+                active = active[~settled(softmax(logits[active, :end]), count)]
+            if not len(active):
+                break
+        return _Run(logits, drawn, (features / drawn[:, None]).astype(np.float32))
+
+    def _tables(self, pixels: Floats, samples: int) -> Tables:
+        """The loop's tables for a batch: the same for all, or keyed by what the model sees."""
+        sampling = self.bundle.manifest.sampling
+        by_image = sampling.noise == "image"
+        if not by_image and samples in self._shared:
+            return self._shared[samples]
+        tables = make_tables(
+            self._plan,
+            sampling,
+            self.operating_point,
+            seed=self.seed,
+            samples=samples,
+            keys=[pixel_key(row) for row in pixels] if by_image else None,
+        )
+        if not by_image:
+            self._shared[samples] = tables
+        return tables
+
+    def _check_finite(
+        self,
+        logits: Floats,
+        x_v: Floats,
+        tables: Tables,
+        active: np.ndarray,
+        names: Sequence[str],
+    ) -> None:
+        if np.isfinite(logits).all():
+            return
+        rows = active[~np.isfinite(logits).all(axis=(1, 2))]
+        steps = len(tables.coefficients)
+        if np.isfinite(x_v[rows[0]]).all():
+            step = self._first_bad_step(x_v[rows[:1]], tables.rows(rows[:1]))
+            where = f"from step {step} of {steps} of the reverse loop on"
+        else:
+            where = "from the encoder on"
+        shown = [str(names[i]) if names else f"row {i}" for i in rows.tolist()]
+        raise InferenceError(_not_finite(shown, where))
+
+    def _first_bad_step(self, x_v: Floats, tables: Tables) -> int:
+        """1-based, by bisection: a chain that has left the finite numbers does not return."""
+        good, bad = 0, len(tables.coefficients)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            logits, _ = self._backend.refine(x_v, tables.first_steps(middle))
+            good, bad = (middle, bad) if np.isfinite(logits).all() else (good, middle)
+        return bad
 
     def _predict_chunk(
-        self, chunk: Sequence[ImageInput], start: int, top_k: int
+        self, chunk: Sequence[ImageInput], start: int, how: _How
     ) -> list[Prediction | ImageError]:
         """Answers of one batch; an image that is refused loses no other answer."""
         answers: list[Prediction | ImageError | None] = [None] * len(chunk)
@@ -211,29 +348,37 @@ class Classifier:
             except ImageError as error:
                 answers[i] = error
         if good:
-            logits, _ = self._run(pixels[: len(good)], [names[i] for i in good])
-            for i, prediction in zip(good, self._predictions(logits, top_k), strict=True):
+            used = [names[i] for i in good]
+            run = self._run(pixels[: len(good)], used, samples=how.samples, stop=how.stop)
+            for i, prediction in zip(good, self._predictions(run, how), strict=True):
                 answers[i] = prediction
         return [a for a in answers if a is not None]
 
-    def _predictions(self, logits: Floats, top_k: int) -> list[Prediction]:
-        probabilities = softmax(logits)
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    def _predictions(self, run: _Run, how: _How) -> list[Prediction]:
+        answers = run.answers
+        order = np.argsort(-answers.probabilities, axis=1, kind="stable")[:, : how.top_k]
+        threshold = self._abstain_below(how)
         out = []
-        for row, best in zip(probabilities, order, strict=True):
+        for i, (row, best) in enumerate(zip(answers.probabilities, order, strict=True)):
             top = tuple(Score(self.labels[k], int(k), float(row[k])) for k in best)
-            out.append(Prediction(top[0].label, top[0].index, top[0].score, top))
+            error = float(answers.standard_error[i])
+            out.append(
+                Prediction(
+                    *(top[0].label, top[0].index, top[0].score, top),
+                    samples=int(run.drawn[i]),
+                    vote_share=float(answers.vote_share[i]),
+                    standard_error=None if np.isnan(error) else error,
+                    abstain=None if threshold is None else top[0].score < threshold,
+                )
+            )
         return out
 
-    def _make_tables(self, seed: int):
+    def _abstain_below(self, how: _How) -> float | None:
+        """The threshold that export found, if it was found for this very way of answering."""
         sampling = self.bundle.manifest.sampling
-        return make_tables(
-            self.bundle.file(PLAN),
-            seed=seed,
-            timesteps=sampling.timesteps,
-            train_steps=sampling.train_steps,
-            width=sampling.width,
-        )
+        point = sampling.points[self.operating_point]
+        same = (how.samples, how.stop, self.seed) == (point.samples, None, sampling.seed)
+        return point.abstain_below if same else None
 
     def _self_test(self) -> None:
         """Run the golden images; refuse the bundle if it does not give its golden answers."""
@@ -255,8 +400,12 @@ class Classifier:
             raise SelfTestFailed(
                 self._mismatch(f"decoded golden images differ by {error:.3g} (bound {level:.3g})")
             )
-        logits, features = self._backend.run(golden["pixels"], self._tables)
-        self._feature_width = features.shape[1]
+        try:
+            run = self._run(golden["pixels"])
+        except InferenceError as error:
+            raise SelfTestFailed(self._mismatch(str(error))) from error
+        self._feature_width = run.features.shape[1]
+        logits = run.logits
         bound = bundle.manifest.golden_tolerance * float(np.abs(golden["logits"]).max())
         error = float(np.abs(logits - golden["logits"]).max())
         labels_differ = logits.argmax(axis=1) != golden["logits"].argmax(axis=1)
@@ -286,10 +435,37 @@ class Classifier:
         )
 
 
-def softmax(logits: Floats) -> np.ndarray:
-    """Probabilities in float64, [B, K] -> [B, K]."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+@dataclass(frozen=True)
+class _How:
+    """What one call of `predict` asks for."""
+
+    top_k: int
+    samples: int
+    stop: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What came out for a batch."""
+
+    samples: Floats  # logits [B, K, C]; NaN where an image stopped before
+    drawn: np.ndarray  # [B] samples of each image
+    features: Floats  # [B, D_f] mean over its samples
+
+    @property
+    def answers(self) -> Answers:
+        return summarise(softmax(self.samples), self.drawn)
+
+    @property
+    def logits(self) -> Floats:
+        """[B, C]: of the one sample, or the logarithm of the mean probabilities."""
+        return mean_logits(self.samples)
+
+
+def pixel_key(pixels: Floats) -> int:
+    """What noise keyed by image is keyed by: 64 bits of the BLAKE2b hash of the model's input."""
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels, "<f4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _positive(name: str, value: int) -> int:
@@ -305,11 +481,12 @@ def _positive(name: str, value: int) -> int:
     return number
 
 
-def _not_finite(names: Sequence[str]) -> str:
+def _not_finite(names: Sequence[str], where: str) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"the logits of {shown} hold NaN or infinity; expected finite numbers: check the pixels "
-        "for NaN if they were made elsewhere, else export the bundle again with --precision fp32"
+        f"the logits of {shown} hold NaN or infinity, {where}; expected finite numbers: check the "
+        "pixels for NaN if they were made elsewhere, else export the bundle again with "
+        "--precision fp32"
     )
 
 

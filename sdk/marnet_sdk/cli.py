@@ -31,6 +31,21 @@ Answer = Prediction | ImageError
     "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown."
 )
 @click.option("--batch", "-b", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--operating-point",
+    metavar="NAME",
+    help="fast, balanced or exact, where the bundle has them. Default: the one its export picked.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="Noise samples per image, averaged. Default: the operating point's.",
+)
+@click.option(
+    "--stop",
+    type=Choice(["settled"]),
+    help="Draw no more of the samples for an image once its label will stay.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
 @click.option(
@@ -42,6 +57,9 @@ def main(
     model: Path | None,
     top_k: int,
     batch: int,
+    operating_point: str | None,
+    samples: int | None,
+    stop: str | None,
     seed: int | None,
     threads: int | None,
     form: str,
@@ -58,8 +76,12 @@ def main(
     if model is None:
         model = newest_bundle()
         say(f"model {model} (the newest under ./bundles)")
-    classifier = Classifier(model, seed=seed, threads=threads)
-    answers = classifier.predict(images, batch_size=batch, top_k=top_k, on_error="return")
+    classifier = Classifier(
+        model, operating_point=operating_point, samples=samples, seed=seed, threads=threads
+    )
+    answers = classifier.predict(
+        images, batch_size=batch, top_k=top_k, stop=stop, on_error="return"
+    )
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[form](images, answers)
     if form == "table":
         next_commands(f"marnet-bench --batch 64 --model {shlex.quote(str(model))}")
@@ -71,13 +93,22 @@ def main(
 
 def _print_table(images: Sequence[Path], answers: Sequence[Answer]) -> None:
     rows = []
+    several = any(isinstance(a, Prediction) and a.samples > 1 for a in answers)
     for image, answer in zip(images, answers, strict=True):
         if isinstance(answer, ImageError):
-            rows.append((str(image), "error", "", answer.problem))
-        else:
-            others = ", ".join(f"{s.label} {s.score:.1%}" for s in answer.top[1:])
-            rows.append((str(image), answer.label, f"{answer.score:.2%}", others))
-    print_table("", ("image", "label", "score", "then"), rows)
+            rows.append((str(image), "error", *[""] * (3 if several else 1), answer.problem))
+            continue
+        others = ", ".join(f"{s.label} {s.score:.1%}" for s in answer.top[1:])
+        label = f"{answer.label} (abstain)" if answer.abstain else answer.label
+        row = [str(image), label, f"{answer.score:.2%}"]
+        if several:
+            error = "" if answer.standard_error is None else f"{answer.standard_error:.2%}"
+            row += [error, f"{answer.vote_share:.0%} of {answer.samples}"]
+        rows.append((*row, others))
+    spread = ("+-", "votes") if several else ()
+    print_table("", ("image", "label", "score", *spread, "then"), rows)
+    if any(isinstance(a, Prediction) and a.abstain for a in answers):
+        say("(abstain): the score is below the threshold that the export found for its target risk")
 
 
 def _print_json(images: Sequence[Path], answers: Sequence[Answer]) -> None:

@@ -11,7 +11,7 @@ on what it is for and on nothing else, neither batch size, nor width, nor backen
 The random bits are identical on every platform. The normals made of them are identical up to the
 last units in the last place of the platform's logarithm, sine and cosine.
 
-Axes: S steps, D state width, W width of the layer that the noise is folded into.
+Axes: S steps, K trajectories, D width of one noise vector, H width of the first layer.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def draw_trajectory(
     width: int,
     *,
     trajectory: int = 0,
+    noisy: NDArray[np.bool_] | None = None,
 ) -> NoiseTrajectory:
     """The noise trajectory of a sampler that visits `timesteps`.
 
@@ -137,6 +138,7 @@ def draw_trajectory(
         train_steps: T, the length of the schedule; t_1 <= T.
         width: D.
         trajectory: which of the seed's independent trajectories (`samples=K` takes 0 .. K - 1).
+        noisy: [S], the steps that use their noise; that of the others is left at zero, undrawn.
 
     Raises:
         InvalidInput: timesteps not decreasing or outside 1 .. T; a bad seed or width.
@@ -154,40 +156,58 @@ def draw_trajectory(
         raise InvalidInput(
             f"timesteps: got {got}; expected 1-based steps within 1 .. {train_steps} (train_steps)"
         )
-    counters = [train_steps, *(t - 1 for t in visited)]
-    noise = standard_normal(seed, counters, width, trajectory=trajectory)  # [1 + S, D]
-    return NoiseTrajectory(initial=noise[0], steps=noise[1:])
+    drawn = np.flatnonzero(np.ones(len(visited), bool) if noisy is None else noisy)
+    counters = [train_steps, *(visited[i] - 1 for i in drawn)]
+    noise = standard_normal(seed, counters, width, trajectory=trajectory)
+    steps = np.zeros((len(visited), width))
+    steps[drawn] = noise[1:]
+    return NoiseTrajectory(initial=noise[0], steps=steps)
 
 
 def fold(
-    trajectory: NoiseTrajectory, input_weight: NDArray[np.float64] | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Move a trajectory to where the loop adds it: z W^T for each of its rows z.
+    trajectories: Sequence[NoiseTrajectory],
+    coefficients: NDArray[np.float64],
+    time_bias: NDArray[np.floating],
+    input_weight: NDArray[np.floating],
+    output_bias: NDArray[np.floating],
+) -> NDArray[np.float64]:
+    """Everything that a step adds before its first activation and that no image has a part in.
 
-    The product is taken in float64 and rounded once, so that the tables are as exact as float32
-    can hold and do not depend on how a float32 product is split.
+    The reverse chain is linear in its state, so the state is the sum of a part that the network's
+    estimates make and a part w that they do not: the noise, and the output bias of the estimates,
+        w_0 = x_T,    w_{i+1} = A_i w_i + S_i z_i + (B_i + C_i) b_4    (C_0 does not count)
+    and the first layer sees W_x w_i. With W_t tau(t_i) + b_1 that is one table, one row per step,
+    and the loop itself is left with no noise at all.
 
     Args:
-        trajectory: initial [D], steps [S, D].
-        input_weight: [W, D], the first layer's weight on x; None leaves the noise as it is.
+        trajectories: K of them, each of S steps and width D.
+        coefficients: [S, 4], the sampler's A, B, C, S.
+        time_bias: [S, H], W_t tau(t) + b_1 of each visited step.
+        input_weight: W_x [H, D]. output_bias: b_4 [D].
 
     Returns:
-        (initial float32 [1, W], steps float32 [S, W]), with W = D for None.
+        [S, K, H]. The caller rounds it to float32, once.
 
     Raises:
-        InvalidInput: `input_weight` does not take vectors of the trajectory's width.
+        InvalidInput: shapes that do not belong together.
     """
-    noise = np.concatenate([trajectory.initial[None], trajectory.steps])  # [1 + S, D]
-    if input_weight is not None:
-        weight = np.asarray(input_weight, np.float64)
-        if weight.ndim != 2 or weight.shape[1] != noise.shape[1]:
-            raise InvalidInput(
-                f"input_weight: got shape {weight.shape}; expected [W, {noise.shape[1]}], "
-                "since the trajectory is that wide"
-            )
-        noise = noise @ weight.T  # [1 + S, D] -> [1 + S, W]
-    table = noise.astype(np.float32)
-    return table[:1], table[1:]
+    weight = np.asarray(input_weight, np.float64)
+    state = np.stack([t.initial for t in trajectories])  # [K, D]
+    noise = np.stack([t.steps for t in trajectories], axis=1)  # [S, K, D]
+    steps, width = len(coefficients), state.shape[1]
+    found = (weight.shape[1:], output_bias.shape, noise.shape[0], time_bias.shape)
+    if found != ((width,), (width,), steps, (steps, len(weight))):
+        raise InvalidInput(
+            f"got input_weight {weight.shape}, output_bias {output_bias.shape}, time_bias "
+            f"{time_bias.shape} and trajectories of {noise.shape[0]} steps of width {width}; "
+            f"expected [H, {width}], [{width}], [{steps}, H] and {steps} steps"
+        )
+    bias = np.asarray(output_bias, np.float64)
+    carried = np.empty((steps, *state.shape))  # [S, K, D]
+    for i, (a, b, c, s) in enumerate(coefficients):
+        carried[i] = state
+        state = a * state + s * noise[i] + (b + (c if i else 0.0)) * bias
+    return np.asarray(time_bias, np.float64)[:, None] + carried @ weight.T
 
 
 def _halves(value: int) -> tuple[int, int]:

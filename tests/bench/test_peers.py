@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tolerances import BUILT
 
 from marnet_bench.peers import find_checkpoint, load_peer, measured_accuracy
 from marnet_sdk import Classifier
-from marnet_sdk.bundle import Sampling
+from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.errors import NotFound
 from marnet_train.checkpoint import checkpoint_hash, load_checkpoint
 
@@ -38,6 +39,18 @@ def test_the_peer_gives_the_logits_of_the_float32_bundle(backend, bundle_of, che
     want, got = classifier.logits(pixels), peer.logits(pixels)
     assert got.dtype == np.float32
     assert np.abs(got - want).max() <= BUILT["fp32"] * np.abs(want).max()
+
+
+def test_the_peer_runs_the_operating_point_samples_and_noise_of_the_bundle(
+    noisy_bundle, swept_bundle, checkpoint
+):
+    for path in (noisy_bundle, swept_bundle):
+        classifier = Classifier(path)
+        _, peer = load_peer(checkpoint, classifier.bundle.manifest)
+        images = sorted((checkpoint / "samples").glob("*.png"))[:9]
+        pixels = classifier.preprocess.pixels(images)
+        want, got = classifier.logits(pixels), peer.logits(pixels)
+        assert np.abs(got - want).max() <= BUILT["fp32"] * np.abs(want).max()
 
 
 def test_the_peer_s_metrics_come_along(bundle_of, checkpoint):
@@ -71,9 +84,14 @@ def test_without_runs_the_way_out_is_named(tmp_path):
         find_checkpoint("abcdef0123456789", tmp_path / "absent")
 
 
+def sampling_of(timesteps: Sequence[int]) -> Sampling:
+    point = OperatingPoint("ddpm", 0.0, tuple(timesteps), 1, None)
+    return Sampling({"a": point}, "a", len(timesteps), "shared", seed=0, width=1)
+
+
 def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_with(checkpoint):
     training = load_checkpoint(checkpoint).training
-    whole = Sampling("ddpm", tuple(range(100, 0, -1)), train_steps=100, seed=0, width=1)
+    whole = sampling_of(range(100, 0, -1))
     test = training["metrics"]["marnet"]["test"]
     served = measured_accuracy(training, whole)
     assert served is not None
@@ -81,7 +99,9 @@ def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_wit
     other_seed = measured_accuracy(training, replace(whole, seed=3))
     assert other_seed is not None
     assert other_seed["marnet"] == {"top1": test["top1_over_noise_seeds"][3], "top5": None}
-    for unknown in (replace(whole, seed=9), replace(whole, timesteps=(100, 50))):
+    others = [{"sampler": "ddim"}, {"samples": 2}, {"timesteps": (100, 50)}]
+    unknown_points = [replace(whole, points={"a": replace(whole.point, **o)}) for o in others]
+    for unknown in (replace(whole, seed=9), replace(whole, noise="image"), *unknown_points):
         found = measured_accuracy(training, unknown)
         assert found is not None
         assert found["marnet"] == {"top1": None, "top5": None}
@@ -91,6 +111,6 @@ def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_wit
 def test_without_a_test_split_the_validation_split_is_named():
     marnet = {"top1": 0.9, "top5": 1.0, "top1_over_noise_seeds": [0.9]}
     metrics = {"baseline": {"val": {"top1": 0.8, "top5": 1.0}}, "marnet": {"val": marnet}}
-    found = measured_accuracy({"metrics": metrics}, Sampling("ddpm", (1,), 1, 0, 1))
+    found = measured_accuracy({"metrics": metrics}, sampling_of([1]))
     assert found is not None
     assert found["split"] == "val"

@@ -10,19 +10,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.numpy import save_file
-from tolerances import BUILT
+from tiny import make_model, plain_refine, tables_of
+from tolerances import BUILT, FLOAT32_LAYER
 
 from marnet_export.builders import TORCH_TYPES, Types, builder, choose_types
 from marnet_export.plan import make_plan
-from marnet_export.verify import reference_logits
-from marnet_sdk.backends import Backend, Floats, make_tables, open_backend
+from marnet_sdk.backends import Backend, Floats, open_backend
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import ExportError
-from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.diffusion import ScheduleConfig, sampler_table
-from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.diffusion import SAMPLERS, ScheduleConfig, sampler_table
+from marnet_train.models.marnet import MARNet
 
 BACKENDS = ("torchscript", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -55,30 +53,28 @@ def build(model: MARNet, backend: str, precision: str, payload: Path) -> Types:
     payload.mkdir(parents=True)
     types = choose_types(backend, precision, None)
     side = model.config.vision.get("image_size", 32)
-    example = torch.rand(2, 3, side, side)
-    builder(backend).build(model, make_plan(model), example, types, payload)
+    module = builder(backend)
+    module.build_encoder(model, torch.rand(2, 3, side, side), types, payload)
+    module.build_refine(model, make_plan(model), types, payload)
     return types
 
 
 def deployed_logits(
-    backend: Backend, model: MARNet, pixels: Floats, folder: Path, *, seed: int, steps: int
+    backend: Backend, model: MARNet, pixels: Floats, *, sampler: str = "ddpm", steps: int, **noise
 ) -> Floats:
-    """Through tables of this seed and number of steps, made as the SDK makes them."""
-    plan = make_plan(model, steps=steps)
-    file = folder / f"{seed}-{steps}.safetensors"
-    save_file(plan.tensors(), file)
-    table = plan.table
-    width = model.denoiser.dim
-    tables = make_tables(
-        file, seed=seed, timesteps=table.timesteps, train_steps=table.train_steps, width=width
-    )
-    return backend.run(pixels, tables)[0]
+    """[B, K, C], through tables made as the SDK makes them."""
+    table = sampler_table(model.config.schedule, sampler, steps)
+    tables = tables_of(model, make_plan(model), table, **noise)
+    return backend.refine(backend.encode(pixels), tables)[0]
 
 
-def eager_logits(model: MARNet, pixels: Floats, *, seed: int, steps: int) -> Floats:
-    table = sampler_table(model.config.schedule, "ddpm", steps)
-    noise = draw_trajectory(seed, table.timesteps, table.train_steps, model.denoiser.dim)
-    return reference_logits(model, table, noise, pixels)
+@torch.inference_mode()
+def eager_logits(
+    model: MARNet, pixels: Floats, *, sampler: str = "ddpm", steps: int, **noise
+) -> Floats:
+    table = sampler_table(model.config.schedule, sampler, steps)
+    x_v = model.vision(torch.from_numpy(pixels)).numpy()
+    return plain_refine(model, table, x_v, **noise)[0]
 
 
 def assert_close(got: Floats, want: Floats, tolerance: float) -> None:
@@ -89,37 +85,68 @@ def assert_close(got: Floats, want: Floats, tolerance: float) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_of_any_size_give_the_float32_model_s_logits(
-    backend, precision, opened, model, pixels, tmp_path
+    backend, precision, opened, model, pixels
 ):
-    want = eager_logits(model, pixels, seed=0, steps=100)
+    want = eager_logits(model, pixels, steps=100)
     run = opened(backend, precision)
     for batch in (1, 2, 5, 33):
-        got = deployed_logits(run, model, pixels[:batch], tmp_path, seed=0, steps=100)
+        got = deployed_logits(run, model, pixels[:batch], steps=100)
         assert_close(got, want[:batch], BUILT[precision])
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Callable[[str, int], tuple[MARNet, Backend]]:
+    """backend, hidden width -> a model with fresh weights, whose loop contracts, built."""
+    built: dict[tuple[str, int], tuple[MARNet, Backend]] = {}
+
+    def make(backend: str, hidden: int) -> tuple[MARNet, Backend]:
+        if (backend, hidden) not in built:
+            model, payload = make_model(hidden=hidden), tmp_path_factory.mktemp("fresh") / "payload"
+            build(model, backend, "fp32", payload)
+            built[backend, hidden] = (model, open_backend(backend, payload, "fp32", 1))
+        return built[backend, hidden]
+
+    return make
+
+
+@pytest.mark.parametrize("keys", [None, [5, 2**64 - 1, 5, 0, 7]], ids=["shared", "image"])
+@pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("hidden", [12, 40], ids=["carries hidden", "carries feature"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_graph_serves_other_seeds_and_numbers_of_steps(
-    backend, steps, opened, model, pixels, tmp_path
+def test_one_file_serves_every_sampler_number_of_steps_samples_and_kind_of_noise(
+    backend, hidden, sampler, steps, samples, keys, fresh
 ):
-    got = deployed_logits(opened(backend, "fp32"), model, pixels, tmp_path, seed=9, steps=steps)
-    assert_close(got, eager_logits(model, pixels, seed=9, steps=steps), BUILT["fp32"])
-    built_for = eager_logits(model, pixels, seed=0, steps=100)
-    assert np.abs(got - built_for).max() > BUILT["fp32"] * np.abs(built_for).max()
+    model, run = fresh(backend, hidden)
+    pixels = np.random.default_rng(1).standard_normal((5, 3, 32, 32)).astype(np.float32)
+    how = {"sampler": sampler, "steps": steps, "seed": 9, "samples": samples}
+    if keys:
+        how["keys"] = [key % (2**64 - samples) for key in keys]
+    got = deployed_logits(run, model, pixels, **how)
+    assert got.shape == (5, samples, 3)
+    assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_features_are_what_the_final_classifier_sees(backend, bundle_of, opened, model, pixels):
-    sampling = read_bundle(bundle_of(backend, "fp32")).manifest.sampling
-    tables = make_tables(
-        bundle_of(backend, "fp32") / "payload/plan.safetensors",
-        seed=sampling.seed,
-        timesteps=sampling.timesteps,
-        train_steps=sampling.train_steps,
-        width=sampling.width,
-    )
-    logits, features = opened(backend, "fp32").run(pixels, tables)
+def test_sampler_steps_seed_and_sample_all_matter_to_the_answer(backend, opened, model, pixels):
+    """A graph that ignored one of its inputs could agree with a model that ignored it too."""
+    run = opened(backend, "fp32")
+    base = {"sampler": "ddpm", "steps": 10, "seed": 0, "samples": 2}
+    want = deployed_logits(run, model, pixels, **base)
+    scale = np.abs(want).max()
+    assert np.abs(want[:, 0] - want[:, 1]).max() > BUILT["fp32"] * scale
+    for change in ({"sampler": "ddim"}, {"steps": 20}, {"seed": 1}, {"keys": list(range(1, 34))}):
+        got = deployed_logits(run, model, pixels, **(base | change))
+        assert np.abs(got - want).max() > BUILT["fp32"] * scale, change
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_are_what_the_final_classifier_sees(backend, opened, model, pixels):
+    run = opened(backend, "fp32")
+    table = sampler_table(model.config.schedule, "ddpm")
+    tables = tables_of(model, make_plan(model), table, samples=2)
+    logits, features = run.refine(run.encode(pixels), tables)
     with torch.inference_mode():
         again = model.classifier(torch.from_numpy(features)).numpy()
     assert_close(logits, again, BUILT["fp32"])
@@ -132,13 +159,13 @@ def test_the_file_does_not_grow_with_the_number_of_steps(backend, checkpoint, tm
         model = load_checkpoint(checkpoint).model
         model.config = replace(model.config, schedule=ScheduleConfig(steps=train_steps))
         build(model, backend, "fp32", tmp_path / str(train_steps))
-        (file,) = (tmp_path / str(train_steps)).iterdir()
-        sizes[train_steps] = file.stat().st_size
+        files = (tmp_path / str(train_steps)).iterdir()
+        sizes[train_steps] = sum(file.stat().st_size for file in files)
     assert sizes[1000] == pytest.approx(sizes[10], rel=0.01)
 
 
 def test_the_onnx_loop_is_one_scan(bundle_of):
-    proto = onnx.load(bundle_of("onnxruntime", "fp16") / "payload/model.onnx")
+    proto = onnx.load(bundle_of("onnxruntime", "fp16") / "payload/refine.onnx")
     operators = [node.op_type for node in proto.graph.node]
     assert operators.count("Scan") == 1
     assert not {"Loop", "If"} & set(operators)
@@ -158,8 +185,9 @@ def test_matrices_are_stored_in_the_precision_that_was_asked(backend, precision,
 def test_half_precision_files_are_half_as_large(backend, bundle_of):
     def size(precision: str) -> int:
         folder = bundle_of(backend, precision) / "payload"
-        (file,) = folder.glob("model.*")
-        return file.stat().st_size
+        files = [file for file in folder.iterdir() if file.name != "plan.safetensors"]
+        assert len(files) == 2  # encoder and loop
+        return sum(file.stat().st_size for file in files)
 
     assert size("fp16") < 0.6 * size("fp32")
     assert size("bf16") < 0.6 * size("fp32")
@@ -182,22 +210,15 @@ def test_building_leaves_the_model_as_it_was(backend, checkpoint, tmp_path):
     [("torchscript", "fp16"), ("torchscript", "bf16"), ("onnxruntime", "fp16")],
 )
 def test_a_vision_transformer_is_built_too(backend, precision, tmp_path):
-    torch.manual_seed(0)
     size = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = MarnetConfig(
-        vision={"model_type": "vit", "hidden_size": 24, "image_size": 16, "patch_size": 4, **size},
-        text={"model_type": "bert", "hidden_size": 16, "vocab_size": 8, **size},
-        labels=("a", "b", "c"),
-        dim=16,
-        hidden=40,  # > 2 D: the loop carries the feature
-        schedule=ScheduleConfig(steps=5),
-    )
-    model = MARNet(config).eval()
+    vit = {"model_type": "vit", "hidden_size": 24, "image_size": 16, "patch_size": 4, **size}
+    # hidden > 2 D: the loop carries the feature
+    model = make_model(steps=5, dim=16, hidden=40, vision=vit)
     payload = tmp_path / "payload"
     types = build(model, backend, precision, payload)
     pixels = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     run = open_backend(backend, payload, types.compute, 1)
-    got = deployed_logits(run, model, pixels, tmp_path, seed=1, steps=5)
+    got = deployed_logits(run, model, pixels, seed=1, steps=5)
     assert_close(got, eager_logits(model, pixels, seed=1, steps=5), BUILT[precision])
 
 
@@ -225,7 +246,11 @@ def test_half_precision_is_computed_with_only_where_it_is_asked_for(
 @pytest.mark.parametrize(
     ("backend", "compute", "message"),
     [
-        ("onnxruntime", "bf16", "onnxruntime cannot compute in bf16.*--backend torchscript"),
+        (
+            "onnxruntime",
+            "bf16",
+            "onnxruntime cannot compute in bf16.*--backend openvino or torchscript",
+        ),
         ("torchscript", "fp16", "torchscript cannot compute in fp16.*choose --compute fp32$"),
     ],
 )

@@ -67,7 +67,7 @@ def test_backend_precision_steps_and_seed_reach_the_bundle(workplace):
     manifest = read_bundle("out/mine").manifest
     assert manifest.backend == "onnxruntime"
     assert (manifest.precision.asked, manifest.precision.compute) == ("bf16", "fp32")
-    assert (len(manifest.sampling.timesteps), manifest.sampling.seed) == (5, 11)
+    assert (len(manifest.sampling.point.timesteps), manifest.sampling.seed) == (5, 11)
 
 
 def test_a_checkpoint_called_dot_still_names_its_bundle_after_its_folder(workplace, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_type_that_the_backend_cannot_compute_in_is_refused_with_one_that_can(
     result = export("--backend", "onnxruntime", "--compute", "bf16")
     assert result.exit_code == 1
     assert "onnxruntime cannot compute in bf16 on a CPU" in one_line(result.stderr)
-    assert "--backend torchscript" in one_line(result.stderr)
+    assert "--backend openvino or torchscript" in one_line(result.stderr)
     assert not Path("bundles").exists()
 
 
@@ -139,6 +139,12 @@ def test_an_existing_bundle_of_a_given_name_is_replaced_only_by_force(workplace)
         (("--backend", "onnx"), "Did you mean 'onnxruntime'?"),
         (("--backend", "torch-script"), "Did you mean 'torchscript'?"),
         (("--steps", "0"), "'--steps': 0 is not in the range x>=1"),
+        (("--steps", "otto"), "'otto' is not a valid integer"),
+        (("--sampler", "dpmp"), "Did you mean 'dpmpp'?"),
+        (("--max-drop", "0"), "0.0 is not in the range 0<x<=100"),
+        (("--target-risk", "1"), "1.0 is not in the range 0<x<1"),
+        (("--latency-budget-ms", "3"), "a latency budget is for choosing steps: add --steps auto"),
+        (("--precision", "auto"), "precision: got 'auto', expected one of fp32, bf16, fp16"),
         (("--steps", "101"), "got 101 sampling steps; the model was trained with T = 100"),
         (("--min-agreement", "99.9"), "99.9 is not in the range 0<=x<=1"),
         (("--checkpoint", "runs"), "runs is not a checkpoint: it needs config.json"),
@@ -157,9 +163,36 @@ def test_without_a_checkpoint_the_command_that_trains_one_is_shown(tmp_path, mon
     assert "train one with: marnet-train fit" in one_line(result.stderr)
 
 
+def test_explain_says_what_the_rewrite_saves_and_builds_nothing(workplace):
+    chosen = ("--sampler", "ddim", "--steps", "5", "--samples", "3", "--noise", "image")
+    result = export("--explain", *chosen)
+    assert result.exit_code == 0, result.stderr
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in result.stdout.splitlines()}
+    before, after = rows["multiply-adds, per image and step"]
+    assert int(after.replace(",", "")) < int(before.replace(",", ""))
+    assert rows["matrix products one after another, per step"] == ["4", "3"]
+    assert any(row.startswith("weights read, bytes per step") for row in rows)
+    said = one_line(result.stderr)
+    assert "5 ddim steps, 3 chains an image, the hidden state carried" in said
+    assert "noise keyed by image:" in said
+    assert not Path("bundles").exists()
+
+
+def test_sampler_samples_noise_and_eta_reach_the_bundle(workplace):
+    chosen = ("--sampler", "ddim", "--eta", "0.5", "--samples", "2", "--noise", "image")
+    result = export("-o", "b", "--steps", "10", *chosen, *LENIENT)
+    assert result.exit_code == 0, result.stderr
+    sampling = read_bundle("b").manifest.sampling
+    point = sampling.point
+    assert (point.sampler, point.eta, len(point.timesteps), point.samples) == ("ddim", 0.5, 10, 2)
+    assert sampling.noise == "image"
+    assert "noise keyed by image:" in one_line(result.stderr)
+    assert "instability floor:" in one_line(result.stderr)
+
+
 def test_help_shows_the_usual_command_and_the_defaults():
     text = one_line(export("--help").stdout)
     assert "marnet-export --precision fp16" in text
     assert "[torchscript|onnxruntime]" in text
-    assert "[fp32|bf16|fp16]" in text
+    assert "[fp32|bf16|fp16|auto]" in text
     assert "[default: torchscript]" in text

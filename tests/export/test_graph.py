@@ -12,14 +12,16 @@ from torch import nn
 
 from marnet_export.graph import ReverseLoop, ScanLoop, with_compute
 from marnet_export.plan import SamplingPlan, run_plan
-from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory, fold
-from marnet_train.diffusion import ScheduleConfig, sampler_table
+from marnet_sdk.backends import make_tables
+from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
+from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
 
 
-def random_plan(carry: str, steps: int) -> SamplingPlan:
+def random_plan(carry: str) -> SamplingPlan:
     """Weights of half the size that would keep a signal's variance, so the loop contracts."""
     rng = np.random.default_rng(3)
 
@@ -29,30 +31,35 @@ def random_plan(carry: str, steps: int) -> SamplingPlan:
     into, (weight, bias) = layer(HIDDEN, FEATURES)[0], layer(FEATURES, HIDDEN)
     return SamplingPlan(
         carry=carry,
-        table=sampler_table(ScheduleConfig(steps=100), "ddpm", steps),
-        time_bias=rng.normal(0, 0.5, (steps, HIDDEN)),
+        time_bias=rng.normal(0, 0.5, (100, HIDDEN)),
         condition_weight=layer(HIDDEN, CONDITION)[0],
         input_weight=into,
         hidden2=layer(HIDDEN, HIDDEN),
         hidden3=layer(HIDDEN, HIDDEN),
-        carry_weight=(into @ weight, into @ bias) if carry == "hidden" else (weight, bias),
+        carry_weight=into @ weight if carry == "hidden" else weight,
         output=(weight, bias),
         standardise=(rng.normal(0, 3, CONDITION), rng.uniform(0.5, 2, CONDITION)),
         time_dim=8,
     )
 
 
-def noise_of(plan: SamplingPlan) -> NoiseTrajectory:
-    return draw_trajectory(5, plan.table.timesteps, plan.table.train_steps, FEATURES)
+def draw(table: SamplerTable, samples: int) -> list[NoiseTrajectory]:
+    return [
+        draw_trajectory(5, table.timesteps, table.train_steps, FEATURES, trajectory=k)
+        for k in range(samples)
+    ]
 
 
-def run_loop(loop: nn.Module, plan: SamplingPlan, x_v: np.ndarray) -> np.ndarray:
+def run_loop(
+    loop: nn.Module, plan: SamplingPlan, table: SamplerTable, x_v: np.ndarray, samples: int
+) -> np.ndarray:
     """Through float32 tables, as the SDK makes them from plan.safetensors."""
-    tables = plan.tensors()
-    initial, noise = fold(noise_of(plan), tables.get("input_weight"))
-    arrays = (initial, tables["coefficients"], tables["time_bias"], noise)
+    point = OperatingPoint(table.sampler, table.eta, table.timesteps, samples, None)
+    sampling = Sampling({"p": point}, "p", table.train_steps, "shared", 5, FEATURES)
+    tables = make_tables(plan.tensors({"p": table}), sampling, "p", seed=5, samples=samples)
+    arrays = (x_v.astype(np.float32), tables.coefficients, tables.bias)
     with torch.inference_mode():
-        return loop(torch.from_numpy(x_v).float(), *map(torch.from_numpy, arrays)).numpy()
+        return loop(*map(torch.from_numpy, arrays)).numpy()
 
 
 def scripted(plan: SamplingPlan) -> nn.Module:
@@ -64,49 +71,56 @@ FORMS = {"eager": ReverseLoop, "scripted": scripted, "scan": ScanLoop}
 
 
 @pytest.mark.parametrize("carry", ["hidden", "feature"])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     ("form", "steps"),
     # scan takes no sequence of length 0, so its shortest loop has two steps
     [*((f, s) for f in ("eager", "scripted") for s in (1, 2, 100)), ("scan", 2), ("scan", 100)],
 )
-def test_every_form_of_the_loop_gives_what_the_plan_gives(form, steps, carry):
-    plan = random_plan(carry, steps)
+def test_every_form_of_the_loop_gives_what_the_plan_gives(form, steps, sampler, samples, carry):
+    plan = random_plan(carry)
+    table = sampler_table(ScheduleConfig(), sampler, steps)
     x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
-    want = run_plan(plan, x_v, noise_of(plan))
-    got = run_loop(FORMS[form](plan), plan, x_v)
-    assert got.shape == (7, FEATURES)
+    want = run_plan(plan, table, x_v, draw(table, samples))
+    got = run_loop(FORMS[form](plan), plan, table, x_v, samples)
+    assert got.shape == (7, samples, FEATURES)
     assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
 
 
 @pytest.mark.parametrize("form", ["eager", "scan"])
 def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
-    """No sampler of today has C; the loops must still agree on where it goes."""
-    plan = random_plan("hidden", 10)
-    plan.table.coefficients[1:-1, 2] = 0.3
+    """dpmpp without its C is another sampler: were C lost, the loops could still agree."""
+    plan, table = random_plan("hidden"), sampler_table(ScheduleConfig(), "dpmpp", 10)
+    coefficients = table.coefficients.copy()
+    coefficients[:, 2] = 0
+    first_order = replace(table, coefficients=coefficients)
     x_v = np.random.default_rng(4).standard_normal((3, CONDITION))
-    want = run_plan(plan, x_v, noise_of(plan))
-    assert np.abs(want - run_plan(random_plan("hidden", 10), x_v, noise_of(plan))).max() > 1e-4
-    got = run_loop(FORMS[form](plan), plan, x_v)
-    assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
+    loop = FORMS[form](plan)
+    got = run_loop(loop, plan, table, x_v, 1)
+    assert np.abs(got - run_loop(loop, plan, first_order, x_v, 1)).max() > 1e-4
+
+
+def run_in_bf16(plan: SamplingPlan, x_v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the loop gives with bf16 products, and what it should give."""
+    table = sampler_table(ScheduleConfig(), "ddpm", 100)
+    got = run_loop(ReverseLoop(plan, torch.bfloat16), plan, table, x_v, 1)
+    return got, run_plan(plan, table, x_v, draw(table, 1))
 
 
 def test_products_in_bf16_leave_the_loop_s_tables_and_answer_in_float32():
-    plan = random_plan("hidden", 100)
     x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
-    want = run_plan(plan, x_v, noise_of(plan))
-    got = run_loop(ReverseLoop(plan, torch.bfloat16), plan, x_v)
+    got, want = run_in_bf16(random_plan("hidden"), x_v)
     assert got.dtype == np.float32
     assert 1e-5 < np.abs(got - want).max() / np.abs(want).max() <= BF16_LAYER
 
 
 def test_features_with_a_large_mean_lose_nothing_in_bf16():
     """Were the mean folded into the bf16 product, its rounding would drown the features."""
-    plan = random_plan("hidden", 100)
+    plan = random_plan("hidden")
     mean, std = plan.standardise
     x_v = np.random.default_rng(4).standard_normal((7, CONDITION))
-    want = run_plan(plan, x_v, noise_of(plan))
-    shifted = replace(plan, standardise=(mean + 1000, std))
-    got = run_loop(ReverseLoop(shifted, torch.bfloat16), shifted, x_v + 1000)
+    got, want = run_in_bf16(replace(plan, standardise=(mean + 1000, std)), x_v + 1000)
     assert np.abs(got - want).max() / np.abs(want).max() <= BF16_LAYER
 
 

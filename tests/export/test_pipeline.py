@@ -14,7 +14,13 @@ from safetensors.numpy import load_file, save_file
 from marnet_export.pipeline import Settings, export_bundle
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
-from marnet_sdk.errors import DataError, ExportError, OutputExists, VerificationFailed
+from marnet_sdk.errors import (
+    DataError,
+    ExportError,
+    InvalidInput,
+    OutputExists,
+    VerificationFailed,
+)
 from marnet_train.checkpoint import checkpoint_hash
 
 Weights = dict[str, np.ndarray]
@@ -56,7 +62,9 @@ def test_the_manifest_says_what_was_asked_and_what_was_built(checkpoint, bundles
     assert manifest.labels == tuple("0123456789")
     assert (manifest.precision.asked, manifest.precision.compute) == ("fp16", "fp32")
     assert manifest.precision.storage["fp16"] > 0.95
-    assert manifest.sampling.timesteps == (100, 90, 80, 70, 60, 50, 40, 30, 20, 10)
+    assert manifest.sampling.point.timesteps == (100, 90, 80, 70, 60, 50, 40, 30, 20, 10)
+    assert (manifest.sampling.point.sampler, manifest.sampling.point.samples) == ("ddpm", 1)
+    assert (manifest.sampling.noise, list(manifest.sampling.points)) == ("shared", ["default"])
     assert (manifest.sampling.train_steps, manifest.sampling.seed) == (100, 3)
     assert manifest.checkpoint_sha256 == checkpoint_hash(checkpoint)
     assert manifest.built_for.device == "cpu"
@@ -67,7 +75,9 @@ def test_the_manifest_says_what_was_asked_and_what_was_built(checkpoint, bundles
 def test_fidelity_travels_with_the_bundle(checkpoint, bundles):
     fidelity = export_bundle(checkpoint, bundles / "b", quick())
     written = json.loads((bundles / "b/fidelity.json").read_text())
-    assert written == json.loads(json.dumps(fidelity.to_dict()))
+    own = json.loads(json.dumps(fidelity.to_dict()))
+    assert {key: written[key] for key in own} == own
+    assert written["operating_points"] == {"default": own}
     assert written["images"] == 270
     assert written["top1_agreement"] >= 0.98
     assert 0.8 < written["reference_accuracy"] < 1
@@ -167,3 +177,162 @@ def test_a_checkpoint_without_samples_asks_for_data(checkpoint, digits, tmp_path
     with pytest.raises(DataError, match="--no-samples, so name images to verify on with --data"):
         export_bundle(bare, bundles / "b", quick())
     assert export_bundle(bare, bundles / "b", quick(), data=digits).images == 270
+
+
+def test_the_error_along_the_trajectory_and_the_instability_floor_are_reported(bundle_of):
+    found = json.loads((bundle_of("torchscript", "fp32") / "fidelity.json").read_text())
+    assert [row["step"] for row in found["trajectory"]][::19] == [1, 100]
+    assert [row["t"] for row in found["trajectory"]][::19] == [100, 1]
+    assert all(0 <= row["error"] < 1e-2 for row in found["trajectory"])
+    floor = found["instability"]
+    assert (floor["seeds"], floor["images"]) == ([0, 1, 2, 3, 4], 270)
+    low, high = floor["interval"]
+    assert low <= floor["share"] <= high
+    settled = found["settled"]
+    assert settled["samples"] == 8
+    assert 4 <= settled["mean_samples"] < 8
+    assert settled["agreement"] >= 0.97
+    assert found["latency_ms"] > 0
+
+
+def test_half_precision_errs_along_the_whole_trajectory(bundle_of):
+    def errors(precision: str) -> np.ndarray:
+        file = bundle_of("torchscript", precision) / "fidelity.json"
+        return np.array([row["error"] for row in json.loads(file.read_text())["trajectory"]])
+
+    assert (errors("bf16") > 10 * errors("fp32")).all()
+
+
+# --- operating points
+
+
+def test_a_sweep_names_three_points_and_says_all_that_it_measured(swept_bundle):
+    report = json.loads((swept_bundle / "pareto.json").read_text())
+    sampling = read_bundle(swept_bundle).manifest.sampling
+    assert sampling.points.keys() == report["points"].keys() == {"exact", "fast", "balanced"}
+    assert sampling.default == report["picked"] == "fast"
+    for name, point in sampling.points.items():
+        told = report["points"][name]
+        assert (point.sampler, len(point.timesteps), point.samples) == (
+            *(told["sampler"], told["steps"], told["samples"]),
+        )
+    exact, fast = sampling.points["exact"], sampling.points["fast"]
+    assert (exact.sampler, len(exact.timesteps), exact.samples) == ("ddpm", 100, 1)
+    assert len(fast.timesteps) * fast.samples < 20
+    measured = {(c["sampler"], c["steps"], c["samples"]) for c in report["candidates"]}
+    samplers, steps = ("ddpm", "ddim", "dpmpp"), (1, 2, 5, 10, 20, 50, 100)
+    assert measured == {(s, n, k) for s in samplers for n in steps for k in (1, 2, 4, 8)}
+    assert report["images"] == 270
+    assert report["enough_images"]
+    assert (swept_bundle / "pareto.png").read_bytes()[1:4] == b"PNG"
+    assert not list(swept_bundle.glob("sweep*"))  # the graphs of the sweep are the payload
+
+
+def test_every_point_is_verified_against_its_own_float32_process(swept_bundle):
+    found = json.loads((swept_bundle / "fidelity.json").read_text())["operating_points"]
+    assert found.keys() == {"exact", "fast", "balanced"}
+    assert all(point["top1_agreement"] >= 0.95 for point in found.values())
+    assert all(point["row_invariance"]["flips"] == 0 for point in found.values())
+
+
+def test_the_fast_point_keeps_the_accuracy_on_images_that_chose_nothing(swept_bundle, digits):
+    lines = (digits / "test/metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    images = [digits / "test" / row["file_name"] for row in rows]
+    truth = [row["label"] for row in rows]
+
+    def accuracy(point: str) -> float:
+        answers = Classifier(swept_bundle, operating_point=point).predict(images)
+        return float(np.mean([a.label == t for a, t in zip(answers, truth, strict=True)]))
+
+    assert accuracy("fast") >= accuracy("exact") - 0.03
+
+
+def test_a_set_too_small_to_tell_serves_the_process_as_trained_and_says_so(checkpoint, bundles):
+    said: list[str] = []
+    settings = quick(steps="auto", sampler="ddim", samples=1, max_drop=0.001)
+    export_bundle(checkpoint, bundles / "b", settings, say=said.append)
+    sampling = read_bundle(bundles / "b").manifest.sampling
+    assert sampling.points["fast"] == sampling.points["exact"]
+    assert any("270 images cannot show" in line and "or more are needed" in line for line in said)
+    assert not json.loads((bundles / "b/pareto.json").read_text())["enough_images"]
+
+
+def test_a_latency_budget_that_nothing_keeps_is_refused(checkpoint, bundles):
+    settings = quick(steps="auto", sampler="ddim", samples=1, max_drop=0.05, latency_budget_ms=1e-6)
+    with pytest.raises(VerificationFailed, match="no candidate that passes takes at most 1e-06 ms"):
+        export_bundle(checkpoint, bundles / "b", settings)
+    assert list(bundles.iterdir()) == []
+
+
+def test_precision_can_be_swept_too(checkpoint, bundles):
+    settings = quick(precision="auto", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
+    export_bundle(checkpoint, bundles / "b", settings)
+    report = json.loads((bundles / "b/pareto.json").read_text())
+    assert {c["precision"] for c in report["candidates"]} == {"fp32", "bf16", "fp16"}
+    manifest = read_bundle(bundles / "b").manifest
+    asked = {point["precision"] for point in report["points"].values()}
+    # A bundle holds one graph, so its points are chosen among those of the precision picked.
+    assert manifest.precision.storage[manifest.precision.asked] > 0.5
+    assert manifest.precision.asked in {c["precision"] for c in report["candidates"]}
+    assert asked <= {"fp32", "bf16", "fp16"}
+    assert not list((bundles / "b").glob("sweep*"))
+
+
+def test_a_sweep_needs_classes_that_the_checkpoint_knows(checkpoint, tmp_path, bundles):
+    data = tmp_path / "data"
+    data.mkdir()
+    image = min((checkpoint / "samples").glob("*.png"))
+    shutil.copy(image, data)
+    (data / "metadata.jsonl").write_text(json.dumps({"file_name": image.name, "label": "cow"}))
+    for settings, match in (
+        (quick(steps="auto"), "--steps auto compares accuracies"),
+        (quick(target_risk=0.1), "--target-risk needs images whose classes"),
+    ):
+        with pytest.raises(DataError, match=match):
+            export_bundle(checkpoint, bundles / "b", settings, data=data)
+
+
+# --- risk
+
+
+def test_the_threshold_of_a_target_risk_travels_with_its_curve(swept_bundle):
+    sampling = read_bundle(swept_bundle).manifest.sampling
+    report = json.loads((swept_bundle / "risk_coverage.json").read_text())
+    assert report["operating_points"].keys() == sampling.points.keys()
+    for name, curve in report["operating_points"].items():
+        chosen = curve["chosen"]
+        assert chosen["threshold"] == sampling.points[name].abstain_below
+        assert chosen["risk"] <= chosen["upper_bound"] <= chosen["target"] == 0.04
+        at = curve["threshold"].index(chosen["threshold"])
+        assert curve["coverage"][at] == chosen["coverage"]
+        assert curve["coverage"][-1] == 1
+    assert (swept_bundle / "risk_coverage.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_without_a_target_the_curve_is_written_and_no_threshold(bundle_of):
+    path = bundle_of("torchscript", "fp16")
+    report = json.loads((path / "risk_coverage.json").read_text())
+    assert "chosen" not in report["operating_points"]["default"]
+    assert read_bundle(path).manifest.sampling.point.abstain_below is None
+
+
+def test_a_risk_that_cannot_be_shown_stops_the_export(checkpoint, bundles):
+    with pytest.raises(VerificationFailed, match=r"270 images cannot show a risk below 0\.10%"):
+        export_bundle(checkpoint, bundles / "b", quick(target_risk=0.001))
+    assert list(bundles.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"backend": "onnx"}, "backend: got 'onnx', expected one of"),
+        ({"sampler": "euler"}, "sampler: got 'euler', expected one of ddpm, ddim, dpmpp"),
+        ({"noise": "none"}, "noise: got 'none', expected one of shared, image"),
+        ({"precision": "auto"}, "precision: got 'auto', expected one of fp32, bf16, fp16"),
+        ({"latency_budget_ms": 3.0}, "a latency budget is for choosing steps: add --steps auto"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(setting, message):
+    with pytest.raises(InvalidInput, match=message):
+        quick(**setting)

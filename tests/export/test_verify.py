@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from scipy.stats import binomtest
-from tolerances import FLOAT64
+from tiny import plain_refine
+from tolerances import FLOAT32_TWICE, FLOAT64
 
 from marnet_export.verify import (
+    Built,
     Fidelity,
+    Reference,
+    instability_floor,
     margin,
     measure_fidelity,
     row_invariance,
+    settling,
+    trajectory_error,
     wilson_interval,
 )
+from marnet_sdk import Classifier
+from marnet_sdk.backends import open_backend
+from marnet_sdk.bundle import read_bundle
+from marnet_sdk.classifier import pixel_key
+from marnet_sdk.errors import ExportError
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.diffusion import sampler_table
+from marnet_train.models.marnet import MARNet
 
 Floats = np.ndarray
 Run = Callable[[Floats], Floats]
@@ -205,3 +222,104 @@ def test_top_5_agreement_compares_sets_of_labels():
     found = measure(run)
     assert found.top1_agreement == 0
     assert found.top5_agreement == (PIXELS[:, 0, 0, 0] <= 0).mean()
+
+
+# --- against a checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> MARNet:
+    return load_checkpoint(checkpoint).model
+
+
+@pytest.fixture(scope="module")
+def images(checkpoint: Path) -> Floats:
+    loaded = load_checkpoint(checkpoint)
+    return loaded.preprocess.pixels(sorted(loaded.samples.glob("*.png"))[:70])
+
+
+@pytest.mark.parametrize("by_image", [False, True])
+def test_the_reference_is_the_checkpoint_with_its_plain_loop(by_image, model, images):
+    reference = Reference(model, images, by_image=by_image, batch=32)
+    table = sampler_table(model.config.schedule, "dpmpp", 7)
+    got = reference.logits(table, 3, 2)
+    keys = [pixel_key(row) for row in images] if by_image else None
+    x_v = reference.x_v.numpy()
+    want, _ = plain_refine(model, table, x_v, seed=3, samples=2, keys=keys)
+    assert np.abs(got - want).max() <= FLOAT32_TWICE * np.abs(want).max()
+    np.testing.assert_array_equal(reference.logits(table, 3, 2, limit=40), got[:40])
+
+
+def test_estimates_end_where_the_chain_ends(model, images):
+    reference = Reference(model, images)
+    table = sampler_table(model.config.schedule, "ddim", 6)
+    estimates = reference.estimates(table, 0, 9)
+    assert estimates.shape == (6, 9, 10)
+    want = reference.logits(table, 0, limit=9)[:, 0]
+    np.testing.assert_allclose(estimates[-1], want, atol=FLOAT32_TWICE * np.abs(want).max())
+
+
+def test_a_reference_that_leaves_the_finite_numbers_names_the_step(checkpoint, images):
+    broken = load_checkpoint(checkpoint).model
+    with torch.no_grad():
+        broken.denoiser.layer4.weight *= 1e25
+    reference = Reference(broken, images[:3])
+    table = sampler_table(broken.config.schedule, "ddpm", 10)
+    with pytest.raises(ExportError, match=r"from step 2 of 10 on \(t = 90, ddpm\)"):
+        reference.logits(table, 0)
+
+
+@pytest.fixture(scope="module")
+def built(bundle_of) -> Callable[[str], Built]:
+    def open_built(precision: str) -> Built:
+        bundle = read_bundle(bundle_of("torchscript", precision))
+        plan = load_file(bundle.path / "payload/plan.safetensors")
+        compute = bundle.manifest.precision.compute
+        backend = open_backend("torchscript", bundle.path / "payload", compute, 1)
+        return Built(backend, plan, bundle.manifest.sampling)
+
+    return open_built
+
+
+def test_what_is_built_answers_as_a_classifier_does(built, bundle_of, images):
+    want = Classifier(bundle_of("torchscript", "fp32")).logits(images)
+    run = built("fp32").run("default")
+    np.testing.assert_allclose(run(images), want, atol=FLOAT32_TWICE * np.abs(want).max())
+
+
+def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
+    table = sampler_table(model.config.schedule, "ddpm")
+    reference, opened = Reference(model, images), built("fp32")
+    found = trajectory_error(reference, opened, "default", table, images, most=5)
+    assert [(row["step"], row["t"]) for row in found] == [
+        (1, 100), (26, 75), (50, 51), (75, 26), (100, 1)
+    ]  # fmt: skip
+    assert max(row["error"] for row in found) < 1e-2
+    spoiled = dict(opened.plan)
+    spoiled["coefficients.default"] = spoiled["coefficients.default"].copy()
+    spoiled["coefficients.default"][60] *= 1.5  # the 61st step goes too far
+    departing = Built(opened.backend, spoiled, opened.sampling)
+    errors = trajectory_error(reference, departing, "default", table, images, most=100)
+    assert max(row["error"] for row in errors[:60]) < 1e-2
+    assert errors[61]["error"] > 10 * max(row["error"] for row in errors[:60])
+
+
+def test_the_instability_floor_counts_labels_that_the_seed_decides(model, images):
+    reference = Reference(model, images)
+    table = sampler_table(model.config.schedule, "ddpm", 5)
+    found = instability_floor(reference, table, seed=2**64 - 2, samples=1)
+    seeds = [2**64 - 2, 2**64 - 1, 0, 1, 2]
+    labels = np.stack([reference.logits(table, s)[:, 0].argmax(axis=1) for s in seeds])
+    assert found["seeds"] == seeds
+    assert found["images"] == 70
+    assert found["share"] == np.mean([len(set(row)) > 1 for row in labels.T.tolist()])
+    limited = instability_floor(reference, table, seed=0, samples=1, most=5 * 5 * 66)
+    assert limited["images"] == 66
+
+
+def test_settling_is_measured_against_all_samples(built, images):
+    found = settling(built("fp32"), "default", images, samples=16)
+    assert (found["samples"], found["images"]) == (16, 70)
+    assert 4 <= found["mean_samples"] < 16
+    assert found["agreement"] >= 0.95
+    assert found["interval"][0] <= found["agreement"] <= found["interval"][1]

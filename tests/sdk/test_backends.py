@@ -3,84 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tolerances import FLOAT32_LAYER
 
 from marnet_sdk.backends import BACKENDS, Tables, make_tables, open_backend
-from marnet_sdk.backends.onnxruntime import _at_least_two_steps
-from marnet_sdk.bundle import read_bundle
+from marnet_sdk.bundle import OperatingPoint, Sampling, read_bundle
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError
 from marnet_sdk.trajectory import draw_trajectory, fold
 
-SAMPLING = {"seed": 3, "timesteps": (9, 5, 2), "train_steps": 9, "width": 4}
+RNG = np.random.default_rng(0)
+TIMESTEPS = (9, 5, 2)
+SAMPLING = Sampling(
+    points={
+        "exact": OperatingPoint("ddpm", 0.0, TIMESTEPS, 1, None),
+        "fast": OperatingPoint("ddim", 0.0, (9,), 1, None),
+    },
+    default="exact",
+    train_steps=9,
+    noise="shared",
+    seed=0,
+    width=4,
+)
+PLAN = {
+    "time_bias": RNG.random((9, 6), np.float32),
+    "input_weight": RNG.standard_normal((6, 4)).astype(np.float32),
+    "output_bias": RNG.random(4, np.float32),
+    "coefficients.exact": RNG.random((3, 4)),
+    "coefficients.fast": RNG.random((1, 4)),
+}
 
 
-@pytest.fixture
-def plan(tmp_path):
-    def write(**extra: np.ndarray):
-        rng = np.random.default_rng(0)
-        tensors = {
-            "coefficients": rng.random((3, 4), np.float32),
-            "time_bias": rng.random((3, 6), np.float32),
-        }
-        save_file(tensors | extra, tmp_path / "plan.safetensors")
-        return tmp_path / "plan.safetensors"
-
-    return write
+def folded(seed: int, trajectories: list[int]) -> np.ndarray:
+    """The bias of the operating point "exact", [S, K, H], folded by hand."""
+    drawn = [draw_trajectory(seed, TIMESTEPS, 9, 4, trajectory=k) for k in trajectories]
+    rows = PLAN["time_bias"][[8, 4, 1]]  # t = 9, 5, 2
+    table = PLAN["coefficients.exact"]
+    return fold(drawn, table, rows, PLAN["input_weight"], PLAN["output_bias"]).astype(np.float32)
 
 
-def test_tables_fold_the_noise_where_the_plan_carries_the_hidden_state(plan):
-    weight = np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)
-    tables = make_tables(plan(input_weight=weight), **SAMPLING)
-    trajectory = draw_trajectory(3, (9, 5, 2), 9, 4)
-    expected = fold(trajectory, weight)
-    np.testing.assert_array_equal(tables.initial, expected[0])
-    np.testing.assert_array_equal(tables.noise, expected[1])
-    assert (tables.initial.shape, tables.noise.shape) == ((1, 6), (3, 6))
+def test_tables_hold_the_noise_and_the_time_of_the_steps_that_are_visited():
+    tables = make_tables(PLAN, SAMPLING, "exact", seed=3, samples=1)
+    np.testing.assert_array_equal(tables.bias[:, 0], folded(3, [0]))
+    want = PLAN["coefficients.exact"][:, :3].astype(np.float32)
+    np.testing.assert_array_equal(tables.coefficients, want)
+    assert tables.bias.dtype == tables.coefficients.dtype == np.float32
+    fast = make_tables(PLAN, SAMPLING, "fast", seed=3, samples=1)
+    assert (fast.bias.shape, fast.coefficients.shape) == ((1, 1, 1, 6), (1, 3))
 
 
-def test_tables_hold_the_noise_itself_where_the_plan_carries_the_feature(plan):
-    tables = make_tables(plan(), **SAMPLING)
-    trajectory = draw_trajectory(3, (9, 5, 2), 9, 4)
-    np.testing.assert_array_equal(tables.noise, trajectory.steps.astype(np.float32))
-    np.testing.assert_array_equal(tables.initial[0], trajectory.initial.astype(np.float32))
-    assert {array.dtype for array in tables.named().values()} == {np.dtype(np.float32)}
+def test_samples_are_trajectories_of_one_seed():
+    tables = make_tables(PLAN, SAMPLING, "exact", seed=3, samples=4)
+    assert tables.bias.shape == (3, 1, 4, 6)
+    np.testing.assert_array_equal(tables.bias[:, 0], folded(3, [0, 1, 2, 3]))
+    np.testing.assert_array_equal(tables.samples(1, 3).bias[:, 0], folded(3, [1, 2]))
+    assert len({row.tobytes() for row in tables.bias[0, 0]}) == 4
 
 
-def test_the_order_of_the_tables_is_that_of_the_graphs_inputs(bundle_of):
-    import onnxruntime
-
-    model = bundle_of("onnxruntime", "fp16") / "payload/model.onnx"
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    empty = np.empty(0, np.float32)
-    assert names == ["pixels", *Tables(empty, empty, empty, empty).named()]
-    assert [entry.name for entry in session.get_outputs()] == ["logits", "features"]
+def test_noise_keyed_by_image_has_a_row_for_each_that_depends_on_its_key_alone():
+    keys = [7, 2**64 - 1, 7]
+    tables = make_tables(PLAN, SAMPLING, "exact", seed=3, samples=2, keys=keys)
+    assert tables.bias.shape == (3, 3, 2, 6)
+    np.testing.assert_array_equal(tables.bias[:, 0], folded(3, [7, 8]))
+    np.testing.assert_array_equal(tables.bias[:, 1], folded(3, [2**64 - 1, 0]))  # wraps around
+    np.testing.assert_array_equal(tables.bias[:, 2], tables.bias[:, 0])
+    chosen = tables.rows(np.array([1]))
+    np.testing.assert_array_equal(chosen.bias, tables.bias[:, 1:2])
+    shared = make_tables(PLAN, SAMPLING, "exact", seed=3, samples=2)
+    assert shared.rows(np.array([1, 0])) is shared
 
 
 def test_a_single_step_is_preceded_by_one_that_changes_nothing():
-    """x = 1 x + 0 x0 + 0 previous + 0 z; two steps and more are left as they are."""
-    one = Tables(
-        initial=np.ones((1, 4), np.float32),
-        coefficients=np.array([[0, 1, 0, 0]], np.float32),
-        time_bias=np.full((1, 6), 2, np.float32),
-        noise=np.full((1, 4), 3, np.float32),
-    )
-    two = _at_least_two_steps(one)
-    assert two.coefficients.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
-    assert (two.time_bias.shape, two.noise.shape) == ((2, 6), (2, 4))
-    assert two.time_bias[1].tolist() == one.time_bias[0].tolist()
-    assert _at_least_two_steps(two) is two
+    """x = 1 x + 0 x0 + 0 previous; two steps and more are left as they are."""
+    one = Tables(np.array([[0, 1, 0]], np.float32), np.full((1, 1, 2, 6), 2, np.float32))
+    two = one.at_least_two_steps()
+    assert two.coefficients.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert two.bias.shape == (2, 1, 2, 6)
+    assert two.bias[1].tolist() == one.bias[0].tolist()
+    assert two.at_least_two_steps() is two
 
 
 def test_an_unknown_backend_is_refused_with_those_that_are_known(tmp_path):
-    message = "backend 'openvino' is unknown to this version.*onnxruntime, torchscript; upgrade"
+    message = f"backend 'abacus' is unknown to this version.*{', '.join(sorted(BACKENDS))}; upgrade"
     with pytest.raises(BundleFormatError, match=message):
-        open_backend("openvino", tmp_path / "payload", "fp32", None)
+        open_backend("abacus", tmp_path / "payload", "fp32", None)
 
 
 @pytest.mark.parametrize(
@@ -95,29 +106,32 @@ def test_a_type_that_a_backend_cannot_compute_in_is_refused(tmp_path, backend, c
         open_backend(backend, tmp_path, compute, None)
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"), [("onnxruntime", "model.onnx"), ("torchscript", "model.pt")]
-)
-def test_a_graph_that_cannot_be_loaded_names_file_and_version(tmp_path, backend, name):
-    (tmp_path / name).write_bytes(b"not a graph")
-    with pytest.raises(BackendUnavailable, match=rf" \d+\.\d+\S* cannot (open|load) .*{name}"):
+@pytest.mark.parametrize(("backend", "suffix"), [("onnxruntime", "onnx"), ("torchscript", "pt")])
+@pytest.mark.parametrize("broken", ["encoder", "refine"])
+def test_a_graph_that_cannot_be_loaded_names_file_and_version(
+    tmp_path, bundle_of, backend, suffix, broken
+):
+    for graph in ("encoder", "refine"):
+        name = f"{graph}.{suffix}"
+        sound = (bundle_of(backend, "fp16") / "payload" / name).read_bytes()
+        (tmp_path / name).write_bytes(b"not a graph" if graph == broken else sound)
+    message = rf" \d+\.\d+\S* cannot (open|load) .*{broken}.{suffix}"
+    with pytest.raises(BackendUnavailable, match=message):
         open_backend(backend, tmp_path, "fp32", None)
 
 
+Inputs = Callable[[str], tuple[Path, np.ndarray, Tables]]
+
+
 @pytest.fixture
-def inputs(bundle_of) -> Callable[[str], tuple[Path, np.ndarray, Tables]]:
-    """backend -> the payload of an fp16 bundle, its golden pixels, its tables."""
+def inputs(bundle_of) -> Inputs:
+    """backend -> the payload of an fp16 bundle, its golden pixels, tables of two samples."""
 
     def make(backend: str):
         bundle = read_bundle(bundle_of(backend, "fp16"))
+        plan = load_file(bundle.path / "payload/plan.safetensors")
         sampling = bundle.manifest.sampling
-        tables = make_tables(
-            bundle.path / "payload/plan.safetensors",
-            seed=sampling.seed,
-            timesteps=sampling.timesteps,
-            train_steps=sampling.train_steps,
-            width=sampling.width,
-        )
+        tables = make_tables(plan, sampling, sampling.default, seed=0, samples=2)
         pixels = load_file(bundle.path / "golden/answers.safetensors")["pixels"]
         return bundle.path / "payload", pixels, tables
 
@@ -128,10 +142,12 @@ def inputs(bundle_of) -> Callable[[str], tuple[Path, np.ndarray, Tables]]:
 def test_arrays_that_must_not_be_written_to_are_taken_silently(backend, inputs):
     payload, pixels, tables = inputs(backend)
     opened = open_backend(backend, payload, "fp32", 1)
-    expected = opened.run(pixels, tables)[0]
-    for array in (pixels, *tables.named().values()):
+    x_v = opened.encode(pixels)
+    expected = opened.refine(x_v, tables)[0]
+    for array in (pixels, x_v, tables.coefficients, tables.bias):
         array.flags.writeable = False
-    np.testing.assert_array_equal(opened.run(pixels, tables)[0], expected)
+    np.testing.assert_array_equal(opened.encode(pixels), x_v)
+    np.testing.assert_array_equal(opened.refine(x_v, tables)[0], expected)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
@@ -140,31 +156,49 @@ def test_a_caller_s_autocast_does_not_change_what_torchscript_answers(compute, i
 
     payload, pixels, tables = inputs("torchscript")
     opened = open_backend("torchscript", payload, compute, 1)
-    expected = opened.run(pixels, tables)
+    x_v = opened.encode(pixels)
+    expected = opened.refine(x_v, tables)
     with torch.autocast("cpu", torch.bfloat16):
-        got = opened.run(pixels, tables)
+        got = (opened.encode(pixels), *opened.refine(x_v, tables))
         assert torch.is_autocast_enabled("cpu")
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(got, (x_v, *expected), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_onnxruntime_s_idle_threads_do_not_spin(inputs):
     opened: Any = open_backend("onnxruntime", inputs("onnxruntime")[0], "fp32", 2)
-    options = opened._session.get_session_options()
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    for session in (opened._encoder, opened._refine):
+        options = session.get_session_options()
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_a_backend_takes_and_gives_float32_arrays_and_changes_none(backend, inputs):
     payload, pixels, tables = inputs(backend)
-    arrays = [pixels, *tables.named().values()]
-    before = [array.copy() for array in arrays]
     opened = open_backend(backend, payload, "fp32", 1)
-    logits, features = opened.run(pixels, tables)
-    again = opened.run(pixels, tables)[0]
-    assert (type(logits), type(features)) == (np.ndarray, np.ndarray)
-    assert (logits.dtype, features.dtype) == (np.float32, np.float32)
-    assert (len(logits), len(features)) == (8, 8)
+    x_v = opened.encode(pixels)
+    arrays = [pixels, x_v, tables.coefficients, tables.bias]
+    before = [array.copy() for array in arrays]
+    logits, features = opened.refine(x_v, tables)
+    again = opened.refine(x_v, tables)[0]
+    assert [type(a) for a in (x_v, logits, features)] == [np.ndarray] * 3
+    assert [a.dtype for a in (x_v, logits, features)] == [np.float32] * 3
+    assert (len(x_v), logits.shape[:2], features.shape[:2]) == (8, (8, 2), (8, 2))
     np.testing.assert_array_equal(again, logits)
     for array, original in zip(arrays, before, strict=True):
         np.testing.assert_array_equal(array, original)
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_noise_may_have_one_row_for_all_images_or_one_for_each(backend, inputs):
+    payload, pixels, tables = inputs(backend)
+    opened = open_backend(backend, payload, "fp32", 1)
+    x_v = opened.encode(pixels)
+    expected = opened.refine(x_v, tables)[0]
+    each = replace(tables, bias=np.repeat(tables.bias, len(x_v), axis=1))
+    each.bias[:, 3] += 1  # one image's noise is its own
+    got = opened.refine(x_v, each)[0]
+    others = np.arange(len(x_v)) != 3
+    scale = np.abs(expected).max()
+    assert np.abs(got - expected)[others].max() <= FLOAT32_LAYER * scale
+    assert np.abs(got - expected)[3].max() > 100 * FLOAT32_LAYER * scale

@@ -19,6 +19,7 @@ from marnet_sdk.bundle import (
     BuiltFor,
     Bundle,
     Manifest,
+    OperatingPoint,
     Precision,
     Sampling,
     newest_bundle,
@@ -40,7 +41,17 @@ FIELDS: dict[str, Any] = {
     "preprocess": {"size": {"height": 8, "width": 8}},
     "backend": "onnxruntime",
     "precision": Precision("fp16", "fp32", {"fp16": 0.99, "fp32": 0.01}),
-    "sampling": Sampling("ddpm", (3, 2, 1), 3, 0, 16),
+    "sampling": Sampling(
+        points={
+            "exact": OperatingPoint("ddpm", 0.0, (3, 2, 1), 1, None),
+            "fast": OperatingPoint("ddim", 0.5, (3,), 4, 0.75),
+        },
+        default="fast",
+        train_steps=3,
+        noise="shared",
+        seed=0,
+        width=16,
+    ),
     "buckets": (),
     "golden_tolerance": 0.02,
     "built_for": BuiltFor("cpu", "x86_64", {"python": "3.11.0"}),
@@ -126,7 +137,7 @@ def test_the_manifest_is_canonical_json_that_a_person_can_read(bundle):
     raw = (bundle / "manifest.json").read_bytes()
     content = json.loads(raw)
     assert raw == (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert b'"dog \\u5b57"' in raw
 
 
@@ -210,7 +221,7 @@ def test_something_else_called_manifest_is_damage(bundle, raw):
         read_bundle(bundle)
 
 
-NESTED = b'{"digest": "", "format_version": 1, "x": %s%s}' % (b"[" * 400, b"]" * 400)
+NESTED = b'{"digest": "", "format_version": 2, "x": %s%s}' % (b"[" * 400, b"]" * 400)
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"a":' * 100_000, NESTED])
@@ -256,7 +267,20 @@ def test_the_same_content_in_another_layout_is_a_change(bundle):
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [2, 3, 1000])
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_older_format_says_what_to_do(bundle, version):
+    reseal(bundle, lambda content: content.update(format_version=version))
+    with pytest.raises(BundleFormatError, match=f"format {version} is older .* export the bundle"):
+        read_bundle(bundle)
+
+
+def test_a_default_that_is_no_operating_point_is_refused(bundle):
+    reseal(bundle, lambda content: content["sampling"].update(default="slow"))
+    with pytest.raises(BundleFormatError, match="lacks what inference needs: 'slow'"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("version", [3, 4, 1000])
 def test_a_newer_format_is_told_from_damage(bundle, version):
     reseal(bundle, lambda content: content.update(format_version=version, future={"x": 1}))
     with pytest.raises(BundleFormatError, match=f"format {version} is newer .*--upgrade marnet"):

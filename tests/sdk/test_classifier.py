@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tolerances import BUILT
@@ -300,9 +302,13 @@ class Spoiling:
     def __init__(self, backend: Any, value: float, rows: list[int]) -> None:
         self.backend, self.value, self.rows = backend, value, rows
 
-    def run(self, pixels, tables):
-        logits, features = self.backend.run(pixels, tables)
-        logits[self.rows, 3] = self.value
+    def encode(self, pixels):
+        return self.backend.encode(pixels)
+
+    def refine(self, x_v, tables):
+        logits, features = self.backend.refine(x_v, tables)
+        # Of whole batches alone: the step is looked for with one image.
+        logits[[row for row in self.rows if len(x_v) > 1], :, 3] = self.value
         return logits, features
 
 
@@ -312,7 +318,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_names_the_rows(
 ):
     spoiling = Spoiling(classifier._backend, value, [0, 2])
     monkeypatch.setattr(classifier, "_backend", spoiling)
-    cause = "hold NaN or infinity; expected finite numbers: check the pixels .* export"
+    cause = "hold NaN or infinity, from step .* expected finite numbers: check the pixels .* export"
     with pytest.raises(InferenceError, match=f"the logits of row 0, row 2 {cause}"):
         classifier.logits(classifier.preprocess.pixels(paths))
     # The file in the middle is refused, so the third row is the image with the number 3.
@@ -323,10 +329,36 @@ def test_logits_that_are_no_numbers_are_an_error_that_names_the_rows(
         classifier.embed(paths[6:], batch_size=3)
 
 
+class Exploding:
+    """A backend whose chains leave the finite numbers at some step."""
+
+    def __init__(self, backend: Any, step: int) -> None:
+        self.backend, self.step, self.calls = backend, step, 0
+
+    def encode(self, pixels):
+        return self.backend.encode(pixels)
+
+    def refine(self, x_v, tables):
+        self.calls += 1
+        logits, features = self.backend.refine(x_v, tables)
+        return logits * (1 if len(tables.coefficients) < self.step else np.nan), features
+
+
+@pytest.mark.parametrize("step", [1, 2, 37, 99, 100])
+def test_the_step_at_which_a_chain_left_the_finite_numbers_is_named(
+    classifier, paths, monkeypatch, step
+):
+    exploding = Exploding(classifier._backend, step)
+    monkeypatch.setattr(classifier, "_backend", exploding)
+    with pytest.raises(InferenceError, match=f"from step {step} of 100 of the reverse loop on"):
+        classifier.predict(paths[:3])
+    assert exploding.calls <= 1 + 7
+
+
 def test_pixels_that_are_no_numbers_are_named_and_a_long_list_is_cut(classifier, paths):
     pixels = classifier.preprocess.pixels(paths)
     pixels[2:] = np.nan
-    message = "of row 2, row 3, row 4, row 5, row 6 and 4 more hold NaN"
+    message = "of row 2, row 3, row 4, row 5, row 6 and 4 more hold NaN .*from the encoder on"
     with pytest.raises(InferenceError, match=message):
         classifier.logits(pixels)
 
@@ -340,6 +372,204 @@ def test_the_seed_is_a_parameter_of_the_model(bundle_of, classifier, paths):
     np.testing.assert_array_equal(Classifier(path, seed=1).logits(pixels), other)
     assert np.abs(other - default).max() > 0.01
     assert (other.argmax(axis=1) == default.argmax(axis=1)).mean() > 0.8
+
+
+def test_a_seed_at_load_needs_no_other_export_whatever_the_backend(bundle_of, classifier, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    torchscript = Classifier(bundle_of("torchscript", "fp32"), seed=2**63 + 5)
+    onnxruntime = Classifier(bundle_of("onnxruntime", "fp32"), seed=2**63 + 5)
+    want = torchscript.logits(pixels)
+    assert np.abs(onnxruntime.logits(pixels) - want).max() <= BUILT["fp32"] * np.abs(want).max()
+    assert np.abs(want - classifier.logits(pixels)).max() > 0.01
+
+
+# --- several noise samples
+
+
+def test_samples_are_averaged_probabilities_of_single_chains(bundle_of, paths):
+    several = Classifier(bundle_of("onnxruntime", "fp32"), samples=5)
+    pixels = several.preprocess.pixels(paths)
+    tables = several._tables(pixels, 5)
+    x_v = several._backend.encode(pixels)
+    single = [
+        several._backend.refine(x_v, tables.samples(k, k + 1))[0][:, 0].astype(np.float64)
+        for k in range(5)
+    ]
+    chances = np.stack([np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in single], axis=1)
+    mean = chances.mean(axis=1)
+    for i, answer in enumerate(several.predict(paths, top_k=10)):
+        got = {top.index: top.score for top in answer.top}
+        assert got == pytest.approx(dict(enumerate(mean[i])), abs=1e-5)
+        best = mean[i].argmax()
+        assert answer.samples == 5
+        assert answer.vote_share == (chances[i].argmax(axis=1) == best).mean()
+        error = chances[i, :, best].std(ddof=1) / 5**0.5
+        assert answer.standard_error == pytest.approx(error, abs=1e-5)
+    np.testing.assert_allclose(several.logits(pixels), np.log(mean), atol=1e-4)
+
+
+def test_samples_can_be_asked_for_at_load_or_in_a_call(bundle_of, classifier, paths):
+    at_load = Classifier(bundle_of("torchscript", "fp32"), samples=3).predict(paths)
+    assert classifier.predict(paths, samples=3) == at_load
+    assert {answer.samples for answer in classifier.predict(paths)} == {1}
+    assert {answer.standard_error for answer in classifier.predict(paths)} == {None}
+    assert "3 samples" in repr(Classifier(bundle_of("torchscript", "fp32"), samples=3))
+
+
+class Counting:
+    """A backend that counts what goes through its two graphs."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.encoded, self.chains = backend, 0, 0
+
+    def encode(self, pixels):
+        self.encoded += len(pixels)
+        return self.backend.encode(pixels)
+
+    def refine(self, x_v, tables):
+        self.chains += len(x_v) * tables.bias.shape[2]
+        return self.backend.refine(x_v, tables)
+
+
+def test_the_encoder_runs_once_however_many_samples(classifier, paths, monkeypatch):
+    counting = Counting(classifier._backend)
+    monkeypatch.setattr(classifier, "_backend", counting)
+    classifier.predict(paths, samples=8)
+    assert (counting.encoded, counting.chains) == (11, 88)
+
+
+def test_settled_images_draw_no_more_and_keep_their_labels(classifier, digits, monkeypatch):
+    images = sorted((digits / "test").glob("*.png"))[:120]
+    full = classifier.predict(images, samples=16)
+    counting = Counting(classifier._backend)
+    monkeypatch.setattr(classifier, "_backend", counting)
+    early = classifier.predict(images, samples=16, stop="settled")
+    drawn = [answer.samples for answer in early]
+    assert set(drawn) <= {4, 8, 16}
+    assert counting.chains == sum(drawn) < 0.6 * 16 * len(images)
+    assert counting.encoded == len(images)
+    same = [a.label == b.label for a, b in zip(full, early, strict=True)]
+    assert np.mean(same) >= 0.98
+    # The samples of an image are the first ones of all of them.
+    for whole, part in zip(full, early, strict=True):
+        if part.samples == 16:
+            assert part == whole
+
+
+def test_stopping_does_not_depend_on_the_batch(classifier, paths):
+    alone = [classifier.predict(path, samples=16, stop="settled") for path in paths]
+    together = classifier.predict(paths, samples=16, stop="settled")
+    assert [a.samples for a in alone] == [a.samples for a in together]
+    assert [a.label for a in alone] == [a.label for a in together]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 2.0}, r"samples must be an integer, got 2\.0"),
+        ({"stop": "soon"}, "stop must be \"settled\" or None, got 'soon'"),
+        ({"stop": "settled"}, r"looks after 4 samples for the first time, got samples=1; ask for"),
+    ],
+)
+def test_impossible_samples_are_refused(classifier, paths, arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        classifier.predict(paths, **arguments)
+
+
+def test_embeddings_are_the_mean_over_the_samples(bundle_of, paths):
+    three = Classifier(bundle_of("onnxruntime", "fp32"), samples=3)
+    tables = three._tables(three.preprocess.pixels(paths), 3)
+    x_v = three._backend.encode(three.preprocess.pixels(paths))
+    want = three._backend.refine(x_v, tables)[1].mean(axis=1)
+    np.testing.assert_allclose(three.embed(paths), want, atol=1e-5 * np.abs(want).max())
+
+
+# --- operating points
+
+
+def test_an_operating_point_is_chosen_at_load(swept_bundle, paths):
+    fast, exact = (Classifier(swept_bundle, operating_point=p) for p in ("fast", "exact"))
+    assert Classifier(swept_bundle).operating_point == "fast"
+    assert "100 ddpm steps" in repr(exact)
+    assert "100 ddpm steps" not in repr(fast)
+    pixels = fast.preprocess.pixels(paths)
+    assert np.abs(fast.logits(pixels) - exact.logits(pixels)).max() > 1e-3
+    np.testing.assert_array_equal(Classifier(swept_bundle).logits(pixels), fast.logits(pixels))
+
+
+def test_the_exact_point_is_the_bundle_without_a_sweep(swept_bundle, classifier, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    exact = Classifier(swept_bundle, operating_point="exact")
+    np.testing.assert_array_equal(exact.logits(pixels), classifier.logits(pixels))
+
+
+def test_an_operating_point_that_is_not_there_is_refused_with_those_that_are(swept_bundle):
+    message = r"got 'slow'; .*has balanced, exact, fast\. More are made by marnet-export --steps"
+    with pytest.raises(InvalidInput, match=message):
+        Classifier(swept_bundle, operating_point="slow")
+
+
+def test_an_answer_abstains_below_the_threshold_of_its_point_and_only_for_it(
+    swept_bundle, classifier, digits
+):
+    images = sorted((digits / "test").glob("*.png"))
+    swept = Classifier(swept_bundle)
+    threshold = swept.bundle.manifest.sampling.point.abstain_below
+    answers = swept.predict(images)
+    assert [a.abstain for a in answers] == [a.score < threshold for a in answers]
+    # Another number of samples, rule or seed is another score, for which no threshold was found.
+    asked = 2 * swept.samples
+    assert {a.abstain for a in swept.predict(images[:3], samples=asked)} == {None}
+    assert {a.abstain for a in Classifier(swept_bundle, seed=1).predict(images[:3])} == {None}
+    assert {a.abstain for a in classifier.predict(images[:3])} == {None}
+
+
+# --- noise keyed by image
+
+
+def test_noise_keyed_by_image_depends_on_its_pixels_and_on_nothing_else(noisy_bundle, paths):
+    noisy = Classifier(noisy_bundle)
+    pixels = noisy.preprocess.pixels(paths)
+    tables = noisy._tables(pixels, 2)
+    assert tables.bias.shape[1] == 11
+    assert len({tables.bias[0, i].tobytes() for i in range(11)}) == 11
+    order = np.array([3, 3, 0])
+    again = noisy._tables(pixels[order], 2)
+    np.testing.assert_allclose(again.bias, tables.bias[:, order], atol=1e-6)
+    changed = pixels.copy()
+    changed[0, 0, 0, 0] += 1e-3
+    other = noisy._tables(changed, 2)
+    assert np.abs(other.bias[:, 0] - tables.bias[:, 0]).max() > 0.1
+    np.testing.assert_allclose(other.bias[:, 1:], tables.bias[:, 1:], atol=1e-6)
+
+
+# --- an answer depends on its image alone
+
+
+@pytest.fixture(scope="module", params=["torchscript", "onnxruntime", "noise keyed by image"])
+def served(request, bundle_of) -> tuple[Classifier, np.ndarray, np.ndarray]:
+    """A classifier, 40 images as pixels, and what each gives alone."""
+    if request.param == "noise keyed by image":
+        classifier = Classifier(request.getfixturevalue("noisy_bundle"), threads=1)
+    else:
+        classifier = Classifier(bundle_of(request.param, "fp32"), threads=1)
+    folder = request.getfixturevalue("digits") / "test"
+    pixels = classifier.preprocess.pixels(sorted(folder.glob("*.png"))[:40])
+    return classifier, pixels, np.concatenate([classifier.logits(row[None]) for row in pixels])
+
+
+@given(rows=st.lists(st.integers(0, 39), min_size=1, max_size=24))
+@settings(deadline=None, max_examples=150)
+def test_any_split_permutation_padding_or_duplication_changes_no_answer(served, rows):
+    classifier, pixels, alone = served
+    got, want = classifier.logits(pixels[rows]), alone[rows]
+    bound = classifier.bundle.manifest.golden_tolerance * np.abs(alone).max()
+    assert np.abs(got - want).max() <= bound
+    best = np.sort(want, axis=1)
+    decided = best[:, -1] - best[:, -2] > bound
+    assert (got.argmax(axis=1) == want.argmax(axis=1))[decided].all()
+    assert decided.mean() > 0.3 or len(rows) < 8  # else nothing would be claimed
 
 
 def test_two_backends_agree_on_every_label(bundle_of, classifier, digits):
@@ -395,7 +625,10 @@ def lose_the_best(logits: np.ndarray) -> np.ndarray:
         (alter(logits=lambda x: np.roll(x, 1, axis=0)), "[5-8] of 8 labels differ"),
         (alter(pixels=lambda x: x + np.float32(0.1)), r"golden images differ by 0\.1 \(bound 0\.0"),
         (alter(pixels=lambda x: x[::-1].copy()), "golden images differ by"),
-        (alter(pixels=lambda x: x * np.nan), "differ by nan"),
+        (
+            alter(pixels=lambda x: x * np.nan),
+            "row 0, row 1, .* hold NaN or infinity, from the encoder",
+        ),
     ],
 )
 def test_a_bundle_that_does_not_give_its_golden_answers_is_refused(
@@ -440,7 +673,10 @@ def test_a_refused_bundle_names_the_versions_that_differ(bundle_of, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "tensorrt"}, "'tensorrt' is unknown .*has onnxruntime, torchscript; upgrade"),
+        (
+            {"backend": "tensorrt"},
+            "'tensorrt' is unknown .*has onnxruntime, .*torchscript; upgrade",
+        ),
         ({"preprocess": {"size": {"height": 16, "width": 16}}}, "answers do not fit .* preproc"),
         ({"labels": ("a", "b")}, "golden answers do not fit the labels"),
     ],

@@ -132,13 +132,50 @@ def test_the_newest_bundle_is_taken_and_named(bundle, images, tmp_path, monkeypa
 def test_a_damaged_bundle_is_refused_in_one_line(bundle, images, tmp_path):
     copy = tmp_path / "b"
     shutil.copytree(bundle, copy)
-    with (copy / "payload/model.pt").open("ab") as file:
+    with (copy / "payload/refine.pt").open("ab") as file:
         file.write(b"x")
     result = classify(images[0], "-m", str(copy))
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
     assert "copy or export the bundle again" in one_line(result.stderr)
     assert "Traceback" not in result.stderr
+
+
+def test_several_samples_show_how_much_of_an_answer_is_owed_to_the_noise(bundle, images):
+    chosen = ("-m", bundle, "--samples", "6")
+    content = json.loads(classify(*images, *chosen, "--format", "json").stdout)
+    expected = Classifier(bundle, samples=6).predict(images)
+    table = classify(*images, *chosen).stdout
+    for entry, answer in zip(content, expected, strict=True):
+        assert entry["samples"] == 6
+        assert entry["vote_share"] == answer.vote_share
+        assert entry["standard_error"] == pytest.approx(answer.standard_error, abs=1e-6)
+        assert f"{answer.vote_share:.0%} of 6" in table
+        assert f"{answer.standard_error:.2%}" in table
+    assert "of 6" not in classify(*images, "-m", bundle).stdout
+    early = classify(*images, *chosen, "--stop", "settled", "--format", "json")
+    assert {entry["samples"] for entry in json.loads(early.stdout)} == {4}
+
+
+def test_operating_points_are_chosen_by_name(swept_bundle, images):
+    def run(*arguments: str) -> Result:
+        return classify(*images, "-m", str(swept_bundle), "--format", "json", *arguments)
+
+    fast, exact = (json.loads(run("--operating-point", p).stdout) for p in ("fast", "exact"))
+    assert [a["score"] for a in fast] != [a["score"] for a in exact]
+    refused = run("--operating-point", "fastest")
+    assert refused.exit_code == 2
+    assert "has balanced, exact, fast" in one_line(refused.stderr)
+
+
+def test_an_answer_below_the_threshold_of_the_target_risk_is_marked(swept_bundle, digits):
+    images = [str(path) for path in sorted((digits / "test").glob("*.png"))]
+    result = classify(*images, "-m", str(swept_bundle))
+    answers = Classifier(swept_bundle).predict(images)
+    declined = sum(answer.abstain for answer in answers)
+    assert 0 < declined < len(images)
+    assert result.stdout.count("(abstain)") == declined
+    assert "below the threshold that the export found" in one_line(result.stderr)
 
 
 def test_another_seed_is_another_answer_and_the_same_seed_the_same(bundle, images):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import FOLD, LIBM, SIGMAS
+from tolerances import FLOAT64, LIBM, SIGMAS
 
 from marnet_sdk.errors import MarnetError
 from marnet_sdk.trajectory import (
@@ -227,36 +227,72 @@ def test_impossible_timesteps_are_refused(timesteps: list[Any], message: str) ->
         draw_trajectory(0, timesteps, 10, 4)
 
 
-def test_folding_multiplies_by_the_input_weight() -> None:
-    drawn = draw_trajectory(4, range(20, 0, -1), 20, 48)
-    weight = standard_normal(5, range(64), 48)  # [W, D]
-    initial, steps = fold(drawn, weight)
-    assert initial.shape == (1, 64)
-    assert steps.shape == (20, 64)
-    assert initial.dtype == steps.dtype == np.float32
-    # math.fsum is exact, so this product is right to the last bit of float64.
-    exact = [[math.fsum(row * z) for row in weight] for z in drawn.steps]
-    np.testing.assert_allclose(steps, exact, rtol=FOLD, atol=LIBM)
-    np.testing.assert_allclose(initial[0], weight @ drawn.initial, rtol=FOLD, atol=LIBM)
+RNG = np.random.default_rng(0)
+STEPS_, WIDTH, HIDDEN = 6, 5, 7
+COEFFICIENTS = RNG.normal(0.2, 0.5, (STEPS_, 4))
+TIME_BIAS = RNG.standard_normal((STEPS_, HIDDEN))
+INPUT_WEIGHT = RNG.standard_normal((HIDDEN, WIDTH))
+OUTPUT_BIAS = RNG.standard_normal(WIDTH)
 
 
-def test_folding_without_a_weight_keeps_the_noise() -> None:
-    drawn = draw_trajectory(4, [3, 2], 3, 5)
-    initial, steps = fold(drawn, None)
-    np.testing.assert_array_equal(initial, drawn.initial[None].astype(np.float32))
-    np.testing.assert_array_equal(steps, drawn.steps.astype(np.float32))
+def draws(count: int) -> list[NoiseTrajectory]:
+    return [
+        draw_trajectory(4, range(STEPS_, 0, -1), STEPS_, WIDTH, trajectory=k) for k in range(count)
+    ]
 
 
-def test_folding_does_not_depend_on_the_number_of_steps() -> None:
-    weight = standard_normal(5, range(32), 16)
-    full = fold(draw_trajectory(4, range(50, 0, -1), 50, 16), weight)[1]
-    few = fold(draw_trajectory(4, [50, 25, 1], 50, 16), weight)[1]
-    # Matrix products of other shapes may add in another order: a last bit of float32 at most.
-    np.testing.assert_allclose(few, full[[0, 25, 49]], rtol=2 * FOLD, atol=LIBM)
+def test_folding_adds_up_what_no_image_has_a_part_in() -> None:
+    """Against the chain itself, with estimates of b_4 alone, in exact sums."""
+    got = fold(draws(3), COEFFICIENTS, TIME_BIAS, INPUT_WEIGHT, OUTPUT_BIAS)
+    assert got.shape == (STEPS_, 3, HIDDEN)
+    assert got.dtype == np.float64
+    for k, drawn in enumerate(draws(3)):
+        x = [float(v) for v in drawn.initial]
+        for i, (a, b, c, s) in enumerate(COEFFICIENTS):
+            seen = [
+                math.fsum([*(row * x), t])
+                for row, t in zip(INPUT_WEIGHT, TIME_BIAS[i], strict=True)
+            ]
+            np.testing.assert_allclose(got[i, k], seen, rtol=FLOAT64, atol=LIBM)
+            previous = OUTPUT_BIAS if i else np.zeros(WIDTH)
+            terms = zip(x, OUTPUT_BIAS, previous, drawn.steps[i], strict=True)
+            x = [math.fsum([a * v, b * e, c * p, s * z]) for v, e, p, z in terms]
 
 
-@pytest.mark.parametrize("shape", [(8, 3), (4,)])
-def test_folding_refuses_a_weight_of_another_width(shape: tuple[int, ...]) -> None:
-    drawn = NoiseTrajectory(initial=np.zeros(4), steps=np.zeros((2, 4)))
-    with pytest.raises(MarnetError, match=r"input_weight: got shape .*; expected \[W, 4\]"):
-        fold(drawn, np.zeros(shape))
+def test_noise_that_a_step_does_not_use_is_not_drawn_and_not_missed() -> None:
+    quiet = COEFFICIENTS.copy()
+    quiet[[0, 2, 5], 3] = 0
+    visited = range(STEPS_, 0, -1)
+    some = draw_trajectory(4, visited, STEPS_, WIDTH, noisy=quiet[:, 3] != 0)
+    assert (some.steps == 0).all(axis=1).tolist() == [True, False, True, False, False, True]
+    shared = (quiet, TIME_BIAS, INPUT_WEIGHT, OUTPUT_BIAS)
+    np.testing.assert_array_equal(fold([some], *shared), fold(draws(1), *shared))
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn_with_it() -> None:
+    shared = (COEFFICIENTS, TIME_BIAS, INPUT_WEIGHT, OUTPUT_BIAS)
+    many = fold(draws(4), *shared)
+    for k, one in enumerate(draws(4)):
+        # Matrix products of other shapes may add in another order.
+        np.testing.assert_allclose(fold([one], *shared)[:, 0], many[:, k], rtol=FLOAT64, atol=LIBM)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_weight": np.zeros((HIDDEN, 3))}, r"input_weight \(7, 3\).*expected \[H, 5\]"),
+        ({"input_weight": np.zeros(HIDDEN)}, r"input_weight \(7,\)"),
+        ({"output_bias": np.zeros(4)}, r"output_bias \(4,\)"),
+        ({"time_bias": np.zeros((5, HIDDEN))}, r"time_bias \(5, 7\).*\[6, H\] and 6 steps"),
+        ({"coefficients": np.zeros((5, 4))}, "trajectories of 6 steps .* and 5 steps"),
+    ],
+)
+def test_folding_refuses_arrays_that_do_not_belong_together(change, message) -> None:
+    arrays = {
+        "coefficients": COEFFICIENTS,
+        "time_bias": TIME_BIAS,
+        "input_weight": INPUT_WEIGHT,
+        "output_bias": OUTPUT_BIAS,
+    }
+    with pytest.raises(MarnetError, match=message):
+        fold(draws(1), **arrays | change)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from marnet_sdk.errors import RecipeError
+from marnet_train.diffusion import ScheduleConfig
 from marnet_train.recipe import Augment, Recipe, load_recipe, recipe_names
 
 ENCODERS = '[vision]\nmodel_type = "vit"\n[text]\nmodel_type = "bert"\n'
@@ -49,6 +50,25 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path: Path) -> None:
     assert recipe.alignment.epochs == 10
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("cosine100", ScheduleConfig()), ("group_linear20", ScheduleConfig("linear", steps=20))],
+)
+def test_a_schedule_may_be_named(name: str, schedule: ScheduleConfig, tmp_path: Path) -> None:
+    recipe = read(tmp_path, f'schedule = "{name}"\n{ENCODERS}')
+    assert recipe.schedule == schedule
+    assert recipe == read(tmp_path, f"{ENCODERS}[schedule]\n{as_table(recipe.to_dict())}")
+
+
+def as_table(recipe: dict[str, Any]) -> str:
+    return "".join(f"{key} = {toml(value)}\n" for key, value in recipe["schedule"].items())
+
+
+def test_a_linear_schedule_may_be_described(tmp_path: Path) -> None:
+    text = f'{ENCODERS}[schedule]\nkind = "linear"\nsteps = 7\nlast_beta = 0.5\n'
+    assert read(tmp_path, text).schedule == ScheduleConfig("linear", 7, last_beta=0.5)
+
+
 def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
     lr = read(tmp_path, f"{ENCODERS}[refinement]\nlr = 1\n").refinement.lr
     assert (lr, type(lr)) == (1.0, float)
@@ -75,6 +95,13 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
         (f"fusion = 3\n{ENCODERS}", "fusion must be str, got 3"),
         (f"{ENCODERS}[augment]\nflip = 1\n", "augment: flip must be bool, got 1"),
         (f"schedule = 100\n{ENCODERS}", "schedule must be a table, got 100"),
+        (
+            f'schedule = "group_linear2"\n{ENCODERS}',
+            r"mine\.toml: schedule: no schedule 'group_linear2'\. Did you mean 'group_linear20'\? "
+            r"Choose from cosine100, group_linear20, or describe one in a \[schedule\] table",
+        ),
+        (f'schedule = "qqqq"\n{ENCODERS}', r"schedule: no schedule 'qqqq'\. Choose from cosine100"),
+        (f'augment = "cosine100"\n{ENCODERS}', "augment must be a table, got 'cosine100'"),
         (f"{ENCODERS}[[alignment]]\nepochs = 1\n", "alignment must be a table, got "),
         ('vision = "vit"\ntext = "bert"\n', "vision must be a table, got 'vit'"),
         (f"image = 224\n{ENCODERS}", "image must be a table, got 224"),
@@ -85,6 +112,10 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
         (f"{ENCODERS}[alignment]\nlr_heads = -1e-3\n", "lr_heads must be finite and at least 0"),
         (f'{ENCODERS}[schedule]\nkind = "line"\n', "mine.toml: schedule: schedule kind 'line' is"),
         (f"{ENCODERS}[schedule]\nmax_beta = 1\n", "0 < max_beta < 1, got .* max_beta 1.0"),
+        (
+            f"{ENCODERS}[schedule]\nfirst_beta = 0.5\n",
+            "schedule: .* 0 < first_beta <= last_beta < 1, got first_beta 0.5 and last_beta 0.02",
+        ),
         ("dim = \n", r"mine\.toml: not valid TOML: .*line 1"),
         (b"\xff\xfe\x00d", "not valid TOML: .*utf-8"),
         ("dim = " + "9" * 5000, "not valid TOML: .*4300 digits"),

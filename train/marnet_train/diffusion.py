@@ -145,16 +145,15 @@ def ddim_rows(nodes: NDArray[np.float64], eta: float = 0.0) -> NDArray[np.float6
         eta: 0 adds no noise after the start; 1 is `ddpm`.
 
     Raises:
-        InvalidInput: eta is negative, or asks for more noise than a step ends with.
+        InvalidInput: eta is negative, not finite, or asks for more noise than a step ends with.
     """
     a_t, a_p = nodes[:-1], nodes[1:]
-    unit = np.sqrt((1 - a_p) / (1 - a_t) * (1 - a_t / a_p))  # sigma at eta = 1
-    sigma = eta * unit
-    direction = 1 - a_p - sigma**2  # variance that is left along the estimated noise
-    if not eta >= 0 or (direction < 0).any():
-        bounded = unit > 0
-        largest = np.sqrt((1 - a_p[bounded]).clip(0) / unit[bounded] ** 2).min(initial=np.inf)
+    share = (1 - a_t / a_p) / (1 - a_t)  # sigma^2 at eta = 1, over 1 - a_p; rounds to 1 at most
+    largest = (1 / np.sqrt(share[a_p < 1])).min(initial=np.inf)
+    if not (0 <= eta <= largest and np.isfinite(eta)):
         raise InvalidInput(f"eta: got {eta}; expected 0 to {largest:.3g} for these timesteps")
+    sigma = eta * np.sqrt((1 - a_p) * share)
+    direction = (1 - a_p) * (1 - eta**2 * share).clip(0)  # variance left along estimated noise
     from_x = np.sqrt(direction / (1 - a_t))
     from_x0 = np.sqrt(a_p) - from_x * np.sqrt(a_t)
     return np.stack([from_x, from_x0, np.zeros_like(sigma), sigma], axis=1)
@@ -211,12 +210,14 @@ def sample(
     table: SamplerTable,
     initial: Tensor,
     noise: Tensor,
+    watch: Callable[[int, Tensor], None] = lambda step, x0: None,
 ) -> Tensor:
     """The reverse chain as the paper writes it: the slow, obvious twin of every exported loop.
 
     Args:
         denoise: (x [B, D], t [B]) -> estimate of x_0 [B, D].
         initial: x_T, [B, D]. noise: z of every step, [S, 1 or B, D] (the last row is not used).
+        watch: is told each step's index and estimate of x_0.
     Returns:
         x_0, [B, D].
     """
@@ -226,6 +227,7 @@ def sample(
         zip(table.timesteps, table.coefficients.tolist(), strict=True)
     ):
         x0 = denoise(x, torch.full((x.shape[0],), t, device=x.device))
+        watch(i, x0)
         x = a * x + b * x0 + c * previous + s * noise[i]
         previous = x0
     return x

@@ -1,4 +1,5 @@
-"""One file per backend that can be built. Each has `COMPUTE` and `build`."""
+"""One file per backend that can be built: `COMPUTE`, `build_encoder`, `build_refine`, and
+`stored_elements`."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def choose_types(backend: str, precision: str, compute: str | None) -> Types:
         compute = precision if precision in able else "fp32"
     if compute not in able:
         others = [name for name in BUILDERS if compute in builder(name).COMPUTE]
-        hint = f", or --backend {others[0]}" if others else ""
+        hint = f", or --backend {' or '.join(others)}" if others else ""
         raise ExportError(
             f"{backend} cannot compute in {compute} on a CPU; choose --compute {able[0]}{hint}"
         )

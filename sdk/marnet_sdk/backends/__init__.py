@@ -1,20 +1,23 @@
 """Backends: one leaf file each, imported only when a bundle needs it.
 
-A backend takes and returns NumPy arrays, so nothing of its framework reaches the caller.
-Axes: B batch, S sampling steps, W carried state, H hidden, K classes, D_f fused features.
+A backend takes and returns NumPy arrays, so nothing of its framework reaches the caller. It runs
+two graphs, the encoder, and the reverse loop with the head behind it, so that an image that meets
+several noise samples is encoded once.
+Axes: B batch, K noise samples, S steps, H hidden, C classes, D_v encoder features, D_f fused ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
+from marnet_sdk.bundle import Sampling
 from marnet_sdk.errors import BundleFormatError
 from marnet_sdk.trajectory import draw_trajectory, fold
 
@@ -26,49 +29,91 @@ BACKENDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
-    """What the reverse-sampling loop reads: inputs of the graph, so one graph serves them all."""
+    """What the reverse loop reads: inputs of the graph, so one graph serves every sampler, number
+    of steps, number of samples and seed."""
 
-    initial: Floats  # [1, W] the state that the chain starts from
-    coefficients: Floats  # [S, 4] A, B, C, S of each step
-    time_bias: Floats  # [S, H] W_t tau(t) + b_1
-    noise: Floats  # [S, W] the noise of each step, folded into the carried state
+    coefficients: Floats  # [S, 3] A, B, C of each step
+    bias: Floats  # [S, N, K, H] time, noise and output bias; N is 1 (shared noise) or B
 
-    def named(self) -> dict[str, Floats]:
-        """The tables by the names that the graphs use, in the order of their inputs."""
-        return {
-            "initial": self.initial,
-            "coefficients": self.coefficients,
-            "time_bias": self.time_bias,
-            "noise": self.noise,
-        }
+    def first_steps(self, count: int) -> Tables:
+        """The chain cut short: its last step returns the network's estimate, as any last step."""
+        return Tables(self.coefficients[:count], self.bias[:count])
+
+    def samples(self, start: int, stop: int) -> Tables:
+        """Some of the K samples."""
+        return replace(self, bias=np.ascontiguousarray(self.bias[:, :, start:stop]))
+
+    def rows(self, index: NDArray[np.intp]) -> Tables:
+        """The tables of some images of the batch."""
+        if self.bias.shape[1] == 1:
+            return self
+        return replace(self, bias=np.ascontiguousarray(self.bias[:, index]))
+
+    def at_least_two_steps(self) -> Tables:
+        """A step that changes nothing before a single one, for graphs that need a loop to run."""
+        if len(self.coefficients) > 1:
+            return self
+        unchanged = np.array([[1, 0, 0]], np.float32)
+        return Tables(
+            np.concatenate([unchanged, self.coefficients]), np.repeat(self.bias, 2, axis=0)
+        )
 
 
 def make_tables(
-    plan_file: Path, *, seed: int, timesteps: tuple[int, ...], train_steps: int, width: int
+    plan: Mapping[str, NDArray],
+    sampling: Sampling,
+    name: str,
+    *,
+    seed: int,
+    samples: int,
+    keys: Sequence[int] | None = None,
 ) -> Tables:
-    """Fold the noise trajectory of `seed` into the tables of a bundle's plan.
+    """Fold the noise of a seed into the tables of one operating point.
 
-    plan.safetensors holds `coefficients`, `time_bias` and, where the loop carries the hidden
-    state, `input_weight` (W_x [H, D]), which takes each noise vector there.
+    Args:
+        plan: the arrays of plan.safetensors: `time_bias` [T, H], `input_weight` [H, D],
+            `output_bias` [D] and, for each operating point, `coefficients.NAME` [S, 4].
+        samples: K, how many chains an image meets.
+        keys: of each image of a batch, where noise is keyed by image; None: one for all.
     """
-    plan = load_file(plan_file)
-    trajectory = draw_trajectory(seed, timesteps, train_steps, width)
-    initial, noise = fold(trajectory, plan.get("input_weight"))
-    return Tables(initial, plan["coefficients"], plan["time_bias"], noise)
+    point = sampling.points[name]
+    coefficients = plan[f"coefficients.{name}"]
+    time_bias = plan["time_bias"][np.array(point.timesteps) - 1]  # [S, H]
+    rows = []
+    for key in [0] if keys is None else keys:
+        trajectories = [
+            draw_trajectory(
+                seed,
+                point.timesteps,
+                sampling.train_steps,
+                sampling.width,
+                trajectory=(key + k) % 2**64,
+                noisy=coefficients[:, 3] != 0,
+            )
+            for k in range(samples)
+        ]
+        arguments = (coefficients, time_bias, plan["input_weight"], plan["output_bias"])
+        rows.append(fold(trajectories, *arguments).astype(np.float32))
+    bias = rows[0][:, None] if len(rows) == 1 else np.stack(rows, axis=1)
+    return Tables(np.ascontiguousarray(coefficients[:, :3], np.float32), bias)
 
 
 class Backend(Protocol):
-    """Runs the built graph. `run` may be called from several threads at once."""
+    """Runs the built graphs. May be called from several threads at once."""
 
-    def run(self, pixels: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        """pixels [B, 3, height, width] -> logits [B, K] and fused features [B, D_f]."""
+    def encode(self, pixels: Floats) -> Floats:
+        """pixels [B, 3, height, width] -> x_v [B, D_v]."""
+        ...
+
+    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        """x_v [B, D_v] -> logits [B, K, C] and fused features [B, K, D_f]."""
         ...
 
 
 def open_backend(name: str, payload: Path, compute: str, threads: int | None) -> Backend:
-    """Load the built graph in `payload`.
+    """Load the built graphs in `payload`.
 
     Args:
         compute: type of the matrix products, as recorded in the manifest.

@@ -1,20 +1,17 @@
-"""ONNX Runtime: payload/model.onnx, the loop as one `Scan`. Needs no torch."""
+"""ONNX Runtime: payload/encoder.onnx and payload/refine.onnx, the loop as one `Scan`. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from marnet_sdk.backends import Backend, Floats, Tables
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
-MODEL = "model.onnx"
+ENCODER, REFINE = "encoder.onnx", "refine.onnx"
 
 
 def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
-    """Open an inference session on the CPU.
+    """Open inference sessions on the CPU.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
@@ -32,33 +29,28 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
     # next: measured to slow other work in the process, and this backend itself at batch 64.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
-    try:
-        session = ort.InferenceSession(payload / MODEL, options, ["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes here
-        raise BackendUnavailable(
-            f"onnxruntime {ort.__version__} cannot open {payload / MODEL}: {error}"
-        ) from error
-    return _OnnxRuntime(session)
+
+    def session(name: str):
+        try:
+            return ort.InferenceSession(payload / name, options, ["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes here
+            raise BackendUnavailable(
+                f"onnxruntime {ort.__version__} cannot open {payload / name}: {error}"
+            ) from error
+
+    return _OnnxRuntime(session(ENCODER), session(REFINE))
 
 
 class _OnnxRuntime:
-    def __init__(self, session) -> None:
-        self._session = session
+    def __init__(self, encoder, refine) -> None:
+        self._encoder, self._refine = encoder, refine
 
-    def run(self, pixels: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        feed = {"pixels": pixels, **_at_least_two_steps(tables).named()}
-        logits, features = self._session.run(["logits", "features"], feed)
+    def encode(self, pixels: Floats) -> Floats:
+        (x_v,) = self._encoder.run(["x_v"], {"pixels": pixels})
+        return x_v
+
+    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        tables = tables.at_least_two_steps()  # a Scan of length 0 is refused
+        feed = {"x_v": x_v, "coefficients": tables.coefficients, "bias": tables.bias}
+        logits, features = self._refine.run(["logits", "features"], feed)
         return logits, features
-
-
-def _at_least_two_steps(tables: Tables) -> Tables:
-    """Put a step that changes nothing before a single one: a Scan of length 0 is refused."""
-    if len(tables.coefficients) > 1:
-        return tables
-    unchanged = np.array([[1, 0, 0, 0]], np.float32)
-    return replace(
-        tables,
-        coefficients=np.concatenate([unchanged, tables.coefficients]),
-        time_bias=np.repeat(tables.time_bias, 2, axis=0),
-        noise=np.repeat(tables.noise, 2, axis=0),
-    )

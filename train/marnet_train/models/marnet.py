@@ -7,6 +7,7 @@ Axes: B batch, L tokens, K classes, D_v / D_s widths of x_v / x_s, D width of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -126,14 +127,21 @@ class MARNet(nn.Module):
         """x_s standardised per dimension: the clean vector that the denoiser estimates."""
         return (x_s - self.text_mean) / self.text_std
 
-    def refine(self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor) -> Tensor:
+    def refine(
+        self,
+        x_v: Tensor,
+        table: SamplerTable,
+        initial: Tensor,
+        noise: Tensor,
+        watch: Callable[[int, Tensor], None] = lambda step, x0: None,
+    ) -> Tensor:
         """x_CDR: a sample of the reverse process given x_v, eq. (22)-(23). -> [B, D_s]."""
         condition = self.condition(x_v)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return self.denoiser(x, t, condition)
 
-        return sample(denoise, table, initial, noise)
+        return sample(denoise, table, initial, noise, watch)
 
     def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
         """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f]."""

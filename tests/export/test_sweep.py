@@ -1,0 +1,93 @@
+"""What is swept is every way to run a loop, each measured on the same graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from marnet_export.sweep import as_points, sweep, swept_processes
+from marnet_export.verify import Built, Reference
+from marnet_sdk.backends import open_backend
+from marnet_sdk.bundle import Bundle, read_bundle
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.diffusion import ScheduleConfig, sampler_table
+
+
+def test_every_sampler_meets_every_number_of_steps_and_the_trained_process_is_first():
+    found = swept_processes(ScheduleConfig(steps=20), None, 0.0)
+    names, tables = list(found), list(found.values())
+    assert names[0] == "ddpm-exact"
+    assert len(tables[0].timesteps) == 20
+    pairs = {(t.sampler, len(t.timesteps)) for t in tables[1:]}
+    assert pairs == {(s, n) for s in ("ddpm", "ddim", "dpmpp") for n in (1, 2, 5, 10, 20)}
+
+
+def test_one_sampler_can_be_asked_for_and_eta_is_ddim_s_alone():
+    found = swept_processes(ScheduleConfig(steps=5), "ddim", 0.5)
+    assert [(t.sampler, t.eta) for t in found.values()] == [("ddpm", 0.0)] + 3 * [("ddim", 0.5)]
+    everything = swept_processes(ScheduleConfig(steps=5), None, 0.5).values()
+    assert {t.sampler for t in everything if t.eta} == {"ddim"}
+
+
+def test_points_list_what_the_tables_visit():
+    tables = {n: sampler_table(ScheduleConfig(steps=9), "ddim", 3, 0.5) for n in ("a", "b")}
+    points = as_points(tables, {"a": 1, "b": 4})
+    assert (points["a"].samples, points["b"].samples) == (1, 4)
+    assert points["a"] == replace(points["b"], samples=1)
+    assert (points["a"].sampler, points["a"].eta) == ("ddim", 0.5)
+    assert points["a"].timesteps == tables["a"].timesteps == (9, 6, 3)
+
+
+def built_of(bundle: Bundle, tables) -> Built:
+    """The graphs of a bundle with the tables of other processes."""
+    plan = load_file(bundle.path / "payload/plan.safetensors")
+    plan |= {f"coefficients.{name}": table.coefficients for name, table in tables.items()}
+    backend = open_backend(bundle.manifest.backend, bundle.path / "payload", "fp32", 1)
+    sampling = replace(
+        bundle.manifest.sampling, points=as_points(tables), default=next(iter(tables))
+    )
+    return Built(backend, plan, sampling)
+
+
+@pytest.fixture(scope="module")
+def pixels(checkpoint: Path) -> np.ndarray:
+    loaded = load_checkpoint(checkpoint)
+    return loaded.preprocess.pixels(sorted(loaded.samples.glob("*.png"))[:60])
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
+def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
+    backend, bundle_of, checkpoint, pixels
+):
+    bundle = read_bundle(bundle_of(backend, "fp32"))
+    model = load_checkpoint(checkpoint).model
+    schedule = model.config.schedule
+    tables = {
+        "exact": sampler_table(schedule, "ddpm"),
+        "ddim-5": sampler_table(schedule, "ddim", 5),
+        "dpmpp-2": sampler_table(schedule, "dpmpp", 2),
+    }
+    reference = Reference(model, pixels)
+    labels = {n: reference.logits(t, 0)[:, 0].argmax(axis=1) for n, t in tables.items()}
+    truth = np.roll(labels["exact"], 0)
+    truth[:6] = (truth[:6] + 1) % 10
+    built = built_of(bundle, tables)
+    found = sweep(
+        built, pixels, truth, labels["exact"], samples=(1, 2), precision="fp32", max_drop=0.5
+    )
+    processes = [(c.sampler, c.steps, c.samples) for c in found]
+    assert processes == [
+        ("ddpm", 100, 1), ("ddim", 5, 1), ("ddim", 5, 2), ("dpmpp", 2, 1), ("dpmpp", 2, 2)
+    ]  # fmt: skip
+    assert found[0].drop == 0
+    assert found[0].accuracy == pytest.approx(0.9)
+    for candidate, name in ((found[1], "ddim-5"), (found[3], "dpmpp-2")):
+        assert candidate.accuracy == pytest.approx(float((labels[name] == truth).mean()))
+        agreement = float((labels[name] == labels["exact"]).mean())
+        assert candidate.agreement == pytest.approx(agreement)
+    assert all(c.latency_ms > 0 and c.images == 60 for c in found)
+    assert found[0].latency_ms > found[3].latency_ms  # a hundred steps and two

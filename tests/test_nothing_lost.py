@@ -127,7 +127,7 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_once_there_is_space(
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of util-linux")
-@pytest.mark.parametrize("backend", ["onnxruntime", "torchscript"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torchscript"])
 def test_an_export_on_a_full_disk_leaves_the_previous_bundle(
     backend, bundle_of, checkpoint, tmp_path
 ):

@@ -25,6 +25,7 @@ SUFFIXES = {".py", ".toml", ".cu", ".typed"}  # of files that packages may hold
 # extra -> what can be imported with it: names with a star are packages with all their modules.
 PROMISES = {
     "onnxruntime": ("onnxruntime", "marnet_sdk.*"),
+    "openvino": ("openvino", "marnet_sdk.*"),
     "torch": ("torch", "marnet_sdk.*"),
     "cuda": ("cuda.bindings.nvrtc", "cuda.bindings.driver", "marnet_kernels.*"),
     "train": ("huggingface_hub", "sklearn", "marnet_train.*"),

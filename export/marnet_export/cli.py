@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import click
 
+from marnet_sdk.backends import BACKENDS
 from marnet_sdk.console import Choice, Command, next_commands, print_table, say
 from marnet_sdk.errors import requires_extra
 
@@ -42,10 +43,10 @@ class Steps(click.IntRange):
 )
 @click.option(
     "--backend",
-    type=Choice(["torchscript", "onnxruntime"]),
+    type=Choice(list(BACKENDS)),
     default="torchscript",
     show_default=True,
-    help="onnxruntime bundles need no torch to run.",
+    help="Bundles of onnxruntime and openvino need no torch to run.",
 )
 @click.option(
     "--precision",

@@ -492,7 +492,7 @@ def _manifest_fields(
             f"--precision {types.storage} was asked, but the built file stores {share}; "
             "no bundle was written"
         )
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "onnx", "onnxruntime")
+    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "onnx", settings.backend)
     return {
         "method": checkpoint.model.config.method,
         "labels": checkpoint.labels,

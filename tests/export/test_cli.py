@@ -193,6 +193,6 @@ def test_sampler_samples_noise_and_eta_reach_the_bundle(workplace):
 def test_help_shows_the_usual_command_and_the_defaults():
     text = one_line(export("--help").stdout)
     assert "marnet-export --precision fp16" in text
-    assert "[torchscript|onnxruntime]" in text
+    assert "[onnxruntime|openvino|torchscript]" in text
     assert "[fp32|bf16|fp16|auto]" in text
     assert "[default: torchscript]" in text

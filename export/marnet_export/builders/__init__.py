@@ -18,6 +18,7 @@ from marnet_sdk.errors import ExportError, requires_extra
 
 BUILDERS = {
     "onnxruntime": "marnet_export.builders.onnxruntime",
+    "openvino": "marnet_export.builders.openvino",
     "torchscript": "marnet_export.builders.torchscript",
 }
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def build_refine(model: MARNet, plan: SamplingPlan, types: Types, payload: Path)
 
 def _save(module: torch.jit.ScriptModule, types: Types, path: Path) -> None:
     _store(module, TORCH_TYPES[types.storage])
-    torch.jit.save(module, str(path))
+    buffer = io.BytesIO()  # on a full disk, its own writer aborts the process
+    torch.jit.save(module, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _store(module: nn.Module, storage: torch.dtype) -> None:

@@ -25,6 +25,7 @@ Floats = NDArray[np.float32]
 
 BACKENDS = {
     "onnxruntime": "marnet_sdk.backends.onnxruntime",
+    "openvino": "marnet_sdk.backends.openvino",
     "torchscript": "marnet_sdk.backends.torchscript",
 }
 

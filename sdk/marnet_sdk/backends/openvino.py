@@ -1,0 +1,144 @@
+"""OpenVINO: payload/encoder.xml and payload/refine.xml, the loop a `TensorIterator`. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from marnet_sdk.backends import Backend, Floats, Tables
+from marnet_sdk.errors import BackendUnavailable, requires_extra
+
+ENCODER, REFINE = "encoder.xml", "refine.xml"
+# refine.xml computes the same twice, with different outputs: the second ones ignore the coefficient
+# of the estimate before, which is faster where it is zero in every step.
+OUTPUTS = ("logits", "features")
+FIRST_ORDER = ("logits_first_order", "features_first_order")
+# What a CPU must be able to do for a type not to be emulated, in OpenVINO's words.
+_NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+
+
+def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
+    """Compile the graphs for the CPU.
+
+    "int8" is the arithmetic of products whose weights are stored in int8; their factors are
+    quantised where they are multiplied. All else is float32.
+
+    Raises:
+        MissingExtra: openvino is not installed.
+        BackendUnavailable: the installed openvino cannot run the graph, or this CPU has no
+            arithmetic of that type.
+    """
+    ov = load_openvino()
+    if compute not in _NEEDS:
+        raise BackendUnavailable(
+            f"openvino computes in {', '.join(_NEEDS)} on a CPU, the bundle asks {compute}"
+        )
+    core = ov.Core()
+    if _NEEDS[compute] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
+        raise BackendUnavailable(
+            f"this CPU ({name}) has no {compute} arithmetic, and openvino would emulate it slowly; "
+            "export the bundle with --compute fp32"
+        )
+    settings = _settings(compute, threads)
+
+    def compiled(name: str, *outputs: Sequence[str]) -> list[_Graph]:
+        """A graph for each choice of the outputs in the file."""
+        try:
+            model = core.read_model(payload / name)
+            chosen = [[model.output(output).get_node() for output in names] for names in outputs]
+            models = [ov.Model(results, model.get_parameters(), name) for results in chosen]
+            return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
+        except RuntimeError as error:
+            raise BackendUnavailable(
+                f"openvino {ov.__version__} cannot open {payload / name}: {error}"
+            ) from error
+
+    return _OpenVino(*compiled(ENCODER, ("x_v",)), *compiled(REFINE, OUTPUTS, FIRST_ORDER))
+
+
+def load_openvino() -> Any:
+    """The package openvino, which is imported without telemetry.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    with requires_extra("openvino", "openvino"), _hidden("openvino_telemetry"):
+        import openvino
+    return openvino
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Make the import of a module fail.
+
+    openvino_telemetry is installed with openvino. It writes an identifier of the user to their home
+    and reports every import to a web service. Without it, openvino is silent.
+    """
+    known = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]  # the import system's mark for "absent"
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if known is not None:
+            sys.modules[name] = known
+
+
+def _settings(compute: str, threads: int | None) -> dict[str, Any]:
+    """Properties of compiled graphs; those not named here are OpenVINO's defaults."""
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # Never left to OpenVINO, which takes bfloat16 by itself where a CPU has it.
+        "INFERENCE_PRECISION_HINT": "bf16" if compute == "bf16" else "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128 if compute == "int8" else 0,
+        # Every process would pin its first thread to the first core: measured to make two of them,
+        # of one thread each, take 1.6 times as long.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return settings
+
+
+class _Graph:
+    """A compiled graph, with as many requests as there were calls at once.
+
+    Inputs are read where they lie: the tables of a batch with noise of its own are large.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._idle: deque[Any] = deque()
+
+    def __call__(self, **arrays: Floats) -> list[Floats]:
+        """Outputs in the graph's order, copied out of the request."""
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            results = request.infer(arrays, share_inputs=True, share_outputs=False)
+        finally:
+            self._idle.append(request)
+        return list(results.values())
+
+
+class _OpenVino:
+    def __init__(self, encoder: _Graph, refine: _Graph, first_order: _Graph) -> None:
+        self._encoder, self._refine, self._first_order = encoder, refine, first_order
+
+    def encode(self, pixels: Floats) -> Floats:
+        (x_v,) = self._encoder(pixels=pixels)
+        return x_v
+
+    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        tables = tables.at_least_two_steps()  # a TensorIterator runs at least once
+        coefficients = tables.coefficients
+        graph = self._refine if coefficients[:, 2].any() else self._first_order
+        logits, features = graph(x_v=x_v, coefficients=coefficients, bias=tables.bias)
+        return logits, features

@@ -1,10 +1,11 @@
-"""marnet-bench: latency and throughput of a bundle, beside its plain PyTorch peer."""
+"""marnet-bench: latency and throughput of a bundle, or of its loop alone, beside their peers."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,22 +17,42 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--batch", "-b", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--scenario",
+    type=Choice(["batches", "loop"]),
+    default="batches",
+    show_default=True,
+    help="batches: a bundle beside the plain PyTorch model. loop: the reverse loop alone, beside "
+    "the same loop in other frameworks.",
+)
+@click.option(
+    "--batch",
+    "-b",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Images per call; with loop it may be repeated. Default: 1, with loop 1, 16 and 64.",
+)
 @click.option("--model", "-m", type=_FOLDER, help="Bundle. Default: the newest under ./bundles.")
 @click.option(
     "--checkpoint",
     type=_FOLDER,
-    help="Its checkpoint, for the peer. Default: looked for by content under ./runs.",
+    help="Its checkpoint, for the peer. Default: looked for by content under ./runs. With loop: "
+    "whose loop to run; default: the paper's sizes with random weights.",
 )
 @click.option("--no-peer", is_flag=True, help="Measure the bundle alone.")
-@click.option("--threads", type=click.IntRange(1), help="Cores for both. Default: all.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="With loop: sampling steps. Default: all that the model was trained with, 100 for random "
+    "weights.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Cores for all. Default: all there are.")
 @click.option("--warmup", type=click.IntRange(0), default=5, show_default=True, help="Calls.")
 @click.option(
     "--duration",
     type=click.FloatRange(0),
-    default=5.0,
-    show_default=True,
-    help="Seconds per input.",
+    help="Seconds per input, with loop per batch size. Default: 5, with loop 45.",
 )
 @click.option(
     "--max-drift",
@@ -49,26 +70,128 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.version_option(package_name="marnet")
 def main(
-    batch: int,
+    scenario: str,
+    batches: tuple[int, ...],
+    model: Path | None,
+    checkpoint: Path | None,
+    no_peer: bool,
+    steps: int | None,
+    threads: int | None,
+    warmup: int,
+    duration: float | None,
+    max_drift: float | None,
+    form: str,
+    output: Path | None,
+) -> None:
+    """Measure how fast images are classified, each candidate call by call in turn.
+
+    \b
+    marnet-bench --batch 64
+    marnet-bench --scenario loop --batch 1 --batch 64
+
+    The scenario "batches" runs a bundle beside the plain PyTorch model of the same checkpoint, on
+    two inputs: "bytes" from encoded image files to logits, "pixels" from preprocessed arrays to
+    logits. The images are the bundle's own golden ones, repeated.
+
+    The scenario "loop" needs no bundle. It runs only what follows the encoder, the reverse loop
+    and the head, through every backend, beside the loop as the paper writes it in PyTorch, ONNX
+    Runtime and OpenVINO, and says how near each is to what this machine can do at all. About five
+    minutes.
+
+    Speed-ups are ratios of medians with a 95 % bootstrap interval.
+    """
+    _refuse_other_scenario(scenario, batches, model=model, no_peer=no_peer, steps=steps)
+    if scenario == "loop":
+        report, following = _loop(batches, checkpoint, steps, threads, warmup, duration, form)
+    else:
+        report, following = _batches(
+            batches, model, checkpoint, no_peer, threads, warmup, duration, form
+        )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        say(f"wrote {output}")
+    worst = max(line["drift"] for line in report["lines"])
+    if max_drift is not None and worst > max_drift:
+        raise UnstableMeasurement(
+            f"medians drift by {worst:.0%} during the run, {max_drift:.0%} was allowed; "
+            "close other programs or use a longer --duration"
+        )
+    if form == "table":
+        next_commands(*following)
+
+
+def _refuse_other_scenario(
+    scenario: str,
+    batches: tuple[int, ...],
+    *,
+    model: Path | None,
+    no_peer: bool,
+    steps: int | None,
+) -> None:
+    """Options that the chosen scenario would ignore are refused."""
+    if scenario == "batches":
+        if steps is not None:
+            raise click.UsageError(
+                "--steps is for --scenario loop; a bundle's steps were chosen at its export"
+            )
+        if len(batches) > 1:
+            raise click.UsageError(
+                f"--scenario batches measures one --batch, got {len(batches)}; run it once for each"
+            )
+    elif model is not None:
+        raise click.UsageError(
+            "--model is for --scenario batches; loop builds what it runs, from --checkpoint"
+        )
+    elif no_peer:
+        raise click.UsageError("--no-peer is for --scenario batches; loop is about the peers")
+
+
+Measured = tuple[dict[str, Any], tuple[str, ...]]  # the report, and what to run next
+
+
+def _loop(
+    batches: tuple[int, ...],
+    checkpoint: Path | None,
+    steps: int | None,
+    threads: int | None,
+    warmup: int,
+    duration: float | None,
+    form: str,
+) -> Measured:
+    with requires_extra(
+        "bench", "psutil", "torch", "transformers", "tokenizers", "onnx", "onnxscript"
+    ):
+        from marnet_bench.loop import run_loop
+        from marnet_bench.report import print_loop_report
+    report = run_loop(
+        checkpoint,
+        batches=tuple(dict.fromkeys(batches)) or (1, 16, 64),
+        steps=steps,
+        warmup=warmup,
+        duration=45.0 if duration is None else duration,
+        threads=threads,
+    )
+    if form == "json":
+        print_json(report)
+    else:
+        print_loop_report(report)
+    return report, (
+        "marnet-bench --scenario loop --checkpoint runs/NAME --output loop.json",
+        "marnet-export --backend openvino --precision bf16",
+    )
+
+
+def _batches(
+    batches: tuple[int, ...],
     model: Path | None,
     checkpoint: Path | None,
     no_peer: bool,
     threads: int | None,
     warmup: int,
-    duration: float,
-    max_drift: float | None,
+    duration: float | None,
     form: str,
-    output: Path | None,
-) -> None:
-    """Measure a bundle and the plain PyTorch model of the same checkpoint, call by call in turn.
-
-    \b
-    marnet-bench --batch 64
-
-    Two inputs: "bytes" from encoded image files to logits, "pixels" from preprocessed arrays to
-    logits. The images are the bundle's own golden ones, repeated. Speed-ups are ratios of medians
-    with a 95 % bootstrap interval.
-    """
+) -> Measured:
     with requires_extra("bench", "psutil"):
         from marnet_bench.report import print_report
         from marnet_bench.scenarios import run_batches
@@ -86,24 +209,18 @@ def main(
         loaded, peer = load_peer(path, manifest, threads)
         accuracy = measured_accuracy(loaded.training, manifest.sampling)
     report = run_batches(
-        classifier, peer, batch=batch, warmup=warmup, duration=duration, accuracy=accuracy
+        classifier,
+        peer,
+        batch=batches[0] if batches else 1,
+        warmup=warmup,
+        duration=5.0 if duration is None else duration,
+        accuracy=accuracy,
     )
     if form == "json":
         print_json(report)
     else:
         print_report(report)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        say(f"wrote {output}")
-    worst = max(line["drift"] for line in report["lines"])
-    if max_drift is not None and worst > max_drift:
-        raise UnstableMeasurement(
-            f"medians drift by {worst:.0%} during the run, {max_drift:.0%} was allowed; "
-            "close other programs or use a longer --duration"
-        )
-    if form == "table":
-        next_commands(
-            f"marnet-bench --batch 1 --model {shlex.quote(str(model))}",
-            "marnet-export --backend onnxruntime --precision fp16",
-        )
+    return report, (
+        f"marnet-bench --batch 1 --model {shlex.quote(str(model))}",
+        "marnet-export --backend onnxruntime --precision fp16",
+    )

@@ -12,7 +12,7 @@ import psutil
 
 from marnet_sdk.environment import versions
 
-_PACKAGES = ("marnet", "torch", "onnxruntime", "transformers", "numpy", "pillow")
+_PACKAGES = ("marnet", "torch", "onnxruntime", "openvino", "transformers", "numpy", "pillow")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -8,6 +8,10 @@ from marnet_sdk.console import print_table, say
 
 STEADY = 0.2  # drift of the medians from which a run is called unsteady
 COLUMNS = ("model", "top-1", "top-5", "agree", "from", "p50 ms", "p90", "p99", "images/s", "x")
+LOOP_COLUMNS = (
+    *("loop", "precision", "agree", "error", "p50 ms", "p90", "p99", "images/s"),
+    *("bound ms", "of it", "x"),
+)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -32,15 +36,86 @@ def print_report(report: dict[str, Any]) -> None:
     if report["accuracy"]:
         say(_accuracy_sentence(report["accuracy"]))
     for ratio in report["speedups"]:
-        if ratio["low"] <= 1 <= ratio["high"]:
-            verdict = f"no difference from {ratio['over']} can be told"
-        else:
-            verdict = f"{ratio['ratio']:.2f} times the speed of {ratio['over']}"
-        interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-        say(f"from {ratio['input']}: {verdict} (95 % interval of the ratio {interval})")
+        say(f"from {ratio['input']}: {_verdict(ratio, ratio['over'])}")
+    _say_how_steady(report)
+
+
+def print_loop_report(report: dict[str, Any]) -> None:
+    """Print what `loop.run_loop` measured: a table for each batch size, then what follows."""
+    machine, model = report["machine"], report["model"]
+    for batch in report["batches"]:
+        lines = [line for line in report["lines"] if line["batch"] == batch]
+        title = (
+            f"reverse loop, {model['name']}: batch {batch}, {report['steps']} {report['sampler']} "
+            f"steps, {machine['processor']}, {report['threads']} threads"
+        )
+        lines.sort(key=lambda line: line["p50_ms"])
+        print_table(title, LOOP_COLUMNS, [_loop_row(report, line) for line in lines])
+    say(
+        f"agree, error: labels and logits beside the float32 model, on {report['checked_images']} "
+        "random x_v; bound: what this machine needs at least for the candidate's own multiply-adds "
+        "and weights; of it: the share of that in p50; x: over the fastest peer of the same "
+        "precision"
+    )
+    for ratio in report["best"]:
+        ours = f"{ratio['ours']} {ratio['ours_precision']}"
+        over = f"the {ratio['against']}, {ratio['peer']} {ratio['peer_precision']}"
+        say(f"batch {ratio['batch']}: {ours}: {_verdict(ratio, over)}")
+    _say_limits(report["limits"])
+    for missing in report["missing"]:
+        say(f"not measured: {missing['model']} {missing['precision']}: {missing['reason']}")
+    _say_how_steady(report)
+
+
+def _loop_row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:
+    own = (line["model"], line["precision"], line["batch"])
+    ratio = next(
+        (
+            r
+            for r in report["ratios"]
+            if r["best_peer"] and (r["ours"], r["ours_precision"], r["batch"]) == own
+        ),
+        None,
+    )
+    return (
+        line["model"],
+        line["precision"],
+        f"{line['agreement']:.1%}",
+        f"{line['relative_error']:.0e}",
+        f"{line['p50_ms']:.2f}",
+        f"{line['p90_ms']:.2f}",
+        f"{line['p99_ms']:.2f}",
+        f"{line['images_per_s']:,.0f}",
+        f"{line['bound_ms']:.2f}",
+        f"{line['share_of_bound']:.0%}",
+        f"{ratio['ratio']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
+    )
+
+
+def _say_limits(limits: dict[str, Any]) -> None:
+    rates = ", ".join(
+        f"{precision} {rate['g_per_s']:,.0f} G multiply-adds/s ({rate['through']})"
+        for precision, rate in limits["multiply_adds"].items()
+    )
+    reads = ", ".join(
+        f"{read['bytes'] / 1e6:.3g} MB at {read['gb_per_s']:.0f} GB/s" for read in limits["read"]
+    )
+    say(f"limits of this machine, threads {limits['threads']}: {rates}; reads again {reads}")
+
+
+def _verdict(ratio: dict[str, Any], over: str) -> str:
+    interval = f"(95 % interval of the ratio {ratio['low']:.2f} to {ratio['high']:.2f})"
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return f"no difference from {over} can be told {interval}"
+    return f"{ratio['ratio']:.2f} times the speed of {over} {interval}"
+
+
+def _say_how_steady(report: dict[str, Any]) -> None:
+    """Drift, if it is large, then versions and load."""
     worst = max(line["drift"] for line in report["lines"])
     if worst > STEADY:
         say(f"unsteady: medians drift by up to {worst:.0%} during the run; is something else busy?")
+    machine = report["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     say(f"{packages}; load {machine['load_average'][0]}")
 

@@ -28,9 +28,9 @@ class Matrix(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
         super().__init__()
         self.matrix = nn.Parameter(weight.detach().to(compute), requires_grad=False)
-        size = weight.shape[0]
-        bias = torch.zeros(size) if bias is None else bias.detach().float()
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
@@ -40,7 +40,8 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.matrix.dtype == torch.float32:
             return F.linear(x, self.matrix, self.bias)
-        return F.linear(x.to(self.matrix.dtype), self.matrix).float() + self.bias
+        y = F.linear(x.to(self.matrix.dtype), self.matrix).float()
+        return y if self.bias is None else y + self.bias
 
 
 class Convolution(nn.Module):
@@ -144,8 +145,9 @@ class ScanLoop(ReverseLoop):
             state, previous = carried
             c, b = row
             gained = self.carry(self.hidden(state, condition, b))
-            state = c[0] * state + c[1] * gained + c[2] * previous
-            return (state, gained.clone()), state[:1, :1, :1].clone()  # scan must emit something
+            of_state, of_gained, of_previous = c.split(1)
+            state = of_state * state + of_gained * gained + of_previous * previous
+            return (state, gained.clone()), c.clone()  # scan must emit something
 
         rows = (coefficients[:-1], bias[:-1])
         (state, _), _ = scan(step, (state, torch.zeros_like(state)), rows)

@@ -240,7 +240,7 @@ class _Job:
         if not folder:
             save_file(arrays, self.fresh / PLAN)
         backend = open_backend(self.settings.backend, payload, types.compute, None)
-        return Built(backend, arrays, sampling)
+        return Built(backend, arrays, sampling, self.images.pixels)
 
     def pick_points(
         self,
@@ -260,7 +260,6 @@ class _Job:
             types = choose_types(asked.backend, precision, asked.compute)
             candidates[precision] = sweep(
                 self.build(types, tables, sampling, f"sweep-{precision}"),
-                self.images.pixels,
                 truth,
                 exact.argmax(axis=1),
                 samples=SAMPLES if asked.samples is None else (asked.samples,),
@@ -317,6 +316,7 @@ class _Job:
             found[key] = measure_fidelity(
                 built.run(name),
                 pixels,
+                built.logits(name),
                 mean_logits(logits),
                 self.images.labels,
                 min_agreement=MIN_AGREEMENT[precision] if minimum is None else minimum,
@@ -334,7 +334,7 @@ class _Job:
             for name, p in sampling.points.items()
         }
         default, table = by_name[sampling.default], tables[sampling.default]
-        error = trajectory_error(self.reference, built, sampling.default, table, pixels)
+        error = trajectory_error(self.reference, built, sampling.default, table)
         floor = instability_floor(self.reference, table, sampling.seed, sampling.point.samples)
         self.say(
             f"instability floor: {floor['share']:.2%} of {floor['images']} images change their "
@@ -344,7 +344,7 @@ class _Job:
             "operating_points": {name: f.to_dict() for name, f in by_name.items()},
             "trajectory": error,
             "instability": floor,
-            "settled": settling(built, sampling.default, pixels),
+            "settled": settling(built, sampling.default),
             "latency_ms": _latency(built.run(sampling.default), pixels[:1]),
         }
         write_json(self.fresh / FIDELITY, default.to_dict() | more)
@@ -358,13 +358,9 @@ class _Job:
             if target is not None:
                 raise DataError("--target-risk needs images whose classes the checkpoint knows")
             return sampling
-        pixels, points, curves = self.images.pixels, dict(sampling.points), {}
-        x_v = np.concatenate(
-            [built.backend.encode(pixels[i : i + 64]) for i in range(0, len(pixels), 64)]
-        )
+        points, curves = dict(sampling.points), {}
         for name, point in sampling.points.items():
-            logits = built.samples(name, pixels, x_v, point.samples)
-            probabilities = softmax(logits).mean(axis=1)
+            probabilities = softmax(built.samples(name, point.samples)).mean(axis=1)
             scores, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
             curve = risk_coverage(scores, correct)
             curves[name] = {
@@ -458,7 +454,7 @@ def _write_golden(
 ) -> None:
     """Keep a few images, of different labels and with a clear winner, and what they gave."""
     run = built.run(built.sampling.default)
-    logits = run(images.pixels[: 8 * GOLDEN])
+    logits = built.logits(built.sampling.default)[: 8 * GOLDEN]
     bound = fidelity.row_tolerance * fidelity.largest_logit
     clear = np.flatnonzero(margin(logits) > 2 * bound)
     if not len(clear):

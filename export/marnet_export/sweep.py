@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exact
 from marnet_export.verify import Built
-from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
 from marnet_sdk.uncertainty import mean_logits
@@ -61,7 +60,6 @@ def as_points(
 
 def sweep(
     built: Built,
-    pixels: Floats,
     truth: NDArray[np.int64],
     reference: NDArray[np.int64],
     *,
@@ -72,19 +70,18 @@ def sweep(
     """What each operating point of `built` gives, at each number of noise samples.
 
     Args:
-        pixels: [N, 3, H, W]. truth: the true classes [N]. reference: the labels of the float32
-            checkpoint and its process as trained, [N].
+        truth: the true classes [N]. reference: the labels of the float32 checkpoint and its
+            process as trained, [N].
 
     Returns:
         The process as trained first.
     """
-    x_v = _encode(built, pixels)
     names = list(built.sampling.points)
-    latency = _latencies(built, pixels[:1], samples)
+    latency = _latencies(built, samples)
     found = []
     for name in track(names, f"sweep {precision}"):
         point = built.sampling.points[name]
-        logits = built.samples(name, pixels, x_v, max(samples))  # [N, K, C]
+        logits = built.samples(name, max(samples))  # [N, K, C]
         for count in samples:
             if name == names[0] and count > 1:
                 continue  # as trained means one sample; more of them come with "ddpm-T"
@@ -112,18 +109,13 @@ def _against(reference: NDArray[np.int64]):
     )
 
 
-def _encode(built: Built, pixels: Floats, batch: int = 64) -> Floats:
-    starts = track(range(0, len(pixels), batch), "encode")
-    return np.concatenate([built.backend.encode(pixels[i : i + batch]) for i in starts])
-
-
-def _latencies(built: Built, pixel: Floats, samples: Sequence[int]) -> dict[tuple[str, int], float]:
+def _latencies(built: Built, samples: Sequence[int]) -> dict[tuple[str, int], float]:
     """Median milliseconds from the pixels of one image to its logits, taken in turn.
 
     Points with as many steps run the same graph on tables of the same size, so they share the
     time of the first of them.
     """
-    shared = built.sampling.noise == "shared"
+    pixel, shared = built.pixels[:1], built.sampling.noise == "shared"
     first: dict[tuple[int, bool], str] = {}
     stands_for = {}
     for name, point in built.sampling.points.items():

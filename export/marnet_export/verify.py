@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -166,10 +167,20 @@ class Reference:
 
 
 class Built:
-    """Graphs that were built, opened again, with the tables of some operating points."""
+    """Graphs that were built, opened again, with the tables of some operating points, on the images
+    of a verification."""
 
-    def __init__(self, backend: Backend, plan: dict[str, NDArray], sampling: Sampling) -> None:
-        self.backend, self.plan, self.sampling = backend, plan, sampling
+    def __init__(
+        self, backend: Backend, plan: dict[str, NDArray], sampling: Sampling, pixels: Floats
+    ) -> None:
+        """pixels: [N, 3, H, W]."""
+        self.backend, self.plan, self.sampling, self.pixels = backend, plan, sampling, pixels
+
+    @cached_property
+    def x_v(self) -> Floats:
+        """The images, encoded once for all that is measured behind the encoder: [N, D_v]."""
+        starts = track(range(0, len(self.pixels), 64), "encode")
+        return np.concatenate([self.backend.encode(self.pixels[i : i + 64]) for i in starts])
 
     def tables(self, name: str, pixels: Floats, samples: int, seed: int | None = None) -> Tables:
         """The tables of a batch [B, 3, H, W] at an operating point."""
@@ -183,25 +194,30 @@ class Built:
             keys=[pixel_key(row) for row in pixels] if by_image else None,
         )
 
-    def samples(
-        self, name: str, pixels: Floats, x_v: Floats, count: int, batch: int = 64
-    ) -> Floats:
-        """Logits of every noise sample of images that are encoded already, [N, K, C]."""
+    def samples(self, name: str, count: int, limit: int | None = None) -> Floats:
+        """Logits of the images (or the first `limit`) and K noise samples, [N, K, C]."""
+        pixels, x_v = self.pixels[:limit], self.x_v[:limit]
         shared = self.tables(name, pixels[:1], count) if self.sampling.noise == "shared" else None
         out = []
-        for start in range(0, len(pixels), batch):
-            rows = slice(start, start + batch)
+        for start in range(0, len(pixels), 64):
+            rows = slice(start, start + 64)
             tables = shared or self.tables(name, pixels[rows], count)
             out.append(self.backend.refine(x_v[rows], tables)[0])
         return np.concatenate(out)
 
+    def logits(self, name: str) -> Floats:
+        """One row of logits for each image at an operating point, [N, C]."""
+        return mean_logits(self.samples(name, self.sampling.points[name].samples))
+
     def run(self, name: str) -> Logits:
-        """From pixels to one row of logits for each image, at an operating point."""
+        """The same for any pixels, from the pixels on."""
         count = self.sampling.points[name].samples
+        shared = self.sampling.noise == "shared"
+        fixed = self.tables(name, self.pixels[:1], count) if shared else None
 
         def logits(pixels: Floats) -> Floats:
-            x_v = self.backend.encode(pixels)
-            return mean_logits(self.samples(name, pixels, x_v, count, batch=len(pixels)))
+            tables = fixed or self.tables(name, pixels, count)
+            return mean_logits(self.backend.refine(self.backend.encode(pixels), tables)[0])
 
         return logits
 
@@ -211,7 +227,6 @@ def trajectory_error(
     built: Built,
     name: str,
     table: SamplerTable,
-    pixels: Floats,
     *,
     images: int = 16,
     most: int = 20,
@@ -225,10 +240,9 @@ def trajectory_error(
         For each step: `step` (1-based), `t`, and `error`, the norm of the difference of the logits
         that the head makes of the estimate, over the norm of the reference's.
     """
-    pixels = pixels[:images]
+    pixels, x_v = built.pixels[:images], built.x_v[:images]
     expected = reference.estimates(table, built.sampling.seed, len(pixels))
     tables = built.tables(name, pixels, 1)
-    x_v = built.backend.encode(pixels)
     steps = len(table.timesteps)
     out = []
     for step in np.unique(np.linspace(1, steps, min(steps, most)).round().astype(int)).tolist():
@@ -268,9 +282,7 @@ def instability_floor(
     }
 
 
-def settling(
-    built: Built, name: str, pixels: Floats, *, samples: int = 8, most: int = 1_000_000
-) -> dict[str, Any]:
+def settling(built: Built, name: str, *, samples: int = 8, most: int = 1_000_000) -> dict[str, Any]:
     """How `stop="settled"` does against all of its samples, on these images.
 
     Returns:
@@ -279,29 +291,21 @@ def settling(
     """
     samples = max(samples, built.sampling.points[name].samples)
     steps = len(built.sampling.points[name].timesteps)
-    pixels = pixels[: max(64, most // (samples * steps))]
-    x_v = np.concatenate(
-        [built.backend.encode(pixels[i : i + 64]) for i in range(0, len(pixels), 64)]
-    )
-    probabilities = softmax(built.samples(name, pixels, x_v, samples))  # [N, K, C]
-    drawn = np.full(len(pixels), samples)
+    limit = max(64, most // (samples * steps))
+    probabilities = softmax(built.samples(name, samples, limit))  # [N, K, C]
+    count = len(probabilities)
+    drawn = np.full(count, samples)
     for look in reversed(schedule(samples)):
         drawn[settled(probabilities[:, :look], samples)] = look
     early = summarise(probabilities, drawn).winner
     same = int((early == summarise(probabilities).winner).sum())
     return {
         "samples": samples,
-        "images": len(pixels),
+        "images": count,
         "mean_samples": float(drawn.mean()),
-        "agreement": same / len(pixels),
-        "interval": wilson_interval(same, len(pixels)),
+        "agreement": same / count,
+        "interval": wilson_interval(same, count),
     }
-
-
-def in_batches(run: Logits, pixels: Floats, batch: int = 64) -> Floats:
-    """Logits of all images through a backend, [N, C]."""
-    starts = track(range(0, len(pixels), batch), "bundle")
-    return np.concatenate([run(pixels[start : start + batch]) for start in starts])
 
 
 @np.errstate(invalid="ignore")  # infinity minus itself: such logits are counted elsewhere
@@ -341,6 +345,7 @@ def margin(logits: Floats) -> Floats:
 def measure_fidelity(
     run: Logits,
     pixels: Floats,
+    logits: Floats,
     reference: Floats,
     labels: NDArray[np.int64] | None,
     *,
@@ -350,9 +355,9 @@ def measure_fidelity(
     """Compare a built graph with the reference logits [N, C] of the same images and noise.
 
     Args:
+        run: the graph. logits: what it gave for the images, [N, C].
         labels: true classes [N], if they are known.
     """
-    logits = in_batches(run, pixels)
     same = int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
     error = np.abs(logits - reference)
     count = len(pixels)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from tiny import make_model, plain_refine, tables_of
-from tolerances import BUILT, FLOAT32_LAYER
+from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
 from marnet_export.builders import TORCH_TYPES, Types, builder, choose_types
 from marnet_export.plan import make_plan
@@ -179,6 +179,28 @@ def test_matrices_are_stored_in_the_precision_that_was_asked(backend, precision,
     stored = builder(backend).stored_elements(payload)
     assert stored[TORCH_TYPES[precision]] / sum(stored.values()) > 0.95
     assert set(stored) == {TORCH_TYPES[precision], torch.float32}  # vectors stay in float32
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_products_in_int8_keep_labels_and_do_not_look_at_the_other_images(backend, tmp_path):
+    model = make_model(dim=200, hidden=264, condition=40)  # no multiple of a block of 128
+    types, payload = Types("int8", "int8"), tmp_path / "payload"
+    payload.mkdir()
+    module = builder(backend)
+    module.build_encoder(model, torch.rand(2, 3, 32, 32), types, payload)
+    module.build_refine(model, make_plan(model), types, payload)
+    run = open_backend(backend, payload, "int8", 1)
+    x_v = 3 * np.random.default_rng(0).standard_normal((200, 40)).astype(np.float32)
+    table = sampler_table(model.config.schedule, "ddim", 20)
+    tables = tables_of(model, make_plan(model), table, samples=2)
+    got, want = run.refine(x_v, tables)[0], plain_refine(model, table, x_v, samples=2)[0]
+    assert 1e-6 < np.abs(got - want).max() / np.abs(want).max() < BF16_LAYER
+    assert (got.argmax(axis=2) == want.argmax(axis=2)).mean() >= 0.98
+    # A scale of its own for each row: an image with large activations changes no other's answer.
+    loud = x_v.copy()
+    loud[1:] *= 100
+    error = np.abs(run.refine(loud, tables)[0][0] - got[0]).max() / np.abs(want).max()
+    assert error < 1e-3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

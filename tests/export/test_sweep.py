@@ -42,7 +42,7 @@ def test_points_list_what_the_tables_visit():
     assert points["a"].timesteps == tables["a"].timesteps == (9, 6, 3)
 
 
-def built_of(bundle: Bundle, tables) -> Built:
+def built_of(bundle: Bundle, tables, pixels: np.ndarray) -> Built:
     """The graphs of a bundle with the tables of other processes."""
     plan = load_file(bundle.path / "payload/plan.safetensors")
     plan |= {f"coefficients.{name}": table.coefficients for name, table in tables.items()}
@@ -50,7 +50,7 @@ def built_of(bundle: Bundle, tables) -> Built:
     sampling = replace(
         bundle.manifest.sampling, points=as_points(tables), default=next(iter(tables))
     )
-    return Built(backend, plan, sampling)
+    return Built(backend, plan, sampling, pixels)
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,8 @@ def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
     labels = {n: reference.logits(t, 0)[:, 0].argmax(axis=1) for n, t in tables.items()}
     truth = np.roll(labels["exact"], 0)
     truth[:6] = (truth[:6] + 1) % 10
-    built = built_of(bundle, tables)
-    found = sweep(
-        built, pixels, truth, labels["exact"], samples=(1, 2), precision="fp32", max_drop=0.5
-    )
+    built = built_of(bundle, tables, pixels)
+    found = sweep(built, truth, labels["exact"], samples=(1, 2), precision="fp32", max_drop=0.5)
     processes = [(c.sampler, c.steps, c.samples) for c in found]
     assert processes == [
         ("ddpm", 100, 1), ("ddim", 5, 1), ("ddim", 5, 2), ("dpmpp", 2, 1), ("dpmpp", 2, 2)

@@ -58,7 +58,7 @@ REFERENCE = by_row(PIXELS)
 
 def measure(run: Run, labels=None, reference: Floats = REFERENCE, **limits: float) -> Fidelity:
     limits = {"min_agreement": 0.999, "row_tolerance": 0.02} | limits
-    return measure_fidelity(run, PIXELS, reference, labels, **limits)
+    return measure_fidelity(run, PIXELS, run(PIXELS), reference, labels, **limits)
 
 
 @pytest.mark.parametrize(
@@ -270,27 +270,28 @@ def test_a_reference_that_leaves_the_finite_numbers_names_the_step(checkpoint, i
 
 
 @pytest.fixture(scope="module")
-def built(bundle_of) -> Callable[[str], Built]:
+def built(bundle_of, images) -> Callable[[str], Built]:
     def open_built(precision: str) -> Built:
         bundle = read_bundle(bundle_of("torchscript", precision))
         plan = load_file(bundle.path / "payload/plan.safetensors")
         compute = bundle.manifest.precision.compute
         backend = open_backend("torchscript", bundle.path / "payload", compute, 1)
-        return Built(backend, plan, bundle.manifest.sampling)
+        return Built(backend, plan, bundle.manifest.sampling, images)
 
     return open_built
 
 
 def test_what_is_built_answers_as_a_classifier_does(built, bundle_of, images):
     want = Classifier(bundle_of("torchscript", "fp32")).logits(images)
-    run = built("fp32").run("default")
-    np.testing.assert_allclose(run(images), want, atol=FLOAT32_TWICE * np.abs(want).max())
+    opened = built("fp32")
+    for got in (opened.run("default")(images), opened.logits("default")):
+        np.testing.assert_allclose(got, want, atol=FLOAT32_TWICE * np.abs(want).max())
 
 
 def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     table = sampler_table(model.config.schedule, "ddpm")
     reference, opened = Reference(model, images), built("fp32")
-    found = trajectory_error(reference, opened, "default", table, images, most=5)
+    found = trajectory_error(reference, opened, "default", table, most=5)
     assert [(row["step"], row["t"]) for row in found] == [
         (1, 100), (26, 75), (50, 51), (75, 26), (100, 1)
     ]  # fmt: skip
@@ -298,8 +299,8 @@ def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     spoiled = dict(opened.plan)
     spoiled["coefficients.default"] = spoiled["coefficients.default"].copy()
     spoiled["coefficients.default"][60] *= 1.5  # the 61st step goes too far
-    departing = Built(opened.backend, spoiled, opened.sampling)
-    errors = trajectory_error(reference, departing, "default", table, images, most=100)
+    departing = Built(opened.backend, spoiled, opened.sampling, images)
+    errors = trajectory_error(reference, departing, "default", table, most=100)
     assert max(row["error"] for row in errors[:60]) < 1e-2
     assert errors[61]["error"] > 10 * max(row["error"] for row in errors[:60])
 
@@ -318,7 +319,7 @@ def test_the_instability_floor_counts_labels_that_the_seed_decides(model, images
 
 
 def test_settling_is_measured_against_all_samples(built, images):
-    found = settling(built("fp32"), "default", images, samples=16)
+    found = settling(built("fp32"), "default", samples=16)
     assert (found["samples"], found["images"]) == (16, 70)
     assert 4 <= found["mean_samples"] < 16
     assert found["agreement"] >= 0.95

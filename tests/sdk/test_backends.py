@@ -97,7 +97,11 @@ def test_an_unknown_backend_is_refused_with_those_that_are_known(tmp_path):
 @pytest.mark.parametrize(
     ("backend", "compute", "message"),
     [
-        ("onnxruntime", "bf16", "onnxruntime computes in fp32 on a CPU, the bundle asks bf16"),
+        (
+            "onnxruntime",
+            "bf16",
+            "onnxruntime computes in fp32 or int8 on a CPU, the bundle asks bf16",
+        ),
         ("torchscript", "fp16", "torchscript computes in fp32 or bf16, the bundle asks fp16"),
     ],
 )
@@ -165,11 +169,12 @@ def test_a_caller_s_autocast_does_not_change_what_torchscript_answers(compute, i
         np.testing.assert_array_equal(one, other)
 
 
-def test_onnxruntime_s_idle_threads_do_not_spin(inputs):
+def test_onnxruntime_s_threads_spin_inside_a_call_only(inputs):
     opened: Any = open_backend("onnxruntime", inputs("onnxruntime")[0], "fp32", 2)
     for session in (opened._encoder, opened._refine):
         options = session.get_session_options()
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+        assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))

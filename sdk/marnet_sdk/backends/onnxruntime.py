@@ -19,15 +19,16 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
     """
     with requires_extra("onnxruntime", "onnxruntime"):
         import onnxruntime as ort
-    if compute != "fp32":
+    if compute not in ("fp32", "int8"):
         raise BackendUnavailable(
-            f"onnxruntime computes in fp32 on a CPU, the bundle asks {compute}"
+            f"onnxruntime computes in fp32 or int8 on a CPU, the bundle asks {compute}"
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Idle worker threads would otherwise burn a core after every call, taking it from whatever runs
-    # next: measured to slow other work in the process, and this backend itself at batch 64.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Worker threads spin between the products of one call, and sleep as soon as it returns: left
+    # spinning, they would take a core from whatever runs next, this backend's own caller included.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
 
     def session(name: str):

@@ -1,0 +1,457 @@
+"""The loop scenario: our reverse loop beside the plain one in every framework, x_v to logits.
+
+All candidates of a batch size run in one process, call by call in turn, on the same x_v, noise and
+sampler. Each is held to the float32 model first; each ratio has a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from marnet_bench.limits import BYTES, PRECISIONS, Limits, higher, measure_limits
+from marnet_bench.loop_peers import (
+    PEERS,
+    Logits,
+    Problem,
+    make_problem,
+    reference,
+)
+from marnet_bench.machine import describe_machine
+from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
+from marnet_export.builders import BUILDERS, Types, builder
+from marnet_export.plan import SamplingPlan, make_plan
+from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
+from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.console import say
+from marnet_sdk.errors import BackendUnavailable
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.models.marnet import MARNet, MarnetConfig
+
+OURS = "marnet"  # what the names of our candidates begin with
+SAME_LABELS = 0.995  # agreement with float32 from which a precision counts as the same classifier
+CHECKED = 256  # random x_v that every candidate answers before it is timed
+_CHUNK = 64  # of them at a time
+_LARGEST_ERROR = 1e-2  # of float32 logits, relative to the largest one: more is another loop
+_BY_STORAGE = {
+    "openvino": ("int8",),
+    "onnxruntime": ("int8",),
+}  # what a backend multiplies in where it stores it
+_PAUSE = 0.01  # seconds between two calls, for threads that still spin after one
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the loop, opened."""
+
+    model: str  # framework and form
+    precision: str
+    logits: Logits
+
+    @property
+    def ours(self) -> bool:
+        return self.model.startswith(OURS)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A way that cannot be measured here, and why."""
+
+    model: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A candidate's logits beside those of the float32 model."""
+
+    agreement: float  # share of the same labels
+    relative_error: float  # largest difference over the largest logit
+    batch_effect: float = 0.0  # largest change of a logit when its x_v is alone, likewise relative
+
+
+def paper_model(labels: int = 100) -> MARNet:
+    """A MARNet of the paper's widths with fresh weights, whose loop contracts; its encoders, which
+    nothing here runs, are as small as the widths allow."""
+    dim = MarnetConfig.dim
+    vision = {"model_type": "resnet", "embedding_size": 8, "layer_type": "basic"}
+    vision |= {"depths": [1], "hidden_sizes": [dim]}
+    text = {"model_type": "bert", "num_hidden_layers": 1, "intermediate_size": 8}
+    text |= {"vocab_size": 8, "hidden_size": dim, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = MarnetConfig(vision, text, tuple(f"class {i}" for i in range(labels)))
+        return MARNet(config).eval()
+
+
+def run_loop(
+    source: MARNet | Path | None,
+    *,
+    batches: Sequence[int],
+    steps: int | None = None,
+    warmup: int,
+    duration: float,
+    threads: int | None = None,
+    sampler: str = "ddpm",
+    min_rounds: int = 10,
+) -> dict[str, Any]:
+    """Measure our loop and its peers.
+
+    Args:
+        source: a model, or a checkpoint; None: the paper's sizes with random weights.
+        steps: of the sampler; None: as many as the model was trained with.
+        duration: seconds for each batch size. min_rounds: calls of each candidate, at least.
+        threads: cores for every candidate; None: all that this process may use.
+
+    Returns:
+        The report: plain data, as it is written to JSON.
+    """
+    threads = threads or _cores()
+    model, described = _load(source)
+    steps = model.config.schedule.steps if steps is None else steps
+    problem = make_problem(model, sampler, steps)
+    plan = make_plan(model)
+    with _torch_threads(threads), ExitStack() as stack:
+        say("measuring how fast this machine reads and multiplies")
+        limits = measure_limits(_sizes(plan), threads)
+        payloads = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        say("opening every candidate")
+        opened = [*_open_ours(problem, plan, payloads, threads), *_open_peers(problem, threads)]
+        x_v = _random_features(model, max(CHECKED, *batches))
+        candidates, checks, missing = _check(opened, reference(problem), x_v, batches)
+        groups = {}
+        for batch in batches:
+            say(f"batch {batch}: {len(candidates)} candidates in turn, {duration:g} s or more")
+            groups[batch] = _time(candidates, x_v[:batch], warmup, duration, min_rounds)
+        limits = higher(limits, measure_limits(_sizes(plan), threads))
+    lines = [
+        _line(candidate, checks[candidate], batch, seconds, plan, limits, steps)
+        for batch, taken in groups.items()
+        for candidate, seconds in taken.items()
+    ]
+    return {
+        "scenario": "loop",
+        "model": described,
+        "sampler": sampler,
+        "steps": steps,
+        "batches": list(batches),
+        "threads": threads,
+        "checked_images": CHECKED,
+        "plan": _describe_plan(plan),
+        "limits": _describe_limits(limits),
+        "lines": lines,
+        "ratios": [r for b, taken in groups.items() for r in _equal_precision(b, taken)],
+        "best": [r for b, taken in groups.items() for r in _best(b, taken, checks)],
+        "missing": [asdict(m) for m in missing],
+        "environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")},
+        "machine": describe_machine(),
+    }
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load(source: MARNet | Path | None) -> tuple[MARNet, dict[str, Any]]:
+    """The model, and what the report says of it."""
+    name, sha256 = "random weights", None
+    if isinstance(source, Path):
+        checkpoint = load_checkpoint(source)
+        name, sha256, source = source.name, checkpoint.sha256, checkpoint.model
+    model = (source or paper_model()).eval()
+    denoiser = model.denoiser
+    return model, {
+        "name": name,
+        "checkpoint_sha256": sha256,
+        "condition": model.vision.dim,
+        "dim": denoiser.dim,
+        "hidden": denoiser.layer2.out_features,
+        "time_dim": denoiser.time.dim,
+        "classes": len(model.config.labels),
+        "fusion": model.config.fusion,
+    }
+
+
+def _random_features(model: MARNet, count: int) -> Floats:
+    """x_v [count, D_v] with the mean and the deviation that the model was trained with."""
+    normal = np.random.default_rng(0).standard_normal((count, model.vision.dim))
+    mean, std = model.vision_mean.numpy(), model.vision_std.numpy()
+    return (normal * std + mean).astype(np.float32)
+
+
+# Opening
+
+
+def _open_ours(
+    problem: Problem, plan: SamplingPlan, folder: Path, threads: int
+) -> Iterator[Candidate | Missing]:
+    """Every backend in every type that it multiplies in, from a graph built here."""
+    tables = _our_tables(problem, plan)
+    for backend in BUILDERS:
+        for precision in PRECISIONS:
+            name = f"{OURS} {backend}"
+            try:
+                if precision not in (*builder(backend).COMPUTE, *_BY_STORAGE.get(backend, ())):
+                    raise BackendUnavailable(
+                        f"the {backend} backend does not multiply in {precision}"
+                    )
+                payload = folder / f"{backend}-{precision}"
+                payload.mkdir()
+                logits = _open_backend(problem, plan, tables, backend, precision, payload, threads)
+                yield Candidate(name, precision, logits)
+            except Exception as error:  # whatever a framework raises is why it is missing
+                yield Missing(name, precision, _reason(error))
+
+
+def _open_backend(
+    problem: Problem,
+    plan: SamplingPlan,
+    tables: Tables,
+    backend: str,
+    precision: str,
+    payload: Path,
+    threads: int,
+) -> Logits:
+    """Build the graph of the loop, open it as a deployed process does."""
+    module, types = builder(backend), Types(precision, precision)
+    stand_in = cast(
+        MARNet, SimpleNamespace(vision=_NoEncoder().eval(), config=problem.model.config)
+    )
+    module.build_encoder(stand_in, torch.zeros(2, 3, 8, 8), types, payload)
+    module.build_refine(problem.model, plan, types, payload)
+    leaf = open_backend(backend, payload, precision, threads)
+    return lambda x_v: leaf.refine(x_v, tables)[0][:, 0]
+
+
+class _NoEncoder(nn.Module):
+    """Stands where a payload holds an encoder, which nothing here runs."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 3]."""
+        return pixels.mean(dim=(2, 3))
+
+
+def _our_tables(problem: Problem, plan: SamplingPlan) -> Tables:
+    """The tables of the problem's sampler and noise, made as the SDK makes them, once."""
+    table = problem.table
+    point = OperatingPoint(table.sampler, table.eta, table.timesteps, 1, None)
+    width = problem.model.denoiser.dim
+    sampling = Sampling({"loop": point}, "loop", table.train_steps, "shared", problem.seed, width)
+    arrays = plan.tensors({"loop": table})
+    return make_tables(arrays, sampling, "loop", seed=problem.seed, samples=1)
+
+
+def _open_peers(problem: Problem, threads: int) -> Iterator[Candidate | Missing]:
+    for name, peer in PEERS.items():
+        for precision in peer.precisions:
+            try:
+                yield Candidate(name, precision, peer.open(problem, precision, threads))
+            except Exception as error:  # whatever a framework raises is why it is missing
+                yield Missing(name, precision, _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0][:300] if lines else "no message"
+    return text if isinstance(error, BackendUnavailable) else f"{type(error).__name__}: {text}"
+
+
+# Checking
+
+
+def _check(
+    opened: Sequence[Candidate | Missing], expected: Logits, x_v: Floats, batches: Sequence[int]
+) -> tuple[list[Candidate], dict[Candidate, Check], list[Missing]]:
+    """Hold every candidate to the float32 model; what fails or differs is not timed."""
+    chunks = [slice(i, min(i + _CHUNK, CHECKED)) for i in range(0, CHECKED, _CHUNK)]
+    wanted = np.concatenate([expected(x_v[chunk]) for chunk in chunks])
+    by_batch = {batch: expected(x_v[:batch]) for batch in batches}
+    missing = [c for c in opened if isinstance(c, Missing)]
+    checks: dict[Candidate, Check] = {}
+    for candidate in opened:
+        if isinstance(candidate, Missing):
+            continue
+        try:
+            got = np.concatenate([candidate.logits(x_v[chunk]) for chunk in chunks])
+            check = compare(got, wanted)
+            for batch, logits in by_batch.items():  # each may be another kernel
+                found = compare(candidate.logits(x_v[:batch]), logits)
+                largest = max(check.relative_error, found.relative_error)
+                check = replace(check, relative_error=largest)
+            alone = np.concatenate([candidate.logits(x_v[i : i + 1]) for i in range(8)])
+            check = replace(check, batch_effect=compare(alone, got[:8]).relative_error)
+            _refuse_other_loops(candidate, check)
+            checks[candidate] = check
+        except Exception as error:  # compilers fail at the first call
+            missing.append(Missing(candidate.model, candidate.precision, _reason(error)))
+    return list(checks), checks, missing
+
+
+def compare(got: Floats, wanted: Floats) -> Check:
+    """Logits [B, C] of a candidate beside the float32 model's."""
+    if got.shape != wanted.shape or not np.isfinite(got).all():
+        raise BackendUnavailable("its logits are not finite, or not one row for each x_v")
+    agreement = float((got.argmax(axis=1) == wanted.argmax(axis=1)).mean())
+    return Check(agreement, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+
+
+def _refuse_other_loops(candidate: Candidate, check: Check) -> None:
+    if candidate.precision == "fp32" and check.relative_error > _LARGEST_ERROR:
+        raise BackendUnavailable(
+            f"its float32 logits are off by {check.relative_error:.1e}: not timed"
+        )
+
+
+# Timing
+
+Taken = dict[Candidate, Seconds]
+
+
+def _time(
+    candidates: Sequence[Candidate], x_v: Floats, warmup: int, duration: float, min_rounds: int
+) -> Taken:
+    """Seconds of every call; between two of them nothing runs for a moment."""
+    calls: dict[str, Callable[[], object]] = {}
+    for i, candidate in enumerate(candidates):
+        calls[f"pause {i}"] = lambda: time.sleep(_PAUSE)
+        calls[f"{i}"] = lambda logits=candidate.logits: logits(x_v)
+    taken = interleave(calls, warmup=warmup, duration=duration, min_rounds=min_rounds)
+    return {candidate: taken[f"{i}"] for i, candidate in enumerate(candidates)}
+
+
+def _line(
+    candidate: Candidate,
+    check: Check,
+    batch: int,
+    seconds: Seconds,
+    plan: SamplingPlan,
+    limits: Limits,
+    steps: int,
+) -> dict[str, Any]:
+    """One candidate at one batch size."""
+    weights = _weights(plan, candidate.ours)
+    bound = limits.bound_ms(weights, weights, candidate.precision, batch, steps)
+    summary = asdict(summarise(seconds, batch))
+    return {
+        "model": candidate.model,
+        "ours": candidate.ours,
+        "precision": candidate.precision,
+        "batch": batch,
+        **asdict(check),
+        **summary,
+        "drift": drift(seconds),
+        "bound_ms": bound,
+        "share_of_bound": bound / summary["p50_ms"],
+        "seconds": [round(s, 7) for s in seconds.tolist()],
+    }
+
+
+# Ratios
+
+
+def _equal_precision(batch: int, taken: Taken) -> list[dict[str, Any]]:
+    """Each of ours over each peer of the same precision; says which pair is the best of each."""
+    found = []
+    for precision in PRECISIONS:
+        ours = [c for c in taken if c.ours and c.precision == precision]
+        peers = [c for c in taken if not c.ours and c.precision == precision]
+        fastest = _fastest(taken, ours), _fastest(taken, peers)
+        for own in ours:
+            for peer in peers:
+                best = {"best_ours": own == fastest[0], "best_peer": peer == fastest[1]}
+                found.append(_ratio(batch, taken, own, peer) | best)
+    return found
+
+
+def _best(batch: int, taken: Taken, checks: dict[Candidate, Check]) -> list[dict[str, Any]]:
+    """Our fastest that answers as float32 does, over the fastest peers of which that is true."""
+    same = [c for c in taken if checks[c].agreement >= SAME_LABELS]
+    ours = _fastest(taken, [c for c in same if c.ours])
+    peers = {
+        "best float32 peer": [c for c in same if not c.ours and c.precision == "fp32"],
+        "best peer": [c for c in same if not c.ours],
+        "fastest peer, whatever it answers": [c for c in taken if not c.ours],
+    }
+    found = []
+    for kind, candidates in peers.items():
+        peer = _fastest(taken, candidates)
+        if ours is not None and peer is not None:
+            found.append(_ratio(batch, taken, ours, peer) | {"against": kind})
+    return found
+
+
+def _fastest(taken: Taken, candidates: Sequence[Candidate]) -> Candidate | None:
+    return min(candidates, key=lambda c: float(np.median(taken[c])), default=None)
+
+
+def _ratio(batch: int, taken: Taken, own: Candidate, peer: Candidate) -> dict[str, Any]:
+    ratio, low, high = speedup_interval(taken[peer], taken[own])
+    return {
+        "batch": batch,
+        "ours": own.model,
+        "ours_precision": own.precision,
+        "peer": peer.model,
+        "peer_precision": peer.precision,
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+    }
+
+
+# What the report says of the machine and the loop
+
+
+def _weights(plan: SamplingPlan, ours: bool) -> int:
+    """Weights that a step reads: each takes part in one multiply-add per image."""
+    return plan.multiply_adds if ours else plan.plain_multiply_adds
+
+
+def _sizes(plan: SamplingPlan) -> list[int]:
+    return sorted(_weights(plan, ours) * size for ours in (True, False) for size in BYTES.values())
+
+
+def _describe_plan(plan: SamplingPlan) -> dict[str, Any]:
+    return {
+        "carry": plan.carry,
+        "multiply_adds": plan.multiply_adds,
+        "plain_multiply_adds": plan.plain_multiply_adds,
+    }
+
+
+def _describe_limits(limits: Limits) -> dict[str, Any]:
+    return {
+        "threads": limits.threads,
+        "read": [
+            {"bytes": size, "gb_per_s": rate.per_second / 1e9, "through": rate.through}
+            for size, rate in limits.read.items()
+        ],
+        "multiply_adds": {
+            precision: {"g_per_s": rate.per_second / 1e9, "through": rate.through}
+            for precision, rate in limits.multiply_adds.items()
+        },
+    }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from marnet_export.builders import (
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_export.selection import (
     Candidate,
+    Choice,
     choose,
     pareto_report,
     plot_pareto,
@@ -271,7 +272,7 @@ class _Job:
         overall = choose(everything, next(iter(candidates.values()))[0], *limits)
         precision = overall.points[overall.picked].precision
         choice = choose(candidates[precision], candidates[precision][0], *limits)
-        self._write_pareto(pareto_report(everything, choice, {"backend": asked.backend}))
+        self._write_pareto(everything, choice)
         for other in candidates:
             if other != precision:
                 shutil.rmtree(self.fresh / f"sweep-{other}")
@@ -284,19 +285,25 @@ class _Job:
         samples = {name: c.samples for name, c in choice.points.items()}
         return choose_types(asked.backend, precision, asked.compute), chosen, samples, choice.picked
 
-    def _write_pareto(self, report: dict[str, Any]) -> None:
+    def _write_pareto(self, everything: Sequence[Candidate], choice: Choice) -> None:
+        about = {
+            "backend": self.settings.backend,
+            "noise": self.settings.noise,
+            "seed": self.settings.seed,
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "built_for": asdict(_built_for(self.settings.backend)),
+        }
+        report = pareto_report(everything, choice, about)
         write_json(self.fresh / PARETO, report)
         plot_pareto(report, self.fresh / PARETO_PLOT)
-        picked = " (picked)"
-        for name, point in report["points"].items():
-            eta = f" eta {point['eta']:g}" if point["eta"] else ""
+        for name, point in choice.points.items():
+            picked = " (picked)" if name == choice.picked else ""
             self.say(
-                f"{name}{picked if name == report['picked'] else ''}: {point['sampler']}{eta}, "
-                f"{point['steps']} steps, {point['samples']} samples, {point['precision']}: "
-                f"{point['latency_ms']:.3g} ms, accuracy {point['accuracy']:.2%} "
-                f"(95 % interval of the difference {point['low']:+.2%} to {point['high']:+.2%})"
+                f"{name}{picked}: {point}: {point.latency_ms:.3g} ms, accuracy "
+                f"{point.accuracy:.2%} (95 % interval of the difference {point.low:+.2%} to "
+                f"{point.high:+.2%})"
             )
-        self.say(report["reason"])
+        self.say(choice.reason)
 
     def verify(self, built: Built, types: Types, tables: dict[str, SamplerTable]) -> Fidelity:
         """Hold every operating point against the reference; write fidelity.json.
@@ -488,7 +495,6 @@ def _manifest_fields(
             f"--precision {types.storage} was asked, but the built file stores {share}; "
             "no bundle was written"
         )
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "onnx", settings.backend)
     return {
         "method": checkpoint.model.config.method,
         "labels": checkpoint.labels,
@@ -498,7 +504,12 @@ def _manifest_fields(
         "sampling": sampling,
         "buckets": (),
         "golden_tolerance": fidelity.row_tolerance,
-        "built_for": BuiltFor("cpu", platform.machine(), versions(packages)),
+        "built_for": _built_for(settings.backend),
         "checkpoint_sha256": checkpoint.sha256,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _built_for(backend: str) -> BuiltFor:
+    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "onnx", backend)
+    return BuiltFor("cpu", platform.machine(), versions(packages))

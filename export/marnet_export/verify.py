@@ -34,6 +34,8 @@ MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995}
 # logit. A trained loop amplifies the last bits of its matrix products, which differ with the shape
 # of the batch and the instruction set: 1e-3 has been seen on single images in plain float32.
 ROW_TOLERANCE = {"fp32": 0.02, "bf16": 0.15}
+# What the instability floor and settling may each cost: seconds for the paper's network.
+CHAIN_STEPS = 200_000
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def instability_floor(
     samples: int,
     *,
     seeds: int = 5,
-    most: int = 1_000_000,
+    most: int = CHAIN_STEPS,
 ) -> dict[str, Any]:
     """Share of images whose label depends on the noise seed, in the float32 reference itself.
 
@@ -269,7 +271,7 @@ def instability_floor(
     Args:
         most: chain steps to take in all; of more images, the first ones are used.
     """
-    count = max(64, most // (seeds * samples * len(table.timesteps)))
+    count = max(16, most // (seeds * samples * len(table.timesteps)))
     used = [(seed + i) % 2**64 for i in range(seeds)]
     logits = [reference.logits(table, s, samples, limit=count) for s in used]
     labels = np.stack([mean_logits(found).argmax(axis=1) for found in logits])  # [seeds, N]
@@ -282,7 +284,9 @@ def instability_floor(
     }
 
 
-def settling(built: Built, name: str, *, samples: int = 8, most: int = 1_000_000) -> dict[str, Any]:
+def settling(
+    built: Built, name: str, *, samples: int = 8, most: int = CHAIN_STEPS
+) -> dict[str, Any]:
     """How `stop="settled"` does against all of its samples, on these images.
 
     Returns:
@@ -291,7 +295,7 @@ def settling(built: Built, name: str, *, samples: int = 8, most: int = 1_000_000
     """
     samples = max(samples, built.sampling.points[name].samples)
     steps = len(built.sampling.points[name].timesteps)
-    limit = max(64, most // (samples * steps))
+    limit = max(16, most // (samples * steps))
     probabilities = softmax(built.samples(name, samples, limit))  # [N, K, C]
     count = len(probabilities)
     drawn = np.full(count, samples)

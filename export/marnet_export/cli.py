@@ -75,7 +75,7 @@ class Steps(click.IntRange):
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 100, min_open=True),
+    type=click.FloatRange(0, 100, min_open=True, max_open=True),
     default=0.2,
     show_default=True,
     help="With --steps auto: percentage points of accuracy that may be lost.",

@@ -123,6 +123,12 @@ class Settings:
                 raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
         if self.latency_budget_ms is not None and self.steps != "auto":
             raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
+        if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
+            raise InvalidInput(f"eta: got {self.eta}, but it is for ddim: add --sampler ddim")
+        if not 0 < self.max_drop < 1:
+            raise InvalidInput(f"max_drop: got {self.max_drop}, expected more than 0, less than 1")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,9 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     compute = choose_types(settings.backend, precision, settings.compute).compute
     plan = make_plan(checkpoint.model)
     schedule = checkpoint.model.config.schedule
-    table = sampler_table(schedule, settings.sampler or "ddpm", steps, settings.eta)
+    sampler = settings.sampler or "ddpm"
+    eta = settings.eta if sampler == "ddim" else 0.0
+    table = sampler_table(schedule, sampler, steps, eta)
     sentences = [plan.sentence(table, settings.samples or 1)]
     if settings.noise == "image":
         sentences.append(plan.noise_cost(table))
@@ -382,6 +390,7 @@ class _Job:
                     f"{name}: scores below {found.threshold:.4f} are not to be relied on; on "
                     f"{len(truth)} images the others ({found.coverage:.1%}) are wrong in "
                     f"{found.risk:.2%}, at most {found.upper_bound:.2%} with 95 % confidence"
+                    + (" if they had not also chosen the point" if len(points) > 1 else "")
                 )
                 if name == sampling.default:
                     plot_risk_coverage(
@@ -460,7 +469,6 @@ def _write_golden(
     fidelity: Fidelity,
 ) -> None:
     """Keep a few images, of different labels and with a clear winner, and what they gave."""
-    run = built.run(built.sampling.default)
     logits = built.logits(built.sampling.default)[: 8 * GOLDEN]
     bound = fidelity.row_tolerance * fidelity.largest_logit
     clear = np.flatnonzero(margin(logits) > 2 * bound)
@@ -475,7 +483,10 @@ def _write_golden(
         source = images.examples[row].image
         (folder / f"{i}{source.suffix}").write_bytes(source.read_bytes())
     pixels = np.ascontiguousarray(images.pixels[rows])
-    save_file({"pixels": pixels, "logits": run(pixels)}, fresh / GOLDEN_ANSWERS)
+    default, points = built.sampling.default, built.sampling.points
+    answers = {f"logits.{name}": built.run(name)(pixels) for name in points if name != default}
+    answers |= {"pixels": pixels, "logits": built.run(default)(pixels)}
+    save_file(answers, fresh / GOLDEN_ANSWERS)
 
 
 def _manifest_fields(

@@ -73,9 +73,10 @@ class SamplingPlan:
 
     def sentence(self, table: SamplerTable, samples: int = 1) -> str:
         """What `marnet-export` says about the plan, in one line."""
+        steps = len(table.timesteps)
         chains = f", {samples} chains an image" if samples > 1 else ""
         return (
-            f"reverse loop: {len(table.timesteps)} {table.sampler} steps{chains}, the "
+            f"reverse loop: {steps} {table.sampler} step{'s' if steps > 1 else ''}{chains}, the "
             f"{self.carry} state carried, {self.multiply_adds / 1e6:.3g} M multiply-adds a step "
             f"instead of {self.plain_multiply_adds / 1e6:.3g} M"
         )

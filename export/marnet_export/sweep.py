@@ -8,14 +8,16 @@ Axes: N images, K noise samples, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exact
+from marnet_export.selection import Candidate, evaluate_candidate
 from marnet_export.verify import Built
+from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
 from marnet_sdk.uncertainty import mean_logits
@@ -23,7 +25,8 @@ from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampl
 
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 SAMPLES = (1, 2, 4, 8)
-_ROUNDS = 7  # of timing
+_ROUNDS = 11  # of timing
+Key = TypeVar("Key", bound=Hashable)
 
 
 def swept_processes(
@@ -77,18 +80,18 @@ def sweep(
         The process as trained first.
     """
     names = list(built.sampling.points)
-    latency = _latencies(built, samples)
+    latency = _latencies(built, samples)  # encodes the images, too
     found = []
     for name in track(names, f"sweep {precision}"):
         point = built.sampling.points[name]
-        logits = built.samples(name, max(samples))  # [N, K, C]
-        for count in samples:
-            if name == names[0] and count > 1:
-                continue  # as trained means one sample; more of them come with "ddpm-T"
+        # As trained means one sample; more of them come with "ddpm-T".
+        counts = (1,) if name == names[0] else samples
+        logits = built.samples(name, max(counts))  # [N, K, C]
+        for count in counts:
             labels = mean_logits(logits[:, :count]).argmax(axis=1)
-            evaluate = evaluate_exact if name == names[0] else _against(reference)
-            candidate = evaluate(
+            candidate = evaluate_candidate(
                 labels,
+                reference,
                 truth,
                 sampler=point.sampler,
                 eta=point.eta if point.sampler == "ddim" else None,
@@ -98,46 +101,70 @@ def sweep(
                 latency_ms=latency[name, count],
                 max_drop=max_drop,
             )
-            agreement = float((labels == reference).mean())
-            found.append(replace(candidate, agreement=agreement))
+            found.append(candidate)
+    if precision == "fp32":  # the reference itself, not one more that has to be shown to be as good
+        labels = mean_logits(built.samples(names[0], 1)).argmax(axis=1)
+        if (labels == reference).all():
+            found[0] = replace(found[0], low=0.0, high=0.0)
     return found
 
 
-def _against(reference: NDArray[np.int64]):
-    return lambda labels, truth, **settings: evaluate_candidate(
-        labels, reference, truth, **settings
-    )
+Work = tuple[int, bool, bool]  # steps, whether C is used, whether noise is drawn in the call
 
 
 def _latencies(built: Built, samples: Sequence[int]) -> dict[tuple[str, int], float]:
-    """Median milliseconds from the pixels of one image to its logits, taken in turn.
+    """Milliseconds from an image's pixels to its logits, of every point and number of samples.
 
-    Points with as many steps run the same graph on tables of the same size, so they share the
-    time of the first of them.
+    Points that do the same work share the time of the first of them. Medians of calls taken in
+    turn; and since less work takes no longer, a point never counts as slower than one that does
+    more of the same kind.
     """
     pixel, shared = built.pixels[:1], built.sampling.noise == "shared"
-    first: dict[tuple[int, bool], str] = {}
-    stands_for = {}
+    works: dict[str, Work] = {}
     for name, point in built.sampling.points.items():
-        # Noise keyed by image is drawn in the call, so there it matters how much of it there is.
-        noisy = not shared and bool(built.plan[f"coefficients.{name}"][:, 3].any())
-        stands_for[name] = first.setdefault((len(point.timesteps), noisy), name)
-    tables = {
-        (name, count): built.tables(name, pixel, count)
-        for name in set(first.values())
-        for count in samples
+        table = built.plan[f"coefficients.{name}"]
+        drawn = not shared and bool(table[:, 3].any())
+        works[name] = (len(point.timesteps), bool(table[:, 2].any()), drawn)
+    first = {work: name for name, work in reversed(works.items())}
+    counts = sorted({1, *samples})
+    calls = {
+        (work, count): _call(built, first[work], pixel, count)
+        for work in sorted(first)
+        for count in counts
     }
-    taken: dict[tuple[str, int], list[float]] = {key: [] for key in tables}
-    for _ in track(range(_ROUNDS), "time"):
-        for (name, count), seconds in taken.items():
-            start = time.perf_counter()
-            x_v = built.backend.encode(pixel)
-            made = tables[name, count] if shared else built.tables(name, pixel, count)
-            built.backend.refine(x_v, made)
-            seconds.append(time.perf_counter() - start)
-    median = {key: 1e3 * float(np.median(seconds[1:])) for key, seconds in taken.items()}
+    median = _in_turn(calls)
     return {
-        (name, count): median[stands_for[name], count]
-        for name in built.sampling.points
-        for count in samples
+        (name, count): min(
+            median[other, more]
+            for other in first
+            for more in counts
+            if other[1:] == work[1:] and other[0] >= work[0] and more >= count
+        )
+        for name, work in works.items()
+        for count in counts
     }
+
+
+def _call(built: Built, name: str, pixel: Floats, count: int) -> Callable[[], object]:
+    """One image, from its pixels to the logits of each sample."""
+    tables = built.tables(name, pixel, count)
+
+    def call() -> object:
+        x_v = built.backend.encode(pixel)
+        shared = built.sampling.noise == "shared"
+        return built.backend.refine(x_v, tables if shared else built.tables(name, pixel, count))
+
+    return call
+
+
+def _in_turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
+    """Median milliseconds of each, called in an order that is reversed every round."""
+    taken: dict[Key, list[float]] = {key: [] for key in calls}
+    order = list(calls.items())
+    for _ in track(range(_ROUNDS + 1), "time"):
+        for key, call in order:
+            start = time.perf_counter()
+            call()
+            taken[key].append(time.perf_counter() - start)
+        order.reverse()
+    return {key: 1e3 * float(np.median(seconds[1:])) for key, seconds in taken.items()}

@@ -234,15 +234,24 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
             for name, point in fields["sampling"]["points"].items()
         }
         fields["sampling"] = Sampling(**{**fields["sampling"], "points": points})
-        fields["sampling"].point  # noqa: B018 - the default must be one of them
+        _check_sampling(fields["sampling"])
         fields["built_for"] = BuiltFor(**fields["built_for"])
         fields["files"] = {
             name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
             for name, entry in fields["files"].items()
         }
         return Manifest(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error
+
+
+def _check_sampling(sampling: Sampling) -> None:
+    sampling.point  # noqa: B018 - the default must be one of them
+    if sampling.noise not in ("shared", "image"):
+        raise ValueError(f"noise {sampling.noise!r} is neither shared nor image")
+    for name, point in sampling.points.items():
+        if not point.timesteps or not all(1 <= t <= sampling.train_steps for t in point.timesteps):
+            raise ValueError(f"operating point {name!r} visits steps outside 1 .. T")
 
 
 def _check_file(root: Path, name: str, expected: Mapping[str, Any]) -> None:

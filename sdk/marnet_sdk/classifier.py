@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -94,13 +95,16 @@ class Classifier:
         self.labels = manifest.labels
         self.preprocess = manifest.preprocessing
         plan = bundle.file(PLAN)
+        for file in plan.parent.iterdir():  # the backend opens them by name
+            bundle.file(file.relative_to(bundle.path).as_posix())
         self._plan = load_file(plan)
         self._backend = open_backend(
             manifest.backend, plan.parent, manifest.precision.compute, threads
         )
-        self._use(sampling.default, sampling.point.samples, sampling.seed)
-        self._self_test()
         name = operating_point or sampling.default
+        for tested in dict.fromkeys([sampling.default, name]):
+            self._use(tested, sampling.points[tested].samples, sampling.seed)
+            self._self_test()
         self._use(
             name,
             sampling.points[name].samples if samples is None else _positive("samples", samples),
@@ -109,9 +113,25 @@ class Classifier:
 
     def _use(self, operating_point: str, samples: int, seed: int) -> None:
         """Answer like this from now on."""
-        self.operating_point, self.samples, self.seed = operating_point, samples, seed
-        self._shared: dict[int, Tables] = {}
-        self._tables(np.zeros((1, *self.preprocess.output_shape), np.float32), samples)
+        self._operating_point, self._samples, self._seed = operating_point, samples, seed
+        # Of one number of samples each; they are large.
+        self._shared = lru_cache(maxsize=4)(lambda count: self._make_tables(count))
+        self._make_tables(1)  # refuses a bad seed
+
+    @property
+    def operating_point(self) -> str:
+        """The name of the bundle's operating point that answers."""
+        return self._operating_point
+
+    @property
+    def samples(self) -> int:
+        """Noise samples per image where a call asks for no other number."""
+        return self._samples
+
+    @property
+    def seed(self) -> int:
+        """Of the noise."""
+        return self._seed
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
@@ -173,8 +193,8 @@ class Classifier:
             top_k: how many classes `Prediction.top` holds.
             samples: noise samples per image, whose probabilities are averaged; default: the
                 classifier's. The encoder runs once for all of them.
-            stop: "settled" draws no more samples for an image once its best class will stay the
-                best (a sequential test at 99 %).
+            stop: "settled" draws no more samples for an image once its best class is predicted to
+                stay the best (with 99 % confidence at each look, against each other class).
             on_error: for many images: "raise" one `InvalidImages` at the end, which holds the
                 other answers, or "return" the `ImageError` in the place of the answer.
 
@@ -195,8 +215,8 @@ class Classifier:
             raise InvalidInput(f'stop must be "settled" or None, got {stop!r}')
         if stop and len(schedule(samples)) == 1:
             raise InvalidInput(
-                f"stop={stop!r} looks after {schedule(99)[0]} samples for the first time, got "
-                f"samples={samples}; ask for more, or leave stop out"
+                f"stop={stop!r} looks after {schedule(99)[0]} samples for the first time, so it "
+                f"needs more than that, got samples={samples}; ask for more, or leave stop out"
             )
         how = _How(top_k, samples, stop)
         if _is_single(images):
@@ -265,7 +285,6 @@ class Classifier:
     ) -> _Run:
         """Everything about a batch. `names` are what an error calls the rows."""
         count = self.samples if samples is None else samples
-        tables = self._tables(pixels, count)
         x_v = self._backend.encode(pixels)
         looks = schedule(count) if stop else [count]
         active = np.arange(len(pixels))  # images that still draw
@@ -273,9 +292,9 @@ class Classifier:
         drawn = np.zeros(len(pixels), np.int64)
         features = np.zeros((len(pixels), 0), np.float32)
         for start, end in zip([0, *looks], looks, strict=False):
-            part = tables if (start, end) == (0, count) else tables.samples(start, end)
-            got, fused = self._backend.refine(x_v[active], part.rows(active))
-            self._check_finite(got, x_v, tables, active, names)
+            tables = self._tables(pixels[active], start, end, count)
+            got, fused = self._backend.refine(x_v[active], tables)
+            self._check_finite(got, x_v[active], tables, active, names)
             logits[active, start:end] = got
             features = features if features.size else np.zeros((len(pixels), fused.shape[-1]))
             features[active] += fused.sum(axis=1)
@@ -286,23 +305,26 @@ class Classifier:
                 break
         return _Run(logits, drawn, (features / drawn[:, None]).astype(np.float32))
 
-    def _tables(self, pixels: Floats, samples: int) -> Tables:
-        """The loop's tables for a batch: the same for all, or keyed by what the model sees."""
-        sampling = self.bundle.manifest.sampling
-        by_image = sampling.noise == "image"
-        if not by_image and samples in self._shared:
-            return self._shared[samples]
-        tables = make_tables(
+    def _tables(self, pixels: Floats, start: int, end: int, total: int) -> Tables:
+        """The loop's tables for samples start .. end of a batch: the same for all of its images, or
+        keyed by what the model sees."""
+        if self.bundle.manifest.sampling.noise == "image":
+            return self._make_tables(end - start, start, [pixel_key(row) for row in pixels])
+        whole = self._shared(total)
+        return whole if (start, end) == (0, total) else whole.samples(start, end)
+
+    def _make_tables(
+        self, samples: int, first: int = 0, keys: Sequence[int] | None = None
+    ) -> Tables:
+        return make_tables(
             self._plan,
-            sampling,
-            self.operating_point,
-            seed=self.seed,
+            self.bundle.manifest.sampling,
+            self._operating_point,
+            seed=self._seed,
             samples=samples,
-            keys=[pixel_key(row) for row in pixels] if by_image else None,
+            first=first,
+            keys=keys,
         )
-        if not by_image:
-            self._shared[samples] = tables
-        return tables
 
     def _check_finite(
         self,
@@ -314,10 +336,10 @@ class Classifier:
     ) -> None:
         if np.isfinite(logits).all():
             return
-        rows = active[~np.isfinite(logits).all(axis=(1, 2))]
-        steps = len(tables.coefficients)
-        if np.isfinite(x_v[rows[0]]).all():
-            step = self._first_bad_step(x_v[rows[:1]], tables.rows(rows[:1]))
+        bad = np.flatnonzero(~np.isfinite(logits).all(axis=(1, 2)))
+        rows, steps = active[bad], len(tables.coefficients)
+        if np.isfinite(x_v[bad[0]]).all():
+            step = self._first_bad_step(x_v[bad[:1]], tables.rows(bad[:1]))
             where = f"from step {step} of {steps} of the reverse loop on"
         else:
             where = "from the encoder on"
@@ -376,8 +398,8 @@ class Classifier:
     def _abstain_below(self, how: _How) -> float | None:
         """The threshold that export found, if it was found for this very way of answering."""
         sampling = self.bundle.manifest.sampling
-        point = sampling.points[self.operating_point]
-        same = (how.samples, how.stop, self.seed) == (point.samples, None, sampling.seed)
+        point = sampling.points[self._operating_point]
+        same = (how.samples, how.stop, self._seed) == (point.samples, None, sampling.seed)
         return point.abstain_below if same else None
 
     def _self_test(self) -> None:
@@ -389,8 +411,10 @@ class Classifier:
             key=lambda name: int(Path(name).stem),
         )
         pixels = self.preprocess.pixels([bundle.path / name for name in names])
+        default = bundle.manifest.sampling.default
+        key = "logits" if self._operating_point == default else f"logits.{self._operating_point}"
         expected = (pixels.shape, (len(names), len(self.labels)))
-        if (golden["pixels"].shape, golden["logits"].shape) != expected:
+        if key not in golden or (golden["pixels"].shape, golden[key].shape) != expected:
             raise BundleFormatError(
                 f"{bundle.path}: its golden answers do not fit the labels and the preprocessing of "
                 "its manifest; export it again"
@@ -406,9 +430,9 @@ class Classifier:
             raise SelfTestFailed(self._mismatch(str(error))) from error
         self._feature_width = run.features.shape[1]
         logits = run.logits
-        bound = bundle.manifest.golden_tolerance * float(np.abs(golden["logits"]).max())
-        error = float(np.abs(logits - golden["logits"]).max())
-        labels_differ = logits.argmax(axis=1) != golden["logits"].argmax(axis=1)
+        bound = bundle.manifest.golden_tolerance * float(np.abs(golden[key]).max())
+        error = float(np.abs(logits - golden[key]).max())
+        labels_differ = logits.argmax(axis=1) != golden[key].argmax(axis=1)
         # Written so that NaN fails too.
         if not error <= bound or labels_differ.any():
             raise SelfTestFailed(

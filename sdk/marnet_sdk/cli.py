@@ -124,10 +124,14 @@ def _print_json(images: Sequence[Path], answers: Sequence[Answer]) -> None:
 def _print_csv(images: Sequence[Path], answers: Sequence[Answer]) -> None:
     """One line for each of the top classes of each image."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "index", "score", "error"])
+    spread = ("samples", "vote_share", "standard_error", "abstain")
+    writer.writerow(["image", "rank", "label", "index", "score", *spread, "error"])
     for image, answer in zip(images, answers, strict=True):
         if isinstance(answer, ImageError):
-            writer.writerow([image, "", "", "", "", answer.problem])
+            writer.writerow([image, *[""] * 8, answer.problem])
             continue
         for rank, top in enumerate(answer.top, 1):
-            writer.writerow([image, rank, top.label, top.index, f"{top.score:.6f}", ""])
+            first = rank == 1  # what is said of the answer is said once
+            values = [getattr(answer, name) if first else None for name in spread]
+            row = [image, rank, top.label, top.index, f"{top.score:.6f}", *values, ""]
+            writer.writerow(["" if value is None else value for value in row])

@@ -141,7 +141,7 @@ def test_an_existing_bundle_of_a_given_name_is_replaced_only_by_force(workplace)
         (("--steps", "0"), "'--steps': 0 is not in the range x>=1"),
         (("--steps", "otto"), "'otto' is not a valid integer"),
         (("--sampler", "dpmp"), "Did you mean 'dpmpp'?"),
-        (("--max-drop", "0"), "0.0 is not in the range 0<x<=100"),
+        (("--max-drop", "0"), "0.0 is not in the range 0<x<100"),
         (("--target-risk", "1"), "1.0 is not in the range 0<x<1"),
         (("--latency-budget-ms", "3"), "a latency budget is for choosing steps: add --steps auto"),
         (("--precision", "auto"), "precision: got 'auto', expected one of fp32, bf16, fp16"),

@@ -59,6 +59,26 @@ def pixels(checkpoint: Path) -> np.ndarray:
     return loaded.preprocess.pixels(sorted(loaded.samples.glob("*.png"))[:60])
 
 
+def test_the_process_as_trained_is_measured_whatever_numbers_of_samples_are_asked(
+    bundle_of, checkpoint, pixels
+):
+    bundle = read_bundle(bundle_of("onnxruntime", "fp32"))
+    schedule = load_checkpoint(checkpoint).model.config.schedule
+    tables = {f"ddim-{n}": sampler_table(schedule, "ddim", n) for n in (1, 2)}
+    tables = {"exact": sampler_table(schedule, "ddpm"), **tables}
+    built = built_of(bundle, tables, pixels)
+    reference = built.samples("exact", 1)[:, 0].argmax(axis=1)
+    found = sweep(built, reference, reference, samples=(4,), precision="fp32", max_drop=0.5)
+    assert [(c.sampler, c.steps, c.samples) for c in found] == [
+        ("ddpm", 100, 1), ("ddim", 1, 4), ("ddim", 2, 4)
+    ]  # fmt: skip
+    assert (found[0].agreement, found[0].low, found[0].high) == (1.0, 0.0, 0.0)
+    assert found[1].latency_ms <= found[2].latency_ms  # less of the same work
+    # In another precision, even the same labels are only as good as so many images show.
+    half = sweep(built, reference, reference, samples=(1,), precision="bf16", max_drop=0.5)
+    assert half[0].low < 0 < half[0].high
+
+
 @pytest.mark.parametrize("backend", ["torchscript", "onnxruntime"])
 def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
     backend, bundle_of, checkpoint, pixels

@@ -200,3 +200,15 @@ def test_telemetry_can_be_imported_by_others_afterwards():
 
     load_openvino()
     assert sys.modules["openvino_telemetry"] is openvino_telemetry
+
+
+def test_threads_that_open_it_at_once_do_not_disturb_one_another():
+    script = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from marnet_sdk.backends.openvino import load_openvino\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    found = list(pool.map(lambda _: load_openvino(), range(16)))\n"
+        "print(len(set(map(id, found))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("1\n", 0), done.stderr

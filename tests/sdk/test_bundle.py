@@ -280,6 +280,19 @@ def test_a_default_that_is_no_operating_point_is_refused(bundle):
         read_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": "none"}, "noise 'none' is neither shared nor image"),
+        ({"train_steps": 2}, "operating point 'exact' visits steps outside 1 .. T"),
+    ],
+)
+def test_a_sampling_that_cannot_be_is_refused(bundle, change, message):
+    reseal(bundle, lambda content: content["sampling"].update(change))
+    with pytest.raises(BundleFormatError, match=message):
+        read_bundle(bundle)
+
+
 @pytest.mark.parametrize("version", [3, 4, 1000])
 def test_a_newer_format_is_told_from_damage(bundle, version):
     reseal(bundle, lambda content: content.update(format_version=version, future={"x": 1}))

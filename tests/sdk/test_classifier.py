@@ -389,7 +389,7 @@ def test_a_seed_at_load_needs_no_other_export_whatever_the_backend(bundle_of, cl
 def test_samples_are_averaged_probabilities_of_single_chains(bundle_of, paths):
     several = Classifier(bundle_of("onnxruntime", "fp32"), samples=5)
     pixels = several.preprocess.pixels(paths)
-    tables = several._tables(pixels, 5)
+    tables = several._tables(pixels, 0, 5, 5)
     x_v = several._backend.encode(pixels)
     single = [
         several._backend.refine(x_v, tables.samples(k, k + 1))[0][:, 0].astype(np.float64)
@@ -469,7 +469,10 @@ def test_stopping_does_not_depend_on_the_batch(classifier, paths):
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"samples": 2.0}, r"samples must be an integer, got 2\.0"),
         ({"stop": "soon"}, "stop must be \"settled\" or None, got 'soon'"),
-        ({"stop": "settled"}, r"looks after 4 samples for the first time, got samples=1; ask for"),
+        (
+            {"stop": "settled"},
+            r"looks after 4 samples .*needs more than that, got samples=1; ask for",
+        ),
     ],
 )
 def test_impossible_samples_are_refused(classifier, paths, arguments, message):
@@ -479,7 +482,7 @@ def test_impossible_samples_are_refused(classifier, paths, arguments, message):
 
 def test_embeddings_are_the_mean_over_the_samples(bundle_of, paths):
     three = Classifier(bundle_of("onnxruntime", "fp32"), samples=3)
-    tables = three._tables(three.preprocess.pixels(paths), 3)
+    tables = three._tables(three.preprocess.pixels(paths), 0, 3, 3)
     x_v = three._backend.encode(three.preprocess.pixels(paths))
     want = three._backend.refine(x_v, tables)[1].mean(axis=1)
     np.testing.assert_allclose(three.embed(paths), want, atol=1e-5 * np.abs(want).max())
@@ -525,21 +528,63 @@ def test_an_answer_abstains_below_the_threshold_of_its_point_and_only_for_it(
     assert {a.abstain for a in classifier.predict(images[:3])} == {None}
 
 
+def test_the_operating_point_that_is_asked_for_is_tested_too(swept_bundle, tmp_path):
+    def spoil(bundle: Path) -> None:
+        file = bundle / "payload/plan.safetensors"
+        plan = load_file(file)
+        save_file(plan | {"coefficients.exact": 3 * plan["coefficients.exact"]}, file)
+
+    copy = reseal(swept_bundle, tmp_path / "b", spoil)
+    Classifier(copy)
+    with pytest.raises(SelfTestFailed, match=r"golden logits differ|hold NaN or infinity"):
+        Classifier(copy, operating_point="exact")
+
+
+def test_a_graph_that_the_manifest_does_not_list_is_not_opened(swept_bundle, tmp_path):
+    copy = shutil.copytree(swept_bundle, tmp_path / "b")
+    (copy / "payload/extra.pt").write_bytes(b"code")
+    with pytest.raises(BundleFormatError, match=r"lists no payload/extra\.pt"):
+        Classifier(copy)
+
+
+def test_tables_of_a_few_numbers_of_samples_are_kept_and_no_more(bundle_of, paths):
+    classifier = Classifier(bundle_of("onnxruntime", "fp32"))
+    first = classifier.predict(paths[0], samples=2)
+    for samples in range(1, 12):
+        classifier.predict(paths[0], samples=samples)
+    assert classifier._shared.cache_info().currsize <= 4
+    assert classifier.predict(paths[0], samples=2) == first
+
+
+def test_what_answers_cannot_be_changed_behind_the_tables(classifier):
+    for name in ("operating_point", "samples", "seed"):
+        with pytest.raises(AttributeError):
+            setattr(classifier, name, 1)
+
+
+def test_noise_keyed_by_image_is_drawn_for_the_samples_that_are_used(noisy_bundle, paths):
+    noisy = Classifier(noisy_bundle)
+    full = noisy.predict(paths, samples=16)
+    early = noisy.predict(paths, samples=16, stop="settled")
+    assert min(answer.samples for answer in early) == 4
+    assert [a.label for a in early] == [a.label for a in full]
+
+
 # --- noise keyed by image
 
 
 def test_noise_keyed_by_image_depends_on_its_pixels_and_on_nothing_else(noisy_bundle, paths):
     noisy = Classifier(noisy_bundle)
     pixels = noisy.preprocess.pixels(paths)
-    tables = noisy._tables(pixels, 2)
+    tables = noisy._tables(pixels, 0, 2, 2)
     assert tables.bias.shape[1] == 11
     assert len({tables.bias[0, i].tobytes() for i in range(11)}) == 11
     order = np.array([3, 3, 0])
-    again = noisy._tables(pixels[order], 2)
+    again = noisy._tables(pixels[order], 0, 2, 2)
     np.testing.assert_allclose(again.bias, tables.bias[:, order], atol=1e-6)
     changed = pixels.copy()
     changed[0, 0, 0, 0] += 1e-3
-    other = noisy._tables(changed, 2)
+    other = noisy._tables(changed, 0, 2, 2)
     assert np.abs(other.bias[:, 0] - tables.bias[:, 0]).max() > 0.1
     np.testing.assert_allclose(other.bias[:, 1:], tables.bias[:, 1:], atol=1e-6)
 

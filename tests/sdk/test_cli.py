@@ -75,7 +75,9 @@ def test_json_is_for_programs(bundle, images, answers):
 def test_csv_has_a_header_and_a_line_for_each_rank(bundle, images, answers):
     result = classify(*images, "-m", bundle, "--format", "csv", "--top-k", "2")
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
-    assert result.stdout.startswith("image,rank,label,index,score,error\n")
+    assert result.stdout.startswith(
+        "image,rank,label,index,score,samples,vote_share,standard_error,abstain,error\n"
+    )
     assert len(rows) == 2 * len(images)
     for row, answer in zip(rows[::2], answers, strict=True):
         assert (row["rank"], row["label"], row["index"]) == ("1", answer.label, str(answer.index))

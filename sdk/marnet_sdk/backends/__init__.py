@@ -69,6 +69,7 @@ def make_tables(
     *,
     seed: int,
     samples: int,
+    first: int = 0,
     keys: Sequence[int] | None = None,
 ) -> Tables:
     """Fold the noise of a seed into the tables of one operating point.
@@ -76,28 +77,28 @@ def make_tables(
     Args:
         plan: the arrays of plan.safetensors: `time_bias` [T, H], `input_weight` [H, D],
             `output_bias` [D] and, for each operating point, `coefficients.NAME` [S, 4].
-        samples: K, how many chains an image meets.
+        samples: K, how many chains an image meets. first: the number of the first of them.
         keys: of each image of a batch, where noise is keyed by image; None: one for all.
     """
     point = sampling.points[name]
     coefficients = plan[f"coefficients.{name}"]
     time_bias = plan["time_bias"][np.array(point.timesteps) - 1]  # [S, H]
-    rows = []
-    for key in [0] if keys is None else keys:
+    keys = [0] if keys is None else keys
+    bias = np.empty((len(coefficients), len(keys), samples, time_bias.shape[1]), np.float32)
+    for row, key in enumerate(keys):
         trajectories = [
             draw_trajectory(
                 seed,
                 point.timesteps,
                 sampling.train_steps,
                 sampling.width,
-                trajectory=(key + k) % 2**64,
+                trajectory=(key + first + k) % 2**64,
                 noisy=coefficients[:, 3] != 0,
             )
             for k in range(samples)
         ]
         arguments = (coefficients, time_bias, plan["input_weight"], plan["output_bias"])
-        rows.append(fold(trajectories, *arguments).astype(np.float32))
-    bias = rows[0][:, None] if len(rows) == 1 else np.stack(rows, axis=1)
+        bias[:, row] = fold(trajectories, *arguments)
     return Tables(np.ascontiguousarray(coefficients[:, :3], np.float32), bias)
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, Floats, Tables
@@ -17,6 +18,7 @@ ENCODER, REFINE = "encoder.xml", "refine.xml"
 # of the estimate before, which is faster where it is zero in every step.
 OUTPUTS = ("logits", "features")
 FIRST_ORDER = ("logits_first_order", "features_first_order")
+_IMPORT = Lock()
 # What a CPU must be able to do for a type not to be emulated, in OpenVINO's words.
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 
@@ -67,8 +69,11 @@ def load_openvino() -> Any:
     Raises:
         MissingExtra: it is not installed.
     """
-    with requires_extra("openvino", "openvino"), _hidden("openvino_telemetry"):
-        import openvino
+    with _IMPORT, requires_extra("openvino", "openvino"):
+        if known := sys.modules.get("openvino"):
+            return known
+        with _hidden("openvino_telemetry"):
+            import openvino
     return openvino
 
 

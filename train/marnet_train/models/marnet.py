@@ -48,6 +48,8 @@ class MarnetConfig:
                 raise RecipeError(f"{name} must be a whole configuration, not name another model")
         if self.fusion not in FUSIONS:
             raise RecipeError(f"fusion {self.fusion!r} is unknown; choose from {sorted(FUSIONS)}")
+        if len(self.labels) < 2:
+            raise RecipeError(f"labels must be at least two classes, got {len(self.labels)}")
         if self.time_dim < 2 or self.time_dim % 2:
             raise RecipeError(f"time_dim must be even and at least 2, got {self.time_dim}")
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.selection import Candidate, evaluate_candidate
+from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exact
 from marnet_export.verify import Built
 from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import OperatingPoint
@@ -27,6 +26,7 @@ STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 SAMPLES = (1, 2, 4, 8)
 _ROUNDS = 11  # of timing
 Key = TypeVar("Key", bound=Hashable)
+Work = tuple[int, bool, bool]  # steps, whether C is used, whether noise is drawn in the call
 
 
 def swept_processes(
@@ -89,27 +89,23 @@ def sweep(
         logits = built.samples(name, max(counts))  # [N, K, C]
         for count in counts:
             labels = mean_logits(logits[:, :count]).argmax(axis=1)
-            candidate = evaluate_candidate(
-                labels,
-                reference,
-                truth,
-                sampler=point.sampler,
-                eta=point.eta if point.sampler == "ddim" else None,
-                steps=len(point.timesteps),
-                samples=count,
-                precision=precision,
-                latency_ms=latency[name, count],
-                max_drop=max_drop,
+            settings: dict[str, Any] = {
+                "sampler": point.sampler,
+                "eta": point.eta if point.sampler == "ddim" else None,
+                "steps": len(point.timesteps),
+                "samples": count,
+                "precision": precision,
+                "latency_ms": latency[name, count],
+                "max_drop": max_drop,
+            }
+            # In float32 it is the reference itself, and not one more that has to be shown as good.
+            same = name == names[0] and precision == "fp32" and (labels == reference).all()
+            found.append(
+                evaluate_exact(labels, truth, **settings)
+                if same
+                else evaluate_candidate(labels, reference, truth, **settings)
             )
-            found.append(candidate)
-    if precision == "fp32":  # the reference itself, not one more that has to be shown to be as good
-        labels = mean_logits(built.samples(names[0], 1)).argmax(axis=1)
-        if (labels == reference).all():
-            found[0] = replace(found[0], low=0.0, high=0.0)
     return found
-
-
-Work = tuple[int, bool, bool]  # steps, whether C is used, whether noise is drawn in the call
 
 
 def _latencies(built: Built, samples: Sequence[int]) -> dict[tuple[str, int], float]:

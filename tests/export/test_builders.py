@@ -128,6 +128,18 @@ def test_one_file_serves_every_sampler_number_of_steps_samples_and_kind_of_noise
     assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "openvino"])
+def test_a_thousand_steps_are_the_plain_loop_s(backend, sampler, tmp_path):
+    model = make_model(steps=1000)
+    build(model, backend, "fp32", tmp_path / "payload")
+    run = open_backend(backend, tmp_path / "payload", "fp32", 1)
+    pixels = np.random.default_rng(1).standard_normal((3, 3, 32, 32)).astype(np.float32)
+    how = {"sampler": sampler, "steps": 1000, "samples": 2}
+    got = deployed_logits(run, model, pixels, **how)
+    assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sampler_steps_seed_and_sample_all_matter_to_the_answer(backend, opened, model, pixels):
     """A graph that ignored one of its inputs could agree with a model that ignored it too."""

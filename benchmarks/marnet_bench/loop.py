@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from marnet_bench.loop_peers import (
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_export.builders import BUILDERS, Types, builder
+from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
@@ -238,11 +238,9 @@ def _open_backend(
 ) -> Logits:
     """Build the graph of the loop, open it as a deployed process does."""
     module, types = builder(backend), Types(precision, precision)
-    stand_in = cast(
-        MARNet, SimpleNamespace(vision=_NoEncoder().eval(), config=problem.model.config)
-    )
-    module.build_encoder(stand_in, torch.zeros(2, 3, 8, 8), types, payload)
-    module.build_refine(problem.model, plan, types, payload)
+    lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
+    module.build_encoder(lowered, torch.zeros(2, 3, 8, 8), types, payload)
+    module.build_refine(lowered, types, payload)
     leaf = open_backend(backend, payload, precision, threads)
     return lambda x_v: leaf.refine(x_v, tables)[0][:, 0]
 

@@ -2,8 +2,10 @@
 
 Two graphs: pixels -> encoder -> x_v, and x_v -> reverse loop -> x_CDR -> head -> logits, fused
 features. The tables of the loop are inputs, so that one graph serves every sampler, number of
-steps, number of noise samples and seed.
-Axes: B batch, K noise samples, S steps, W carried state, H hidden, D feature, C classes.
+steps, number of noise samples and seed. A method gives its `Step`; the forms in which a step is
+repeated are the same for all of them.
+Axes: B batch, K noise samples, S steps, W carried state, H hidden, R row of the table, D feature,
+C classes.
 """
 
 from __future__ import annotations
@@ -81,11 +83,36 @@ def with_compute(module: nn.Module, compute: torch.dtype) -> nn.Module:
     return module
 
 
-class ReverseLoop(nn.Module):
-    """The sampling plan as a scriptable loop; its state is float32 whatever the products are."""
+class Step(nn.Module):
+    """What a method does in one step; `ScriptedLoop` and `ScanLoop` repeat it.
+
+    Between the steps, a loop carries a state [B, K, W] that starts at zero and is linear in what
+    the steps gain: state = A state + B gained + C gained_before.
+    """
+
+    def __init__(self, width: int) -> None:
+        """width: W."""
+        super().__init__()
+        self.width = width
+
+    def condition(self, x_v: Tensor) -> Tensor:
+        """Once per image: x_v [B, D_v] -> q [B, 1, H]."""
+        raise NotImplementedError
+
+    def gain(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
+        """state [B, K, W], q [B, 1, H], row [1 or B, K, R] of the table -> gained [B, K, W]."""
+        raise NotImplementedError
+
+    def finish(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
+        """The estimate of the last step: the same -> x_CDR [B, K, D]."""
+        raise NotImplementedError
+
+
+class PlanStep(Step):
+    """A step of MARNet's sampling plan; everything but its products is float32."""
 
     def __init__(self, plan: SamplingPlan, compute: torch.dtype = torch.float32) -> None:
-        super().__init__()
+        super().__init__(width=len(plan.carry_weight))
 
         def matrix(weight: NDArray, bias: NDArray | None = None) -> Matrix:
             return Matrix(
@@ -97,61 +124,77 @@ class ReverseLoop(nn.Module):
         mean, std = (torch.from_numpy(a).float() for a in plan.standardise)
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.std = nn.Parameter(std, requires_grad=False)
-        self.condition = matrix(plan.condition_weight)
+        self.into_condition = matrix(plan.condition_weight)
         self.input = nn.Identity() if plan.carry == "hidden" else matrix(plan.input_weight)
         self.hidden2 = matrix(*plan.hidden2)
         self.hidden3 = matrix(*plan.hidden3)
         self.carry = matrix(plan.carry_weight)
         self.output = matrix(*plan.output)
-        self.width = len(plan.carry_weight)
         self.slope = LEAKY_SLOPE
 
-    def hidden(self, state: Tensor, condition: Tensor, bias: Tensor) -> Tensor:
-        """h3 of one step. state [B, K, W], condition [B, 1, H], bias [1 or B, K, H] -> [B, K, H]"""
-        h = F.leaky_relu(self.input(state) + condition + bias, self.slope)
+    def condition(self, x_v: Tensor) -> Tensor:
+        return self.into_condition((x_v - self.mean) / self.std).unsqueeze(1)
+
+    def hidden(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
+        """h3 of one step, [B, K, H]."""
+        h = F.leaky_relu(self.input(state) + q + row, self.slope)
         h = F.leaky_relu(self.hidden2(h), self.slope)
         return F.leaky_relu(self.hidden3(h), self.slope)
 
+    def gain(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
+        return self.carry(self.hidden(state, q, row))
+
+    def finish(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
+        return self.output(self.hidden(state, q, row))
+
+
+class ScriptedLoop(nn.Module):
+    """All steps in a scriptable loop: x_v, tables -> x_CDR."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step, self.width = step, step.width
+
     def start(self, x_v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, 1, H], and the state before the first step, zeros [B, K, W]."""
-        condition = self.condition((x_v - self.mean) / self.std).unsqueeze(1)
+        q = self.step.condition(x_v)
         # Computed of both, so that exporters see where its shape comes from.
-        zero = (condition[:, :, :1] + bias[0, :, :, :1]) * 0.0  # [B, K, 1]
-        return condition, zero + torch.zeros(self.width, device=x_v.device)
+        zero = (q[:, :, :1] + bias[0, :, :, :1]) * 0.0  # [B, K, 1]
+        return q, zero + torch.zeros(self.width, device=x_v.device)
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
-        """x_v [B, D_v], coefficients [S, 3], bias [S, 1 or B, K, H] -> x_CDR [B, K, D]."""
-        condition, state = self.start(x_v, bias)
+        """x_v [B, D_v], coefficients [S, 3], bias [S, 1 or B, K, R] -> x_CDR [B, K, D]."""
+        q, state = self.start(x_v, bias)
         previous = state
         last = coefficients.shape[0] - 1
         for i in range(last):
-            gained = self.carry(self.hidden(state, condition, bias[i]))  # [B, K, W]
+            gained = self.step.gain(state, q, bias[i])  # [B, K, W]
             c = coefficients[i]
             state = torch.addcmul(state * c[0], gained, c[1])
             state = torch.addcmul(state, previous, c[2])
             previous = gained
-        return self.output(self.hidden(state, condition, bias[last]))
+        return self.step.finish(state, q, bias[last])
 
 
-class ScanLoop(ReverseLoop):
+class ScanLoop(ScriptedLoop):
     """The same loop through torch's `scan`, which ONNX has as one `Scan` node of any length."""
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
-        condition, state = self.start(x_v, bias)
+        q, state = self.start(x_v, bias)
 
         def step(
             carried: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor]
         ) -> tuple[tuple[Tensor, Tensor], Tensor]:
             state, previous = carried
             c, b = row
-            gained = self.carry(self.hidden(state, condition, b))
+            gained = self.step.gain(state, q, b)
             of_state, of_gained, of_previous = c.split(1)
             state = of_state * state + of_gained * gained + of_previous * previous
             return (state, gained.clone()), c.clone()  # scan must emit something
 
         rows = (coefficients[:-1], bias[:-1])
         (state, _), _ = scan(step, (state, torch.zeros_like(state)), rows)
-        return self.output(self.hidden(state, condition, bias[-1]))
+        return self.step.finish(state, q, bias[-1])
 
 
 class Head(nn.Module):

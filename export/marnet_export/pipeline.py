@@ -28,7 +28,7 @@ from marnet_export.builders import (
     builder,
     choose_types,
 )
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.lower import Plan, lower
 from marnet_export.selection import (
     Candidate,
     Choice,
@@ -90,6 +90,7 @@ DEFAULT = "default"  # the operating point of a bundle that has one
 PARETO, PARETO_PLOT = "pareto.json", "pareto.png"
 RISK, RISK_PLOT = "risk_coverage.json", "risk_coverage.png"
 NOISES = ("shared", "image")
+FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def export_bundle(
         ExportError: it cannot be built as asked. VerificationFailed: what was built does not agree
             with the checkpoint. In both cases nothing is left at `output`.
     """
-    first = PRECISIONS[0] if settings.precision == "auto" else settings.precision
+    first = FLOATS[0] if settings.precision == "auto" else settings.precision
     types = choose_types(settings.backend, first, settings.compute)
     with atomic_directory(output, overwrite=overwrite, replaceable=is_bundle) as fresh:
         checkpoint = load_checkpoint(checkpoint_path)
@@ -190,7 +191,7 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     steps = None if settings.steps == "auto" else settings.steps
     precision = "fp32" if settings.precision == "auto" else settings.precision
     compute = choose_types(settings.backend, precision, settings.compute).compute
-    plan = make_plan(checkpoint.model)
+    plan = lower(checkpoint.model).plan
     schedule = checkpoint.model.config.schedule
     sampler = settings.sampler or "ddpm"
     eta = settings.eta if sampler == "ddim" else 0.0
@@ -210,7 +211,8 @@ class _Job:
         self.fresh, self.checkpoint, self.settings = fresh, checkpoint, settings
         self.images, self.say = images, say
         self.model = checkpoint.model
-        self.plan = make_plan(self.model)
+        self.lowered = lower(self.model)
+        self.plan = self.lowered.plan
         self.reference = Reference(self.model, images.pixels, by_image=settings.noise == "image")
 
     def table(self) -> SamplerTable:
@@ -229,7 +231,7 @@ class _Job:
             train_steps=self.model.config.schedule.steps,
             noise=self.settings.noise,
             seed=self.settings.seed,
-            width=self.model.denoiser.dim,
+            width=self.model.latent_width,
         )
 
     def build(
@@ -243,8 +245,8 @@ class _Job:
             pixels = self.images.pixels
             example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
             module = builder(self.settings.backend)
-            module.build_encoder(self.model, example, types, payload)
-            module.build_refine(self.model, self.plan, types, payload)
+            module.build_encoder(self.lowered, example, types, payload)
+            module.build_refine(self.lowered, types, payload)
         arrays = self.plan.tensors(tables)
         if not folder:
             save_file(arrays, self.fresh / PLAN)
@@ -265,7 +267,7 @@ class _Job:
         sampling = self.sampling(tables, 1, next(iter(tables)))
         exact = mean_logits(self.reference.logits(tables[sampling.default], asked.seed))
         candidates: dict[str, list[Candidate]] = {}
-        for precision in PRECISIONS if asked.precision == "auto" else (asked.precision,):
+        for precision in FLOATS if asked.precision == "auto" else (asked.precision,):
             types = choose_types(asked.backend, precision, asked.compute)
             candidates[precision] = sweep(
                 self.build(types, tables, sampling, f"sweep-{precision}"),
@@ -410,7 +412,7 @@ def _latency(run: Callable[[Floats], Floats], pixel: Floats, calls: int = 5) -> 
     return round(1e3 * float(np.median(seconds[1:])), 4)
 
 
-def check_range(model: MARNet, plan: SamplingPlan, storage: str) -> None:
+def check_range(model: MARNet, plan: Plan, storage: str) -> None:
     """Refuse matrices that the storage type cannot hold.
 
     Raises:

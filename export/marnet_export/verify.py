@@ -145,7 +145,7 @@ class Reference:
         return np.stack(found)
 
     def _head(self, rows: slice, x_cdr: torch.Tensor) -> torch.Tensor:
-        return self.model.classifier(self.model.fuse(self.x_v[rows], x_cdr))
+        return self.model.head(self.x_v[rows], x_cdr)[0]
 
     def _chain(
         self,
@@ -162,7 +162,7 @@ class Reference:
                 seed,
                 table.timesteps,
                 table.train_steps,
-                self.model.denoiser.dim,
+                self.model.latent_width,
                 trajectory=(key + sample) % 2**64,
             )
             for key in ([0] if self._keys is None else self._keys[rows])

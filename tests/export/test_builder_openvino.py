@@ -16,6 +16,7 @@ from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
 from marnet_export.builders import Types
 from marnet_export.builders.openvino import build_encoder, build_refine, stored_elements
+from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, Floats, Tables, open_backend
 from marnet_sdk.backends.openvino import load_openvino
@@ -51,8 +52,9 @@ def build(model: MARNet, types: Types, payload: Path, carry: str | None = None) 
     """Trace with an image of noise: values must not matter."""
     payload.mkdir()
     plan = make_plan(model, carry)
-    build_encoder(model, torch.rand(2, 3, 32, 32), types, payload)
-    build_refine(model, plan, types, payload)
+    lowered = lower_marnet(model, plan)
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload)
+    build_refine(lowered, types, payload)
     return plan
 
 
@@ -189,8 +191,9 @@ def test_the_loop_s_state_is_summed_in_float32(shares, tmp_path):
         output=(one, 0 * one[0]),
     )
     types = Types("bf16", "bf16")
-    build_encoder(model, torch.rand(2, 3, 32, 32), types, tmp_path)
-    build_refine(model, plan, types, tmp_path)
+    lowered = lower_marnet(model, plan)
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, tmp_path)
+    build_refine(lowered, types, tmp_path)
     steps = 2001
     coefficients = np.tile(np.array([[1, *shares]]) * [1, 2**-10, 2**-10], (steps, 1))
     bias = np.zeros((steps, 1, 1, width), np.float32)

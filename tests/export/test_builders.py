@@ -14,6 +14,7 @@ from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
 from marnet_export.builders import TORCH_TYPES, Types, builder, choose_types
+from marnet_export.lower import lower
 from marnet_export.plan import make_plan
 from marnet_sdk.backends import Backend, Floats, open_backend
 from marnet_sdk.bundle import read_bundle
@@ -54,8 +55,9 @@ def build(model: MARNet, backend: str, precision: str, payload: Path) -> Types:
     types = choose_types(backend, precision, None)
     side = model.config.vision.get("image_size", 32)
     module = builder(backend)
-    module.build_encoder(model, torch.rand(2, 3, side, side), types, payload)
-    module.build_refine(model, make_plan(model), types, payload)
+    lowered = lower(model)
+    module.build_encoder(lowered, torch.rand(2, 3, side, side), types, payload)
+    module.build_refine(lowered, types, payload)
     return types
 
 
@@ -199,8 +201,8 @@ def test_products_in_int8_keep_labels_and_do_not_look_at_the_other_images(backen
     types, payload = Types("int8", "int8"), tmp_path / "payload"
     payload.mkdir()
     module = builder(backend)
-    module.build_encoder(model, torch.rand(2, 3, 32, 32), types, payload)
-    module.build_refine(model, make_plan(model), types, payload)
+    module.build_encoder(lower(model), torch.rand(2, 3, 32, 32), types, payload)
+    module.build_refine(lower(model), types, payload)
     run = open_backend(backend, payload, "int8", 1)
     x_v = 3 * np.random.default_rng(0).standard_normal((200, 40)).astype(np.float32)
     table = sampler_table(model.config.schedule, "ddim", 20)

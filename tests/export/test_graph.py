@@ -10,7 +10,7 @@ import torch
 from tolerances import BF16_LAYER, FLOAT32_LOOP
 from torch import nn
 
-from marnet_export.graph import ReverseLoop, ScanLoop, with_compute
+from marnet_export.graph import PlanStep, ScanLoop, ScriptedLoop, with_compute
 from marnet_export.plan import SamplingPlan, run_plan
 from marnet_sdk.backends import make_tables
 from marnet_sdk.bundle import OperatingPoint, Sampling
@@ -64,10 +64,14 @@ def run_loop(
 
 def scripted(plan: SamplingPlan) -> nn.Module:
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
-        return torch.jit.script(ReverseLoop(plan))
+        return torch.jit.script(ScriptedLoop(PlanStep(plan)))
 
 
-FORMS = {"eager": ReverseLoop, "scripted": scripted, "scan": ScanLoop}
+FORMS = {
+    "eager": lambda plan: ScriptedLoop(PlanStep(plan)),
+    "scripted": scripted,
+    "scan": lambda plan: ScanLoop(PlanStep(plan)),
+}
 
 
 @pytest.mark.parametrize("carry", ["hidden", "feature"])
@@ -104,7 +108,7 @@ def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
 def run_in_bf16(plan: SamplingPlan, x_v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the loop gives with bf16 products, and what it should give."""
     table = sampler_table(ScheduleConfig(), "ddpm", 100)
-    got = run_loop(ReverseLoop(plan, torch.bfloat16), plan, table, x_v, 1)
+    got = run_loop(ScriptedLoop(PlanStep(plan, torch.bfloat16)), plan, table, x_v, 1)
     return got, run_plan(plan, table, x_v, draw(table, 1))
 
 

@@ -15,6 +15,7 @@ from tiny import make_model, tables_of
 
 from marnet_export.builders import Types
 from marnet_export.builders.openvino import build_encoder, build_refine
+from marnet_export.lower import lower
 from marnet_export.plan import make_plan
 from marnet_sdk.backends import Tables, open_backend
 from marnet_sdk.backends.openvino import ENCODER, REFINE, load_openvino
@@ -36,8 +37,8 @@ def payload(model, tmp_path_factory) -> Path:
     """Read-only."""
     folder = tmp_path_factory.mktemp("openvino")
     types = Types("fp32", "fp32")
-    build_encoder(model, torch.rand(2, 3, 32, 32), types, folder)
-    build_refine(model, make_plan(model), types, folder)
+    build_encoder(lower(model), torch.rand(2, 3, 32, 32), types, folder)
+    build_refine(lower(model), types, folder)
     return folder
 
 

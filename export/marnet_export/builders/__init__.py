@@ -1,5 +1,13 @@
-"""One file per backend that can be built: `COMPUTE`, `build_encoder`, `build_refine`, and
-`stored_elements`."""
+"""One file per backend that can be built. Each has
+
+STORAGE, COMPUTE            types it can store matrices in, and multiply the others in, here
+build_encoder(lowered, pixels, types, payload)   pixels [B >= 2, 3, H, W] is the example to trace
+build_refine(lowered, types, payload)            the loop and the head
+build_text(lowered, types, payload)              the text encoder
+products(payload, types, shape)                  every matrix product of what was built
+
+and the first two take `calibration` where STORAGE has int8.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +20,29 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from marnet_sdk.errors import ExportError, requires_extra
+
+Floats = NDArray[np.float32]
 
 BUILDERS = {
     "onnxruntime": "marnet_export.builders.onnxruntime",
     "openvino": "marnet_export.builders.openvino",
     "torchscript": "marnet_export.builders.torchscript",
 }
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Types:
-    """In which types a bundle stores its matrices and computes with them."""
+    """In which types a graph stores its matrices and computes with them.
+
+    Matrices that are stored in int8 are multiplied in int8; `compute` is for everything else.
+    """
 
     storage: str
     compute: str
@@ -41,6 +56,27 @@ class Types:
             f"{self.storage}: weights stored in {self.storage}, products computed in "
             f"{self.compute}, because this backend has no faster {self.storage} arithmetic on a CPU"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the ranges of activations are measured on for int8."""
+
+    pixels: Floats  # [N, 3, H, W] real images
+    x_v: Floats  # [N, D_v] what the float32 encoder makes of them
+    coefficients: Floats  # [S, 3], the loop's tables at the operating point that is served
+    bias: Floats  # [S, 1 or N, K, R]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product or convolution of a built graph."""
+
+    part: str  # encoder, loop, head
+    name: str
+    multiply_adds: int  # for one image and one noise sample; of the loop: of one step
+    storage: str  # a precision, or "activation" where both factors are computed
+    compute: str
 
 
 def builder(backend: str) -> ModuleType:

@@ -14,11 +14,11 @@ from onnxscript import values
 from torch import Tensor, nn
 
 from marnet_export.builders import TORCH_TYPES, Types, quiet
-from marnet_export.graph import Head, Matrix, Refine, ScanLoop
-from marnet_export.plan import SamplingPlan
-from marnet_sdk.backends.onnxruntime import ENCODER, REFINE
-from marnet_train.models.marnet import MARNet
+from marnet_export.graph import Matrix, Refine, ScanLoop
+from marnet_export.lower import Lowered
+from marnet_sdk.backends.onnxruntime import ENCODER, REFINE, TEXT
 
+STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32",)
 _ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
@@ -27,26 +27,36 @@ _ONNX_TYPES = {
 }
 
 
-def build_encoder(model: MARNet, pixels: Tensor, types: Types, payload: Path) -> None:
+def build_encoder(lowered: Lowered, pixels: Tensor, types: Types, payload: Path) -> None:
     """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2."""
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
-    _export(model.vision.eval(), (pixels,), shapes, ["pixels"], ["x_v"], types, payload / ENCODER)
+    _export(lowered.encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, payload / ENCODER)
 
 
-def build_refine(model: MARNet, plan: SamplingPlan, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/text.onnx."""
+    assert lowered.text is not None
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
+    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
+    inputs, outputs = ["ids", "mask"], ["x_s"]
+    _export(lowered.text, (ids, ids), shapes, inputs, outputs, types, payload / TEXT)
+
+
+def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/refine.onnx.
 
     With storage "int8", the factors of the loop's products are stored and multiplied in int8, and
     everything else is float32.
     """
-    loop = ScanLoop(plan)
+    step = lowered.step(torch.float32)
     if types.storage == "int8":
         for name in ("hidden2", "hidden3", "carry"):
-            setattr(loop, name, _Int8Matrix(getattr(loop, name)))
-    module = Refine(loop, Head(model)).eval()
+            setattr(step, name, _Int8Matrix(getattr(step, name)))
+    module = Refine(ScanLoop(step), lowered.head).eval()
     # No size of the example is kept but the widths; each is different, so that none is mistaken.
-    x_v = torch.zeros(2, plan.condition_weight.shape[1])
-    tables = (torch.zeros(4, 3), torch.zeros(4, 2, 5, len(plan.input_weight)))
+    x_v = torch.zeros(2, lowered.image_width)
+    tables = (torch.zeros(4, 3), torch.zeros(4, 2, 5, lowered.row_width))
     batch, length, samples = (
         torch.export.Dim(name, min=least, max=1 << 20)
         for name, least in (("batch", 1), ("steps", 3), ("samples", 1))

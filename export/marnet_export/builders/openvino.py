@@ -20,41 +20,65 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from marnet_export.builders import TORCH_TYPES, Types, quiet
-from marnet_export.graph import Head
+from marnet_export.lower import Lowered
 from marnet_export.plan import SamplingPlan
-from marnet_sdk.backends.openvino import ENCODER, FIRST_ORDER, OUTPUTS, REFINE, load_openvino
+from marnet_sdk.backends.openvino import (
+    ENCODER,
+    FIRST_ORDER,
+    OUTPUTS,
+    REFINE,
+    TEXT,
+    load_openvino,
+)
+from marnet_sdk.errors import ExportError
 from marnet_train.models.denoiser import LEAKY_SLOPE
-from marnet_train.models.marnet import MARNet
 
 ov = load_openvino()
 op = ov.opset15
 
+STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 _F32 = ov.Type.f32
 
 
-def build_encoder(model: MARNet, pixels: torch.Tensor, types: Types, payload: Path) -> None:
+def build_encoder(lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path) -> None:
     """Write payload/encoder.xml and .bin. `pixels` [B, 3, H, W] is the example that is traced."""
-    graph = _convert(model.vision.eval(), pixels)
+    graph = _convert(lowered.encoder, pixels)
     graph.reshape([-1, *pixels.shape[1:]])
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() == "MVN":  # layer normalisation
-            _keep_float32(node)
+    _keep_norms_float32(graph)
     _save(graph, ("pixels",), ("x_v",), types.storage, payload / ENCODER)
 
 
-def build_refine(model: MARNet, plan: SamplingPlan, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/text.xml and .bin."""
+    assert lowered.text is not None
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    graph = _convert(lowered.text, ids, ids)
+    graph.reshape({port: [-1, -1] for port in graph.inputs})
+    _keep_norms_float32(graph)
+    _save(graph, ("ids", "mask"), ("x_s",), types.storage, payload / TEXT)
+
+
+def _keep_norms_float32(graph: Any) -> None:
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "MVN":  # layer normalisation
+            _keep_float32(node)
+
+
+def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/refine.xml and .bin.
 
     With storage "int8", the factors of the loop's products are stored and multiplied in int8, and
     everything else is float32.
     """
-    hidden, width = plan.condition_weight.shape
-    x_v, coefficients, bias = (_parameter(s) for s in ((-1, width), (-1, 3), (-1, -1, -1, hidden)))
-    loop = _Loop(plan, quantise=types.storage == "int8")
+    if not isinstance(lowered.plan, SamplingPlan):
+        raise ExportError("openvino builds the loop of MARNet only")
+    shapes = (-1, lowered.image_width), (-1, 3), (-1, -1, -1, lowered.row_width)
+    x_v, coefficients, bias = map(_parameter, shapes)
+    loop = _Loop(lowered.plan, quantise=types.storage == "int8")
     x_cdr = loop.refined(x_v, coefficients, bias)
-    outputs = [output for estimate in x_cdr for output in _head(model, x_v, estimate)]
+    outputs = [output for estimate in x_cdr for output in _head(lowered, x_v, estimate)]
     graph = ov.Model(outputs, [x_v, coefficients, bias], "refine")
     inputs = ("x_v", "coefficients", "bias")
     _save(graph, inputs, (*OUTPUTS, *FIRST_ORDER), types.storage, payload / REFINE)
@@ -165,10 +189,10 @@ def _keep_float32(node: Any) -> Any:
     return node
 
 
-def _head(model: MARNet, x_v: Any, x_cdr: Any) -> list[Any]:
+def _head(lowered: Lowered, x_v: Any, x_cdr: Any) -> list[Any]:
     """logits [B, K, C] and fused features [B, K, D_f] from x_v [B, D_v] and x_CDR [B, K, D]."""
-    widths = model.project_vision.in_features, model.denoiser.dim
-    graph = _convert(Head(model).eval(), torch.zeros(2, widths[0]), torch.zeros(2, 3, widths[1]))
+    example = torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width)
+    graph = _convert(lowered.head, *example)
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "Log":
             _make_log_sigmoid_finite(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -9,29 +10,39 @@ import torch
 from torch import nn
 
 from marnet_export.builders import TORCH_TYPES, Types, quiet
-from marnet_export.graph import Head, Refine, ReverseLoop, with_compute
-from marnet_export.plan import SamplingPlan
-from marnet_sdk.backends.torchscript import ENCODER, REFINE
-from marnet_train.models.marnet import MARNet
+from marnet_export.graph import Refine, ScriptedLoop, with_compute
+from marnet_export.lower import Lowered
+from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT
 
+STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
 
 
-def build_encoder(model: MARNet, pixels: torch.Tensor, types: Types, payload: Path) -> None:
+def build_encoder(lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = with_compute(model.vision, TORCH_TYPES[types.compute]).eval()
+    encoder = with_compute(lowered.encoder, TORCH_TYPES[types.compute]).eval()
     with torch.no_grad(), quiet():
         module = torch.jit.trace_module(encoder, {"forward": pixels}, check_trace=False)
         _save(module, types, payload / ENCODER)
 
 
-def build_refine(model: MARNet, plan: SamplingPlan, types: Types, payload: Path) -> None:
-    """Write payload/refine.pt."""
-    loop = ReverseLoop(plan, TORCH_TYPES[types.compute]).eval()
+def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/text.pt."""
+    assert lowered.text is not None
+    encoder = with_compute(lowered.text, TORCH_TYPES[types.compute]).eval()
+    ids = torch.ones(2, 5, dtype=torch.int64)
     with torch.no_grad(), quiet():
-        example = (torch.zeros(2, plan.condition_weight.shape[1]),)
-        example += (torch.zeros(2, 3, model.denoiser.dim),)
-        head = torch.jit.trace_module(Head(model), {"forward": example}, check_trace=False)
+        module = torch.jit.trace_module(encoder, {"forward": (ids, ids)}, check_trace=False)
+        _save(module, types, payload / TEXT)
+
+
+def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/refine.pt."""
+    loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval()
+    with torch.no_grad(), quiet():
+        example = (torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width))
+        own = copy.deepcopy(lowered.head)  # `_store` casts what the traced module shares with it
+        head = torch.jit.trace_module(own, {"forward": example}, check_trace=False)
         module = torch.jit.script(Refine(torch.jit.script(loop), head))
         _save(module, types, payload / REFINE)
 

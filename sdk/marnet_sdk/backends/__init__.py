@@ -8,10 +8,11 @@ Axes: B batch, K noise samples, S steps, H hidden, C classes, D_v encoder featur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from marnet_sdk.errors import BundleFormatError
 from marnet_sdk.trajectory import draw_trajectory, fold
 
 Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 
 BACKENDS = {
     "onnxruntime": "marnet_sdk.backends.onnxruntime",
@@ -114,6 +116,9 @@ class Backend(Protocol):
         ...
 
 
+TextEncoder = Callable[[Integers, Integers], Floats]  # ids and mask [B, L] -> x_s [B, D_s]
+
+
 def open_backend(name: str, payload: Path, compute: str, threads: int | None) -> Backend:
     """Load the built graphs in `payload`.
 
@@ -125,9 +130,18 @@ def open_backend(name: str, payload: Path, compute: str, threads: int | None) ->
         BundleFormatError: no such backend in this version.
         MissingExtra: its packages are not installed.
     """
+    return _leaf(name, payload).open_payload(payload, compute, threads)
+
+
+def open_text(name: str, payload: Path, compute: str, threads: int | None) -> TextEncoder:
+    """Load the built text encoder in `payload`; as `open_backend`."""
+    return _leaf(name, payload).open_text(payload, compute, threads)
+
+
+def _leaf(name: str, payload: Path) -> ModuleType:
     if name not in BACKENDS:
         raise BundleFormatError(
             f"{payload.parent}: backend {name!r} is unknown to this version of marnet, which has "
             f"{', '.join(sorted(BACKENDS))}; upgrade marnet or export the bundle again"
         )
-    return import_module(BACKENDS[name]).open_payload(payload, compute, threads)
+    return import_module(BACKENDS[name])

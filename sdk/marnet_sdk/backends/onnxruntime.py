@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Tables
+from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
-ENCODER, REFINE = "encoder.onnx", "refine.onnx"
+ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 
 
 def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
@@ -17,6 +18,22 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         MissingExtra: onnxruntime is not installed.
         BackendUnavailable: the installed onnxruntime cannot run the graph.
     """
+    encoder, refine = (_session(payload / name, compute, threads) for name in (ENCODER, REFINE))
+    return _OnnxRuntime(encoder, refine)
+
+
+def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
+    """Open the text encoder; as `open_payload`."""
+    session = _session(payload / TEXT, compute, threads)
+
+    def encode(ids: Integers, mask: Integers) -> Floats:
+        (x_s,) = session.run(["x_s"], {"ids": ids, "mask": mask})
+        return x_s
+
+    return encode
+
+
+def _session(path: Path, compute: str, threads: int | None) -> Any:
     with requires_extra("onnxruntime", "onnxruntime"):
         import onnxruntime as ort
     if compute not in ("fp32", "int8"):
@@ -31,19 +48,16 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
 
-    def session(name: str):
-        try:
-            return ort.InferenceSession(payload / name, options, ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated classes here
-            raise BackendUnavailable(
-                f"onnxruntime {ort.__version__} cannot open {payload / name}: {error}"
-            ) from error
-
-    return _OnnxRuntime(session(ENCODER), session(REFINE))
+    try:
+        return ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes here
+        raise BackendUnavailable(
+            f"onnxruntime {ort.__version__} cannot open {path}: {error}"
+        ) from error
 
 
 class _OnnxRuntime:
-    def __init__(self, encoder, refine) -> None:
+    def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 
     def encode(self, pixels: Floats) -> Floats:

@@ -10,10 +10,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Tables
+from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
-ENCODER, REFINE = "encoder.xml", "refine.xml"
+ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
 # refine.xml computes the same twice, with different outputs: the second ones ignore the coefficient
 # of the estimate before, which is faster where it is zero in every step.
 OUTPUTS = ("logits", "features")
@@ -34,33 +34,52 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         BackendUnavailable: the installed openvino cannot run the graph, or this CPU has no
             arithmetic of that type.
     """
+    (encoder,) = _compiled(payload / ENCODER, compute, threads, ("x_v",))
+    refine, first_order = _compiled(payload / REFINE, compute, threads, OUTPUTS, FIRST_ORDER)
+    return _OpenVino(encoder, refine, first_order)
+
+
+def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
+    """Compile the text encoder; as `open_payload`."""
+    (graph,) = _compiled(payload / TEXT, compute, threads, ("x_s",))
+
+    def encode(ids: Integers, mask: Integers) -> Floats:
+        (x_s,) = graph(ids=ids, mask=mask)
+        return x_s
+
+    return encode
+
+
+def _compiled(
+    path: Path, compute: str, threads: int | None, *outputs: Sequence[str]
+) -> list[_Graph]:
+    """A graph for each choice of the outputs in the file."""
     ov = load_openvino()
+    core = ov.Core()
+    _check_arithmetic(core, compute)
+    settings = _settings(compute, threads)
+    try:
+        model = core.read_model(path)
+        chosen = [[model.output(output).get_node() for output in names] for names in outputs]
+        models = [ov.Model(results, model.get_parameters(), path.stem) for results in chosen]
+        return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"openvino {ov.__version__} cannot open {path}: {error}"
+        ) from error
+
+
+def _check_arithmetic(core: Any, compute: str) -> None:
     if compute not in _NEEDS:
         raise BackendUnavailable(
             f"openvino computes in {', '.join(_NEEDS)} on a CPU, the bundle asks {compute}"
         )
-    core = ov.Core()
     if _NEEDS[compute] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         raise BackendUnavailable(
             f"this CPU ({name}) has no {compute} arithmetic, and openvino would emulate it slowly; "
             "export the bundle with --compute fp32"
         )
-    settings = _settings(compute, threads)
-
-    def compiled(name: str, *outputs: Sequence[str]) -> list[_Graph]:
-        """A graph for each choice of the outputs in the file."""
-        try:
-            model = core.read_model(payload / name)
-            chosen = [[model.output(output).get_node() for output in names] for names in outputs]
-            models = [ov.Model(results, model.get_parameters(), name) for results in chosen]
-            return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
-        except RuntimeError as error:
-            raise BackendUnavailable(
-                f"openvino {ov.__version__} cannot open {payload / name}: {error}"
-            ) from error
-
-    return _OpenVino(*compiled(ENCODER, ("x_v",)), *compiled(REFINE, OUTPUTS, FIRST_ORDER))
 
 
 def load_openvino() -> Any:
@@ -120,7 +139,7 @@ class _Graph:
         self._compiled = compiled
         self._idle: deque[Any] = deque()
 
-    def __call__(self, **arrays: Floats) -> list[Floats]:
+    def __call__(self, **arrays: Floats | Integers) -> list[Floats]:
         """Outputs in the graph's order, copied out of the request."""
         try:
             request = self._idle.pop()

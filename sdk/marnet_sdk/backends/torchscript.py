@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Tables
+from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
-ENCODER, REFINE = "encoder.pt", "refine.pt"
+ENCODER, REFINE, TEXT = "encoder.pt", "refine.pt", "text.pt"
 MATRIX = ".matrix"  # parameters of this name hold the factors of the low-precision products
 
 
@@ -26,6 +27,17 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         MissingExtra: torch is not installed.
         BackendUnavailable: this torch cannot load the archive.
     """
+    encoder, refine = (_module(payload / name, compute, threads) for name in (ENCODER, REFINE))
+    return _TorchScript(encoder, refine)
+
+
+def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
+    """Load the text encoder; as `open_payload`."""
+    module = _module(payload / TEXT, compute, threads)
+    return lambda ids, mask: _call(module, ids, mask).numpy()
+
+
+def _module(path: Path, compute: str, threads: int | None) -> Any:
     with requires_extra("torch", "torch"):
         import torch
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,26 +45,22 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         raise BackendUnavailable(f"torchscript computes in fp32 or bf16, the bundle asks {compute}")
     if threads is not None:
         torch.set_num_threads(threads)
-
-    def load(name: str):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         try:
-            module = torch.jit.load(str(payload / name), map_location="cpu")
+            module = torch.jit.load(str(path), map_location="cpu")
         except RuntimeError as error:
             raise BackendUnavailable(
-                f"torch {torch.__version__} cannot load {payload / name}: {error}"
+                f"torch {torch.__version__} cannot load {path}: {error}"
             ) from error
         for key, parameter in module.named_parameters():
             target = types[compute] if key.endswith(MATRIX) else torch.float32
             parameter.data = parameter.data.to(target)
         return torch.jit.freeze(module.eval())
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        return _TorchScript(load(ENCODER), load(REFINE))
-
 
 class _TorchScript:
-    def __init__(self, encoder, refine) -> None:
+    def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 
     def encode(self, pixels: Floats) -> Floats:
@@ -63,7 +71,7 @@ class _TorchScript:
         return logits.numpy(), features.numpy()
 
 
-def _call(module, *arrays: Floats):
+def _call(module: Any, *arrays: Floats | Integers) -> Any:
     import torch
 
     # torch warns of arrays that it must not write to, though nothing here writes to them.

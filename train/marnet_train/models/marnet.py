@@ -145,9 +145,19 @@ class MARNet(nn.Module):
 
         return sample(denoise, table, initial, noise, watch)
 
+    @property
+    def latent_width(self) -> int:
+        """D_s: of what the reverse process works on, and so of one noise vector."""
+        return self.denoiser.dim
+
     def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
         """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f]."""
         return FUSIONS[self.config.fusion](self.align_vision(x_v), x_cdr)
+
+    def head(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K] and x_f [B, D_f] of refined features, eq. (3)-(4)."""
+        fused = self.fuse(x_v, x_cdr)
+        return self.classifier(fused), fused
 
     def forward(
         self, pixels: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
@@ -160,5 +170,4 @@ class MARNet(nn.Module):
             logits [B, K] and the fused representation x_f [B, D_f].
         """
         x_v = self.vision(pixels)
-        fused = self.fuse(x_v, self.refine(x_v, table, initial, noise))
-        return self.classifier(fused), fused
+        return self.head(x_v, self.refine(x_v, table, initial, noise))

@@ -1,62 +1,95 @@
-"""Export and measure a MARNet of the paper's size: ViT-B/16, the default denoiser, T = 100.
+"""Export MARNets of real sizes through every backend and precision, and measure them beside peers.
 
-    python benchmarks/real_size.py --output benchmarks/results/NAME.json
+    python benchmarks/real_size.py --model vit-b16 --output benchmarks/results/NAME.json
 
 The weights are random, because none can be downloaded here: the figures say how fast it is and how
-far the bundle is from the float32 model, and nothing about accuracy. Takes about ten minutes.
+far a bundle is from the float32 model, and nothing about accuracy. Every export runs in a process
+of its own, so that its peak memory can be told. Then all bundles and all peers answer the same
+pixels in turn, in one process with the same threads. Takes a quarter of an hour for each model.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import sklearn.datasets
 import torch
 from PIL import Image
 
+from marnet_bench.loop_peers import PEERS, make_problem
 from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
-from marnet_bench.scenarios import golden_images, run_batches
-from marnet_bench.timing import interleave, speedup_interval
-from marnet_export.pipeline import Settings, export_bundle
+from marnet_bench.scenarios import golden_images
+from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
+from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, quiet
+from marnet_export.lower import lower_marnet
+from marnet_export.pipeline import Settings
+from marnet_sdk.backends import Floats
+from marnet_sdk.backends.onnxruntime import load_onnxruntime
+from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import print_table, say
 from marnet_sdk.preprocess import Preprocess
-from marnet_train.checkpoint import SAMPLES, write_model
+from marnet_train.checkpoint import SAMPLES, load_checkpoint, write_model
 from marnet_train.data.imagefolder import write_split
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.models.backbones import backbone_config
 from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.text import train_tokenizer
 
-BUILDS = (
-    ("torchscript", "fp32"),
-    ("torchscript", "bf16"),
-    ("onnxruntime", "fp16"),
-    ("openvino", "fp16"),
-    ("openvino", "bf16"),
-)
+Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, C]
+
+# transformers' defaults are ViT-B/16, Swin-T, ResNet-50 and BERT-base.
+BERT: dict[str, Any] = {"model_type": "bert"}
+TINY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+TINY |= {"intermediate_size": 32}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision, text, side
+    "vit-b16": ({"model_type": "vit"}, BERT, 224),
+    "swin-t": ({"model_type": "swin"}, BERT, 224),
+    "resnet-50": ({"model_type": "resnet"}, BERT, 224),
+    "tiny": (
+        {"model_type": "vit", "image_size": 32, "patch_size": 8, **TINY},
+        {**BERT, **TINY, "vocab_size": 64},
+        32,
+    ),
+}
+BATCHES = (1, 16)
+CPU_ONLY = ("tensorrt",)  # left out: what cannot run here cannot be measured here
 
 
-def write_checkpoint(path: Path, train_steps: int, classes: int = 101) -> None:
+def write_checkpoint(path: Path, name: str, train_steps: int, classes: int = 101) -> None:
     """A checkpoint with random weights, and crops of two photographs as its samples."""
     torch.manual_seed(0)
-    settings = {"model_type": "vit"}, {"model_type": "bert", "num_hidden_layers": 1}
-    vision, text = (json.loads(backbone_config(s).to_json_string(use_diff=False)) for s in settings)
-    labels, schedule = tuple(str(i) for i in range(classes)), ScheduleConfig(steps=train_steps)
-    model = MARNet(MarnetConfig(vision, text, labels, schedule=schedule))
-    with torch.no_grad():
-        model.vision_std.fill_(0.5)
-        model.classifier.weight.mul_(20)  # logits as far apart as a trained model's
+    *descriptions, side = MODELS[name]
+    vision, text = (
+        json.loads(backbone_config(d).to_json_string(use_diff=False)) for d in descriptions
+    )
+    labels, schedule = tuple(f"dish {i}" for i in range(classes)), ScheduleConfig(steps=train_steps)
+    model = MARNet(MarnetConfig(vision, text, labels, schedule=schedule)).eval()
     path.mkdir()
-    write_model(path, model, Preprocess(size=(224, 224)))
-    write_split(path / SAMPLES, ((name, data, "0", None) for name, data in _crops()))
+    write_split(path / SAMPLES, ((name, data, labels[0], None) for name, data in _crops()))
+    preprocess = Preprocess(size=(side, side))
+    pixels = torch.from_numpy(preprocess.pixels(sorted((path / SAMPLES).glob("*.jpg"))[::4]))
+    with torch.no_grad():  # standardised features and logits as far apart as a trained model's
+        x_v = model.vision(pixels)
+        model.vision_mean.copy_(x_v.mean(dim=0))
+        model.vision_std.copy_(x_v.std(dim=0) + 1e-3)
+        model.classifier.weight.mul_(20)
+    write_model(path, model, preprocess)
+    train_tokenizer(labels).save_pretrained(path)
 
 
 def _crops() -> Iterator[tuple[str, bytes]]:
@@ -70,62 +103,240 @@ def _crops() -> Iterator[tuple[str, bytes]]:
             yield f"{name}-{i}.jpg", file.getvalue()
 
 
-def measure(checkpoint: Path, folder: Path, batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Build each bundle and measure it beside the plain model."""
-    for backend, precision in BUILDS:
-        path = folder / f"{backend}-{precision}.marnet"
+# Exports
+
+
+def builds() -> Iterator[Settings]:
+    """Every backend in every precision, and int8 also with the rest in bf16."""
+    for backend in BUILDERS:
+        if backend in CPU_ONLY:
+            continue
+        for precision in PRECISIONS:
+            yield Settings(backend, precision, source=False)
+    yield Settings("openvino", "int8", compute="bf16", source=False)
+
+
+def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str, Any]:
+    """One export in a process of its own: what became of it, its seconds, memory and size."""
+    job = {"checkpoint": str(checkpoint), "output": str(output), "data": None}
+    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as answered:
+        json.dump(job | {"settings": asdict(settings)}, asked)
+        asked.seek(0)
         started = time.perf_counter()
-        export_bundle(checkpoint, path, Settings(backend, precision), say=say)
-        seconds = round(time.perf_counter() - started, 1)
-        size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        classifier = Classifier(path)
-        _, peer = load_peer(checkpoint, classifier.bundle.manifest)
-        about: dict[str, Any] = {"export_s": seconds, "bundle_mb": round(size / 1e6, 1)}
-        about["eight_samples"] = cost_of_samples(path, 8)
-        for batch in batches:
-            report = run_batches(classifier, peer, batch=batch, warmup=1, duration=4, min_rounds=5)
-            yield report | about
+        command = [sys.executable, "-m", "marnet_export.fastest"]
+        process = subprocess.Popen(command, stdin=asked, stdout=answered, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - started
+        answered.seek(0)
+        lines = answered.read().splitlines()
+    row: dict[str, Any] = {
+        "backend": settings.backend,
+        "precision": settings.precision,
+        "compute": settings.compute,
+        "export_s": round(seconds, 1),
+        "peak_mb": round(usage.ru_maxrss / 1024),
+    }
+    if process.returncode:
+        return row | {"refused": f"the process ended with {process.returncode}"}
+    answer = json.loads(lines[-1])
+    if "refused" in answer:
+        return row | {"refused": answer["refused"]}
+    sizes = {
+        folder: sum(f.stat().st_size for f in (output / folder).rglob("*") if f.is_file())
+        for folder in (".", "payload", "text")
+    }
+    manifest = json.loads((output / "manifest.json").read_text("utf-8"))
+    fidelity = json.loads((output / "fidelity.json").read_text("utf-8"))
+    return row | {
+        "compute": manifest["precision"]["compute"],
+        "receipt": manifest["precision"]["receipt"]["all"],
+        "agreement": answer["agreement"],
+        "logit_error": fidelity["logit_error_max"] / fidelity["largest_logit"],
+        "bundle_mb": round(sizes["."] / 1e6, 1),
+        "payload_mb": round(sizes["payload"] / 1e6, 1),
+        "text_mb": round(sizes["text"] / 1e6, 1),
+    }
 
 
-def cost_of_samples(path: Path, samples: int) -> dict[str, float]:
-    """How much longer one image takes with several noise samples than with one, from its pixels."""
-    one, several = Classifier(path), Classifier(path, samples=samples)
-    pixels = one.preprocess.pixels(golden_images(one, 1))
-    calls = {"one": lambda: one.logits(pixels), "several": lambda: several.logits(pixels)}
-    taken = interleave(calls, warmup=1, duration=4, min_rounds=5)
-    ratio, low, high = speedup_interval(taken["several"], taken["one"])
-    return {"samples": samples, "ratio": ratio, "low": low, "high": high}
+# Peers: the model as it was trained, with its plain loop, in each framework's best form
+
+
+def peers(
+    checkpoint: Path, classifier: Classifier, pixels: Floats, threads: int
+) -> Iterator[tuple[str, str, Logits]]:
+    """Framework, precision, pixels to logits; what a framework cannot do is left out, and said."""
+    model, manifest = load_checkpoint(checkpoint).model, classifier.bundle.manifest
+    example = torch.from_numpy(pixels[:2])
+    problem = make_problem(model, "ddpm", model.config.schedule.steps)
+    yield "torch eager", "fp32", load_peer(checkpoint, manifest, threads)[1].logits
+    loops = {
+        "torch.compile": ("torch.compile", _compiled),
+        "ONNX Runtime": ("ONNX Runtime Scan", _onnx),
+        "OpenVINO": ("OpenVINO Loop", _openvino),
+    }
+    for name, (loop, encoder) in loops.items():
+        for precision in ("fp32", "bf16"):
+            try:
+                encode = encoder(model, example, precision, threads)
+                refine = PEERS[loop].open(problem, precision, threads)
+            except Exception as error:  # whatever a framework raises is why it is missing
+                say(f"no peer {name} {precision}: {str(error).splitlines()[0][:200]}")
+                continue
+            yield name, precision, lambda pixels, e=encode, r=refine: r(e(pixels))
+
+
+def _compiled(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
+    torch.set_num_threads(threads)
+    encoder = torch.compile(model.vision.eval(), dynamic=False)
+
+    def encode(pixels: Floats) -> Floats:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=precision == "bf16"):
+            return encoder(torch.from_numpy(pixels)).float().numpy()
+
+    return encode
+
+
+def _onnx(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
+    ort = load_onnxruntime()
+
+    if precision != "fp32":
+        raise ValueError("ONNX Runtime has no bf16 on a CPU")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    with tempfile.TemporaryDirectory() as folder:
+        module = builder("onnxruntime")
+        module.build_encoder(lower_marnet(model), example, Types("fp32", "fp32"), Path(folder))
+        session = ort.InferenceSession(Path(folder) / "encoder.onnx", options)
+    return lambda pixels: np.asarray(session.run(None, {"pixels": pixels})[0])
+
+
+def _openvino(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
+    ov = load_openvino()
+    with torch.no_grad(), quiet():
+        graph = ov.convert_model(model.vision.eval(), example_input=example)
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    compiled = ov.Core().compile_model(graph, "CPU", settings)
+    return lambda pixels: compiled(pixels)[0]
+
+
+# Measuring
+
+
+def measure(
+    calls: Mapping[str, Logits], pixels: Floats, duration: float
+) -> Iterator[tuple[int, dict[str, Seconds]]]:
+    """Everything in turn, for each number of images in a call."""
+    for batch in BATCHES:
+        images = np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))
+        say(f"batch {batch}: {len(calls)} candidates in turn, {duration:g} s or more")
+        bound = {name: partial(call, images) for name, call in calls.items()}
+        yield batch, interleave(bound, warmup=2, duration=duration, min_rounds=5)
+
+
+# Whose fastest bundle is held to whose fastest peer: int8 has no peer, fp16 is computed in fp32.
+COMPARED = (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"), ("int8", "bf16"))
+
+
+def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The fastest bundle of each precision over the fastest peer that it is held to."""
+
+    def fastest(wanted: str, *, ours: bool) -> list[str]:
+        names = [n for n in taken if precision[n] == wanted and n.startswith("marnet") == ours]
+        return sorted(names, key=lambda n: float(np.median(taken[n])))[:1]
+
+    for ours, theirs in COMPARED:
+        for mine in fastest(ours, ours=True):
+            for other in fastest(theirs, ours=False):
+                ratio, low, high = speedup_interval(taken[other], taken[mine])
+                yield {"bundle": mine, "peer": other, "ratio": ratio, "low": low, "high": high}
+
+
+def run(name: str, train_steps: int, duration: float) -> dict[str, Any]:
+    """Export, open and measure everything of one model."""
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / name
+        write_checkpoint(checkpoint, name, train_steps)
+        rows, calls, precision = [], {}, {}
+        opened: list[Classifier] = []
+        for settings in builds():
+            rest = f"-{settings.compute}" if settings.compute else ""
+            key = f"marnet {settings.backend} {settings.precision}{rest}"
+            path = Path(scratch) / key.replace(" ", "-")
+            say(f"export {key}")
+            row = {"name": key, **export_apart(checkpoint, path, settings)}
+            rows.append(row)
+            if "refused" not in row:
+                opened.append(Classifier(path, threads=threads))
+                calls[key], precision[key] = opened[-1].logits, settings.precision
+        say("opening the peers")
+        pixels = opened[0].preprocess.pixels(golden_images(opened[0], 8))
+        for framework, kind, call in peers(checkpoint, opened[0], pixels, threads):
+            key = f"{framework} {kind}"
+            rows.append({"name": key, "precision": kind})
+            calls[key], precision[key] = call, kind
+        compared = []
+        for batch, taken in measure(calls, pixels, duration):
+            compared += [{"batch": batch, **ratio} for ratio in ratios(taken, precision)]
+            for row in rows:
+                if row["name"] in taken:
+                    summary = asdict(summarise(taken[row["name"]], batch))
+                    row.setdefault("latency", {})[str(batch)] = summary
+    return {
+        "what": __doc__,
+        "model": name,
+        "train_steps": train_steps,
+        "threads": threads,
+        "rows": rows,
+        "ratios": compared,
+        "machine": describe_machine(),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as two tables."""
+    lines = []
+    for row in report["rows"]:
+        times = [
+            f"{row['latency'][str(b)]['p50_ms']:.1f}" if "latency" in row else "" for b in BATCHES
+        ]
+        rate = f"{row['latency'][str(BATCHES[-1])]['images_per_s']:.1f}" if "latency" in row else ""
+        agreement = f"{row['agreement']:.1%}" if "agreement" in row else row.get("refused", "")[:60]
+        more = [str(row.get(k, "")) for k in ("export_s", "peak_mb", "bundle_mb")]
+        lines.append((row["name"], agreement, *times, rate, *more))
+    columns = ("", "agreement", *(f"ms at {b}" for b in BATCHES), "images/s")
+    title = f"{report['model']}, T = {report['train_steps']}, random weights, from pixels"
+    print_table(title, (*columns, "export s", "peak MB", "bundle MB"), lines)
+    compared = [
+        (
+            str(r["batch"]),
+            r["ours"],
+            r["peer"],
+            f"{r['ratio']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
+        )
+        for r in report["ratios"]
+    ]
+    print_table("fastest bundle over fastest peer", ("batch", "ours", "peer", "ratio"), compared)
 
 
 @click.command()
+@click.option("--model", type=click.Choice(list(MODELS)), default="vit-b16", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--train-steps", type=click.IntRange(1), default=100, show_default=True, help="T.")
-def main(output: Path, train_steps: int) -> None:
-    """Export and measure at the paper's size, with random weights."""
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "vit-b16"
-        write_checkpoint(checkpoint, train_steps)
-        reports = list(measure(checkpoint, Path(scratch), (1, 16)))
-    content = {"what": __doc__, "machine": describe_machine(), "reports": reports}
-    output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    rows = []
-    for report in reports:
-        line = next(x for x in report["lines"] if (x["model"], x["input"]) == ("bundle", "pixels"))
-        ratio = next(x for x in report["speedups"] if x["input"] == "pixels")
-        rows.append(
-            (
-                f"{report['backend']} {report['precision']['asked']}",
-                str(report["batch"]),
-                f"{line['p50_ms']:.0f}",
-                f"{ratio['ratio']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-                f"{report['fidelity']['top1_agreement']:.1%}",
-                f"{report['eight_samples']['ratio']:.2f}",
-                f"{report['export_s']}",
-                f"{report['bundle_mb']}",
-            )
-        )
-    columns = ("bundle", "batch", "p50 ms", "against PyTorch", "agree", "K = 8", "export s", "MB")
-    print_table(f"ViT-B/16, T = {train_steps}, random weights, from pixels", columns, rows)
+@click.option(
+    "--duration", type=float, default=20.0, show_default=True, help="Seconds for each batch size."
+)
+def main(model: str, output: Path, train_steps: int, duration: float) -> None:
+    """Export and measure at real sizes, with random weights."""
+    report = run(model, train_steps, duration)
+    output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    show(report)
 
 
 if __name__ == "__main__":

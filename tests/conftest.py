@@ -7,6 +7,8 @@ import os
 # Before anything imports torch, whose libgomp reads it once: its threads spin by default, and
 # where another process holds a core, tests then take up to 50 times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +66,7 @@ def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
         path = folder / f"quick-{backend}-{precision}.marnet"
         if not path.exists():
             # A model this little trained has many labels with a small margin.
-            settings = Settings(backend=backend, precision=precision, min_agreement=0.98)
+            settings = Settings(backend, precision, min_agreement=0.98)
             export_bundle(checkpoint, path, settings)
         return path
 
@@ -77,7 +79,9 @@ def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from marnet_export.pipeline import Settings, export_bundle
 
     path = tmp_path_factory.mktemp("bundles") / "swept.marnet"
-    settings = Settings(steps="auto", max_drop=0.03, min_agreement=0.95, target_risk=0.04)
+    settings = Settings(
+        "torchscript", steps="auto", max_drop=0.03, min_agreement=0.95, target_risk=0.04, text=False
+    )
     export_bundle(checkpoint, path, settings)
     return path
 
@@ -88,7 +92,9 @@ def noisy_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from marnet_export.pipeline import Settings, export_bundle
 
     path = tmp_path_factory.mktemp("bundles") / "noisy.marnet"
-    settings = Settings("onnxruntime", steps=10, samples=2, noise="image", min_agreement=0.98)
+    settings = Settings(
+        "onnxruntime", steps=10, samples=2, noise="image", min_agreement=0.98, text=False
+    )
     export_bundle(checkpoint, path, settings)
     return path
 

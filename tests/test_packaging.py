@@ -27,12 +27,16 @@ PROMISES = {
     "onnxruntime": ("onnxruntime", "marnet_sdk.*"),
     "openvino": ("openvino", "marnet_sdk.*"),
     "torch": ("torch", "marnet_sdk.*"),
+    "text": ("tokenizers", "marnet_sdk.*"),
+    "rtx": ("tensorrt_rtx", "cuda.bindings.driver", "cuda.bindings.runtime", "marnet_sdk.*"),
     "cuda": ("cuda.bindings.nvrtc", "cuda.bindings.driver", "marnet_kernels.*"),
     "train": ("huggingface_hub", "sklearn", "marnet_train.*"),
     "export": ("onnxruntime", "onnx", "onnxscript", "marnet_export.*"),
     "bench": ("psutil", "marnet_bench.*"),
     "datasets": ("datasets",),
 }
+FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
+NOT_HERE = {"tensorrt", "torch-tensorrt"}  # from NVIDIA's index, and only beside a CUDA torch
 IMPORT = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -202,12 +206,12 @@ def test_data_files_are_found_where_the_wheel_put_them(plain: Path, tmp_path: Pa
 
 
 def test_every_extra_has_a_promise_here(described: Message) -> None:
-    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, "all", "dev"}
+    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, "all", "dev"}
 
 
 def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described: Message) -> None:
     needs = described.get_all("Requires-Dist")
-    each = (closure(f"marnet[{extra}]", needs) for extra in PROMISES if extra != "cuda")
+    each = (closure(f"marnet[{extra}]", needs) for extra in PROMISES if extra not in FOR_GPUS)
     assert closure("marnet[all]", needs) == set().union(*each)
     assert "nvidia-cuda-nvrtc" in closure("marnet[cuda]", needs)
 

@@ -37,3 +37,6 @@ TWIN_LAYER = 2e-6
 # Seven steps of it, relative to the largest value: an activation next to a tie may round the other
 # way, which moves it by 2^-10 (fp16) or 2^-7 (bf16), times a weight of order 0.1.
 TWIN_LOOP = {"fp16": 1e-3, "bf16": 5e-3}
+# int8: 2^-8 of the range of every factor, through encoder and a trained loop; relative to the
+# largest logit.
+INT8 = 0.1

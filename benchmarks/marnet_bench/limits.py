@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import MissingExtra
 
@@ -193,7 +194,7 @@ def _multipliers(precision: str, side: int, threads: int) -> Iterator[Probe]:
 
 def _onnx_product(matrix: NDArray[np.float32], rows: int, threads: int) -> Callable[[], object]:
     """[rows, in] times a constant matrix [in, out]."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
     from onnx import TensorProto, helper, numpy_helper
 
     def value(name: str) -> Any:

@@ -29,7 +29,7 @@ from marnet_bench.loop_peers import (
 )
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
-from marnet_export.builders import BUILDERS, Types, builder
+from marnet_export.builders import BUILDERS, Calibration, Types, builder
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
@@ -44,10 +44,6 @@ SAME_LABELS = 0.995  # agreement with float32 from which a precision counts as t
 CHECKED = 256  # random x_v that every candidate answers before it is timed
 _CHUNK = 64  # of them at a time
 _LARGEST_ERROR = 1e-2  # of float32 logits, relative to the largest one: more is another loop
-_BY_STORAGE = {
-    "openvino": ("int8",),
-    "onnxruntime": ("int8",),
-}  # what a backend multiplies in where it stores it
 _PAUSE = 0.01  # seconds between two calls, for threads that still spin after one
 
 
@@ -215,7 +211,7 @@ def _open_ours(
         for precision in PRECISIONS:
             name = f"{OURS} {backend}"
             try:
-                if precision not in (*builder(backend).COMPUTE, *_BY_STORAGE.get(backend, ())):
+                if not _multiplies(backend, precision):
                     raise BackendUnavailable(
                         f"the {backend} backend does not multiply in {precision}"
                     )
@@ -237,12 +233,23 @@ def _open_backend(
     threads: int,
 ) -> Logits:
     """Build the graph of the loop, open it as a deployed process does."""
-    module, types = builder(backend), Types(precision, precision)
+    module, compute = builder(backend), "fp32" if precision == "int8" else precision
     lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
-    module.build_encoder(lowered, torch.zeros(2, 3, 8, 8), types, payload)
-    module.build_refine(lowered, types, payload)
-    leaf = open_backend(backend, payload, precision, threads)
+    pixels = torch.zeros(2, 3, 8, 8)
+    module.build_encoder(lowered, pixels, Types(compute, compute), payload)
+    more = {}
+    if precision == "int8":
+        x_v = _random_features(problem.model, CHECKED)
+        more["calibration"] = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
+    module.build_refine(lowered, Types(precision, compute), payload, **more)
+    leaf = open_backend(backend, payload, compute, threads)
     return lambda x_v: leaf.refine(x_v, tables)[0][:, 0]
+
+
+def _multiplies(backend: str, precision: str) -> bool:
+    """int8 is a way to store matrices, in which they are then multiplied."""
+    module = builder(backend)
+    return precision in (module.STORAGE if precision == "int8" else module.COMPUTE)
 
 
 class _NoEncoder(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from marnet_export.builders import quiet
 from marnet_export.graph import Head
 from marnet_sdk.backends import Floats
+from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.trajectory import draw_trajectory
@@ -273,7 +274,7 @@ def onnx_scan_sleeping(problem: Problem, precision: str, threads: int) -> Logits
 
 
 def _run_onnx(problem: Problem, product: str | None, threads: int, *, spin: bool = True) -> Logits:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     if product is None:
         raise BackendUnavailable("ONNX Runtime has no bfloat16 products on a CPU")

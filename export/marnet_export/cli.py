@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import click
 
 from marnet_sdk.backends import BACKENDS
+from marnet_sdk.bundle import FIDELITY
 from marnet_sdk.console import Choice, Command, next_commands, print_table, say
 from marnet_sdk.errors import requires_extra
 
@@ -39,27 +41,35 @@ class Steps(click.IntRange):
     "--output",
     "-o",
     type=_FOLDER,
-    help="Bundle to write. Default: ./bundles/<run>-<backend>-<precision>.marnet",
+    help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with the backend's name "
+    "before the precision where one is asked for.",
 )
 @click.option(
     "--backend",
-    type=Choice(list(BACKENDS)),
-    default="torchscript",
+    type=Choice(["auto", *BACKENDS]),
+    default="auto",
     show_default=True,
-    help="Bundles of onnxruntime and openvino need no torch to run.",
+    help="What runs the bundle. auto: build all that this machine can run, keep the fastest that "
+    "passes. Bundles of onnxruntime, openvino and tensorrt need no torch to run.",
 )
 @click.option(
     "--precision",
-    type=Choice(["fp32", "bf16", "fp16", "auto"]),
+    type=Choice(["fp32", "bf16", "fp16", "int8", "auto"]),
     default="fp32",
     show_default=True,
-    help="In which type the weights are stored. auto: with --steps auto, whichever does best.",
+    help="In which type the weights are stored. int8 is multiplied in int8 too, with ranges "
+    "measured on the images. auto: with --steps auto, whichever does best.",
 )
 @click.option(
     "--compute",
-    type=Choice(["fp32", "bf16"]),
-    help="In which type matrices are multiplied. Default: the precision where the backend can, "
-    "else fp32.",
+    type=Choice(["fp32", "bf16", "fp16"]),
+    help="In which type other matrices than those in int8 are multiplied. Default: the precision "
+    "where the backend can, else fp32.",
+)
+@click.option(
+    "--loop-precision",
+    type=Choice(["fp32", "bf16", "fp16", "int8"]),
+    help="The same for the reverse loop alone. Default: as --precision.",
 )
 @click.option(
     "--sampler",
@@ -108,12 +118,31 @@ class Steps(click.IntRange):
     "--min-agreement",
     type=click.FloatRange(0, 1),
     help="Least share of images whose label equals the checkpoint's. "
-    "Default: 0.999 for fp32 and fp16, 0.995 for bf16.",
+    "Default: 0.999 for fp32 and fp16, 0.995 for bf16 and int8.",
 )
 @click.option(
     "--data",
     type=_FOLDER,
     help="Verify on this data set's val split, not the checkpoint's samples.",
+)
+@click.option(
+    "--target",
+    metavar="SM[,SM...]",
+    default="",
+    help="GPUs to build tensorrt engines for without having them: sm80,sm86,sm89,sm120. "
+    "Default: the one of this machine.",
+)
+@click.option(
+    "--text/--no-text",
+    default=True,
+    show_default=True,
+    help="Put the text encoder into the bundle, for Classifier.match.",
+)
+@click.option(
+    "--source/--no-source",
+    default=True,
+    show_default=True,
+    help="Put the checkpoint into the bundle, for marnet-bundle verify and rebuild.",
 )
 @click.option("--explain", is_flag=True, help="Say what the rewritten loop saves; build nothing.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
@@ -125,6 +154,7 @@ def main(
     backend: str,
     precision: str,
     compute: str | None,
+    loop_precision: str | None,
     sampler: str | None,
     eta: float,
     steps: int | Literal["auto"] | None,
@@ -136,6 +166,9 @@ def main(
     target_risk: float | None,
     min_agreement: float | None,
     data: Path | None,
+    target: str,
+    text: bool,
+    source: bool,
     explain: bool,
     force: bool,
 ) -> None:
@@ -149,44 +182,52 @@ def main(
     written and the exit code is 3.
     """
     with requires_extra("export", *_NEEDS):
+        from marnet_export.fastest import export_fastest
         from marnet_export.pipeline import Settings, export_bundle
         from marnet_export.pipeline import explain as explain_plan
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
     if checkpoint is None:
         checkpoint = str(newest_checkpoint())
         say(f"checkpoint {checkpoint} (the newest under ./runs)")
-    source = find_checkpoint(checkpoint, revision=revision)
+    path = find_checkpoint(checkpoint, revision=revision)
     settings = Settings(
-        backend,
-        precision,
-        compute,
-        sampler,
-        steps,
-        eta,
-        samples,
-        noise,
-        seed,
-        min_agreement,
-        max_drop / 100,
-        latency_budget_ms,
-        target_risk,
+        backend=backend,
+        precision=precision,
+        compute=compute,
+        loop_precision=loop_precision,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        samples=samples,
+        noise=noise,
+        seed=seed,
+        min_agreement=min_agreement,
+        max_drop=max_drop / 100,
+        latency_budget_ms=latency_budget_ms,
+        target_risk=target_risk,
+        targets=tuple(name.strip() for name in target.split(",") if name.strip()),
+        text=text,
+        source=source,
     )
     if explain:
-        rows, sentence = explain_plan(source, settings)
+        rows, sentence = explain_plan(path, settings)
         print_table("reverse loop", ("", "as written", "as run"), rows)
         say(sentence)
         next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
         return
     if output is None:  # a place of our own choosing: the last build there may be replaced
-        output = Path("bundles") / f"{Path(checkpoint).resolve().name}-{backend}-{precision}.marnet"
+        parts = [Path(checkpoint).resolve().name, backend, precision]
+        output = Path("bundles") / f"{'-'.join(p for p in parts if p != 'auto')}.marnet"
         force = True
     existed = output.exists()
-    fidelity = export_bundle(source, output, settings, data=data, overwrite=force, say=say)
-    low, high = fidelity.top1_interval
+    export = export_fastest if backend == "auto" else export_bundle
+    export(path, output, settings, data=data, overwrite=force, say=say)
+    found = json.loads((output / FIDELITY).read_text("utf-8"))
+    low, high = found["top1_interval"]
     say(
-        f"verified on {fidelity.images} images: top-1 agreement {fidelity.top1_agreement:.2%} "
+        f"verified on {found['images']} images: top-1 agreement {found['top1_agreement']:.2%} "
         f"(95 % interval {low:.2%} to {high:.2%}), largest logit error "
-        f"{fidelity.logit_error_max:.2g} of {fidelity.largest_logit:.3g}"
+        f"{found['logit_error_max']:.2g} of {found['largest_logit']:.3g}"
     )
     say(f"{'replaced' if existed else 'wrote'} {output}")
     model = shlex.quote(str(output))

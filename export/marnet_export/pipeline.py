@@ -6,10 +6,13 @@ export that fails or is killed leaves nothing half-written.
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,23 +26,29 @@ from safetensors.numpy import save_file
 from marnet_export.builders import (
     BUILDERS,
     PRECISIONS,
-    TORCH_TYPES,
+    Calibration,
     Types,
     builder,
     choose_types,
+    open_built,
+    runs_here,
 )
-from marnet_export.lower import Plan, lower
+from marnet_export.diagnose import diagnose
+from marnet_export.inspection import PASSED, check_second_process
+from marnet_export.lower import Lowered, lower
+from marnet_export.plots import plot_pareto, plot_risk_coverage
+from marnet_export.ranges import check_activations, check_weights
+from marnet_export.receipt import check_delivered, receipt
 from marnet_export.selection import (
     Candidate,
     Choice,
     choose,
     pareto_report,
-    plot_pareto,
-    plot_risk_coverage,
     risk_coverage,
     threshold_for_risk,
 )
 from marnet_export.sweep import SAMPLES, as_points, sweep, swept_processes
+from marnet_export.text import export_text
 from marnet_export.verify import (
     MIN_AGREEMENT,
     ROW_TOLERANCE,
@@ -52,36 +61,41 @@ from marnet_export.verify import (
     settling,
     trajectory_error,
 )
-from marnet_sdk.backends import Floats, open_backend
+from marnet_sdk.backends import Floats, make_tables, why_unavailable
 from marnet_sdk.bundle import (
     FIDELITY,
     GOLDEN_ANSWERS,
     GOLDEN_IMAGES,
+    PAYLOAD,
     PLAN,
+    SOURCE,
+    TEXT,
     BuiltFor,
     Precision,
     Sampling,
+    Share,
     is_bundle,
     seal_bundle,
 )
 from marnet_sdk.classifier import Classifier
+from marnet_sdk.console import nearest
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
+    BackendUnavailable,
     DataError,
     ExportError,
     InvalidInput,
     NotFound,
     VerificationFailed,
 )
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.files import atomic_directory, check_output, exclusive
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.uncertainty import mean_logits, softmax
-from marnet_train.checkpoint import Checkpoint, load_checkpoint, write_json
+from marnet_train.checkpoint import Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.data.dataset import Example, read_one_split
 from marnet_train.data.imagefolder import is_split, read_split
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SAMPLERS, SamplerTable, sampler_table
-from marnet_train.models.marnet import MARNet
 
 Say = Callable[[str], None]
 MAX_IMAGES = 2000  # verified on at most so many
@@ -89,6 +103,9 @@ GOLDEN = 8  # images that travel with the bundle
 DEFAULT = "default"  # the operating point of a bundle that has one
 PARETO, PARETO_PLOT = "pareto.json", "pareto.png"
 RISK, RISK_PLOT = "risk_coverage.json", "risk_coverage.png"
+TABLES = f"{PAYLOAD}/tables.safetensors"
+CALIBRATION = 256  # images that the ranges of int8 are measured on
+AUTO = "auto"
 NOISES = ("shared", "image")
 FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 
@@ -97,9 +114,10 @@ FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 class Settings:
     """What an export is asked for."""
 
-    backend: str = "torchscript"
+    backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
     precision: str = "fp32"  # "auto": the sweep's choice
-    compute: str | None = None  # None: what the backend does best on a CPU
+    compute: str | None = None  # None: what the backend does best here
+    loop_precision: str | None = None  # None: the same as `precision`
     sampler: str | None = None  # None: ddpm, or all of them where steps are swept
     steps: int | Literal["auto"] | None = None  # None: T
     eta: float = 0.0  # of ddim
@@ -110,18 +128,25 @@ class Settings:
     max_drop: float = 0.002  # share of accuracy that a swept point may lose
     latency_budget_ms: float | None = None
     target_risk: float | None = None  # share of the answers that may be wrong
+    targets: tuple[str, ...] = ()  # GPUs to build for ahead of time; none: the one that is here
+    text: bool = True  # with the text encoder, for matching
+    source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
 
     def __post_init__(self) -> None:
         auto = ("auto",) if self.steps == "auto" else ()
         for name, value, choices in (
-            ("backend", self.backend, tuple(BUILDERS)),
+            ("backend", self.backend, (AUTO, *BUILDERS)),
             ("precision", self.precision, (*PRECISIONS, *auto)),
-            ("compute", self.compute or "fp32", PRECISIONS),
+            ("loop_precision", self.loop_precision or "fp32", PRECISIONS),
+            ("compute", self.compute or "fp32", FLOATS),
             ("sampler", self.sampler or "ddpm", SAMPLERS),
             ("noise", self.noise, NOISES),
         ):
             if value not in choices:
-                raise InvalidInput(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+                near = nearest(value, choices)
+                raise InvalidInput(
+                    f"{name}: got {value!r}, expected one of {', '.join(choices)}.{near}"
+                )
         if self.latency_budget_ms is not None and self.steps != "auto":
             raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
         if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
@@ -133,7 +158,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class _Images:
+class Images:
     """The images an export is verified on."""
 
     examples: tuple[Example, ...]
@@ -161,28 +186,43 @@ def export_bundle(
         ExportError: it cannot be built as asked. VerificationFailed: what was built does not agree
             with the checkpoint. In both cases nothing is left at `output`.
     """
-    first = FLOATS[0] if settings.precision == "auto" else settings.precision
-    types = choose_types(settings.backend, first, settings.compute)
-    with atomic_directory(output, overwrite=overwrite, replaceable=is_bundle) as fresh:
+    if settings.backend == AUTO:
+        raise InvalidInput("export_bundle builds one backend; for auto, call export_fastest")
+    check_types(settings)
+    with at_work(output, overwrite=overwrite) as fresh:
         checkpoint = load_checkpoint(checkpoint_path)
-        images = _load_images(data, checkpoint, say)
-        job = _Job(fresh, checkpoint, settings, images, say)
-        if settings.steps == "auto":
-            types, tables, samples, picked = job.pick_points()
-        else:
-            tables, samples, picked = {DEFAULT: job.table()}, {DEFAULT: settings.samples or 1}, None
-        sampling = job.sampling(tables, samples, picked or DEFAULT)
-        say(job.plan.sentence(tables[sampling.default], sampling.point.samples))
-        if settings.noise == "image":
-            say(job.plan.noise_cost(tables[sampling.default]))
-        say(types.sentence)
-        built = job.build(types, tables, sampling)
-        fidelity = job.verify(built, types, tables)
-        sampling = job.with_thresholds(built)
-        _write_golden(fresh, images, built, checkpoint.preprocess, fidelity)
-        seal_bundle(fresh, _manifest_fields(checkpoint, settings, types, sampling, fidelity, fresh))
-        Classifier(fresh)  # the last word: what was written loads and passes its own self-test
-    return fidelity
+        job = _Job(fresh, checkpoint, settings, load_images(data, checkpoint, say), say)
+        return job.run()
+
+
+@contextmanager
+def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write a bundle into, which becomes `output`; one export at a time.
+
+    Raises:
+        OutputExists: something is there. OutputBusy: another export is at work there; names it.
+        OutputError: no space, or the folder must not be written to.
+    """
+    check_output(output, overwrite=overwrite, replaceable=is_bundle)
+    lock = output.absolute().parent / f".{output.name}.lock"
+    with exclusive(lock):
+        try:
+            with atomic_directory(output, overwrite=overwrite, replaceable=is_bundle) as fresh:
+                yield fresh
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def check_types(settings: Settings) -> tuple[Types, Types]:
+    """In which types encoder and loop are built.
+
+    Raises:
+        ExportError: the backend cannot. MissingExtra, BackendUnavailable: it cannot here.
+    """
+    precision = FLOATS[0] if settings.precision == AUTO else settings.precision
+    encoder = choose_types(settings.backend, precision, settings.compute)
+    loop = settings.loop_precision or precision
+    return encoder, choose_types(settings.backend, loop, encoder.compute)
 
 
 def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, str, str]], str]:
@@ -190,7 +230,7 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     checkpoint = load_checkpoint(checkpoint_path)
     steps = None if settings.steps == "auto" else settings.steps
     precision = "fp32" if settings.precision == "auto" else settings.precision
-    compute = choose_types(settings.backend, precision, settings.compute).compute
+    compute = settings.compute or ("bf16" if precision == "bf16" else "fp32")
     plan = lower(checkpoint.model).plan
     schedule = checkpoint.model.config.schedule
     sampler = settings.sampler or "ddpm"
@@ -206,7 +246,7 @@ class _Job:
     """One export: what all of its steps need."""
 
     def __init__(
-        self, fresh: Path, checkpoint: Checkpoint, settings: Settings, images: _Images, say: Say
+        self, fresh: Path, checkpoint: Checkpoint, settings: Settings, images: Images, say: Say
     ) -> None:
         self.fresh, self.checkpoint, self.settings = fresh, checkpoint, settings
         self.images, self.say = images, say
@@ -214,6 +254,11 @@ class _Job:
         self.lowered = lower(self.model)
         self.plan = self.lowered.plan
         self.reference = Reference(self.model, images.pixels, by_image=settings.noise == "image")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The batch sizes that are built for; empty: any."""
+        return tuple(getattr(builder(self.settings.backend), "BUCKETS", ()))
 
     def table(self) -> SamplerTable:
         """The sampler that is asked for."""
@@ -234,28 +279,123 @@ class _Job:
             width=self.model.latent_width,
         )
 
+    def run(self) -> Fidelity:
+        """Build, verify, seal; what was written loads, here and in a second process."""
+        asked = self.settings
+        if asked.steps == AUTO:
+            types, tables, samples, picked = self.pick_points()
+        else:
+            types = check_types(asked)
+            tables, samples, picked = {DEFAULT: self.table()}, {DEFAULT: asked.samples or 1}, None
+        sampling = self.sampling(tables, samples, picked or DEFAULT)
+        self.say(self.plan.sentence(tables[sampling.default], sampling.point.samples))
+        if asked.noise == "image":
+            self.say(self.plan.noise_cost(tables[sampling.default]))
+        self.say(types[0].sentence)
+        built = self.build(types, tables, sampling)
+        shares = self.read_receipt(types, sampling)
+        fidelity = self.verify(built, types, tables)
+        sampling = self.with_thresholds(built)
+        self.write_beside(built, fidelity)
+        fields = self.manifest_fields(types, shares, sampling, fidelity)
+        seal_bundle(self.fresh, fields)
+        if runs_here(asked.backend):
+            self.check_in_second_process(Classifier(self.fresh))
+        else:
+            self.say(_add_not_run(self.fresh, asked.backend))
+        seal_bundle(self.fresh, fields)
+        return fidelity
+
     def build(
-        self, types: Types, tables: dict[str, SamplerTable], sampling: Sampling, folder: str = ""
+        self,
+        types: tuple[Types, Types],
+        tables: dict[str, SamplerTable],
+        sampling: Sampling,
+        folder: str = PAYLOAD,
     ) -> Built:
         """Write the payload (unless a sweep has) and open it again."""
-        payload = self.fresh / folder if folder else (self.fresh / PLAN).parent
+        payload, (encoder, loop) = self.fresh / folder, types
+        arrays = self.plan.tensors(tables)
         if not payload.exists():
-            check_range(self.model, self.plan, types.storage)
+            self.check_steps(sampling)
+            calibration = self.calibration(arrays, sampling)
+            for asked in types:
+                check_weights(self.lowered, asked.storage)
+            if headroom := check_activations(self.lowered, calibration, encoder.compute):
+                self.say(headroom.sentence())
             payload.mkdir(parents=True)
+            module = builder(self.settings.backend)
             pixels = self.images.pixels
             example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
-            module = builder(self.settings.backend)
-            module.build_encoder(self.lowered, example, types, payload)
-            module.build_refine(self.lowered, types, payload)
-        arrays = self.plan.tensors(tables)
-        if not folder:
+            more = self.options(arrays, sampling)
+            module.build_encoder(self.lowered, example, encoder, payload, **more)
+            module.build_refine(self.lowered, loop, payload, **more)
+        if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
-        backend = open_backend(self.settings.backend, payload, types.compute, None)
+        backend = open_built(self.settings.backend, payload, encoder.compute)
         return Built(backend, arrays, sampling, self.images.pixels)
+
+    def check_steps(self, sampling: Sampling) -> None:
+        """Refuse a chain that is longer than what the backend builds for."""
+        backend = self.settings.backend
+        most = getattr(builder(backend), "MOST_STEPS", math.inf)
+        longest = max(len(point.timesteps) for point in sampling.points.values())
+        if longest > most:
+            raise ExportError(
+                f"{backend} builds loops of at most {most} steps, got {longest}; choose fewer with "
+                "--steps, or another --backend"
+            )
+
+    def calibration(self, arrays: dict[str, NDArray], sampling: Sampling) -> Calibration:
+        """What ranges of activations are measured on."""
+        images = slice(0, CALIBRATION)
+        tables = make_tables(arrays, sampling, sampling.default, seed=sampling.seed, samples=1)
+        return Calibration(
+            self.images.pixels[images],
+            self.reference.x_v[images].numpy(),
+            tables.coefficients,
+            tables.bias,
+        )
+
+    def read_receipt(self, types: tuple[Types, Types], sampling: Sampling) -> dict[str, Share]:
+        """What was built, in which types; see `receipt`.
+
+        Raises:
+            VerificationFailed: it is not what was asked for.
+        """
+        shape = self.images.pixels.shape[1:]
+        module = builder(self.settings.backend)
+        products = module.products(self.fresh / PAYLOAD, types[0], shape)
+        check_delivered(products, {"encoder": types[0], "loop": types[1]}, self.settings.backend)
+        return receipt(products, len(sampling.point.timesteps), sampling.point.samples)
+
+    def write_beside(self, built: Built, fidelity: Fidelity) -> None:
+        """What travels with the payload: golden answers, ready tables, text encoder, checkpoint."""
+        _write_golden(self.fresh, self.images, built, self.checkpoint.preprocess, fidelity)
+        sampling = built.sampling
+        if sampling.noise == "shared":
+            tables = built.tables(sampling.default, built.pixels[:1], sampling.point.samples)
+            arrays = {"coefficients": tables.coefficients, "bias": tables.bias}
+            save_file(arrays, self.fresh / TABLES)
+        add_parts(self.fresh, self.checkpoint, self.lowered, self.settings)
+
+    def check_in_second_process(self, classifier: Classifier) -> None:
+        """Open the bundle in a fresh process, as it will be deployed, and compare the answers.
+
+        Raises:
+            VerificationFailed: it does not load there, or answers differently.
+        """
+        found = check_second_process(classifier.bundle, classifier)
+        if found.outcome != PASSED:
+            raise VerificationFailed(
+                f"the bundle opens in this process, but in a second one {found.detail}. No bundle "
+                "was written"
+            )
+        _add_to_report(self.fresh, second_process=found.detail)
 
     def pick_points(
         self,
-    ) -> tuple[Types, dict[str, SamplerTable], dict[str, int], str]:
+    ) -> tuple[tuple[Types, Types], dict[str, SamplerTable], dict[str, int], str]:
         """Sweep, choose, write pareto.json; returns types, samplers, samples and the pick."""
         asked, truth = self.settings, self.images.labels
         if truth is None:
@@ -267,10 +407,17 @@ class _Job:
         sampling = self.sampling(tables, 1, next(iter(tables)))
         exact = mean_logits(self.reference.logits(tables[sampling.default], asked.seed))
         candidates: dict[str, list[Candidate]] = {}
-        for precision in FLOATS if asked.precision == "auto" else (asked.precision,):
-            types = choose_types(asked.backend, precision, asked.compute)
+        for precision in FLOATS if asked.precision == AUTO else (asked.precision,):
+            try:
+                types = check_types(replace(asked, precision=precision))
+                built = self.build(types, tables, sampling, f"sweep-{precision}")
+            except (ExportError, BackendUnavailable) as error:
+                if asked.precision != AUTO:
+                    raise
+                self.say(f"{precision} is left out: {error}")
+                continue
             candidates[precision] = sweep(
-                self.build(types, tables, sampling, f"sweep-{precision}"),
+                built,
                 truth,
                 exact.argmax(axis=1),
                 samples=SAMPLES if asked.samples is None else (asked.samples,),
@@ -286,14 +433,15 @@ class _Job:
         for other in candidates:
             if other != precision:
                 shutil.rmtree(self.fresh / f"sweep-{other}")
-        (self.fresh / f"sweep-{precision}").rename((self.fresh / PLAN).parent)
+        (self.fresh / f"sweep-{precision}").rename(self.fresh / PAYLOAD)
         schedule = self.model.config.schedule
         chosen = {
             name: sampler_table(schedule, c.sampler, c.steps, c.eta or 0.0)
             for name, c in choice.points.items()
         }
         samples = {name: c.samples for name, c in choice.points.items()}
-        return choose_types(asked.backend, precision, asked.compute), chosen, samples, choice.picked
+        types = check_types(replace(asked, precision=precision))
+        return types, chosen, samples, choice.picked
 
     def _write_pareto(self, everything: Sequence[Candidate], choice: Choice) -> None:
         about = {
@@ -315,15 +463,19 @@ class _Job:
             )
         self.say(choice.reason)
 
-    def verify(self, built: Built, types: Types, tables: dict[str, SamplerTable]) -> Fidelity:
+    def verify(
+        self, built: Built, types: tuple[Types, Types], tables: dict[str, SamplerTable]
+    ) -> Fidelity:
         """Hold every operating point against the reference; write fidelity.json.
 
         Raises:
             VerificationFailed: one does not agree.
         """
         asked, pixels, sampling = self.settings, self.images.pixels, built.sampling
+        storages = {t.storage for t in types}
         minimum = asked.min_agreement
-        precision = types.storage
+        if minimum is None:
+            minimum = min(MIN_AGREEMENT[storage] for storage in storages)
         found: dict[tuple, Fidelity] = {}
         for name, point in sampling.points.items():
             key = (point.sampler, point.eta, point.timesteps, point.samples)
@@ -336,16 +488,12 @@ class _Job:
                 built.logits(name),
                 mean_logits(logits),
                 self.images.labels,
-                min_agreement=MIN_AGREEMENT[precision] if minimum is None else minimum,
-                row_tolerance=ROW_TOLERANCE[types.compute],
+                min_agreement=minimum,
+                row_tolerance=ROW_TOLERANCE["int8" if "int8" in storages else types[0].compute],
+                buckets=self.buckets,
             )
             if problems := found[key].problems():
-                which = "" if name == DEFAULT else f" at operating point {name}"
-                raise VerificationFailed(
-                    f"{asked.backend} {precision}{which}: "
-                    + "; ".join(problems)
-                    + ". No bundle was written; try --precision fp32, or a lower --min-agreement"
-                )
+                raise self.failure(problems, built, types, tables[name], name)
         by_name = {
             name: found[(p.sampler, p.eta, p.timesteps, p.samples)]
             for name, p in sampling.points.items()
@@ -366,6 +514,59 @@ class _Job:
         }
         write_json(self.fresh / FIDELITY, default.to_dict() | more)
         return default
+
+    def failure(
+        self,
+        problems: Sequence[str],
+        built: Built,
+        types: tuple[Types, Types],
+        table: SamplerTable,
+        name: str,
+    ) -> VerificationFailed:
+        """Say what is wrong, and the first layer or step that departs from the reference."""
+        backend = self.settings.backend
+        self.say(f"{backend}: {'; '.join(problems)}; looking for the first layer that departs")
+        departure = diagnose(
+            *(self.reference, built, self.fresh / PAYLOAD, self.lowered, backend),
+            *(types[0], table, name),
+            loop_types=types[1],
+            options=self.options(built.plan, built.sampling),
+        )
+        which = "" if name == DEFAULT else f" at operating point {name}"
+        return VerificationFailed(
+            f"{backend} {types[0].storage}{which}: {'; '.join(problems)}; {departure.sentence}. "
+            "No bundle was written; try --precision fp32, or a lower --min-agreement"
+        )
+
+    def options(self, arrays: dict[str, NDArray], sampling: Sampling) -> dict[str, Any]:
+        """What the builder takes beside model and types."""
+        module = builder(self.settings.backend)
+        calibration = self.calibration(arrays, sampling)
+        more = {"calibration": calibration} if "int8" in module.STORAGE else {}
+        return places(self.settings) | more
+
+    def manifest_fields(
+        self,
+        types: tuple[Types, Types],
+        shares: dict[str, Share],
+        sampling: Sampling,
+        fidelity: Fidelity,
+    ) -> dict[str, Any]:
+        checkpoint, backend = self.checkpoint, self.settings.backend
+        return {
+            "method": checkpoint.model.config.method,
+            "labels": checkpoint.labels,
+            "preprocess": checkpoint.preprocess.to_dict(),
+            "backend": backend,
+            "precision": Precision(types[0].storage, types[1].storage, types[0].compute, shares),
+            "sampling": sampling,
+            "buckets": self.buckets,
+            "golden_tolerance": fidelity.row_tolerance,
+            "built_for": _built_for(backend, self.fresh / PAYLOAD),
+            "settings": asdict(self.settings),
+            "checkpoint_sha256": checkpoint.sha256,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
 
     def with_thresholds(self, built: Built) -> Sampling:
         """Find the score under which each point should abstain; write the risk-coverage curve."""
@@ -402,6 +603,29 @@ class _Job:
         return replace(sampling, points=points)
 
 
+def finish(folder: Path, checkpoint_path: Path, settings: Settings) -> None:
+    """Put text encoder and checkpoint into the folder of a bundle that was built without them."""
+    checkpoint = load_checkpoint(checkpoint_path)
+    add_parts(folder, checkpoint, lower(checkpoint.model), settings)
+
+
+def add_parts(folder: Path, checkpoint: Checkpoint, lowered: Lowered, settings: Settings) -> None:
+    """Write what is not needed to classify: `TEXT` and `SOURCE`, where they are asked for."""
+    if settings.text and lowered.text is not None:
+        types = check_types(settings)[0]
+        where = places(settings)
+        found = export_text(checkpoint, lowered, settings.backend, types, folder / TEXT, **where)
+        _add_to_report(folder, text=found)
+    if settings.source:
+        copy_files(checkpoint.path, folder / SOURCE)
+
+
+def _add_to_report(folder: Path, **found: Any) -> None:
+    """Put more into the folder's fidelity.json."""
+    path = folder / FIDELITY
+    write_json(path, json.loads(path.read_text("utf-8")) | found)
+
+
 def _latency(run: Callable[[Floats], Floats], pixel: Floats, calls: int = 5) -> float:
     """Median milliseconds from the pixels of one image to its logits."""
     seconds = []
@@ -412,31 +636,7 @@ def _latency(run: Callable[[Floats], Floats], pixel: Floats, calls: int = 5) -> 
     return round(1e3 * float(np.median(seconds[1:])), 4)
 
 
-def check_range(model: MARNet, plan: Plan, storage: str) -> None:
-    """Refuse matrices that the storage type cannot hold.
-
-    Raises:
-        ExportError: names the first such matrix.
-    """
-    largest = torch.finfo(TORCH_TYPES[storage]).max
-    used = {"vision": model.vision, "project_vision": model.project_vision}
-    used |= {"classifier": model.classifier}
-    matrices = {
-        f"{part}.{name}": float(tensor.detach().abs().max())
-        for part, module in used.items()
-        for name, tensor in module.named_parameters()
-        if tensor.ndim >= 2
-    }
-    matrices |= {f"denoiser: {name}": abs(m).max() for name, m in plan.matrices().items()}
-    for name, value in matrices.items():
-        if value > largest:
-            raise ExportError(
-                f"{name} holds {value:.4g}, beyond the largest {storage} value ({largest:.4g}); "
-                "use --precision bf16 or fp32"
-            )
-
-
-def _load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> _Images:
+def load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> Images:
     folder = checkpoint.samples if data is None else data
     if data is None and not folder.is_dir():
         raise DataError(
@@ -460,12 +660,12 @@ def _load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> _Images
             "not know; agreement is measured on all, accuracy is not reported"
         )
     pixels = PixelStore(examples, checkpoint.preprocess, "val").batch(slice(None)).numpy()
-    return _Images(examples, pixels, None if (labels < 0).any() else labels)
+    return Images(examples, pixels, None if (labels < 0).any() else labels)
 
 
 def _write_golden(
     fresh: Path,
-    images: _Images,
+    images: Images,
     built: Built,
     preprocess: Preprocess,
     fidelity: Fidelity,
@@ -491,38 +691,32 @@ def _write_golden(
     save_file(answers, fresh / GOLDEN_ANSWERS)
 
 
-def _manifest_fields(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    types: Types,
-    sampling: Sampling,
-    fidelity: Fidelity,
-    fresh: Path,
-) -> dict[str, Any]:
-    stored = builder(settings.backend).stored_elements((fresh / PLAN).parent)
-    names = {dtype: name for name, dtype in TORCH_TYPES.items()}
-    total = sum(stored.values())
-    share = {names[dtype]: round(count / total, 6) for dtype, count in stored.items()}
-    if share.get(types.storage, 0.0) < 0.5:
-        raise VerificationFailed(
-            f"--precision {types.storage} was asked, but the built file stores {share}; "
-            "no bundle was written"
+def places(settings: Settings) -> dict[str, Any]:
+    """Where to build for, as an argument of builders that can build for other machines."""
+    if hasattr(builder(settings.backend), "open_reference"):
+        return {"targets": settings.targets}
+    if settings.targets:
+        raise InvalidInput(
+            f"targets: got {', '.join(settings.targets)} for {settings.backend}, which builds for "
+            "this machine; leave them out, or choose --backend tensorrt"
         )
-    return {
-        "method": checkpoint.model.config.method,
-        "labels": checkpoint.labels,
-        "preprocess": checkpoint.preprocess.to_dict(),
-        "backend": settings.backend,
-        "precision": Precision(types.storage, types.compute, share),
-        "sampling": sampling,
-        "buckets": (),
-        "golden_tolerance": fidelity.row_tolerance,
-        "built_for": _built_for(settings.backend),
-        "checkpoint_sha256": checkpoint.sha256,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return {}
 
 
-def _built_for(backend: str) -> BuiltFor:
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "onnx", backend)
-    return BuiltFor("cpu", platform.machine(), versions(packages))
+def _add_not_run(folder: Path, backend: str) -> str:
+    """Note that what was compiled was not run, and say so."""
+    note = (
+        f"verified by running the graphs that were compiled, because this machine cannot run what "
+        f"was ({why_unavailable(backend)}). What was compiled has not been run: it is held to its "
+        "golden answers when it is first loaded, and marnet-bundle verify does the rest there"
+    )
+    _add_to_report(folder, not_run=note)
+    return f"{backend}: {note}"
+
+
+def _built_for(backend: str, payload: Path | None = None) -> BuiltFor:
+    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", backend)
+    module = builder(backend)
+    targets = module.targets(payload) if payload and hasattr(module, "targets") else ()
+    device = getattr(module, "DEVICE", "cpu")
+    return BuiltFor(device, platform.machine(), versions(packages), tuple(targets))

@@ -220,8 +220,13 @@ def check_step(values: Array | torch.Tensor, table: SamplerTable, step: int) -> 
     if not bool(abs(values).max() < np.inf):  # False for NaN too
         raise ExportError(
             f"the reverse chain holds NaN or infinity from step {step + 1} of "
-            f"{len(table.timesteps)} on (t = {table.timesteps[step]}, {table.sampler}): its "
-            "denoiser does not contract; train it again, or use fewer steps"
+            f"{len(table.timesteps)} on (t = {table.timesteps[step]}, {table.sampler}): "
+            + (
+                "its denoiser does not contract; train it again, or use fewer steps"
+                if step
+                else "one pass through its denoiser is enough, so its weights or the statistics "
+                "that standardise its condition are damaged; train it again"
+            )
         )
 
 

@@ -128,7 +128,7 @@ def _latencies(built: Built, samples: Sequence[int]) -> dict[tuple[str, int], fl
         for work in sorted(first)
         for count in counts
     }
-    median = _in_turn(calls)
+    median = in_turn(calls)
     return {
         (name, count): min(
             median[other, more]
@@ -153,7 +153,7 @@ def _call(built: Built, name: str, pixel: Floats, count: int) -> Callable[[], ob
     return call
 
 
-def _in_turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
+def in_turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
     """Median milliseconds of each, called in an order that is reversed every round."""
     taken: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls.items())

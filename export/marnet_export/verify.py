@@ -6,7 +6,7 @@ Axes: N images, K noise samples, C classes, S steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from marnet_sdk.backends import Backend, Floats, Tables, make_tables
 from marnet_sdk.bundle import Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.console import track
+from marnet_sdk.errors import ExportError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_sdk.uncertainty import mean_logits, schedule, settled, softmax, summarise
 from marnet_train.diffusion import SamplerTable
@@ -27,15 +28,16 @@ from marnet_train.models.marnet import MARNet
 
 Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, C]
 
-# Share of images whose label must not change. bf16 keeps 8 bits of every factor, so that labels
-# with a small margin may change; float32 and fp16 storage must not.
-MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995}
+# Share of images whose label must not change. bf16 and int8 keep 8 bits of every factor, so that
+# labels with a small margin may change; float32 and fp16 storage must not.
+MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995, "int8": 0.995}
 # Largest difference of one image's logits between batches or machines, relative to the largest
 # logit. A trained loop amplifies the last bits of its matrix products, which differ with the shape
 # of the batch and the instruction set: 1e-3 has been seen on single images in plain float32.
-ROW_TOLERANCE = {"fp32": 0.02, "bf16": 0.15}
+ROW_TOLERANCE = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.15, "int8": 0.15}
 # What the instability floor and settling may each cost: seconds for the paper's network.
 CHAIN_STEPS = 200_000
+BATCHES = (1, 2, 3, 7, 8, 16, 33, 64)  # sizes that are run, whatever a bundle is built for
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Fidelity:
     largest_logit: float
     reference_accuracy: float | None
     bundle_accuracy: float | None
-    row_invariance: dict[str, float]
+    row_invariance: dict[str, Any]
     non_finite: int
     min_agreement: float
     row_tolerance: float
@@ -98,6 +100,9 @@ class Reference:
 
         Args:
             pixels: [N, 3, H, W]. by_image: key the noise by them; else all meet the same.
+
+        Raises:
+            ExportError: the encoder gives NaN or infinity.
         """
         self.model, self.batch, self.count = model, batch, len(pixels)
         self._keys = [pixel_key(row) for row in pixels] if by_image else None
@@ -106,6 +111,7 @@ class Reference:
                 model.vision(torch.from_numpy(pixels[rows])) for rows in self._chunks("encode")
             ]
         self.x_v = torch.cat(parts)  # [N, D_v]
+        _check_finite(self.x_v.numpy(), "image encoder")
         self._known: dict[tuple, Floats] = {}  # the logits of the last process that was asked for
 
     def _chunks(self, title: str, limit: int | None = None) -> Iterator[slice]:
@@ -120,7 +126,7 @@ class Reference:
         """Of every image (or the first `limit`) and noise sample, [N, K, C].
 
         Raises:
-            ExportError: a chain leaves the finite numbers; names the step.
+            ExportError: a chain leaves the finite numbers; names the step, or the head.
         """
         asked = (table.sampler, table.eta, table.timesteps, seed, samples)
         if asked in self._known:
@@ -133,6 +139,7 @@ class Reference:
             ]
             out.append(torch.stack(chains, dim=1).numpy())
         logits = np.concatenate(out)
+        _check_finite(logits, "head, behind the reverse chain,")
         if limit is None:
             self._known = {asked: logits}
         return logits
@@ -173,6 +180,21 @@ class Reference:
         noise = torch.as_tensor(np.stack([t.steps for t in trajectories], axis=1)).to(x_v)
         x_cdr = self.model.refine(x_v, table, initial.expand(len(x_v), -1), noise, watch)
         return self._head(rows, x_cdr)
+
+
+def _check_finite(rows: Floats, part: str) -> None:
+    """rows [N, ...], of an image each.
+
+    Raises:
+        ExportError: one holds NaN or infinity.
+    """
+    finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+    if not finite.all():
+        raise ExportError(
+            f"the {part} of the float32 checkpoint gives NaN or infinity for {(~finite).sum()} of "
+            f"{len(rows)} images, so no precision will do; train it again, or take an earlier "
+            "checkpoint"
+        )
 
 
 class Built:
@@ -321,29 +343,63 @@ def settling(
 
 @np.errstate(invalid="ignore")  # infinity minus itself: such logits are counted elsewhere
 def row_invariance(
-    run: Logits, pixels: Floats, logits: Floats, tolerance: float, limit: int = 64
-) -> dict[str, float]:
+    run: Logits,
+    pixels: Floats,
+    logits: Floats,
+    tolerance: float,
+    limit: int = 64,
+    sizes: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Shuffle, split, pad and duplicate a batch: does any image's answer change?
+
+    Args:
+        sizes: of batches to run as well; where there are fewer images, they are repeated. None:
+            those of `BATCHES` that there are images for.
 
     Returns:
         flips: labels that change although the two best logits are further apart than the bound;
-        max_difference: the largest change of any logit.
+        max_difference: the largest change of any logit; sizes: of the batches that were run;
+        worst_size: of the batch with the largest share of flips, or else the largest change; None
+        if nothing changes.
     """
     pixels, expected = pixels[:limit], logits[:limit]
-    count = len(pixels)
     bound = tolerance * float(np.abs(expected).max())
-    order = np.random.default_rng(0).permutation(count)
-    groups = [order, np.arange(count), *np.array_split(np.arange(count), max(1, count // 3))]
-    groups += [np.array([i]) for i in range(min(count, 8))]  # alone
-    groups += [np.pad(np.arange(min(count, 3)), (0, 5), mode="edge")]  # padded with the last one
-    groups += [np.zeros(min(count, 5), np.int64)]  # the same image in every row
-    flips, difference = 0, 0.0
+    flips: list[int] = []
+    differences: list[float] = []
+    groups = _groups(len(pixels), sizes)
     for rows in groups:
         got, want = run(np.ascontiguousarray(pixels[rows])), expected[rows]
-        difference = float(np.maximum(difference, np.abs(got - want).max()))  # keeps NaN
+        differences.append(float(np.abs(got - want).max()))
         decided = margin(want) > bound
-        flips += int((decided & (got.argmax(axis=1) != want.argmax(axis=1))).sum())
-    return {"flips": flips, "max_difference": difference}
+        flips.append(int((decided & (got.argmax(axis=1) != want.argmax(axis=1))).sum()))
+    badness = [
+        (changed / len(rows), np.nan_to_num(difference, nan=np.inf))
+        for changed, difference, rows in zip(flips, differences, groups, strict=True)
+    ]
+    worst = max(range(len(groups)), key=badness.__getitem__)
+    return {
+        "flips": sum(flips),
+        "max_difference": float(np.max(differences)),  # keeps NaN
+        "sizes": sorted({len(rows) for rows in groups}),
+        "worst_size": len(groups[worst]) if any(badness[worst]) else None,
+    }
+
+
+def _groups(count: int, sizes: Sequence[int] | None) -> list[NDArray[np.intp]]:
+    """Images to ask for together, by number."""
+    every = np.arange(count)
+    groups = [np.random.default_rng(0).permutation(count)]
+    groups += np.array_split(every, max(1, count // 3))
+    groups += [np.array([i]) for i in range(min(count, 8))]  # alone
+    groups += [np.pad(every[:3], (0, 5), mode="edge")]  # padded with the last one
+    groups += [np.zeros(min(count, 5), np.int64)]  # the same image in every row
+    covered = {len(rows) for rows in groups}
+    asked = [size for size in BATCHES if size <= count] if sizes is None else sizes
+    start = 0
+    for size in sorted(set(asked) - covered):
+        groups.append((start + np.arange(size)) % count)
+        start += size
+    return groups
 
 
 def margin(logits: Floats) -> Floats:
@@ -362,16 +418,19 @@ def measure_fidelity(
     *,
     min_agreement: float,
     row_tolerance: float,
+    buckets: Sequence[int] = (),
 ) -> Fidelity:
     """Compare a built graph with the reference logits [N, C] of the same images and noise.
 
     Args:
         run: the graph. logits: what it gave for the images, [N, C].
         labels: true classes [N], if they are known.
+        buckets: batch sizes that it was built for, which are tried with their neighbours.
     """
     same = int((logits.argmax(axis=1) == reference.argmax(axis=1)).sum())
     error = np.abs(logits - reference)
     count = len(pixels)
+    around = sorted({size for b in buckets for size in (b - 1, b, b + 1)} - {0})
     return Fidelity(
         images=count,
         top1_agreement=same / count,
@@ -382,7 +441,7 @@ def measure_fidelity(
         largest_logit=float(np.abs(reference).max()),
         reference_accuracy=_accuracy(reference, labels),
         bundle_accuracy=_accuracy(logits, labels),
-        row_invariance=row_invariance(run, pixels, logits, row_tolerance),
+        row_invariance=row_invariance(run, pixels, logits, row_tolerance, sizes=around or None),
         non_finite=int((~np.isfinite(logits)).sum()),
         min_agreement=min_agreement,
         row_tolerance=row_tolerance,

@@ -1,9 +1,11 @@
 """Bundles: what export writes and the SDK loads. A directory.
 
 manifest.json      everything inference needs; size and SHA-256 of every other file; own digest
-preprocess and plan are in the manifest; payload/ holds the backend's files and plan.safetensors
+payload/           the backend's files, and plan.safetensors
 golden/            a few images with the pixels and logits they gave when the bundle was built
 fidelity.json      agreement with the float32 checkpoint
+text/              the text encoder, for matching; read when a text comes
+source/            the checkpoint, for verifying and rebuilding; never read to classify
 
 A bundle is code: TorchScript archives contain pickle data, engines are native code. The checksums
 tell damage from delivery; they do not make a bundle from a stranger safe.
@@ -16,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,19 +27,31 @@ from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+PAYLOAD, TEXT, SOURCE = "payload", "text", "source"
+LAZY = (f"{TEXT}/", f"{SOURCE}/")  # what is not needed to classify
 PLAN = "payload/plan.safetensors"
 FIDELITY = "fidelity.json"
 GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
 
 
 @dataclass(frozen=True)
+class Share:
+    """How the multiply-adds of one answer are spread over types, read from what was built."""
+
+    multiply_adds: int
+    storage: dict[str, float]  # type that the weights are stored in -> share; or "activation"
+    compute: dict[str, float]  # type that is multiplied in -> share
+
+
+@dataclass(frozen=True)
 class Precision:
     """What was asked for, and what the built files really hold and do."""
 
-    asked: str  # fp32, bf16, fp16
-    compute: str  # type of the matrix products
-    storage: dict[str, float]  # type -> share of the weights stored in it, read from the payload
+    asked: str  # fp32, bf16, fp16, int8
+    loop: str  # the same for the reverse loop
+    compute: str  # type of all products whose weights are not in int8
+    receipt: dict[str, Share]  # of "encoder", "loop", "head" and "all"
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class BuiltFor:
     device: str  # cpu or cuda
     machine: str  # processor architecture
     packages: dict[str, str]  # name -> version
+    targets: tuple[str, ...] = ()  # what native code was compiled for: instruction sets, GPUs
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class Manifest:
     buckets: tuple[int, ...]  # batch sizes it was built for; empty: any
     golden_tolerance: float  # of the logits, relative to the largest golden one
     built_for: BuiltFor
+    settings: dict[str, Any]  # what the export was asked for, so that it can be repeated
     checkpoint_sha256: str
     created: str
     files: dict[str, dict[str, Any]]
@@ -101,10 +117,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every byte has been checked."""
+    """A bundle whose bytes have been checked, but for those of `LAZY` where they were left out."""
 
     path: Path
     manifest: Manifest
+
+    def has(self, folder: str) -> bool:
+        """Whether it holds `TEXT` or `SOURCE`."""
+        return any(name.startswith(f"{folder}/") for name in self.manifest.files)
+
+    def check(self, folder: str) -> Path:
+        """Check every file of `TEXT` or `SOURCE`, and return the folder.
+
+        Raises:
+            BundleCorrupt: a file is not byte for byte what was written.
+            BundleError: the system does not let it be read.
+        """
+        with _readable(self.path):
+            for name, expected in self.manifest.files.items():
+                if name.startswith(f"{folder}/"):
+                    _check_file(self.path, name, expected)
+        return self.path / folder
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -158,8 +191,23 @@ def seal_bundle(path: Path, fields: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def read_bundle(path: str | Path) -> Bundle:
+def reseal_bundle(path: Path, **changes: Any) -> Manifest:
+    """Write the manifest of a bundle anew, over the files that it holds now.
+
+    Args:
+        changes: fields of `Manifest` that are no longer what they were.
+    """
+    manifest = _parse(path / MANIFEST)
+    kept = {f.name: getattr(manifest, f.name) for f in fields(Manifest) if f.name != "files"}
+    return seal_bundle(path, kept | changes)
+
+
+def read_bundle(path: str | Path, *, lazily: bool = False) -> Bundle:
     """Read a bundle's manifest and check every file against it.
+
+    Args:
+        lazily: of the files that classifying does not need, check only that they are there with
+            their size; see `Bundle.check`.
 
     Raises:
         InvalidInput: `path` is no path.
@@ -179,7 +227,7 @@ def read_bundle(path: str | Path) -> Bundle:
             raise NotFound(f"{path} {what}, so it is not a bundle; make one with: marnet-export")
         manifest = _parse(path / MANIFEST)
         for name, expected in manifest.files.items():
-            _check_file(path, name, expected)
+            _check_file(path, name, expected, content=not (lazily and name.startswith(LAZY)))
     return Bundle(path, manifest)
 
 
@@ -228,14 +276,17 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
     try:
         fields["labels"] = tuple(fields["labels"])
         fields["buckets"] = tuple(fields["buckets"])
-        fields["precision"] = Precision(**fields["precision"])
+        receipt = {k: Share(**share) for k, share in fields["precision"]["receipt"].items()}
+        fields["precision"] = Precision(**{**fields["precision"], "receipt": receipt})
         points = {
             name: OperatingPoint(**{**point, "timesteps": tuple(point["timesteps"])})
             for name, point in fields["sampling"]["points"].items()
         }
         fields["sampling"] = Sampling(**{**fields["sampling"], "points": points})
         _check_sampling(fields["sampling"])
-        fields["built_for"] = BuiltFor(**fields["built_for"])
+        built_for = fields["built_for"]
+        targets = tuple(built_for["targets"])
+        fields["built_for"] = BuiltFor(**{**built_for, "targets": targets})
         fields["files"] = {
             name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
             for name, entry in fields["files"].items()
@@ -254,7 +305,9 @@ def _check_sampling(sampling: Sampling) -> None:
             raise ValueError(f"operating point {name!r} visits steps outside 1 .. T")
 
 
-def _check_file(root: Path, name: str, expected: Mapping[str, Any]) -> None:
+def _check_file(
+    root: Path, name: str, expected: Mapping[str, Any], *, content: bool = True
+) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise BundleCorrupt(f"{root}: the manifest lists {name!r}, which leaves the bundle")
@@ -267,7 +320,7 @@ def _check_file(root: Path, name: str, expected: Mapping[str, Any]) -> None:
             f"{path} has {size} bytes, the manifest says {expected['bytes']}; "
             "copy or export the bundle again"
         )
-    if sha256_file(path) != expected["sha256"]:
+    if content and sha256_file(path) != expected["sha256"]:
         raise BundleCorrupt(
             f"{path} does not have the SHA-256 of the manifest; copy or export the bundle again"
         )

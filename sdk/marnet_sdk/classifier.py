@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Literal, cast, overload
 
 import numpy as np
@@ -33,6 +34,7 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.images import Buffer, ImageInput, decode
 from marnet_sdk.prediction import Prediction, Score
+from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 from marnet_sdk.uncertainty import (
     Answers,
     mean_logits,
@@ -83,7 +85,7 @@ class Classifier:
         """
         if threads is not None:
             threads = _positive("threads", threads)
-        bundle = read_bundle(path)
+        bundle = read_bundle(path, lazily=True)
         manifest = bundle.manifest
         sampling = manifest.sampling
         if operating_point is not None and operating_point not in sampling.points:
@@ -95,9 +97,13 @@ class Classifier:
         self.labels = manifest.labels
         self.preprocess = manifest.preprocessing
         plan = bundle.file(PLAN)
-        for file in plan.parent.iterdir():  # the backend opens them by name
-            bundle.file(file.relative_to(bundle.path).as_posix())
+        for file in plan.parent.rglob("*"):  # the backend opens them by name
+            if not file.is_dir():
+                bundle.file(file.relative_to(bundle.path).as_posix())
         self._plan = load_file(plan)
+        self._threads = threads
+        self._text: TextEmbedder | None = None  # opened by the first text
+        self._text_lock = Lock()
         self._backend = open_backend(
             manifest.backend, plan.parent, manifest.precision.compute, threads
         )
@@ -253,6 +259,85 @@ class Classifier:
             parts.append(self._run(self.preprocess.pixels(chunk, names=names), names).features)
             start += len(chunk)
         return np.concatenate(parts or [np.empty((0, self._feature_width), np.float32)])
+
+    def match(
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        texts: str | Iterable[str],
+        *,
+        batch_size: int = 64,
+    ) -> Floats:
+        """How well texts fit images: Sim(x_v', x_s') of eq. (5), the cosine of the angle between
+        the aligned embeddings of image and text.
+
+        1 is the best there is and -1 the worst. Only scores of one bundle can be compared. The
+        first text that a classifier meets loads the text encoder, which is checked and tested then.
+
+        Args:
+            images: as of `predict`. texts: one, or many.
+            batch_size: images, and texts, that go through their encoder together.
+
+        Returns:
+            [images, texts], without the first axis for one image (not in a list), without the last
+            for one text; for one image and one text a number.
+
+        Raises:
+            ImageError: names the first input that is not a usable image.
+            InvalidInput: a text that is no str, or has no token; names it.
+            InferenceError: an encoder gives NaN or infinity.
+            BundleFormatError: the bundle has no text encoder; names the command that makes one.
+            BundleCorrupt, MissingExtra, BackendUnavailable, SelfTestFailed: its text encoder
+                cannot be used here.
+        """
+        batch_size = _positive("batch_size", batch_size)
+        checked, one_text = check_texts(texts)
+        embedder = self._embedder()
+        semantic = embedder(checked, batch_size)  # [M, D]
+        one_image = _is_single(images)
+        many = [cast(ImageInput, images)] if one_image else images
+        parts = [np.empty((0, len(checked)), np.float32)]
+        start = 0
+        for chunk in _chunks(many, batch_size):
+            names = None if one_image else _names(chunk, start)
+            visual = embedder.alignment.images(self._image_features(chunk, names))
+            parts.append(visual @ semantic.T)
+            start += len(chunk)
+        scores = np.concatenate(parts)
+        if one_text:
+            scores = scores[:, 0]
+        return scores[0] if one_image else scores
+
+    def embed_text(self, texts: str | Iterable[str], *, batch_size: int = 64) -> Floats:
+        """Aligned text embeddings x_s' = g(E_s(x_s)), eq. (8), scaled to length 1, so that the dot
+        product of two is their cosine similarity.
+
+        Longer texts than the model was trained with are cut, as in training.
+
+        Returns:
+            [D] for one text, [texts, D] for many.
+
+        Raises:
+            As of `match`.
+        """
+        batch_size = _positive("batch_size", batch_size)
+        checked, one = check_texts(texts)
+        embedded = self._embedder()(checked, batch_size)
+        return embedded[0] if one else embedded
+
+    def _embedder(self) -> TextEmbedder:
+        """The text encoder, opened at the first call."""
+        with self._text_lock:
+            if self._text is None:
+                self._text = open_text_part(self.bundle, self._threads, self._mismatch)
+            return self._text
+
+    def _image_features(self, images: Sequence[ImageInput], names: Sequence[str] | None) -> Floats:
+        """x_v [B, D_v] of one batch."""
+        x_v = self._backend.encode(self.preprocess.pixels(images, names=names))
+        if len(bad := np.flatnonzero(~np.isfinite(x_v).all(axis=1))):
+            shown = [names[i] for i in bad.tolist()] if names else ["the image"]
+            raise InferenceError(_not_finite(shown, "from the encoder on", "features"))
+        return x_v
 
     def logits(self, pixels: Floats) -> Floats:
         """Logits of images that are preprocessed already: float32 [B, 3, H, W] -> [B, C].
@@ -505,10 +590,10 @@ def _positive(name: str, value: int) -> int:
     return number
 
 
-def _not_finite(names: Sequence[str], where: str) -> str:
+def _not_finite(names: Sequence[str], where: str, what: str = "logits") -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
-        f"the logits of {shown} hold NaN or infinity, {where}; expected finite numbers: check the "
+        f"the {what} of {shown} hold NaN or infinity, {where}; expected finite numbers: check the "
         "pixels for NaN if they were made elsewhere, else export the bundle again with "
         "--precision fp32"
     )

@@ -10,7 +10,7 @@ import torch
 from tiny import make_model, tables_of
 from tolerances import FLOAT32_LOOP, FLOAT64
 
-from marnet_export.graph import ReverseLoop, ScanLoop
+from marnet_export.graph import PlanStep, ScanLoop, ScriptedLoop
 from marnet_export.plan import check_step, make_plan, run_plan
 from marnet_sdk.errors import ExportError
 from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
@@ -74,7 +74,7 @@ def test_stochastic_ddim_is_no_exception(carry):
 
 @torch.inference_mode()
 def float32_loop(
-    form: type[ReverseLoop], model: MARNet, table: SamplerTable, x_v: Floats, samples: int
+    form: type[ScriptedLoop], model: MARNet, table: SamplerTable, x_v: Floats, samples: int
 ) -> Floats:
     """As it is deployed: float32 tables folded from the bundle's plan, seed 7."""
     plan = make_plan(model)
@@ -82,7 +82,7 @@ def float32_loop(
     if form is ScanLoop:
         tables = tables.at_least_two_steps()
     arrays = (x_v.astype(np.float32), tables.coefficients, tables.bias)
-    return form(plan)(*map(torch.from_numpy, arrays)).numpy()
+    return form(PlanStep(plan))(*map(torch.from_numpy, arrays)).numpy()
 
 
 @pytest.mark.parametrize("samples", [1, 4])
@@ -90,7 +90,10 @@ def float32_loop(
 @pytest.mark.parametrize(
     ("form", "steps"),
     # The eager scan of a thousand steps takes minutes; built, it is held to this in test_builders.
-    [*((ReverseLoop, s) for s in (1, 2, 10, 100, 1000)), *((ScanLoop, s) for s in (1, 2, 10, 100))],
+    [
+        *((ScriptedLoop, s) for s in (1, 2, 10, 100, 1000)),
+        *((ScanLoop, s) for s in (1, 2, 10, 100)),
+    ],
 )
 def test_in_float32_it_is_the_float64_loop_to_the_last_bits(form, samples, sampler, steps):
     """On weights whose chain contracts, so that its error is its own."""
@@ -156,7 +159,7 @@ def test_on_hard_weights_it_errs_no_more_than_twice_as_much_as_the_plain_float32
     x_v = hard_features(model)
     drawn = draw(model, table, 4)
     plain = plain_loop(model, table, x_v, drawn)
-    got = float32_loop(ReverseLoop, model, table, x_v, 4)
+    got = float32_loop(ScriptedLoop, model, table, x_v, 4)
     want = plain_loop(model.double(), table, x_v, drawn)
     ours, theirs = quantiles(got, want), quantiles(plain, want)
     assert (ours <= 2 * theirs).all(), (ours, theirs)

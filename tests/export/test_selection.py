@@ -6,19 +6,16 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from tolerances import FLOAT64
 
 from marnet_export.selection import (
     Candidate,
-    RiskThreshold,
     choose,
     evaluate_candidate,
     evaluate_exact,
@@ -26,8 +23,6 @@ from marnet_export.selection import (
     non_dominated,
     paired_interval,
     pareto_report,
-    plot_pareto,
-    plot_risk_coverage,
     risk_coverage,
     threshold_for_risk,
 )
@@ -460,36 +455,3 @@ def test_a_report_is_plain_and_complete():
     assert len(kept) == len(non_dominated([*found, exact]))
     assert report["about"] == {"machine": "a laptop"}
     assert (report["images"], report["images_needed"]) == (2000, 194)
-
-
-def colours_of(path: Path) -> int:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.width >= 1000
-        assert picture.height >= 600
-        return len(picture.convert("RGB").getcolors(2**20) or [])
-
-
-@pytest.mark.parametrize("few", [True, False])
-def test_the_picture_of_a_report_is_one(tmp_path, few):
-    pytest.importorskip("matplotlib")
-    found, exact = measured_on(500)
-    found = [] if few else found  # the exact process alone is a picture, too
-    report = pareto_report(found, choose(found, exact, 0.01))
-    plot_pareto(json.loads(json.dumps(report)), tmp_path / "pareto.png")
-    assert colours_of(tmp_path / "pareto.png") > 20  # not an empty sheet
-
-
-@pytest.mark.parametrize("chosen", [None, RiskThreshold(0.5, 0.5, 0.01, 0.04)])
-def test_the_picture_of_the_risk_is_one(tmp_path, chosen):
-    pytest.importorskip("matplotlib")
-    rng = np.random.default_rng(0)
-    scores = rng.random(300)
-    correct = rng.random(300) < 0.8 + 0.2 * scores
-    curves = {
-        "probability": risk_coverage(scores, correct),
-        "votes": risk_coverage(scores.round(1), correct),
-    }
-    target = None if chosen is None else 0.05
-    plot_risk_coverage(curves, tmp_path / "risk.png", target=target, chosen=chosen)
-    assert colours_of(tmp_path / "risk.png") > 20

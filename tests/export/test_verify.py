@@ -144,6 +144,51 @@ def test_a_graph_whose_answers_depend_on_the_batch_is_stopped(run):
     assert "an answer depends on the rest of its batch" in problem
 
 
+def sizes_run(**how) -> tuple[dict, list[int]]:
+    """What `row_invariance` finds in a sound graph, and the batches that it ran."""
+    seen = []
+
+    def run(pixels: Floats) -> Floats:
+        seen.append(len(pixels))
+        return by_row(pixels)
+
+    images = np.concatenate([PIXELS, -PIXELS, PIXELS[:10]])
+    return row_invariance(run, images, by_row(images), tolerance=1e-4, **how), seen
+
+
+def test_batches_of_many_sizes_are_run_for_a_few_more_images():
+    found, seen = sizes_run()
+    assert found["sizes"] == sorted(set(seen))
+    assert {1, 2, 3, 7, 8, 16, 33, 64} <= set(seen)
+    assert found["worst_size"] is None
+    assert sum(seen) < 3.5 * 64
+
+
+def test_no_batch_is_larger_than_there_are_images_unless_it_is_asked_for():
+    found, seen = sizes_run(limit=20)
+    assert max(seen) == 20
+    assert found["sizes"] == [1, 2, 3, 4, 5, 7, 8, 16, 20]
+
+
+def test_each_bucket_and_its_neighbours_can_be_asked_for():
+    """More images than there are: they are repeated."""
+    found, seen = sizes_run(limit=20, sizes=(31, 32, 33, 8))
+    assert {31, 32, 33} <= set(found["sizes"])
+    assert 7 not in found["sizes"]
+    assert seen.count(8) == 1  # three images and their padding: not run twice
+    assert (found["flips"], found["max_difference"]) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", [-1, np.nan])
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_the_size_that_goes_wrong_is_told(size, bad):
+    def run(pixels: Floats) -> Floats:
+        return by_row(pixels) * (bad if len(pixels) == size else 1)
+
+    found = row_invariance(run, PIXELS, by_row(PIXELS), tolerance=1e-4)
+    assert found["worst_size"] == size
+
+
 def test_a_label_that_was_never_decided_may_flip():
     """Which of two all but equal logits wins is in the last bits, and no fault of the graph."""
 

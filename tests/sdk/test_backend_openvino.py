@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibration import calibrate
 from tiny import make_model, tables_of
 
 from marnet_export.builders import Types
@@ -136,21 +137,44 @@ def test_threads_are_those_that_were_asked_for(payload):
 
 
 def test_a_type_that_openvino_cannot_compute_in_is_refused(payload):
-    message = "openvino computes in fp32, bf16, int8 on a CPU, the bundle asks fp16"
+    message = "openvino computes in fp32 or bf16 on a CPU, the bundle asks fp16"
     with pytest.raises(BackendUnavailable, match=message):
         open_backend("openvino", payload, "fp16", None)
 
 
-@pytest.mark.parametrize("compute", ["bf16", "int8"])
-def test_arithmetic_that_this_cpu_lacks_is_refused(compute, payload, monkeypatch):
+@pytest.fixture
+def old_cpu(monkeypatch) -> None:
+    """Only float32."""
+    real = OV.Core()
+
     class Old:
+        read_model = staticmethod(real.read_model)
+        compile_model = staticmethod(real.compile_model)
+
         def get_property(self, device: str, name: str) -> Any:
             return {"OPTIMIZATION_CAPABILITIES": ["FP32"], "FULL_DEVICE_NAME": "Old CPU "}[name]
 
     monkeypatch.setattr(OV, "Core", Old)
-    message = rf"this CPU \(Old CPU\) has no {compute} arithmetic.*--compute fp32"
+
+
+def test_arithmetic_that_this_cpu_lacks_is_refused(payload, old_cpu):
+    message = r"this CPU \(Old CPU\) has no bf16 arithmetic.*--compute fp32"
     with pytest.raises(BackendUnavailable, match=message):
-        open_backend("openvino", payload, compute, None)
+        open_backend("openvino", payload, "bf16", None)
+
+
+@pytest.mark.parametrize("part", ["encoder", "loop"])
+def test_a_part_in_int8_is_refused_where_this_cpu_lacks_it(part, model, tmp_path, request):
+    types = {"encoder": Types("fp32", "fp32"), "loop": Types("fp32", "fp32")}
+    types[part] = Types("int8", "fp32")
+    calibration, lowered = calibrate(model, steps=3), lower(model)
+    pixels = torch.rand(2, 3, 32, 32)
+    build_encoder(lowered, pixels, types["encoder"], tmp_path, calibration=calibration)
+    build_refine(lowered, types["loop"], tmp_path, calibration=calibration)
+    request.getfixturevalue("old_cpu")
+    message = r"this CPU \(Old CPU\) has no int8 arithmetic.*--precision fp32"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_backend("openvino", tmp_path, "fp32", None)
 
 
 @pytest.mark.parametrize("broken", GRAPHS)

@@ -22,8 +22,10 @@ from marnet_sdk.bundle import (
     OperatingPoint,
     Precision,
     Sampling,
+    Share,
     newest_bundle,
     read_bundle,
+    reseal_bundle,
     seal_bundle,
 )
 from marnet_sdk.errors import (
@@ -34,13 +36,21 @@ from marnet_sdk.errors import (
     NotFound,
 )
 
-FILES = {"payload/model.onnx": b"graph " * 50, "golden/images/0.png": b"image", "empty": b""}
+FILES = {
+    "payload/model.onnx": b"graph " * 50,
+    "golden/images/0.png": b"image",
+    "empty": b"",
+    "text/text.onnx": b"words",
+    "source/config.json": b"{}",
+}
 FIELDS: dict[str, Any] = {
     "method": "marnet",
     "labels": ("cat", "dog \u5b57"),
     "preprocess": {"size": {"height": 8, "width": 8}},
     "backend": "onnxruntime",
-    "precision": Precision("fp16", "fp32", {"fp16": 0.99, "fp32": 0.01}),
+    "precision": Precision(
+        "fp16", "fp16", "fp32", {"all": Share(1000, {"fp16": 0.99, "fp32": 0.01}, {"fp32": 1.0})}
+    ),
     "sampling": Sampling(
         points={
             "exact": OperatingPoint("ddpm", 0.0, (3, 2, 1), 1, None),
@@ -54,7 +64,8 @@ FIELDS: dict[str, Any] = {
     ),
     "buckets": (),
     "golden_tolerance": 0.02,
-    "built_for": BuiltFor("cpu", "x86_64", {"python": "3.11.0"}),
+    "built_for": BuiltFor("cpu", "x86_64", {"python": "3.11.0"}, ("AVX2",)),
+    "settings": {"backend": "auto", "steps": None},
     "checkpoint_sha256": "0" * 64,
     "created": "2026-11-20T12:00:00+00:00",
 }
@@ -126,18 +137,60 @@ def test_what_was_sealed_is_what_is_read(bundle):
 def test_any_label_and_any_number_survive_sealing(labels, storage):
     with tempfile.TemporaryDirectory() as folder:
         path = make_bundle(
-            Path(folder), labels=tuple(labels), precision=Precision("fp16", "fp32", storage)
+            Path(folder),
+            labels=tuple(labels),
+            precision=Precision("fp16", "fp16", "fp32", {"all": Share(1, storage, {})}),
         )
         manifest = read_bundle(path).manifest
     assert manifest.labels == tuple(labels)
-    assert repr(manifest.precision.storage) == repr({k: storage[k] for k in sorted(storage)})
+    assert repr(manifest.precision.receipt["all"].storage) == repr(
+        {k: storage[k] for k in sorted(storage)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("text/text.onnx", "text"), ("source/config.json", "source")]
+)
+def test_what_classifying_does_not_need_is_checked_when_it_is_used(bundle, name, folder):
+    whole = read_bundle(bundle, lazily=True)
+    assert whole.has(folder)
+    assert whole.check(folder) == bundle / folder
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[::-1])
+    damaged = read_bundle(bundle, lazily=True)
+    with pytest.raises(BundleCorrupt, match=f"{name} does not have the SHA-256"):
+        damaged.check(folder)
+    with pytest.raises(BundleCorrupt, match=f"{name} does not have the SHA-256"):
+        read_bundle(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(BundleCorrupt, match=f"{name} is missing"):
+        read_bundle(bundle, lazily=True)
+
+
+def test_a_payload_is_never_left_for_later(bundle):
+    (bundle / "payload/model.onnx").write_bytes(b"graph! " * 50)
+    with pytest.raises(BundleCorrupt, match=r"model\.onnx has 350 bytes"):
+        read_bundle(bundle, lazily=True)
+    (bundle / "payload/model.onnx").write_bytes(b"grAph " * 50)
+    with pytest.raises(BundleCorrupt, match=r"model\.onnx does not have the SHA-256"):
+        read_bundle(bundle, lazily=True)
+
+
+def test_a_bundle_is_sealed_again_over_what_it_holds_now(bundle):
+    (bundle / "text/text.onnx").unlink()
+    (bundle / "more").write_bytes(b"more")
+    manifest = reseal_bundle(bundle, backend="openvino")
+    assert read_bundle(bundle).manifest == manifest
+    assert (manifest.backend, manifest.method) == ("openvino", "marnet")
+    assert manifest.files.keys() == {*FILES, "more"} - {"text/text.onnx"}
+    assert not read_bundle(bundle).has("text")
 
 
 def test_the_manifest_is_canonical_json_that_a_person_can_read(bundle):
     raw = (bundle / "manifest.json").read_bytes()
     content = json.loads(raw)
     assert raw == (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("ascii")
-    assert content["format_version"] == 2
+    assert content["format_version"] == 3
     assert b'"dog \\u5b57"' in raw
 
 
@@ -221,7 +274,7 @@ def test_something_else_called_manifest_is_damage(bundle, raw):
         read_bundle(bundle)
 
 
-NESTED = b'{"digest": "", "format_version": 2, "x": %s%s}' % (b"[" * 400, b"]" * 400)
+NESTED = b'{"digest": "", "format_version": 3, "x": %s%s}' % (b"[" * 400, b"]" * 400)
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b'{"a":' * 100_000, NESTED])
@@ -267,7 +320,7 @@ def test_the_same_content_in_another_layout_is_a_change(bundle):
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("version", [0, 1, 2])
 def test_an_older_format_says_what_to_do(bundle, version):
     reseal(bundle, lambda content: content.update(format_version=version))
     with pytest.raises(BundleFormatError, match=f"format {version} is older .* export the bundle"):
@@ -293,7 +346,7 @@ def test_a_sampling_that_cannot_be_is_refused(bundle, change, message):
         read_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [3, 4, 1000])
+@pytest.mark.parametrize("version", [4, 5, 1000])
 def test_a_newer_format_is_told_from_damage(bundle, version):
     reseal(bundle, lambda content: content.update(format_version=version, future={"x": 1}))
     with pytest.raises(BundleFormatError, match=f"format {version} is newer .*--upgrade marnet"):

@@ -402,7 +402,9 @@ def test_the_commands_push_evaluate_and_export(
     found = runner.invoke(marnet_train, ["evaluate", *source, "--data", str(digits)])
     assert found.exit_code == 0, found.output
     assert "test: 270 images" in found.stdout
-    exported = runner.invoke(marnet_export, [*source, "--min-agreement", "0.9"])
+    exported = runner.invoke(
+        marnet_export, [*source, "--backend", "torchscript", "--min-agreement", "0.9"]
+    )
     assert exported.exit_code == 0, exported.output
     assert [path.name for path in Path("bundles").iterdir()] == ["digits-torchscript-fp32.marnet"]
 

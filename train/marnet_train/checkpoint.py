@@ -81,7 +81,7 @@ class Checkpoint:
         """
         directory = Path(directory)
         with atomic_directory(directory, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
-            _copy_files(self.path, fresh)
+            copy_files(self.path, fresh)
             write_model(fresh, self.model, self.preprocess)
         return directory
 
@@ -187,7 +187,8 @@ def checkpoint_hash(path: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_files(source: Path, target: Path) -> None:
+    """Copy everything that a checkpoint is made of."""
     for name in files_of(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
@@ -241,14 +242,27 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def _load_weights(model: torch.nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
-        model.load_state_dict(state)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged ({error}); copy or train it again") from error
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its {CONFIG}: {error}") from error
+        raise CheckpointError(
+            f"{path} does not fit its {CONFIG}: {_why_unfit(model, state, error)}; take both from "
+            "the same checkpoint"
+        ) from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
+
+
+def _why_unfit(model: torch.nn.Module, state: dict[str, torch.Tensor], error: RuntimeError) -> str:
+    """What torch says, of hundreds of weights maybe; or that a label was added or removed."""
+    name = "classifier.bias"
+    expected, got = model.state_dict().get(name), state.get(name)
+    if expected is not None and got is not None and len(expected) != len(got):
+        return f"id2label names {len(expected)} classes, the weights have {len(got)}"
+    return " ".join(str(error).split())[:600]
 
 
 def read_json(path: Path) -> dict[str, Any]:

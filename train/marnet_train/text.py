@@ -61,7 +61,8 @@ def load_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBa
         return AutoTokenizer.from_pretrained(source, **settings)
     except Exception as error:  # tokenizers has no narrower type for a file that it cannot parse
         raise RecipeError(
-            f"no tokenizer could be loaded from {str(source)!r} ({error}); {_TOKENIZER_FILES}"
+            f"no tokenizer could be loaded from {str(source)!r} ({' '.join(str(error).split())}); "
+            f"{_TOKENIZER_FILES}"
         ) from error
 
 

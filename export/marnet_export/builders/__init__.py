@@ -6,7 +6,13 @@ build_refine(lowered, types, payload)            the loop and the head
 build_text(lowered, types, payload)              the text encoder
 products(payload, types, shape)                  every matrix product of what was built
 
-and the first two take `calibration` where STORAGE has int8.
+The first two take `calibration` where STORAGE has int8. A backend that builds for other machines
+than this one also has
+
+DEVICE, BUCKETS, MOST_STEPS cuda; the batch sizes and the longest loop that it builds for
+targets(payload)            what the native code in a payload was compiled for
+open_reference(payload, threads), open_text_reference(payload, threads)
+                            the graphs that were compiled, run here by something else
 """
 
 from __future__ import annotations
@@ -18,19 +24,23 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marnet_sdk.errors import ExportError, requires_extra
+from marnet_sdk.backends import Backend, TextEncoder, open_backend, open_text, why_unavailable
+from marnet_sdk.errors import ExportError, MarnetError, requires_extra
 
 Floats = NDArray[np.float32]
 
 BUILDERS = {
+    "aotinductor": "marnet_export.builders.aotinductor",
     "onnxruntime": "marnet_export.builders.onnxruntime",
     "openvino": "marnet_export.builders.openvino",
+    "tensorrt": "marnet_export.builders.tensorrt",
     "torchscript": "marnet_export.builders.torchscript",
 }
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -50,6 +60,8 @@ class Types:
     @property
     def sentence(self) -> str:
         """What `marnet-export` says about them, in one line."""
+        if self.storage == "int8":
+            return f"int8: matrices stored and multiplied in int8, the rest in {self.compute}"
         if self.storage == self.compute:
             return f"{self.storage}: weights stored and products computed in {self.storage}"
         return (
@@ -85,8 +97,32 @@ def builder(backend: str) -> ModuleType:
     Raises:
         MissingExtra: the packages that build it are not installed.
     """
-    with requires_extra("export", "onnx", "onnxscript"):
+    with requires_extra("export", "onnx", "onnxscript", "onnxruntime"):
         return import_module(BUILDERS[backend])
+
+
+def open_built(backend: str, payload: Path, compute: str) -> Backend:
+    """What was built, opened as the SDK does; where this machine cannot run it, the graphs that it
+    was compiled from (`runs_here` tells).
+
+    Raises:
+        BackendUnavailable: neither can be run here.
+    """
+    if runs_here(backend):
+        return open_backend(backend, payload, compute, None)
+    return builder(backend).open_reference(payload, None)
+
+
+def open_built_text(backend: str, folder: Path, compute: str, threads: int | None) -> TextEncoder:
+    """The same for the text encoder."""
+    if runs_here(backend):
+        return open_text(backend, folder, compute, threads)
+    return builder(backend).open_text_reference(folder, threads)
+
+
+def runs_here(backend: str) -> bool:
+    """Whether this machine runs what the backend builds, rather than builds it for others."""
+    return not (why_unavailable(backend) and hasattr(builder(backend), "open_reference"))
 
 
 def choose_types(backend: str, precision: str, compute: str | None) -> Types:
@@ -96,18 +132,37 @@ def choose_types(backend: str, precision: str, compute: str | None) -> Types:
     fp16's accuracy, so it is computed with only where it is asked for.
 
     Raises:
-        ExportError: the backend cannot compute in the asked type.
+        ExportError: the backend cannot store or compute in the asked type.
     """
-    able: tuple[str, ...] = builder(backend).COMPUTE
-    if compute is None:
-        compute = precision if precision in able else "fp32"
-    if compute not in able:
-        others = [name for name in BUILDERS if compute in builder(name).COMPUTE]
-        hint = f", or --backend {' or '.join(others)}" if others else ""
+    module = builder(backend)
+    if precision not in module.STORAGE:
         raise ExportError(
-            f"{backend} cannot compute in {compute} on a CPU; choose --compute {able[0]}{hint}"
+            f"{backend} cannot store matrices in {precision}; choose --precision "
+            f"{' or '.join(module.STORAGE)}{_others(precision, 'STORAGE')}"
         )
-    return Types(precision, compute)
+    chosen = compute or (precision if precision in module.COMPUTE else module.COMPUTE[0])
+    if chosen not in module.COMPUTE:
+        raise ExportError(
+            f"{backend} cannot compute in {chosen} here; choose --compute {module.COMPUTE[0]}"
+            f"{_others(chosen, 'COMPUTE')}"
+        )
+    return Types(precision, chosen)
+
+
+def _others(name: str, kind: str) -> str:
+    """The end of a sentence: which other backends can, of those that are installed."""
+    found = []
+    for backend in BUILDERS:
+        with contextlib.suppress(MarnetError):
+            if name in getattr(builder(backend), kind):
+                found.append(backend)
+    return f", or --backend {' or '.join(found)}" if found else ""
+
+
+def example_texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [2, 5] to trace a text encoder with: two tensors, or they are taken for one."""
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    return ids, ids.clone()
 
 
 @contextlib.contextmanager

@@ -1,24 +1,54 @@
-"""ONNX for ONNX Runtime: the encoder, and the loop as one `Scan` with the head."""
+"""ONNX for ONNX Runtime: the encoder, and the loop as one `Scan` with the head.
+
+In int8, the graphs hold int8 weights and pairs of QuantizeLinear and DequantizeLinear, which are
+plain ONNX; the runtime fuses them with the products between them. The encoder is quantised by ONNX
+Runtime's own tools. Float: attention, normalisation, softmax, residual sums of transformers, the
+loop's state, the projection of the condition and the last estimate (once per image each), and the
+head. The encoder's first convolution is int8 too: float, it makes the runtime turn the image around
+twice, which costs a small ResNet all that int8 gains.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript
 import torch
-import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
-from onnxscript import values
 from torch import Tensor, nn
 
-from marnet_export.builders import TORCH_TYPES, Types, quiet
+from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, example_texts, quiet
 from marnet_export.graph import Matrix, Refine, ScanLoop
 from marnet_export.lower import Lowered
-from marnet_sdk.backends.onnxruntime import ENCODER, REFINE, TEXT
+from marnet_export.quantise import (
+    LEVELS,
+    Range,
+    loop_ranges,
+    quantised_rows,
+    require_calibration,
+)
+from marnet_sdk.backends import Floats
+from marnet_sdk.backends.onnxruntime import (
+    ENCODER,
+    REFINE,
+    TEXT,
+    load_onnxruntime,
+    session_options,
+)
 
-STORAGE = ("fp32", "bf16", "fp16")
+load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
+
+STORAGE = ("fp32", "bf16", "fp16", "int8")
 COMPUTE = ("fp32",)
 _ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
@@ -27,32 +57,53 @@ _ONNX_TYPES = {
 }
 
 
-def build_encoder(lowered: Lowered, pixels: Tensor, types: Types, payload: Path) -> None:
-    """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2."""
+def build_encoder(
+    lowered: Lowered,
+    pixels: Tensor,
+    types: Types,
+    payload: Path,
+    *,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
+
+    Raises:
+        ExportError: int8 without calibration.
+    """
+    calibrated = require_calibration(calibration, types)
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
-    _export(lowered.encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, payload / ENCODER)
+    path = payload / ENCODER
+    _export(lowered.encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    if calibrated is not None:
+        _quantise_encoder(path, calibrated.pixels)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/text.onnx."""
     assert lowered.text is not None
-    ids = torch.ones(2, 5, dtype=torch.int64)
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
-    shapes = ({0: batch, 1: length}, {0: batch, 1: length})
+    free = torch.export.Dim.AUTO  # the encoder has positions for so many tokens and no more
+    shapes = ({0: free, 1: free}, {0: free, 1: free})
     inputs, outputs = ["ids", "mask"], ["x_s"]
-    _export(lowered.text, (ids, ids), shapes, inputs, outputs, types, payload / TEXT)
+    _export(lowered.text, example_texts(), shapes, inputs, outputs, types, payload / TEXT)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_refine(
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    *,
+    calibration: Calibration | None = None,
+) -> None:
     """Write payload/refine.onnx.
 
-    With storage "int8", the factors of the loop's products are stored and multiplied in int8, and
-    everything else is float32.
+    Raises:
+        ExportError: int8 without calibration.
     """
+    calibrated = require_calibration(calibration, types)
     step = lowered.step(torch.float32)
-    if types.storage == "int8":
-        for name in ("hidden2", "hidden3", "carry"):
-            setattr(step, name, _Int8Matrix(getattr(step, name)))
+    if calibrated is not None:
+        for name, values in loop_ranges(lowered, calibrated).items():
+            step.set_submodule(name, _Int8Matrix(step.get_submodule(name), values))
     module = Refine(ScanLoop(step), lowered.head).eval()
     # No size of the example is kept but the widths; each is different, so that none is mistaken.
     x_v = torch.zeros(2, lowered.image_width)
@@ -66,77 +117,101 @@ def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
     _export(module, (x_v, *tables), shapes, inputs, outputs, types, payload / REFINE)
 
 
-_BLOCK = 128  # inputs of an int8 product that share a scale
+def _quantise_encoder(path: Path, images: Floats) -> None:
+    """Replace a float32 graph by its int8 twin. images [N, 3, H, W]"""
+    load_onnxruntime()
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        stored = {tensor.name for tensor in graph.initializer}
+        attention = [
+            node.name
+            for node in graph.node
+            if node.op_type == "MatMul" and not stored & set(node.input)
+        ]
+        quantize_static(
+            prepared,
+            path,
+            _Images(images),  # type: ignore[arg-type]  # a reader in all but its base class
+            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "MaxPool"],
+            nodes_to_exclude=attention,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "WeightSymmetric": True,
+                "ActivationSymmetric": False,
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            },
+        )
 
 
-def _matmul_nbits() -> values.Op:
-    """ONNX Runtime's own operator, which onnx has no description of."""
-    Schema = onnx.defs.OpSchema
-    settings = ("K", "N", "bits", "block_size", "accuracy_level")
-    schema = Schema(
-        "MatMulNBits",
-        "com.microsoft",
-        1,
-        inputs=[
-            Schema.FormalParameter(name, kind)
-            for name, kind in (("A", "T1"), ("B", "T2"), ("scales", "T1"))
-        ],
-        outputs=[Schema.FormalParameter("Y", "T1")],
-        type_constraints=[("T1", ["tensor(float)"], ""), ("T2", ["tensor(uint8)"], "")],
-        attributes=[Schema.Attribute(name, Schema.AttrType.INT) for name in settings],
-    )
-    domain = values.Opset("com.microsoft", 1)
-    return values.Op(domain, "MatMulNBits", schema)
+class _Images:
+    """Calibration images as ONNX Runtime's tools read them: a batch at a call, None at the end."""
+
+    def __init__(self, images: Floats) -> None:
+        self._batches = (images[i : i + 10] for i in range(0, len(images), 10))
+
+    def get_next(self) -> dict[str, Floats] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixels": batch}
 
 
-_MATMUL_NBITS = _matmul_nbits()
+@contextmanager
+def _silent_root_logger() -> Iterator[None]:
+    """ONNX Runtime's tools write to the root logger, which prints and installs a handler for it."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
 
 
 @torch.library.custom_op("marnet::matmul_int8", mutates_args=())
-def _matmul_int8(x: Tensor, stored: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """x [..., I], stored uint8 [O, blocks, 128] with zero point 128, scale [O, blocks] -> [..., O]
-
-    It becomes `MatMulNBits`, in which each row of x is quantised in the same blocks.
-    (`DynamicQuantizeMatMul` is faster for large batches, but has one scale for the activations of a
-    whole batch, so that an answer would depend on the other images.)
-    """
-    weight = ((stored.float() - 128) * scale[:, :, None]).flatten(1)[:, :columns]
-    return x @ weight.T
+def _matmul_int8(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """x [..., I] on steps of its range, times stored int8 [I, O] with scale [O] -> [..., O]"""
+    on_steps = (torch.round(x / step) + zero).clamp(0, LEVELS - 1) - zero
+    return (on_steps * step) @ (stored.float() * scale)
 
 
 @_matmul_int8.register_fake
-def _(x: Tensor, stored: Tensor, scale: Tensor, columns: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], stored.shape[0]))
+def _(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], stored.shape[1]))
 
 
-def _as_onnx(x: Any, stored: Any, scale: Any, columns: int) -> Any:
-    return _MATMUL_NBITS(
-        *(x, stored, scale),
-        K=columns,
-        N=stored.shape[0],
-        bits=8,
-        block_size=_BLOCK,
-        accuracy_level=4,  # multiplies in int8
-    )
+def _as_onnx(x: Any, stored: Any, scale: Any, step: Any, zero: Any) -> Any:
+    op: Any = onnxscript.opset20
+    quantised = op.QuantizeLinear(x, step, zero)
+    weight = op.DequantizeLinear(stored, scale, axis=1)
+    return op.MatMul(op.DequantizeLinear(quantised, step, zero), weight)
 
 
 class _Int8Matrix(nn.Module):
-    """A linear layer with weights in int8."""
+    """A linear layer with weights and activations in int8."""
 
-    def __init__(self, layer: Matrix) -> None:
+    def __init__(self, layer: nn.Module, values: Range) -> None:
         super().__init__()
-        rows, self.columns = layer.matrix.shape
-        blocks = -(-self.columns // _BLOCK)
-        weight = F.pad(layer.matrix.detach(), (0, blocks * _BLOCK - self.columns))
-        weight = weight.reshape(rows, blocks, _BLOCK)
-        scale = weight.abs().amax(dim=2).clamp(min=1e-30) / 127
-        stored = (weight / scale[:, :, None]).round() + 128
-        self.stored = nn.Parameter(stored.to(torch.uint8), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        assert isinstance(layer, Matrix)
+
+        def parameter(array: Any) -> nn.Parameter:
+            return nn.Parameter(torch.from_numpy(np.array(array)), requires_grad=False)
+
+        stored, scale = quantised_rows(layer.matrix.detach().numpy())
+        self.stored, self.scale = parameter(np.ascontiguousarray(stored.T)), parameter(scale[:, 0])
+        self.step = parameter(np.float32(values.scale))
+        self.zero = parameter(np.uint8(values.zero_point))
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _matmul_int8(x, self.stored, self.scale, self.columns)
+        y = _matmul_int8(x, self.stored, self.scale, self.step, self.zero)
         return y if self.bias is None else y + self.bias
 
 
@@ -163,6 +238,9 @@ def _export(
         assert exported is not None  # only None for the old exporter
         proto = exported.model_proto
     _let_noise_broadcast(proto)
+    for node in proto.graph.node:
+        for inside in _body(node):
+            inside.name = f"step {inside.name}"  # names also tell products of a step from others
     _store(proto, types.storage)
     onnx.save(proto, path)
 
@@ -190,6 +268,11 @@ def _forget_shapes(graph: onnx.GraphProto) -> None:
                 _forget_shapes(attribute.g)
 
 
+def _body(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The nodes inside a Scan."""
+    return [inside for a in node.attribute if a.HasField("g") for inside in a.g.node]
+
+
 def _store(proto: onnx.ModelProto, storage: str) -> None:
     """Store every float32 matrix in another type, cast back when the model is loaded.
 
@@ -215,13 +298,118 @@ def _store(proto: onnx.ModelProto, storage: str) -> None:
     proto.graph.node.extend(nodes)
 
 
-def stored_elements(payload: Path) -> dict[torch.dtype, int]:
-    """Number of stored floating-point weights per type, read back from the built files."""
-    counts: dict[torch.dtype, int] = {}
-    for file in (ENCODER, REFINE):
-        for tensor in onnx.load(payload / file).graph.initializer:
-            for name, kind in _ONNX_TYPES.items():
-                if tensor.data_type == kind:
-                    dtype = TORCH_TYPES[name]
-                    counts[dtype] = counts.get(dtype, 0) + int(np.prod(tensor.dims))
-    return counts
+# The receipt
+
+_INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger"}
+_FLOAT = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+_ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1)}  # a step in the loop, one behind it
+_NAMES: dict[int, str] = {
+    **{kind: name for name, kind in _ONNX_TYPES.items()},
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+}
+
+
+def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
+    """Every matrix product and convolution, as ONNX Runtime executes it for one image.
+
+    Storage is read from the files; what is computed, and in what, from the runtime's profile of one
+    call. "loop" is one step of the `Scan`; "head" is all that refine.onnx does once per image: the
+    condition, the last step and the head.
+
+    Args:
+        shape: of an image, (3, H, W).
+    """
+    encoder = _executed(payload / ENCODER, {"pixels": np.zeros((1, *shape), np.float32)})
+    widths = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in onnx.load(payload / REFINE, load_external_data=False).graph.input
+    }
+    feed = {
+        name: np.zeros((*sizes, *widths[name][len(sizes) :]), np.float32)
+        for name, sizes in _ONE.items()
+    }
+    refine = _executed(payload / REFINE, feed)
+    return [
+        *(_product("encoder", run) for run in encoder),
+        *(_product("loop", run) for run in refine if run.inside),
+        *(_product("head", run) for run in refine if not run.inside),
+    ]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A product that ran."""
+
+    node: onnx.NodeProto
+    inside: bool  # of the Scan
+    inputs: list[dict[str, list[int]]]  # type and shape, without those that the runtime has packed
+    output: list[int]
+    factor: tuple[list[int], str] | None  # the stored factor's shape and type, if there is one
+
+
+def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
+    """The products that run in one call, as the runtime's profile names them.
+
+    Without the change of layout that the runtime makes last, behind which weights have new names;
+    it changes no type.
+    """
+    ort = load_onnxruntime()
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(None)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        session.run(None, dict(feed))
+        events = json.loads(Path(session.end_profiling()).read_text())
+        graph = onnx.load(options.optimized_model_filepath).graph
+    nodes = {node.name: (node, False) for node in graph.node}
+    nodes |= {inside.name: (inside, True) for node in graph.node for inside in _body(node)}
+    sizes = {tensor.name: list(tensor.dims) for tensor in _initializers(graph)}
+    # Of what the runtime has made anew at load, its own; of everything else, the file's.
+    types = _stored_types(graph) | _stored_types(onnx.load(path).graph)
+    found: dict[str, _Run] = {}
+    for event in events:
+        name, about = event["name"].removesuffix("_kernel_time"), event.get("args", {})
+        if name == event["name"] or about.get("op_name") not in _INT8 | _FLOAT:
+            continue
+        node, inside = nodes[name]
+        factor = node.input[3 if node.op_type.startswith("Q") else 1]
+        stored = (sizes[factor], types[factor]) if factor in sizes else None
+        (output,) = about["output_type_shape"][0].values()
+        found[name] = _Run(node, inside, about["input_type_shape"], output, stored)
+    return list(found.values())
+
+
+def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Those of the graph and of the bodies in it."""
+    bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [*graph.initializer, *(tensor for body in bodies for tensor in body.initializer)]
+
+
+def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
+    """In which type everything that is made of stored values alone is stored, by its name."""
+    largest = {
+        tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
+        for tensor in _initializers(graph)
+    }
+    for node in [inside for outer in graph.node for inside in (*_body(outer), outer)]:
+        if node.input and all(name in largest for name in node.input):
+            made = max(largest[name] for name in node.input)
+            largest |= dict.fromkeys(node.output, made)
+    return {name: kind for name, (_, kind) in largest.items()}
+
+
+def _product(part: str, run: _Run) -> Product:
+    kind, output = run.node.op_type, run.output
+    ((came, first),) = run.inputs[0].items()
+    if run.factor is None:
+        storage, multiply_adds = "activation", prod(output) * prod(first) // prod(output[:-1])
+    elif "Conv" in kind:  # [O, I, height, width]
+        storage, multiply_adds = run.factor[1], prod(output) * prod(run.factor[0][1:])
+    else:  # [I, O] or [O, I]
+        storage, multiply_adds = run.factor[1], prod(output[:-1]) * prod(run.factor[0])
+    compute = "int8" if kind in _INT8 else {"float": "fp32", "float16": "fp16"}[came]
+    return Product(part, run.node.name, multiply_adds, storage, compute)

@@ -1,5 +1,10 @@
 """OpenVINO: the encoder converted, and the loop as a `TensorIterator` with the head.
 
+In int8, NNCF quantises the encoder, and the loop is written with int8 weights and quantised
+activations; the runtime fuses both into products of int8. In the type of `compute` stay the scores
+of attention times its values, the projection of the condition and the last estimate (once per image
+each), and the head; in float32 normalisation, residual sums and the loop's state.
+
 Where no step looks back at the estimate before (C = 0 throughout, as in samplers of first order),
 an iterator without that term is 2 to 6 % faster. The file holds both, as separate outputs of one
 graph that share their weights; the runtime compiles one graph of each. (An `If` inside the graph
@@ -10,42 +15,69 @@ I inputs and O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from marnet_export.builders import TORCH_TYPES, Types, quiet
+from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, example_texts, quiet
+from marnet_export.graph import Step
 from marnet_export.lower import Lowered
 from marnet_export.plan import SamplingPlan
+from marnet_export.quantise import (
+    LEVELS,
+    Range,
+    loop_ranges,
+    quantised_rows,
+    require_calibration,
+)
+from marnet_sdk.backends import Floats
 from marnet_sdk.backends.openvino import (
     ENCODER,
     FIRST_ORDER,
     OUTPUTS,
     REFINE,
     TEXT,
+    compile_settings,
+    hidden,
     load_openvino,
 )
-from marnet_sdk.errors import ExportError
+from marnet_sdk.errors import ExportError, requires_extra
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
 ov = load_openvino()
 op = ov.opset15
 
-STORAGE = ("fp32", "bf16", "fp16")
+STORAGE = ("fp32", "bf16", "fp16", "int8")
 COMPUTE = ("fp32", "bf16")
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 _F32 = ov.Type.f32
 
 
-def build_encoder(lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path) -> None:
-    """Write payload/encoder.xml and .bin. `pixels` [B, 3, H, W] is the example that is traced."""
+def build_encoder(
+    lowered: Lowered,
+    pixels: torch.Tensor,
+    types: Types,
+    payload: Path,
+    *,
+    calibration: Calibration | None = None,
+) -> None:
+    """Write payload/encoder.xml and .bin. `pixels` [B, 3, H, W] is the example that is traced.
+
+    Raises:
+        ExportError: int8 without calibration. MissingExtra: int8 without NNCF.
+    """
+    calibrated = require_calibration(calibration, types)
     graph = _convert(lowered.encoder, pixels)
     graph.reshape([-1, *pixels.shape[1:]])
+    if calibrated is not None:
+        graph = _quantise_encoder(graph, calibrated.pixels)
     _keep_norms_float32(graph)
     _save(graph, ("pixels",), ("x_v",), types.storage, payload / ENCODER)
 
@@ -53,8 +85,7 @@ def build_encoder(lowered: Lowered, pixels: torch.Tensor, types: Types, payload:
 def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/text.xml and .bin."""
     assert lowered.text is not None
-    ids = torch.ones(2, 5, dtype=torch.int64)
-    graph = _convert(lowered.text, ids, ids)
+    graph = _convert(lowered.text, *example_texts())
     graph.reshape({port: [-1, -1] for port in graph.inputs})
     _keep_norms_float32(graph)
     _save(graph, ("ids", "mask"), ("x_s",), types.storage, payload / TEXT)
@@ -66,17 +97,30 @@ def _keep_norms_float32(graph: Any) -> None:
             _keep_float32(node)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_refine(
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    *,
+    calibration: Calibration | None = None,
+) -> None:
     """Write payload/refine.xml and .bin.
 
-    With storage "int8", the factors of the loop's products are stored and multiplied in int8, and
-    everything else is float32.
+    Raises:
+        ExportError: int8 without calibration, or for a loop that is not MARNet's.
     """
-    if not isinstance(lowered.plan, SamplingPlan):
-        raise ExportError("openvino builds the loop of MARNet only")
+    calibrated = require_calibration(calibration, types)
+    if isinstance(lowered.plan, SamplingPlan):
+        ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
+        loop = _PlanLoop(lowered.plan, ranges)
+    elif calibrated is None:
+        loop = _StepLoop(lowered)
+    else:
+        raise ExportError(
+            "openvino has int8 for the loop of MARNet only; use --loop-precision fp16"
+        )
     shapes = (-1, lowered.image_width), (-1, 3), (-1, -1, -1, lowered.row_width)
     x_v, coefficients, bias = map(_parameter, shapes)
-    loop = _Loop(lowered.plan, quantise=types.storage == "int8")
     x_cdr = loop.refined(x_v, coefficients, bias)
     outputs = [output for estimate in x_cdr for output in _head(lowered, x_v, estimate)]
     graph = ov.Model(outputs, [x_v, coefficients, bias], "refine")
@@ -84,27 +128,82 @@ def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
     _save(graph, inputs, (*OUTPUTS, *FIRST_ORDER), types.storage, payload / REFINE)
 
 
-class _Loop:
-    """The sampling plan: all steps but the last in an iterator, the last behind it."""
+def _quantise_encoder(graph: Any, images: Floats) -> Any:
+    """The same graph with products in int8; images [N, 3, H, W].
 
-    def __init__(self, plan: SamplingPlan, *, quantise: bool) -> None:
-        self.plan, self.quantise = plan, quantise
+    NNCF's mode for transformers keeps residual sums float and spreads outlying channels over
+    activations and weights (SmoothQuant); on ResNets it is more accurate too. Some settings are not
+    its defaults, for what trained ResNets showed: ranges are the least and the largest value of all
+    images, not means over images (up to 3 times the error), and biases stay as they are (correcting
+    them by the mean error made up to 5 times the error).
+    """
+    with quiet(), _silent_nncf() as nncf:
+        ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
+        settings = nncf.AdvancedQuantizationParameters(
+            # Else the first layer has weights of 7 bits, for CPUs whose sums of int8 overflow.
+            overflow_fix=nncf.OverflowFix.DISABLE,
+            disable_bias_correction=True,
+            activations_range_estimator_params=ranges,
+        )
+        return nncf.quantize(
+            graph,
+            nncf.Dataset([image[None] for image in images]),
+            subset_size=len(images),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=settings,
+        )
+
+
+@contextmanager
+def _silent_nncf() -> Iterator[Any]:
+    """NNCF, imported without telemetry, whose notes no user can act on.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    kind = logging.getLoggerClass()
+    try:
+        with requires_extra("export", "nncf"), hidden("openvino_telemetry"):
+            import nncf
+            import nncf.quantization.range_estimator
+    finally:
+        logging.setLoggerClass(kind)  # NNCF puts its own in place for the whole process
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield nncf
+    finally:
+        logger.setLevel(level)
+
+
+class _Loop:
+    """All steps but the last in an iterator, the last behind it; a method's are as in `Step`."""
+
+    width: int  # W
+    row_width: int  # R
+
+    def condition(self, x_v: Any) -> Any:
+        raise NotImplementedError
+
+    def gain(self, state: Any, q: Any, row: Any) -> Any:
+        raise NotImplementedError
+
+    def finish(self, state: Any, q: Any, row: Any) -> Any:
+        raise NotImplementedError
 
     def refined(self, x_v: Any, coefficients: Any, bias: Any) -> list[Any]:
-        """x_v [B, D_v], coefficients [S, 3], bias [S, N, K, H] -> x_CDR [B, K, D].
+        """x_v [B, D_v], coefficients [S, 3], bias [S, N, K, R] -> x_CDR [B, K, D].
 
         Twice: with the term of the estimate before, and without.
         """
-        mean, std = map(_constant, self.plan.standardise)
-        condition = _linear(op.divide(op.subtract(x_v, mean), std), self.plan.condition_weight)
-        condition = op.unsqueeze(_keep_float32(condition), _integer(1))  # [B, 1, H]
-        width = _integer([len(self.plan.carry_weight)])
+        condition, width = self.condition(x_v), _integer([self.width])
         start = op.broadcast(_constant(0.0), op.concat([_size(x_v, 0), _size(bias, 2), width], 0))
-        last = op.gather(bias, _integer(-1), _integer(0))  # [N, K, H]
+        last = op.gather(bias, _integer(-1), _integer(0))  # [N, K, R]
         found = []
         for looks_back in (True, False):
             state = self.steps(start, condition, coefficients, bias, looks_back=looks_back)
-            found.append(_linear(self.hidden(state, condition, last), *self.plan.output))
+            found.append(self.finish(state, condition, last))
         return found
 
     def steps(
@@ -113,10 +212,8 @@ class _Loop:
         """All steps but the last: start [B, K, W], condition [B, 1, H] -> state [B, K, W]."""
         state, previous = (_parameter(start.output(0).partial_shape) for _ in range(2))
         q = _parameter(condition.output(0).partial_shape)
-        hidden = len(self.plan.condition_weight)
-        row, table = _parameter((1, -1, -1, hidden)), _parameter((1, 3))
-        h3 = self.hidden(state, q, op.squeeze(row, _integer(0)))
-        gained = _linear(h3, self.plan.carry_weight, quantise=self.quantise)
+        row, table = _parameter((1, -1, -1, self.row_width)), _parameter((1, 3))
+        gained = self.gain(state, q, op.squeeze(row, _integer(0)))
         columns = op.split(table, _integer(1), 3)
         a, b, c = (op.squeeze(columns.output(i), _integer([0, 1])) for i in range(3))
         following = op.add(op.multiply(state, a), op.multiply(gained, b))
@@ -134,29 +231,103 @@ class _Loop:
             loop.set_sliced_input(inside, whole.output(0), 0, 1, 1, -2, 0)  # up to the last but one
         return loop.get_iter_value(following.output(0), -1)
 
-    def hidden(self, state: Any, condition: Any, bias: Any) -> Any:
-        """h3 of one step. state [B, K, W], condition [B, 1, H], bias [N, K, H] -> [B, K, H]"""
-        plan, quantise = self.plan, self.quantise
+
+class _PlanLoop(_Loop):
+    """The sampling plan, operator by operator."""
+
+    def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range]) -> None:
+        """ranges: of the inputs of the products that are int8, by their names in `PlanStep`."""
+        self.plan, self.ranges = plan, ranges
+        self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
+
+    def condition(self, x_v: Any) -> Any:
+        mean, std = map(_constant, self.plan.standardise)
+        standard = op.divide(op.subtract(x_v, mean), std)
+        q = self.linear("condition", standard, self.plan.condition_weight)
+        return op.unsqueeze(_keep_float32(q), _integer(1))  # [B, 1, H]
+
+    def gain(self, state: Any, q: Any, row: Any) -> Any:
+        return self.linear("carry", self.hidden(state, q, row), self.plan.carry_weight)
+
+    def finish(self, state: Any, q: Any, row: Any) -> Any:
+        return self.linear("output", self.hidden(state, q, row, place="last "), *self.plan.output)
+
+    def hidden(self, state: Any, condition: Any, bias: Any, *, place: str = "") -> Any:
+        """h3 of one step. state [B, K, W], condition [B, 1, H], bias [N, K, H] -> [B, K, H]
+
+        place: in the graph; begins the names of the products, which must differ.
+        """
         into = state
-        if plan.carry == "feature":
-            into = _linear(state, plan.input_weight, quantise=quantise)
+        if self.plan.carry == "feature":
+            into = self.linear("input", state, self.plan.input_weight, place=place)
         y = _keep_float32(op.add(_keep_float32(op.add(into, condition)), bias))
-        h = _leaky(_linear(_leaky(y), *plan.hidden2, quantise=quantise))
-        return _leaky(_linear(h, *plan.hidden3, quantise=quantise))
+        h = _leaky(self.linear("hidden2", _leaky(y), *self.plan.hidden2, place=place))
+        return _leaky(self.linear("hidden3", h, *self.plan.hidden3, place=place))
 
-
-def _linear(x: Any, weight: NDArray, bias: NDArray | None = None, *, quantise: bool = False) -> Any:
-    """x [..., I], weight [O, I], bias [O] -> [..., O]."""
-    y = op.matmul(x, _quantised(weight) if quantise else _constant(weight), False, True)
-    return y if bias is None else op.add(y, _constant(bias))
+    def linear(
+        self, name: str, x: Any, weight: NDArray, bias: NDArray | None = None, *, place: str = ""
+    ) -> Any:
+        """x [..., I], weight [O, I], bias [O] -> [..., O]."""
+        if name in self.ranges:
+            x, factor = _on_steps(x, self.ranges[name]), _quantised(weight)
+        else:
+            factor = _constant(weight)
+        y = op.matmul(x, factor, False, True)
+        y.set_friendly_name(place + name)
+        return y if bias is None else op.add(y, _constant(bias))
 
 
 def _quantised(weight: NDArray) -> Any:
     """A weight [O, I] as int8 with a scale for each row."""
-    largest = np.abs(weight).max(axis=1, keepdims=True)
-    scale = np.where(largest == 0, 1, largest) / 127
-    stored = op.constant(np.round(weight / scale).astype(np.int8))
-    return op.multiply(op.convert(stored, "f32"), _constant(scale))
+    stored, scale = quantised_rows(weight)
+    return op.multiply(op.convert(op.constant(stored), "f32"), _constant(scale))
+
+
+class _StepLoop(_Loop):
+    """The step of any method, as OpenVINO converts it."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.step = lowered.step(torch.float32)
+        self.width, self.row_width = self.step.width, lowered.row_width
+        example = torch.zeros(2, lowered.image_width)
+        self.examples = torch.zeros(2, 3, self.width), self.step.condition(example)
+        self.examples += (torch.zeros(2, 3, self.row_width),)
+        self.x_v = example
+
+    def condition(self, x_v: Any) -> Any:
+        return _keep_float32(_inlined(_Method(self.step, "condition"), (self.x_v,), (x_v,))[0])
+
+    def gain(self, state: Any, q: Any, row: Any) -> Any:
+        return _inlined(_Method(self.step, "gain"), self.examples, (state, q, row))[0]
+
+    def finish(self, state: Any, q: Any, row: Any) -> Any:
+        return _inlined(_Method(self.step, "finish"), self.examples, (state, q, row))[0]
+
+
+class _Method(torch.nn.Module):
+    """One of the methods of a step, as a module."""
+
+    def __init__(self, step: Step, name: str) -> None:
+        super().__init__()
+        self.step = step  # so that its weights are found
+        self.forward = getattr(step, name)
+
+
+def _inlined(
+    module: torch.nn.Module, examples: Sequence[torch.Tensor], inputs: Sequence[Any]
+) -> list[Any]:
+    """The nodes that compute a module's outputs from nodes."""
+    graph = _convert(module, *examples)
+    for parameter, value in zip(graph.get_parameters(), inputs, strict=True):
+        # An iterator's value is a port already.
+        parameter.output(0).replace(value.output(0) if isinstance(value, ov.Node) else value)
+    return [result.input_value(0).get_node() for result in graph.get_results()]
+
+
+def _on_steps(x: Any, values: Range) -> Any:
+    """x on the steps of its range: what the runtime turns into uint8."""
+    low, high = map(_constant, values.ends)
+    return op.fake_quantize(x, low, high, low, high, LEVELS)
 
 
 def _leaky(x: Any) -> Any:
@@ -250,18 +421,132 @@ def _nodes(graph: Any) -> Iterator[Any]:
             yield from _nodes(node.get_function())
 
 
-def stored_elements(payload: Path) -> dict[torch.dtype, int]:
-    """Number of stored weights per type, read back from the built files."""
-    counts: dict[torch.dtype, int] = {}
-    for name in (ENCODER, REFINE):
-        # Two constants of the same content are one place in the file.
-        places = {
-            (data.get("offset"), data.get("size")): data
-            for data in ElementTree.parse(payload / name).iter("data")
-            if data.get("offset") is not None
-        }
-        for data in places.values():
-            if dtype := _STORED.get(data.get("element_type", "")):
-                size = int(data.get("size", 0)) // dtype.itemsize
-                counts[dtype] = counts.get(dtype, 0) + size
-    return counts
+# The receipt
+
+_PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+_PRODUCTS = {"MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention"}
+_EXECUTED = {"Convolution", "FullyConnected", "MatMul", "Subgraph", "ScaledDotProductAttention"}
+# Between a stored matrix and the product that it is a factor of.
+_PASSES = {"Convert", "Multiply", "Subtract", "FakeQuantize", "Reshape", "Transpose", "Unsqueeze"}
+
+
+def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
+    """Every matrix product and convolution, as OpenVINO executes it for one image.
+
+    Storage is read from the files, what a product is computed in from the executed graphs of the
+    compiled models; a product that is not found there counts as fp32. "loop" is one step: the body
+    of the iterator, compiled by itself because the runtime does not show it. "head" is all that
+    refine.xml does once per image: the condition, the last step and the head.
+
+    Args:
+        shape: of an image, (3, H, W).
+    """
+    core = ov.Core()
+    encoder, refine = (core.read_model(payload / name) for name in (ENCODER, REFINE))
+    encoder.reshape([1, *shape])
+    results = [refine.output(name).get_node() for name in FIRST_ORDER]
+    refine = ov.Model(results, refine.get_parameters(), "refine")
+    free = {"x_v": (1,), "coefficients": (2,), "bias": (2, 1, 1)}  # one image, one sample
+    for port in refine.inputs:
+        sizes = free[port.any_name]
+        widths = [size.get_length() for size in list(port.partial_shape)[len(sizes) :]]
+        port.get_node().set_partial_shape(ov.PartialShape([*sizes, *widths]))
+    refine.validate_nodes_and_infer_types()
+    loop = next(node for node in refine.get_ops() if node.get_type_name() == "TensorIterator")
+    parts = {"encoder": encoder, "loop": loop.get_function().clone(), "head": refine}
+    return [
+        product
+        for part, graph in parts.items()
+        for product in _products_of(part, graph, _executed(core, graph, types.compute))
+    ]
+
+
+def _executed(core: Any, graph: Any, compute: str) -> list[Any]:
+    """The nodes that run and may be products, in their order."""
+    compiled = core.compile_model(graph, "CPU", compile_settings(compute, None))
+    nodes = compiled.get_runtime_model().get_ordered_ops()
+    return [node for node in nodes if _about(node, "layerType") in _EXECUTED]
+
+
+def _about(node: Any, key: str) -> str:
+    return node.get_rt_info()[key].astype(str)
+
+
+def _products_of(part: str, graph: Any, executed: Sequence[Any]) -> Iterator[Product]:
+    nodes = [node for node in graph.get_ordered_ops() if node.get_type_name() in _PRODUCTS]
+    for node, runs in zip(nodes, _matched(nodes, executed), strict=True):
+        name = node.get_friendly_name()
+        if node.get_type_name() == "ScaledDotProductAttention":
+            q, k, v = (node.input(i).get_shape() for i in range(3))
+            sizes = (prod(q) * k[-2], prod(q[:-1]) * v[-2] * v[-1])
+            factors = zip(("query key", "scores value"), sizes, (0, -1), strict=True)
+            for which, size, place in factors:  # one fused kernel; its inputs are q, k, ..., v
+                compute = "fp32" if runs is None else _kind(runs.inputs()[place])
+                yield Product(part, f"{name}: {which}", size, "activation", compute)
+        else:
+            compute = "fp32" if runs is None else _PRECISIONS[_about(runs, "runtimePrecision")]
+            yield Product(part, name, _multiply_adds(node), _stored_type(node), compute)
+
+
+def _matched(nodes: Sequence[Any], executed: Sequence[Any]) -> list[Any]:
+    """What runs for each node of a graph: by its name, or where a rewrite has lost that, the first
+    of the same sizes that runs for no other."""
+    ran: dict[str, int] = {}
+    sums: dict[str, int] = {}  # a product with a bias may run under the name of their sum
+    for i, run in enumerate(executed):
+        names = _about(run, "originalLayersNames").split(",")
+        ran |= {name.removesuffix("/DequantizationMultiply"): i for name in names}
+        if _about(run, "layerType") != "Subgraph":
+            sums |= dict.fromkeys(names, i)
+    found: list[int | None] = []
+    for node in nodes:
+        after = [port.get_node() for port in node.output(0).get_target_inputs()]
+        biased = [sums.get(n.get_friendly_name()) for n in after if n.get_type_name() == "Add"]
+        found.append(ran.get(node.get_friendly_name(), next(iter(biased), None)))
+    for place, node in enumerate(nodes):
+        if found[place] is None:
+            free = (i for i, run in enumerate(executed) if i not in found)
+            found[place] = next((i for i in free if _sizes(executed[i]) == _sizes(node)), None)
+    return [None if i is None else executed[i] for i in found]
+
+
+def _sizes(node: Any) -> list[int]:
+    """Numbers of elements: of the first two inputs and the output."""
+    return [prod(port.get_shape()) for port in (*node.inputs()[:2], node.output(0))]
+
+
+def _kind(port: Any) -> str:
+    return _PRECISIONS[port.get_element_type().get_type_name()]
+
+
+def _multiply_adds(node: Any) -> int:
+    size = prod(node.output(0).get_shape())
+    left, right = (node.input(i).get_shape() for i in range(2))
+    match node.get_type_name():
+        case "MatMul":
+            return size * left[-2 if node.get_attributes()["transpose_a"] else -1]
+        case "Convolution":  # [O, I, ...]
+            return size * prod(right[1:])
+        case _:  # [groups, O, I, ...]
+            return size * prod(right[2:])
+
+
+def _stored_type(node: Any) -> str:
+    """The type of the stored matrix that is a factor of a product."""
+    for source in (node.input_value(1), node.input_value(0)):
+        if (constants := _constants(source.get_node())) is not None:
+            largest = max(constants, key=lambda constant: prod(constant.shape))
+            return _kind(largest.output(0))
+    return "activation"
+
+
+def _constants(node: Any) -> list[Any] | None:
+    """The constants that a value is made of; None where it depends on an input."""
+    if node.get_type_name() == "Constant":
+        return [node]
+    if node.get_type_name() not in _PASSES:
+        return None
+    found = [_constants(value.get_node()) for value in node.input_values()]
+    if any(constants is None for constants in found):
+        return None
+    return [constant for constants in found if constants is not None for constant in constants]

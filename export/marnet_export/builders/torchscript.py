@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from marnet_export.builders import TORCH_TYPES, Types, quiet
+from marnet_export.builders import TORCH_TYPES, Product, Types, example_texts, quiet
 from marnet_export.graph import Refine, ScriptedLoop, with_compute
 from marnet_export.lower import Lowered
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT
+from marnet_sdk.backends.torchscript import _module as open_module
+from marnet_sdk.bundle import PLAN
+from marnet_sdk.errors import ExportError
 
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
@@ -30,9 +39,8 @@ def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
     encoder = with_compute(lowered.text, TORCH_TYPES[types.compute]).eval()
-    ids = torch.ones(2, 5, dtype=torch.int64)
     with torch.no_grad(), quiet():
-        module = torch.jit.trace_module(encoder, {"forward": (ids, ids)}, check_trace=False)
+        module = torch.jit.trace_module(encoder, {"forward": example_texts()}, check_trace=False)
         _save(module, types, payload / TEXT)
 
 
@@ -61,13 +69,111 @@ def _store(module: nn.Module, storage: torch.dtype) -> None:
             parameter.data = parameter.data.to(storage)
 
 
-def stored_elements(payload: Path) -> dict[torch.dtype, int]:
-    """Number of stored floating-point weights per type, read back from the built files."""
-    counts: dict[torch.dtype, int] = {}
-    for name in (ENCODER, REFINE):
-        with quiet():
-            module = torch.jit.load(str(payload / name), map_location="cpu")
-        for tensor in module.state_dict().values():
-            if tensor.is_floating_point():
-                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
-    return counts
+def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
+    """Every matrix product and convolution that the loaded modules execute for one image.
+
+    The modules are loaded and frozen as the SDK does it, and run on an image of zeros while each
+    call into torch's kernels is recorded: sizes and the type computed in are those of the tensors
+    that it was given. A factor that is a constant of the frozen graph is a weight, and its type of
+    storage is read from the file. "loop" is one step: what a second step adds; "head" is all that
+    refine.pt does once per image: the condition, the last step and the head.
+
+    Args:
+        shape: of an image, (3, H, W).
+
+    Raises:
+        ExportError: a kernel that is not known, or a weight that cannot be told from others, which
+            are stored in another type.
+    """
+    with quiet(), torch.inference_mode():
+        encoder, x_v = _executed(payload / ENCODER, types, (torch.zeros(1, *shape),))
+        rows = [torch.zeros(n, 1, 1, _row_width(payload)) for n in (1, 2)]
+        once, twice = (
+            _executed(payload / REFINE, types, (x_v, torch.zeros(len(bias), 3), bias))[0]
+            for bias in rows
+        )
+    # What was added stands somewhere in between; turned around, it is the same products.
+    pairs = zip(once, twice, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    step = twice[same : same + len(twice) - len(once)]
+    parts = {"encoder": encoder, "loop": step, "head": once}
+    return [replace(p, part=part) for part, found in parts.items() for p in found]
+
+
+def _row_width(payload: Path) -> int:
+    """R, of the plan that lies beside the graphs; 1, which is broadcast, where there is none."""
+    path = payload / Path(PLAN).name
+    return load_file(path)["time_bias"].shape[1] if path.exists() else 1
+
+
+def _executed(path: Path, types: Types, given: tuple[Tensor, ...]) -> tuple[list[Product], Tensor]:
+    """The products of a call, in order, and its first output."""
+    stored = {
+        name: tensor
+        for name, tensor in torch.jit.load(str(path), map_location="cpu").state_dict().items()
+        if tensor.ndim >= 2 and tensor.is_floating_point()
+    }
+    module = open_module(path, types.compute, None)
+    graph = module.inlined_graph  # which the nodes do not keep alive
+    constants = {
+        node.t("value").untyped_storage().data_ptr()
+        for node in graph.findAllNodes("prim::Constant", recurse=True)
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    }
+    with torch.autocast("cpu", enabled=False), _Recorder(stored, constants) as recorder:
+        out = module(*given)
+    if recorder.problems:
+        raise ExportError(f"{path.name}: {recorder.problems[0]}")
+    return recorder.found, out[0] if isinstance(out, tuple) else out
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every product that torch's kernels are called for."""
+
+    def __init__(self, stored: dict[str, Tensor], constants: set[int]) -> None:
+        super().__init__()
+        self.stored, self.constants = stored, constants
+        self.found: list[Product] = []
+        self.problems: list[str] = []  # an error raised inside a scripted module loses its type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        match name:
+            case "mm" | "bmm" | "matmul":
+                self._note(name, out.numel() * args[1].shape[-2], args[1])
+            case "addmm" | "baddbmm":
+                self._note(name, out.numel() * args[2].shape[-2], args[2])
+            case "linear":
+                self._note(name, out.numel() * args[1].shape[-1], args[1])
+            case "convolution" | "_convolution" | "mkldnn_convolution":
+                self._note(name, out.shape[2:].numel() * out.shape[0] * args[1].numel(), args[1])
+            case "scaled_dot_product_attention" | "_scaled_dot_product_flash_attention_for_cpu":
+                self._note("attention", 2 * args[0].numel() * args[1].shape[-2], args[1])
+            case _ if _UNKNOWN.search(name):
+                self.problems.append(f"it calls {name}, which this version cannot count")
+        return out
+
+    def _note(self, name: str, multiply_adds: int, weight: Tensor) -> None:
+        storage = "activation"
+        if weight.untyped_storage().data_ptr() in self.constants:
+            name, storage = self._stored(name, weight)
+        compute = _NAMES[weight.dtype]
+        self.found.append(Product("", name, multiply_adds, storage, compute))
+
+    def _stored(self, name: str, weight: Tensor) -> tuple[str, str]:
+        """Name and type of a weight in the file, by its sizes."""
+        sizes = sorted(weight.shape)
+        fitting = {k: t for k, t in self.stored.items() if sorted(t.shape) == sizes}
+        # Freezing may join weights: then all that there are must be of one type.
+        kinds = {tensor.dtype for tensor in (fitting or self.stored).values()}
+        if len(kinds) != 1:
+            self.problems.append(
+                f"a weight {list(weight.shape)} may be any of {', '.join(fitting or self.stored)}, "
+                "which are stored in different types"
+            )
+        return next(iter(fitting)) if len(fitting) == 1 else name, _NAMES[kinds.pop()]
+
+
+_NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
+_UNKNOWN = re.compile("mm|linear|conv|attention|dot|einsum|bilinear|mv$|addr|rnn|lstm")

@@ -26,8 +26,10 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
 BACKENDS = {
+    "aotinductor": "marnet_sdk.backends.aotinductor",
     "onnxruntime": "marnet_sdk.backends.onnxruntime",
     "openvino": "marnet_sdk.backends.openvino",
+    "tensorrt": "marnet_sdk.backends.tensorrt",
     "torchscript": "marnet_sdk.backends.torchscript",
 }
 
@@ -131,6 +133,12 @@ def open_backend(name: str, payload: Path, compute: str, threads: int | None) ->
         MissingExtra: its packages are not installed.
     """
     return _leaf(name, payload).open_payload(payload, compute, threads)
+
+
+def why_unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine, as far as that is known without loading it."""
+    probe = getattr(_leaf(name, Path(name)), "why_unavailable", None)
+    return probe() if probe else None
 
 
 def open_text(name: str, payload: Path, compute: str, threads: int | None) -> TextEncoder:

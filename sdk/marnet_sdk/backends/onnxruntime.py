@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
+_IMPORT, _NO_TELEMETRY = Lock(), "ORT_DISABLE_TELEMETRY"
 
 
 def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
@@ -33,23 +37,65 @@ def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
     return encode
 
 
-def _session(path: Path, compute: str, threads: int | None) -> Any:
-    with requires_extra("onnxruntime", "onnxruntime"):
-        import onnxruntime as ort
-    if compute not in ("fp32", "int8"):
-        raise BackendUnavailable(
-            f"onnxruntime computes in fp32 or int8 on a CPU, the bundle asks {compute}"
-        )
-    options = ort.SessionOptions()
+def load_onnxruntime() -> Any:
+    """The package onnxruntime, imported without telemetry.
+
+    Its builds for Linux write an identifier of the user to their home when they are imported, and
+    report every session to a web service; a variable of the environment is the way to decline.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    with _IMPORT, requires_extra("onnxruntime", "onnxruntime"):
+        if known := sys.modules.get("onnxruntime"):
+            return known
+        before = os.environ.get(_NO_TELEMETRY)
+        os.environ[_NO_TELEMETRY] = "1"
+        try:
+            import onnxruntime
+        finally:
+            if before is None:
+                del os.environ[_NO_TELEMETRY]
+            else:
+                os.environ[_NO_TELEMETRY] = before
+    return onnxruntime
+
+
+def session_options(threads: int | None) -> Any:
+    """How graphs are run; what is not set here is ONNX Runtime's default."""
+    options = load_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or 0
     # Worker threads spin between the products of one call, and sleep as soon as it returns: left
     # spinning, they would take a core from whatever runs next, this backend's own caller included.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if _overflows():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
+    return options
 
+
+def _overflows() -> bool:
+    """Whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
+
+    ONNX Runtime then has slower ones that do not.
+    """
     try:
-        return ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx2" in flags and "vnni" not in flags
+
+
+def _session(path: Path, compute: str, threads: int | None) -> Any:
+    ort = load_onnxruntime()
+    if compute != "fp32":
+        raise BackendUnavailable(
+            f"onnxruntime computes in fp32 on a CPU, the bundle asks {compute}; export it with "
+            "--compute fp32"
+        )
+    try:
+        return ort.InferenceSession(path, session_options(threads), ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes here
         raise BackendUnavailable(
             f"onnxruntime {ort.__version__} cannot open {path}: {error}"

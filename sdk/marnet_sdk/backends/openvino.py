@@ -21,13 +21,13 @@ FIRST_ORDER = ("logits_first_order", "features_first_order")
 _IMPORT = Lock()
 # What a CPU must be able to do for a type not to be emulated, in OpenVINO's words.
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+_COMPUTE = ("fp32", "bf16")
 
 
 def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
     """Compile the graphs for the CPU.
 
-    "int8" is the arithmetic of products whose weights are stored in int8; their factors are
-    quantised where they are multiplied. All else is float32.
+    Products whose weights are stored in int8 are multiplied in int8, whatever `compute` is.
 
     Raises:
         MissingExtra: openvino is not installed.
@@ -56,10 +56,16 @@ def _compiled(
     """A graph for each choice of the outputs in the file."""
     ov = load_openvino()
     core = ov.Core()
+    if compute not in _COMPUTE:
+        raise BackendUnavailable(
+            f"openvino computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
+        )
     _check_arithmetic(core, compute)
-    settings = _settings(compute, threads)
+    settings = compile_settings(compute, threads)
     try:
         model = core.read_model(path)
+        if _has_int8(model):
+            _check_arithmetic(core, "int8")
         chosen = [[model.output(output).get_node() for output in names] for names in outputs]
         models = [ov.Model(results, model.get_parameters(), path.stem) for results in chosen]
         return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
@@ -69,16 +75,24 @@ def _compiled(
         ) from error
 
 
-def _check_arithmetic(core: Any, compute: str) -> None:
-    if compute not in _NEEDS:
-        raise BackendUnavailable(
-            f"openvino computes in {', '.join(_NEEDS)} on a CPU, the bundle asks {compute}"
-        )
-    if _NEEDS[compute] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+def _has_int8(model: Any) -> bool:
+    """Whether a graph, or the body of one of its iterators, has int8 weights."""
+    for node in model.get_ops():
+        kind = node.get_type_name()
+        if kind == "Constant" and node.get_element_type().get_type_name() == "i8":
+            return True
+        if kind == "TensorIterator" and _has_int8(node.get_function()):
+            return True
+    return False
+
+
+def _check_arithmetic(core: Any, kind: str) -> None:
+    if _NEEDS[kind] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
+        how = "--precision fp32" if kind == "int8" else "--compute fp32"
         raise BackendUnavailable(
-            f"this CPU ({name}) has no {compute} arithmetic, and openvino would emulate it slowly; "
-            "export the bundle with --compute fp32"
+            f"this CPU ({name}) has no {kind} arithmetic, and openvino would emulate it slowly; "
+            f"export the bundle with {how}"
         )
 
 
@@ -91,13 +105,13 @@ def load_openvino() -> Any:
     with _IMPORT, requires_extra("openvino", "openvino"):
         if known := sys.modules.get("openvino"):
             return known
-        with _hidden("openvino_telemetry"):
+        with hidden("openvino_telemetry"):
             import openvino
     return openvino
 
 
 @contextmanager
-def _hidden(name: str) -> Iterator[None]:
+def hidden(name: str) -> Iterator[None]:
     """Make the import of a module fail.
 
     openvino_telemetry is installed with openvino. It writes an identifier of the user to their home
@@ -113,13 +127,14 @@ def _hidden(name: str) -> Iterator[None]:
             sys.modules[name] = known
 
 
-def _settings(compute: str, threads: int | None) -> dict[str, Any]:
+def compile_settings(compute: str, threads: int | None) -> dict[str, Any]:
     """Properties of compiled graphs; those not named here are OpenVINO's defaults."""
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         # Never left to OpenVINO, which takes bfloat16 by itself where a CPU has it.
         "INFERENCE_PRECISION_HINT": "bf16" if compute == "bf16" else "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128 if compute == "int8" else 0,
+        # Activations have the ranges that the graph says, or none.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         # Every process would pin its first thread to the first core: measured to make two of them,
         # of one thread each, take 1.6 times as long.
         "ENABLE_CPU_PINNING": False,

@@ -67,12 +67,24 @@ class MarnetConfig:
     def from_dict(cls, content: dict[str, Any]) -> MarnetConfig:
         """Read what `to_dict` wrote."""
         rest = {k: v for k, v in content.items() if k not in ("method", "id2label", "schedule")}
-        names = content["id2label"]
         return cls(
             **rest,
-            labels=tuple(names[str(i)] for i in range(len(names))),
+            labels=_read_labels(content["id2label"]),
             schedule=ScheduleConfig(**content["schedule"]),
         )
+
+
+def _read_labels(names: Any) -> tuple[str, ...]:
+    """id2label in the order of the classes."""
+    expected = [str(i) for i in range(len(names))] if isinstance(names, dict) else None
+    if expected is None or set(names) != set(expected):
+        got = ", ".join(map(repr, list(names)[:8])) if expected else type(names).__name__
+        raise RecipeError(
+            f'id2label must map "0", "1" and so on, each class once, to its label; got {got}'
+        )
+    if wrong := [name for name in names.values() if not isinstance(name, str)]:
+        raise RecipeError(f"id2label must map to strings, got {wrong[0]!r}")
+    return tuple(names[key] for key in expected)
 
 
 class MARNet(nn.Module):

@@ -1,0 +1,458 @@
+"""marnet-bundle: look into bundles, verify, compare and rebuild them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marnet_export.inspection import (
+    FAILED,
+    Answers,
+    Check,
+    check_here,
+    compare_answers,
+    describe,
+    failed,
+    fidelity_differences,
+    fidelity_of,
+    file_differences,
+    flatten,
+    manifest_differences,
+    passed,
+    receipt_differences,
+    sentence,
+)
+from marnet_sdk.backends import BACKENDS
+from marnet_sdk.bundle import SOURCE, Bundle, read_bundle
+from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
+from marnet_sdk.errors import (
+    BundleCorrupt,
+    EnvironmentMismatch,
+    NotFound,
+    VerificationFailed,
+    requires_extra,
+)
+
+if TYPE_CHECKING:
+    from marnet_export.again import Verification
+
+_NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FORMAT = click.option(
+    "--format", "form", type=Choice(["table", "json"]), default="table", show_default=True
+)
+_CHECKPOINT = click.option(
+    "--checkpoint",
+    help="The checkpoint that it was made from: a folder, or ORG/NAME on the hub. Default: the one "
+    "in the bundle.",
+)
+_DATA = click.option(
+    "--data",
+    type=_FOLDER,
+    help="Verify on this data set's val split, not the checkpoint's samples.",
+)
+_PARTS = ("encoder", "loop", "head", "all")
+_SHOWN = 60  # characters of a value in a table
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="marnet")
+def main() -> None:
+    """Look into bundles, verify, compare and rebuild them.
+
+    \b
+    marnet-bundle inspect bundles/digits.marnet
+    marnet-bundle verify bundles/digits.marnet
+    """
+
+
+# --- inspect
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@_FORMAT
+def inspect(bundle: Path, form: str) -> None:
+    """Say what BUNDLE is: types, operating points, fidelity, versions, sizes.
+
+    Everything but text/ and source/ is checked against the manifest; nothing is run.
+    """
+    found = describe(read_bundle(bundle, lazily=True))
+    if form == "json":
+        print_json(found)
+        return
+    _print_overview(found)
+    _print_receipt(found["precision"]["receipt"])
+    _print_points(found)
+    if backends := found["fidelity"].get("backends"):
+        _print_backends(backends)
+    _print_versions(found)
+    rows = [
+        (folder, f"{size['files']:,}", f"{size['bytes']:,}")
+        for folder, size in found["sizes"].items()
+    ]
+    print_table("sizes", ("folder", "files", "bytes"), rows)
+    next_commands(f"marnet-bundle verify {shlex.quote(str(bundle))}")
+
+
+def _print_overview(found: Mapping[str, Any]) -> None:
+    labels, precision, sampling = found["labels"], found["precision"], found["sampling"]
+    if note := found["fidelity"].get("not_run"):
+        say(note)
+    first = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+    golden, fidelity = found["golden"], found["fidelity"]
+    rows = [
+        ("method", found["method"]),
+        ("labels", f"{len(labels)}: {first}"),
+        ("backend", found["backend"]),
+        ("precision asked", f"{precision['asked']}, loop {precision['loop']}"),
+        ("other products in", precision["compute"]),
+        ("noise", f"{sampling['noise']}, seed {sampling['seed']}"),
+        ("golden images", f"{golden['images']}, to {golden['tolerance']:g} of the largest logit"),
+        ("fidelity", sentence(fidelity)),
+    ]
+    if accuracy := fidelity.get("reference_accuracy"):
+        text = f"{fidelity['bundle_accuracy']:.2%}, of the checkpoint {accuracy:.2%}"
+        rows.append(("accuracy", text))
+    if floor := fidelity.get("instability"):
+        text = f"{floor['share']:.2%} of {floor['images']} images, over {len(floor['seeds'])} seeds"
+        rows.append(("labels that change with the noise", text))
+    held = {"text": "the text encoder", "source": "the checkpoint"}
+    rows += [
+        ("holds besides", " and ".join(what for key, what in held.items() if found[key]) or "-"),
+        ("made from", f"checkpoint {found['checkpoint_sha256']}"),
+        ("made on", found["created"]),
+        ("digest", found["digest"]),
+    ]
+    print_table(found["bundle"], ("", ""), rows)
+
+
+def _print_receipt(receipt: Mapping[str, Any]) -> None:
+    rows = [
+        (part, f"{s['multiply_adds']:,}", _shares(s["storage"]), _shares(s["compute"]))
+        for part in _PARTS
+        if (s := receipt.get(part))
+    ]
+    columns = ("part", "multiply-adds an image", "stored in", "multiplied in")
+    print_table("precision delivered, as read from the payload", columns, rows)
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.2%}" for name, share in ordered)
+
+
+def _print_points(found: Mapping[str, Any]) -> None:
+    sampling, fidelity = found["sampling"], found["fidelity"].get("operating_points", {})
+    rows = []
+    for name, point in sampling["points"].items():
+        threshold, measured = point["abstain_below"], fidelity.get(name)
+        rows.append(
+            (
+                name + (" (answers)" if name == sampling["default"] else ""),
+                point["sampler"] + (f", eta {point['eta']:g}" if point["eta"] else ""),
+                str(len(point["timesteps"])),
+                str(point["samples"]),
+                "-" if threshold is None else f"{threshold:.4f}",
+                "-" if measured is None else f"{measured['top1_agreement']:.2%}",
+            )
+        )
+    columns = ("operating point", "sampler", "steps", "samples", "abstain below", "agreement")
+    print_table("operating points", columns, rows)
+
+
+def _print_backends(backends: Sequence[Mapping[str, Any]]) -> None:
+    rows = []
+    for one in backends:
+        times = (one.get("milliseconds") or {}).items()
+        taken = ", ".join(f"{ms:.3g} for {count}" for count, ms in times)
+        reason = one.get("reason") or ""
+        rows.append((one["backend"], one["outcome"], taken or "-", reason))
+    columns = ("backend", "outcome", "ms for images", "reason")
+    print_table("backends that were tried", columns, rows)
+
+
+def _print_versions(found: Mapping[str, Any]) -> None:
+    built, here = found["built_for"], found["here"]
+    targets = f" ({', '.join(built['targets'])})" if built["targets"] else ""
+    rows = [("machine", f"{built['device']} {built['machine']}{targets}", here["machine"])]
+    for name, version in built["packages"].items():
+        now = here["differ"].get(name, (version, version))[1]
+        mark = " (differs)" if name in here["differ"] else ""
+        rows.append((name, version, (now or "not installed") + mark))
+    print_table("versions", ("", "built with", "here"), rows)
+    if here["unavailable"]:
+        say(f"{found['backend']} cannot run here: {here['unavailable']}")
+
+
+# --- verify
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@_CHECKPOINT
+@_DATA
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Least share of images whose label equals the checkpoint's. Default: the export's.",
+)
+@_FORMAT
+def verify(
+    bundle: Path,
+    checkpoint: str | None,
+    data: Path | None,
+    min_agreement: float | None,
+    form: str,
+) -> None:
+    """Check every byte of BUNDLE and do the export's whole verification again on this machine.
+
+    It is opened at every operating point, its precision is read from the payload once more, and it
+    must give the labels of the float32 checkpoint on real images with the same noise.
+
+    Exit code 3: it is not what was verified, or does not agree with the checkpoint. 5: it cannot
+    run here, or answers differently here than where it was built.
+    """
+    try:
+        found = read_bundle(bundle)
+    except BundleCorrupt as error:
+        _report(bundle, [failed("bytes", str(error))], None, {}, form)
+        raise VerificationFailed(str(error)) from error
+    count = len(found.manifest.files)
+    checks = [passed("bytes", f"{count} files and the manifest are what was written")]
+    try:
+        checks += check_here(found)
+        with requires_extra("export", *_NEEDS):
+            from marnet_export.again import source_of, verify_again
+        source = source_of(found, checkpoint)
+    except (NotFound, EnvironmentMismatch):
+        for check in checks:
+            say(f"{check.name}: {check.outcome}: {check.detail}")
+        say("not held against the float32 checkpoint")
+        raise
+    again = verify_again(found, source, data=data, min_agreement=min_agreement, say=say)
+    checks += again.checks
+    _report(bundle, checks, again, fidelity_of(found), form)
+    _end(found, checks, again.departure, form)
+
+
+def _report(
+    bundle: Path,
+    checks: Sequence[Check],
+    again: Verification | None,
+    exported: Mapping[str, Any],
+    form: str,
+) -> None:
+    if form == "json":
+        content = {"bundle": str(bundle), "passed": not any(c.outcome == FAILED for c in checks)}
+        content |= {"checks": [asdict(check) for check in checks], "exported": exported}
+        if again is not None:
+            measured = {name: fidelity.to_dict() for name, fidelity in again.fidelity.items()}
+            content |= {"here": measured, "trajectory": again.trajectory}
+            content |= {"departure": again.departure}
+        print_json(content)
+        return
+    print_table(str(bundle), ("check", "", ""), [(c.name, c.outcome, c.detail) for c in checks])
+    if again is not None and again.fidelity:
+        rows = list(_measured(again, exported))
+        print_table("against the float32 checkpoint", ("", "at the export", "here"), rows)
+
+
+_MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("images", "images", "{:,}".format),
+    ("top-1 agreement", "top1_agreement", "{:.2%}".format),
+    ("95 % interval", "top1_interval", lambda pair: f"{pair[0]:.2%} to {pair[1]:.2%}"),
+    ("top-5 agreement", "top5_agreement", "{:.2%}".format),
+    ("largest logit error", "logit_error_max", "{:.3g}".format),
+    ("mean logit error", "logit_error_mean", "{:.3g}".format),
+    ("largest logit", "largest_logit", "{:.3g}".format),
+    ("accuracy of the checkpoint", "reference_accuracy", "{:.2%}".format),
+    ("accuracy of the bundle", "bundle_accuracy", "{:.2%}".format),
+    ("labels that depend on the batch", "row_invariance.flips", "{:.0f}".format),
+    ("logits depend on it by", "row_invariance.max_difference", "{:.3g}".format),
+    ("NaN or infinite", "non_finite", "{:,}".format),
+)
+
+
+def _measured(again: Verification, exported: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows: what, at the export, here."""
+    rows: list[tuple[str, ...]] = []
+    points = exported.get("operating_points", {})
+    for name, fidelity in again.fidelity.items():
+        pair = [flatten(x) for x in (points.get(name, {}), fidelity.to_dict())]
+        at = f", {name}" if len(again.fidelity) > 1 else ""
+        for title, key, show in _MEASURES:
+            values = [x.get(key) for x in pair]
+            rows.append((title + at, *("-" if v is None else show(v) for v in values)))
+    ways = (exported.get("trajectory", []), again.trajectory)
+    worst = [max((row["error"] for row in way), default=0.0) for way in ways]
+    rows.append(("largest error along the trajectory", *(f"{w:.3g}" for w in worst)))
+    return rows
+
+
+def _end(bundle: Bundle, checks: Sequence[Check], departure: str | None, form: str) -> None:
+    """Raise if a check failed, else say what to run next."""
+    broken, path = [c for c in checks if c.outcome == FAILED], shlex.quote(str(bundle.path))
+    if not broken:
+        if form == "table":
+            next_commands(f"marnet-classify IMAGE --model {path}")
+        return
+    unlike = [c for c in broken if c.exit_code == VerificationFailed.exit_code]
+    kind, worst = (VerificationFailed, unlike[0]) if unlike else (EnvironmentMismatch, broken[0])
+    others = "; ".join(check.name for check in broken if check is not worst)
+    also = f" Also: {others}." if others else ""
+    where = f" {departure[0].upper()}{departure[1:]}." if departure else ""
+    named = "" if bundle.has(SOURCE) else " --checkpoint CHECKPOINT"
+    raise kind(
+        f"{bundle.path} fails {len(broken)} of {len(checks)} checks: {worst.name}: {worst.detail}."
+        f"{also}{where} Next: marnet-bundle rebuild {path}{named}"
+    )
+
+
+# --- diff
+
+
+@main.command()
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+@click.option("--no-run", is_flag=True, help="Do not open them; compare what they hold.")
+@_FORMAT
+def diff(a: Path, b: Path, no_run: bool, form: str) -> None:
+    """Show in what bundles A and B differ: settings, files, precision, fidelity and answers.
+
+    Both classify the golden images of both, at their default operating points.
+
+    Exit code 0: they give the same labels, or were not run. 1: a label differs.
+    """
+    bundles = [read_bundle(path, lazily=True) for path in (a, b)]
+    parts = {
+        "manifest": manifest_differences(*bundles),
+        "files": file_differences(*bundles),
+        "receipt": receipt_differences(*bundles),
+        "fidelity": fidelity_differences(*bundles),
+    }
+    answers = None if no_run else compare_answers(*bundles)
+    if form == "json":
+        print_json({"a": str(a), "b": str(b), **parts, "answers": answers and asdict(answers)})
+    else:
+        for title, found in parts.items():
+            if found:
+                rows = [(key, *(_short(value) for value in pair)) for key, pair in found.items()]
+                print_table(f"{title}: {len(rows)} differ", ("", str(a), str(b)), rows)
+        if not any(parts.values()):
+            say("the bundles hold the same")
+        _print_answers(answers, a, b)
+        next_commands(*(f"marnet-bundle verify {shlex.quote(str(path))}" for path in (a, b)))
+    if answers is not None and answers.differ:
+        sys.exit(1)
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _print_answers(answers: Answers | None, a: Path, b: Path) -> None:
+    if answers is None:
+        return
+    if answers.differ:
+        count = len(answers.differ)
+        print_table(f"labels: {count} differ", ("image", str(a), str(b)), answers.differ)
+    same = answers.images - len(answers.differ)
+    text = f"{same} of {answers.images} golden images get the same label"
+    if answers.logit_difference is None:
+        say(f"{text}; logits are not compared, as the sets of labels differ")
+        return
+    largest = answers.largest_logit
+    say(f"{text}; logits up to {largest:.3g} differ by up to {answers.logit_difference:.3g}")
+
+
+# --- rebuild
+
+
+def _changes(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that change a setting of the export; each is named after its setting."""
+    types = ["fp32", "bf16", "fp16"]
+    options = [
+        click.option("--backend", type=Choice(["auto", *BACKENDS]), help="What runs the bundle."),
+        click.option("--precision", type=Choice([*types, "int8"]), help="Type of the weights."),
+        click.option("--compute", type=Choice(types), help="Type of products that are not int8."),
+        click.option("--loop-precision", type=Choice([*types, "int8"]), help="Of the loop alone."),
+        click.option("--sampler", type=Choice(["ddpm", "ddim", "dpmpp"]), help="Reverse process."),
+        click.option("--eta", type=click.FloatRange(0), help="Of ddim."),
+        click.option("--steps", type=click.IntRange(1), help="Sampling steps."),
+        click.option("--samples", type=click.IntRange(1), help="Noise samples per image."),
+        click.option("--noise", type=Choice(["shared", "image"]), help="One noise, or by image."),
+        click.option("--seed", type=click.IntRange(0), help="Noise seed."),
+        click.option("--min-agreement", type=click.FloatRange(0, 1), help="Least agreement."),
+        click.option("--text/--no-text", default=None, help="With the text encoder, or without."),
+        click.option("--source/--no-source", default=None, help="With the checkpoint, or without."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("bundle", type=_FOLDER)
+@click.option("--output", "-o", type=_FOLDER, help="Bundle to write. Default: replaces BUNDLE.")
+@_CHECKPOINT
+@_DATA
+@_changes
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="GPU[,GPU...]",
+    help="GPUs to build for (sm86, sm89, ...), with --backend tensorrt. Without other changes, "
+    "their engines are added to a bundle of tensorrt as it is.",
+)
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it exists.")
+def rebuild(
+    bundle: Path,
+    output: Path | None,
+    checkpoint: str | None,
+    data: Path | None,
+    targets: tuple[str, ...],
+    force: bool,
+    **changes: Any,
+) -> None:
+    """Export the checkpoint that travels in BUNDLE again, on this machine.
+
+    \b
+    marnet-bundle rebuild digits.marnet
+    marnet-bundle rebuild digits.marnet --backend openvino -o digits-openvino.marnet
+
+    The settings are those of BUNDLE's export, but for those that are given here. A bundle that is
+    replaced stays as it is if anything fails.
+    """
+    with requires_extra("export", *_NEEDS):
+        from marnet_export.again import add_targets
+        from marnet_export.again import rebuild as export_again
+    given = {name: value for name, value in changes.items() if value is not None}
+    place = output or bundle
+    replace = force or output is None
+    names = tuple(name for target in targets for name in target.split(",") if name)
+    if names and not (given or checkpoint or data):
+        add_targets(bundle, place, names, overwrite=replace, say=say)
+    else:
+        given |= {"targets": names} if names else {}
+        arguments = {"checkpoint": checkpoint, "data": data, "overwrite": replace, "say": say}
+        export_again(bundle, place, given, **arguments)
+        say(sentence(fidelity_of(read_bundle(place, lazily=True))))
+    say(f"{'replaced' if output is None else 'wrote'} {place}")
+    model = shlex.quote(str(place))
+    compare = f"marnet-bundle diff {shlex.quote(str(bundle))} {model}"
+    more = [compare] if output is not None else []
+    next_commands(*more, f"marnet-classify IMAGE --model {model}")

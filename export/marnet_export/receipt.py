@@ -1,0 +1,79 @@
+"""The receipt: in which types the multiply-adds of a built bundle are stored and computed.
+
+It is read from what was built (`products` of each builder), never from what was asked for, and an
+export that did not deliver what was asked is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from marnet_export.builders import Product, Types
+from marnet_sdk.bundle import Share
+from marnet_sdk.errors import VerificationFailed
+
+# Share of a part's multiply-adds, of those that have weights, that must be in the types that were
+# asked for. Not all: small products and the first convolution stay in higher types on purpose.
+DELIVERED = 0.9
+ACTIVATION = "activation"  # the storage of a product of which no factor is a weight
+
+
+def receipt(products: Sequence[Product], steps: int, samples: int) -> dict[str, Share]:
+    """The share of multiply-adds of each type, of one image, by part and of "all".
+
+    Args:
+        steps, samples: S and K of the operating point that answers.
+    """
+    # The last step is behind the loop: its estimate is the answer, which the head reads.
+    times = {"encoder": 1, "loop": (steps - 1) * samples, "head": samples}
+    parts = {part: [p for p in products if p.part == part] for part, n in times.items() if n}
+    found = {part: _share(mine, times) for part, mine in parts.items() if mine}
+    return found | {"all": _share(products, times)}
+
+
+def _share(products: Sequence[Product], times: Mapping[str, int]) -> Share:
+    counts = [p.multiply_adds * times[p.part] for p in products]
+    total = sum(counts)
+
+    def by(kind: str) -> dict[str, float]:
+        sums: dict[str, int] = {}
+        for product, count in zip(products, counts, strict=True):
+            name = getattr(product, kind)
+            sums[name] = sums.get(name, 0) + count
+        return {name: round(count / total, 6) for name, count in sorted(sums.items())}
+
+    return Share(total, by("storage"), by("compute"))
+
+
+def check_delivered(products: Sequence[Product], asked: Mapping[str, Types], backend: str) -> None:
+    """Refuse a payload whose products are not in the types that were asked for.
+
+    Args:
+        asked: types of "encoder" and "loop".
+
+    Raises:
+        VerificationFailed: names the part, what was asked and what it has.
+    """
+    for part, types in asked.items():
+        mine = [p for p in products if p.part == part and p.storage != ACTIVATION]
+        if not mine:
+            raise VerificationFailed(
+                f"{backend}: no product of the {part} was found in what was built, so nothing "
+                "proves its precision; no bundle was written"
+            )
+        compute = "int8" if types.storage == "int8" else types.compute
+        share = _share(mine, {part: 1})
+        if (
+            share.storage.get(types.storage, 0.0) < DELIVERED
+            or share.compute.get(compute, 0.0) < DELIVERED
+        ):
+            raise VerificationFailed(
+                f"{backend}: the {part} was asked to be stored in {types.storage} and multiplied "
+                f"in {compute}, but what was built stores {_percent(share.storage)} and multiplies "
+                f"in {_percent(share.compute)}; no bundle was written. Try another --precision or "
+                "--backend"
+            )
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares.items())

@@ -1,0 +1,272 @@
+"""The text encoder of a bundle: from texts to embeddings that images can be compared with.
+
+text/text.*                 the graph, ids and mask -> x_s
+text/tokenizer.json         with truncation and padding in it, so that `tokenizers` is all it needs
+text/alignment.safetensors  the projections of image and text features, eq. (7) and (8)
+text/golden.*               a few texts and the embeddings they gave when the bundle was built
+
+Nothing of it is read to classify.
+Axes: N texts, L tokens, D_v and D_s widths of the encoders' features, D of the common space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from marnet_sdk.backends import Floats, Integers, TextEncoder, open_text
+from marnet_sdk.bundle import TEXT, Bundle
+from marnet_sdk.errors import (
+    BackendUnavailable,
+    BundleFormatError,
+    InferenceError,
+    InvalidInput,
+    SelfTestFailed,
+    requires_extra,
+)
+
+TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
+GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"
+LEAKY_SLOPE = 0.01  # of g in eq. (7) and (8)
+
+Tokenize = Callable[[Sequence[str]], tuple[Integers, Integers]]  # -> ids and mask [N, L]
+
+
+def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
+    """The texts as a list, and whether it was a single one.
+
+    Raises:
+        InvalidInput: it is neither a text nor many of them; names the first that is none.
+    """
+    if isinstance(texts, str):
+        return [_check_text(texts, "the text")], True
+    if isinstance(texts, bytes | bytearray | memoryview) or not isinstance(texts, Iterable):
+        raise InvalidInput(
+            f"texts: got {type(texts).__name__}; expected a str, or a list or iterator of them"
+        )
+    return [_check_text(text, f"text {i}") for i, text in enumerate(texts)], False
+
+
+def _check_text(text: str, name: str) -> str:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{name}: got {type(text).__name__}; expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{name}: its character {error.start} is half of a surrogate pair, which no tokenizer "
+            'takes; decode its bytes with errors="replace"'
+        ) from error
+    return str(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The projections into the space in which images and texts are compared."""
+
+    vision_weight: Floats  # [D, D_v]
+    vision_bias: Floats  # [D]
+    text_weight: Floats  # [D, D_s]
+    text_bias: Floats  # [D]
+
+    def images(self, x_v: Floats) -> Floats:
+        """x_v' = g(E_v(x_v)), eq. (7), of length 1: [B, D_v] -> [B, D]."""
+        return _project(x_v, self.vision_weight, self.vision_bias)
+
+    def texts(self, x_s: Floats) -> Floats:
+        """x_s' = g(E_s(x_s)), eq. (8), of length 1: [B, D_s] -> [B, D]."""
+        return _project(x_s, self.text_weight, self.text_bias)
+
+
+def _project(x: Floats, weight: Floats, bias: Floats) -> Floats:
+    y = x @ weight.T + bias
+    y = np.where(y < 0, np.float32(LEAKY_SLOPE) * y, y)
+    return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), np.float32(1e-12))
+
+
+@dataclass(frozen=True, eq=False)
+class TextEmbedder:
+    """An opened text encoder. May be called from several threads at once."""
+
+    tokenize: Tokenize
+    encode: TextEncoder
+    alignment: Alignment
+
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
+        """Aligned embeddings of length 1, [N, D].
+
+        Raises:
+            InvalidInput: a text without a single token.
+            InferenceError: the encoder gives NaN or infinity.
+        """
+        parts = [np.empty((0, len(self.alignment.text_bias)), np.float32)]
+        for start in range(0, len(texts), batch_size):
+            x_s = self.features(texts[start : start + batch_size], start)
+            parts.append(self.alignment.texts(x_s))
+        return np.concatenate(parts)
+
+    def features(self, texts: Sequence[str], start: int = 0) -> Floats:
+        """x_s [N, D_s] of one batch; errors count its texts from `start`."""
+        ids, mask = self.tokenize(texts)
+        if len(empty := np.flatnonzero(~mask.any(axis=1))):
+            text = texts[empty[0]]
+            raise InvalidInput(
+                f"text {start + empty[0]}: {text!r} gives no token; expected at least one word"
+            )
+        x_s = self.encode(ids, mask)
+        if len(bad := np.flatnonzero(~np.isfinite(x_s).all(axis=1))):
+            text = texts[bad[0]]
+            raise InferenceError(
+                f"the features of text {start + bad[0]} ({text[:40]!r}) hold NaN or infinity; "
+                "expected finite numbers: export the bundle again with --precision fp32"
+            )
+        return x_s
+
+
+OpenText = Callable[[str, Path, str, int | None], TextEncoder]
+
+
+def open_embedder(
+    folder: Path,
+    backend: str,
+    compute: str,
+    threads: int | None = None,
+    *,
+    opened_by: OpenText = open_text,
+) -> TextEmbedder:
+    """Open the text encoder in `folder`, a bundle's text/.
+
+    Args:
+        compute, threads: as of `marnet_sdk.backends.open_backend`.
+        opened_by: what opens the graph.
+
+    Raises:
+        MissingExtra: tokenizers, or a package of the backend, is not installed.
+        BackendUnavailable: the installed ones cannot read what is there.
+        BundleFormatError: the projections are not what they should be.
+    """
+    tokenize = open_tokenizer(folder / TOKENIZER)
+    with _malformed(folder / ALIGNMENT):
+        arrays = load_file(folder / ALIGNMENT)
+        alignment = Alignment(**arrays)
+        shapes = {name: array.shape for name, array in arrays.items()}
+        width = shapes["text_bias"]
+        fits = len(width) == 1 and shapes["vision_bias"] == width
+        for name in ("vision_weight", "text_weight"):
+            fits = fits and len(shapes[name]) == 2 and shapes[name][:1] == width
+        if not fits:
+            raise ValueError(f"the shapes {shapes} do not fit each other")
+    return TextEmbedder(tokenize, opened_by(backend, folder, compute, threads), alignment)
+
+
+def open_tokenizer(path: Path) -> Tokenize:
+    """Open a tokenizer.json that truncates and pads.
+
+    Raises:
+        MissingExtra: tokenizers is not installed.
+        BackendUnavailable: the installed one cannot read the file.
+    """
+    with requires_extra("text", "tokenizers"):
+        import tokenizers
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers has no narrower type for a file that it cannot parse
+        raise BackendUnavailable(
+            f"tokenizers {tokenizers.__version__} cannot read {path}: {error}; upgrade with: "
+            "pip install --upgrade tokenizers"
+        ) from error
+
+    def tokenize(texts: Sequence[str]) -> tuple[Integers, Integers]:
+        found = tokenizer.encode_batch(list(texts))
+        ids, mask = [e.ids for e in found], [e.attention_mask for e in found]
+        return np.array(ids, np.int64), np.array(mask, np.int64)
+
+    return tokenize
+
+
+def open_text_part(
+    bundle: Bundle, threads: int | None, mismatch: Callable[[str], str]
+) -> TextEmbedder:
+    """Check, open and test the text encoder of a bundle.
+
+    Args:
+        mismatch: the message for golden answers that are not reproduced.
+
+    Raises:
+        BundleFormatError: the bundle has none, or not all of it.
+        BundleCorrupt, BundleError: a file is not what was written, or cannot be read.
+        MissingExtra, BackendUnavailable: it cannot run here.
+        SelfTestFailed: it does not give its golden embeddings.
+    """
+    if not bundle.has(TEXT):
+        manifest = bundle.manifest
+        raise BundleFormatError(
+            f"{bundle.path} has no text encoder: it was exported with --no-text, or its method has "
+            "none. To match texts, export it again without --no-text: marnet-export "
+            f"--backend {manifest.backend} --precision {manifest.precision.asked}"
+        )
+    folder = bundle.check(TEXT)
+    needed = (TOKENIZER, ALIGNMENT, GOLDEN_TEXTS, GOLDEN_EMBEDDINGS)
+    for path in (*(folder / name for name in needed), *folder.rglob("*")):
+        if not path.is_dir():
+            bundle.file(path.relative_to(bundle.path).as_posix())
+    with _malformed(folder / GOLDEN_TEXTS):
+        golden = json.loads((folder / GOLDEN_TEXTS).read_text("utf-8"))
+        texts, _ = check_texts(golden["texts"])
+        compute, least = str(golden["compute"]), float(golden["min_cosine"])
+        if not texts:
+            raise ValueError("no texts")
+    with _malformed(folder / GOLDEN_EMBEDDINGS):
+        expected = load_file(folder / GOLDEN_EMBEDDINGS)["embeddings"]
+    embedder = open_embedder(folder, bundle.manifest.backend, compute, threads)
+    _self_test(embedder, texts, expected, least, mismatch)
+    return embedder
+
+
+def _self_test(
+    embedder: TextEmbedder,
+    texts: list[str],
+    expected: Floats,
+    least: float,
+    mismatch: Callable[[str], str],
+) -> None:
+    try:
+        got = embedder(texts)
+    except (InferenceError, InvalidInput) as error:
+        raise SelfTestFailed(mismatch(str(error))) from error
+    if got.shape != expected.shape:
+        raise SelfTestFailed(
+            mismatch(f"golden texts give embeddings {got.shape}, expected {expected.shape}")
+        )
+    found = float(cosines(got, expected).min())
+    if not found >= least:  # NaN too
+        raise SelfTestFailed(
+            mismatch(
+                f"embeddings of golden texts have a cosine similarity of {found:.6f} to those of "
+                f"the export (at least {least:g} is expected)"
+            )
+        )
+
+
+def cosines(a: Floats, b: Floats) -> np.ndarray:
+    """Cosine similarity of each row of a [N, D] to the same row of b, in float64: [N]."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    return (x * y).sum(axis=1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+
+
+@contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """Name the file whose content is not what the format prescribes."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, InvalidInput, SafetensorError) as error:
+        raise BundleFormatError(
+            f"{path} lacks what matching needs: {error}; export the bundle again"
+        ) from error

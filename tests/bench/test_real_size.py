@@ -1,0 +1,58 @@
+"""Real sizes: exports of minutes, which run with `pytest -m slow` and keep what they measure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from marnet_export.builders import BUILDERS, PRECISIONS
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks/real_size.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("real_size", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_backend_that_runs_here_is_exported_in_every_precision(script):
+    asked = {(settings.backend, settings.precision) for settings in script.builds()}
+    assert asked == {(b, p) for b in BUILDERS if b != "tensorrt" for p in PRECISIONS}
+
+
+def test_the_fastest_bundle_is_held_to_the_fastest_peer_of_its_precision(script):
+    medians = {"marnet a bf16": 2, "marnet b bf16": 3, "marnet c int8": 1, "x bf16": 8, "y bf16": 4}
+    precision = {name: name.split()[-1] for name in medians}
+    taken = {name: np.full(9, float(median)) for name, median in medians.items()}
+    found = [(r["bundle"], r["peer"], r["ratio"]) for r in script.ratios(taken, precision)]
+    assert found == [("marnet a bf16", "y bf16", 2.0), ("marnet c int8", "y bf16", 4.0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vit-b16", "swin-t", "resnet-50"])
+def test_a_model_of_real_size_is_exported_and_measured_in_every_form(model):
+    day = datetime.now(UTC).date().isoformat()
+    output = ROOT / f"benchmarks/results/{day}-cpu-real-size-{model}.json"
+    subprocess.run([sys.executable, SCRIPT, "--model", model, "--output", output], check=True)
+    report = json.loads(output.read_text())
+    exported = [row for row in report["rows"] if "backend" in row]
+    for row in exported:
+        assert "refused" in row or row["agreement"] >= 0.99, row["name"]
+        assert row["peak_mb"] > 0
+    delivered = {(row["backend"], row["precision"]) for row in exported if "refused" not in row}
+    assert {("openvino", p) for p in PRECISIONS} <= delivered
+    assert {(b, "fp32") for b in BUILDERS if b != "tensorrt"} <= delivered

@@ -1,0 +1,85 @@
+"""`auto` keeps the fastest backend that passes, and no backend can spoil it for the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from marnet_export import fastest
+from marnet_export.fastest import export_fastest
+from marnet_export.pipeline import Settings
+from marnet_sdk.bundle import read_bundle
+from marnet_sdk.classifier import Classifier
+from marnet_sdk.errors import ExportError
+
+SETTINGS = Settings("auto", "fp16", steps=10, min_agreement=0.98)
+# Every process that Python starts with this on its path imports it first.
+CRASH = """
+import importlib.abc, os, sys
+
+class Crash(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "marnet_export.builders.torchscript":
+            os.abort()
+
+sys.meta_path.insert(0, Crash())
+"""
+
+
+@pytest.fixture
+def two_backends(monkeypatch) -> None:
+    chosen = {name: fastest.BUILDERS[name] for name in ("onnxruntime", "torchscript")}
+    monkeypatch.setattr(fastest, "BUILDERS", chosen)
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(checkpoint, tmp_path):
+    said: list[str] = []
+    path = tmp_path / "bundles" / "auto.marnet"
+    ranked = export_fastest(checkpoint, path, SETTINGS, say=said.append)
+    bundle = read_bundle(path)  # every byte
+    listed = json.loads(bundle.file("fidelity.json").read_text())["backends"]
+    assert [row["backend"] for row in listed] == [c.backend for c in ranked]
+    assert {row["backend"] for row in listed} == {"onnxruntime", "torchscript"}
+    assert bundle.manifest.backend == listed[0]["backend"]
+    times = [row["milliseconds"]["1"] for row in listed]
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert {row["outcome"] for row in listed} == {"passed"}
+    assert bundle.has("text")
+    assert bundle.has("source")
+    assert bundle.manifest.settings["backend"] == "auto"  # so that a rebuild chooses again
+    assert said[-1] == f"{listed[0]['backend']} is the fastest here"
+    assert Classifier(path).predict(sorted((checkpoint / "samples").glob("*.png"))[:2])
+    assert [entry.name for entry in path.parent.iterdir()] == ["auto.marnet"]
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_a_builder_that_crashes_is_a_line_of_the_report(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(CRASH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    path = tmp_path / "auto.marnet"
+    ranked = export_fastest(checkpoint, path, SETTINGS)
+    assert [(c.backend, c.outcome) for c in ranked] == [
+        ("onnxruntime", "passed"),
+        ("torchscript", "crashed"),
+    ]
+    assert ranked[1].reason.startswith("signal SIGABRT")
+    listed = json.loads((path / "fidelity.json").read_text())["backends"]
+    assert listed[1]["outcome"] == "crashed"
+
+
+def test_where_none_passes_every_reason_is_given_and_nothing_is_written(
+    checkpoint, tmp_path, monkeypatch
+):
+    chosen = {"torchscript": fastest.BUILDERS["torchscript"]}
+    monkeypatch.setattr(fastest, "BUILDERS", chosen)
+    path: Path = tmp_path / "bundles" / "auto.marnet"
+    with pytest.raises(
+        ExportError, match=r"no backend could be built.*torchscript: refused: .*int8.*--precision"
+    ):
+        export_fastest(checkpoint, path, Settings("auto", "int8", steps=10))
+    assert list(path.parent.iterdir()) == []

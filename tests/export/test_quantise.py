@@ -1,0 +1,334 @@
+"""int8: its ranges, and that what is built in it is the same classifier whatever the batch."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from calibration import calibrate
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make_model, plain_refine, tables_of
+from tolerances import FLOAT32_TWICE, INT8
+
+from marnet_export.builders import Calibration, Types, builder
+from marnet_export.lower import Lowered, lower, lower_marnet
+from marnet_export.plan import make_plan
+from marnet_export.quantise import (
+    IMAGES,
+    LEVELS,
+    Range,
+    loop_ranges,
+    quantised_rows,
+    require_calibration,
+)
+from marnet_sdk.backends import Backend, Floats, open_backend
+from marnet_sdk.errors import ExportError, MissingExtra
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.diffusion import SamplerTable, sampler_table
+from marnet_train.models.marnet import MARNet
+
+BACKENDS = ("onnxruntime", "openvino")
+INT8_TYPES, FLOAT_TYPES = Types("int8", "fp32"), Types("fp32", "fp32")
+
+
+def build(
+    backend: str, lowered: Lowered, calibration: Calibration, payload: Path, types: Types
+) -> None:
+    payload.mkdir(parents=True)
+    module, pixels = builder(backend), torch.from_numpy(calibration.pixels[:2])
+    module.build_encoder(lowered, pixels, types, payload, calibration=calibration)
+    module.build_refine(lowered, types, payload, calibration=calibration)
+
+
+def ddpm(model: MARNet) -> SamplerTable:
+    return sampler_table(model.config.schedule, "ddpm")
+
+
+# Ranges
+
+
+@given(st.floats(-1e6, 0), st.floats(0, 1e6))
+def test_a_range_has_zero_and_both_ends_among_its_steps(least, largest):
+    values = Range(least, largest)
+    low, high = values.ends
+    assert 0 <= values.zero_point < LEVELS
+    assert low <= least + values.scale / 2
+    assert high >= largest - values.scale / 2
+    assert high - low == pytest.approx((LEVELS - 1) * values.scale)
+
+
+def test_an_activation_that_is_always_zero_has_a_range_too():
+    assert Range(0.0, 0.0).scale == 1.0
+    assert Range(0.0, 0.0).zero_point == 0
+
+
+def test_rows_have_scales_of_their_own_and_zeros_stay_zeros():
+    weight = np.random.default_rng(0).standard_normal((5, 7)) * [[1e-3], [1], [1e3], [0], [5]]
+    stored, scale = quantised_rows(weight)
+    assert (stored.dtype, scale.shape) == (np.int8, (5, 1))
+    assert np.abs(stored).max(axis=1).tolist() == [127, 127, 127, 0, 127]
+    assert (np.abs(stored * scale - weight) <= scale * 0.501).all()
+
+
+@pytest.mark.parametrize("carry", ["hidden", "feature"])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_ranges_are_those_of_every_step_image_and_sample(carry, steps):
+    model = make_model(hidden=16, dim=24)
+    plan = make_plan(model, carry)
+    calibration = calibrate(model, plan=plan, sampler="dpmpp", steps=steps, samples=3)
+    found = loop_ranges(lower_marnet(model, plan), calibration)
+    wanted = inputs_of_products(model, plan, calibration)
+    assert found.keys() == wanted.keys()
+    for name, (least, largest) in wanted.items():
+        assert found[name].least == pytest.approx(min(least, 0), rel=FLOAT32_TWICE, abs=1e-6)
+        assert found[name].largest == pytest.approx(largest, rel=FLOAT32_TWICE, abs=1e-6)
+
+
+def inputs_of_products(model: MARNet, plan, calibration: Calibration):
+    """The same in NumPy: least and largest input of each product of the loop."""
+    mean, std = plan.standardise
+    q = ((calibration.x_v - mean) / std @ plan.condition_weight.T)[:, None]
+    rows = len(calibration.x_v), calibration.bias.shape[2], len(plan.carry_weight)
+    state = previous = np.zeros(rows)
+    seen: dict[str, list] = {}
+
+    def product(name, x, weight, bias=0.0):
+        seen.setdefault(name, []).append(x)
+        return x @ weight.T + bias
+
+    def leaky(y):
+        return np.maximum(y, 0.01 * y)
+
+    last = len(calibration.coefficients) - 1
+    for i, (a, b, c) in enumerate(calibration.coefficients):
+        into = state if plan.carry == "hidden" else product("input", state, plan.input_weight)
+        h = leaky(into + q + calibration.bias[i])
+        h = leaky(product("hidden2", h, *plan.hidden2))
+        h = leaky(product("hidden3", h, *plan.hidden3))
+        gained = product("carry", h, plan.carry_weight)
+        if i == last and i > 0:
+            seen["carry"].pop()  # the last step gives its estimate, and gains nothing
+        state, previous = a * state + b * gained + c * previous, gained
+    return {name: (np.min(xs), np.max(xs)) for name, xs in seen.items()}
+
+
+def test_many_samples_are_ranged_on_fewer_images():
+    model = make_model()
+    one = calibrate(model, steps=3, samples=IMAGES)
+    some = replace(one, x_v=one.x_v[:1])
+    assert loop_ranges(lower(model), one) == loop_ranges(lower(model), some)
+
+
+def test_a_chain_that_diverges_is_refused_by_the_product_where_it_does():
+    model = make_model()
+    lowered = lower(model)
+    broken = calibrate(model, steps=5)
+    broken.coefficients[1] = np.inf
+    with pytest.raises(ExportError, match=r"the reverse chain's hidden2 .* its denoiser does not"):
+        loop_ranges(lowered, broken)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_without_images_is_refused(backend, tmp_path):
+    lowered = lower(make_model())
+    module = builder(backend)
+    with pytest.raises(ExportError, match=r"int8 needs images to calibrate on.*--data"):
+        module.build_encoder(lowered, torch.rand(2, 3, 32, 32), INT8_TYPES, tmp_path)
+    with pytest.raises(ExportError, match="int8 needs images"):
+        module.build_refine(lowered, INT8_TYPES, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("pixels", "images"), ("x_v", "image features"), ("bias", "tables")]
+)
+def test_calibration_that_is_not_finite_is_refused_by_name(field, name):
+    calibration = calibrate(make_model(), steps=2)
+    getattr(calibration, field).flat[-1] = np.nan
+    with pytest.raises(ExportError, match=f"the {name} to calibrate int8 on hold NaN"):
+        require_calibration(calibration, INT8_TYPES)
+
+
+def test_only_int8_is_calibrated_and_on_so_many_images():
+    calibration = calibrate(make_model(), steps=2)
+    assert require_calibration(calibration, FLOAT_TYPES) is None
+    more = replace(
+        calibration,
+        pixels=np.repeat(calibration.pixels, 10, axis=0),
+        x_v=np.repeat(calibration.x_v, 10, axis=0),
+        bias=np.repeat(calibration.bias, 400, axis=1),  # a row of noise for each image
+    )
+    cut = require_calibration(more, INT8_TYPES)
+    assert cut is not None
+    assert (len(cut.pixels), len(cut.x_v), cut.bias.shape[1]) == (IMAGES,) * 3
+
+
+# What is built
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path) -> tuple[MARNet, Floats]:
+    """A trained model, and all of its validation images."""
+    loaded = load_checkpoint(checkpoint)
+    return loaded.model, loaded.preprocess.pixels(sorted(loaded.samples.glob("*.png")))
+
+
+@pytest.fixture(scope="module")
+def built(trained, tmp_path_factory) -> Callable[[str], Path]:
+    """backend -> the payload of the trained model in int8. Read-only."""
+    known: dict[str, Path] = {}
+
+    def make(backend: str) -> Path:
+        if backend not in known:
+            model, pixels = trained
+            payload = tmp_path_factory.mktemp("int8") / backend
+            build(backend, lower(model), calibrate(model, pixels[:100]), payload, INT8_TYPES)
+            known[backend] = payload
+        return known[backend]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def opened(built) -> Callable[[str], Backend]:
+    known: dict[str, Backend] = {}
+
+    def make(backend: str) -> Backend:
+        if backend not in known:
+            known[backend] = open_backend(backend, built(backend), "fp32", 1)
+        return known[backend]
+
+    return make
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trained_model_gives_the_same_labels_in_int8(backend, opened, trained):
+    model, pixels = trained
+    run, table = opened(backend), ddpm(model)
+    with torch.inference_mode():
+        x_v = model.vision(torch.from_numpy(pixels)).numpy()
+    want = plain_refine(model, table, x_v)[0]
+    got = run.refine(run.encode(pixels), tables_of(model, make_plan(model), table))[0]
+    assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.99
+    assert 1e-4 < np.abs(got - want).max() / np.abs(want).max() < INT8
+
+
+@pytest.mark.parametrize(("steps", "samples"), [(1, 1), (1, 2), (2, 1), (20, 2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_int8_file_serves_every_batch_number_of_steps_and_samples(
+    backend, steps, samples, opened, trained
+):
+    model, pixels = trained
+    run, table = opened(backend), sampler_table(model.config.schedule, "dpmpp", steps)
+    tables = tables_of(model, make_plan(model), table, seed=3, samples=samples)
+    with torch.inference_mode():
+        x_v = model.vision(torch.from_numpy(pixels[:64])).numpy()
+    want = plain_refine(model, table, x_v, seed=3, samples=samples)[0]
+    for batch in (1, 5, 64):
+        got = run.refine(run.encode(pixels[:batch]), tables)[0]
+        assert got.shape == (batch, samples, len(model.config.labels))
+        assert np.abs(got - want[:batch]).max() / np.abs(want).max() < INT8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_int8_answer_does_not_depend_on_the_other_images(backend, opened, trained):
+    """Neither on how many there are, nor on how far beyond any range they reach."""
+    model, pixels = trained
+    run = opened(backend)
+    tables = tables_of(model, make_plan(model), sampler_table(model.config.schedule, "ddpm", 10))
+    loud = pixels[:9].copy()
+    loud[1:] *= 50
+
+    def answer(images: Floats) -> Floats:
+        return run.refine(run.encode(images), tables)[0]
+
+    alone = answer(pixels[:1])
+    for images in (pixels[:9], loud):
+        np.testing.assert_allclose(answer(images)[:1], alone, rtol=FLOAT32_TWICE, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_images_give_the_same_int8_weights_and_scales(backend, built, trained, tmp_path):
+    model, pixels = trained
+    build(backend, lower(model), calibrate(model, pixels[:100]), tmp_path / "again", INT8_TYPES)
+    for path in built(backend).iterdir():
+        if path.suffix in (".bin", ".onnx"):
+            assert weights_of(tmp_path / "again" / path.name) == weights_of(path), path.name
+
+
+def weights_of(path: Path) -> list[bytes]:
+    """All constants, in the order of the file."""
+    if path.suffix == ".bin":
+        return [path.read_bytes()]
+    return [tensor.SerializeToString() for tensor in onnx.load(path).graph.initializer]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_encoder_and_a_loop_may_have_types_of_their_own(backend, trained, tmp_path):
+    model, pixels = trained
+    lowered, calibration = lower(model), calibrate(model, pixels[:50])
+    module, example = builder(backend), torch.from_numpy(pixels[:2])
+    module.build_encoder(lowered, example, INT8_TYPES, tmp_path, calibration=calibration)
+    module.build_refine(lowered, FLOAT_TYPES, tmp_path, calibration=calibration)
+    run, table = (
+        open_backend(backend, tmp_path, "fp32", 1),
+        sampler_table(model.config.schedule, "ddpm"),
+    )
+    x_v = run.encode(pixels[:20])
+    want = plain_refine(model, table, x_v)[0]
+    got = run.refine(x_v, tables_of(model, make_plan(model), table))[0]
+    assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantising_leaves_the_model_and_the_loggers_as_they_were(backend, tmp_path):
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    root = logging.getLogger()
+    logs = logging.getLoggerClass(), list(root.handlers), root.level
+    build(backend, lower(model), calibrate(model, steps=3), tmp_path / "payload", INT8_TYPES)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert (logging.getLoggerClass(), list(root.handlers), root.level) == logs
+
+
+def test_without_nncf_the_pip_line_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    model = make_model()
+    with pytest.raises(MissingExtra, match=r'pip install "marnet\[export\]"'):
+        build("openvino", lower(model), calibrate(model, steps=3), tmp_path / "p", INT8_TYPES)
+
+
+def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
+    """NNCF has telemetry, a progress bar and a logger; ONNX Runtime's tools have loggers."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from calibration import calibrate\n"
+        "from test_quantise import BACKENDS, INT8_TYPES, build\n"
+        "from tiny import make_model\n"
+        "from marnet_export.lower import lower\n"
+        "model = make_model()\n"
+        "for backend in BACKENDS:\n"
+        f"    folder = Path({str(tmp_path / 'payload')!r}) / backend\n"
+        "    build(backend, lower(model), calibrate(model, steps=3), folder, INT8_TYPES)\n"
+        "print('openvino_telemetry' in sys.modules)\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={"HOME": str(home), "PATH": "", "PYTHONPATH": f"{here}:{here.parent}"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert list(home.iterdir()) == []

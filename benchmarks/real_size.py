@@ -106,14 +106,14 @@ def _crops() -> Iterator[tuple[str, bytes]]:
 # Exports
 
 
-def builds() -> Iterator[Settings]:
+def builds(text: bool = True) -> Iterator[Settings]:
     """Every backend in every precision, and int8 also with the rest in bf16."""
     for backend in BUILDERS:
         if backend in CPU_ONLY:
             continue
         for precision in PRECISIONS:
-            yield Settings(backend, precision, source=False)
-    yield Settings("openvino", "int8", compute="bf16", source=False)
+            yield Settings(backend, precision, text=text, source=False)
+    yield Settings("openvino", "int8", compute="bf16", text=text, source=False)
 
 
 def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[
                 yield {"bundle": mine, "peer": other, "ratio": ratio, "low": low, "high": high}
 
 
-def run(name: str, train_steps: int, duration: float) -> dict[str, Any]:
+def run(name: str, train_steps: int, duration: float, *, text: bool = True) -> dict[str, Any]:
     """Export, open and measure everything of one model."""
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -265,7 +265,7 @@ def run(name: str, train_steps: int, duration: float) -> dict[str, Any]:
         write_checkpoint(checkpoint, name, train_steps)
         rows, calls, precision = [], {}, {}
         opened: list[Classifier] = []
-        for settings in builds():
+        for settings in builds(text):
             rest = f"-{settings.compute}" if settings.compute else ""
             key = f"marnet {settings.backend} {settings.precision}{rest}"
             path = Path(scratch) / key.replace(" ", "-")
@@ -292,6 +292,7 @@ def run(name: str, train_steps: int, duration: float) -> dict[str, Any]:
         "what": __doc__,
         "model": name,
         "train_steps": train_steps,
+        "text": text,
         "threads": threads,
         "rows": rows,
         "ratios": compared,
@@ -332,9 +333,10 @@ def show(report: dict[str, Any]) -> None:
 @click.option(
     "--duration", type=float, default=20.0, show_default=True, help="Seconds for each batch size."
 )
-def main(model: str, output: Path, train_steps: int, duration: float) -> None:
+@click.option("--text/--no-text", default=True, help="Export the text encoder, BERT-base, too.")
+def main(model: str, output: Path, train_steps: int, duration: float, text: bool) -> None:
     """Export and measure at real sizes, with random weights."""
-    report = run(model, train_steps, duration)
+    report = run(model, train_steps, duration, text=text)
     output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     show(report)
 

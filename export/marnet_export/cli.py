@@ -133,6 +133,13 @@ class Steps(click.IntRange):
     "Default: the one of this machine.",
 )
 @click.option(
+    "--tensorrt-route",
+    type=Choice(["onnx", "torch-tensorrt"]),
+    default="onnx",
+    show_default=True,
+    help="What builds tensorrt's encoder for the GPU that is here; torch-tensorrt is an extra.",
+)
+@click.option(
     "--text/--no-text",
     default=True,
     show_default=True,
@@ -167,6 +174,7 @@ def main(
     min_agreement: float | None,
     data: Path | None,
     target: str,
+    tensorrt_route: str,
     text: bool,
     source: bool,
     explain: bool,
@@ -206,6 +214,7 @@ def main(
         latency_budget_ms=latency_budget_ms,
         target_risk=target_risk,
         targets=tuple(name.strip() for name in target.split(",") if name.strip()),
+        route=tensorrt_route,
         text=text,
         source=source,
     )

@@ -107,6 +107,7 @@ TABLES = f"{PAYLOAD}/tables.safetensors"
 CALIBRATION = 256  # images that the ranges of int8 are measured on
 AUTO = "auto"
 NOISES = ("shared", "image")
+ROUTES = ("onnx", "torch-tensorrt")
 FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 
 
@@ -129,6 +130,7 @@ class Settings:
     latency_budget_ms: float | None = None
     target_risk: float | None = None  # share of the answers that may be wrong
     targets: tuple[str, ...] = ()  # GPUs to build for ahead of time; none: the one that is here
+    route: str = "onnx"  # of tensorrt's encoder: or "torch-tensorrt"
     text: bool = True  # with the text encoder, for matching
     source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
 
@@ -141,6 +143,7 @@ class Settings:
             ("compute", self.compute or "fp32", FLOATS),
             ("sampler", self.sampler or "ddpm", SAMPLERS),
             ("noise", self.noise, NOISES),
+            ("route", self.route, ROUTES),
         ):
             if value not in choices:
                 near = nearest(value, choices)
@@ -151,6 +154,10 @@ class Settings:
             raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
         if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
             raise InvalidInput(f"eta: got {self.eta}, but it is for ddim: add --sampler ddim")
+        if self.route != ROUTES[0] and self.backend != "tensorrt":
+            raise InvalidInput(
+                f"route: got {self.route!r} for {self.backend}; it is for --backend tensorrt"
+            )
         if not 0 < self.max_drop < 1:
             raise InvalidInput(f"max_drop: got {self.max_drop}, expected more than 0, less than 1")
         if not 0 <= self.seed < 2**64:
@@ -328,7 +335,8 @@ class _Job:
             pixels = self.images.pixels
             example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
             more = self.options(arrays, sampling)
-            module.build_encoder(self.lowered, example, encoder, payload, **more)
+            route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
+            module.build_encoder(self.lowered, example, encoder, payload, **more, **route)
             module.build_refine(self.lowered, loop, payload, **more)
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)

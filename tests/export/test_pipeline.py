@@ -334,6 +334,8 @@ def test_a_risk_that_cannot_be_shown_stops_the_export(checkpoint, bundles):
     [
         ({"backend": "onnx"}, "backend: got 'onnx', expected one of"),
         ({"sampler": "euler"}, "sampler: got 'euler', expected one of ddpm, ddim, dpmpp"),
+        ({"route": "torch-tensorrt"}, "route: got 'torch-tensorrt' for torchscript; it is for"),
+        ({"route": "trt"}, "route: got 'trt', expected one of onnx, torch-tensorrt"),
         ({"noise": "none"}, "noise: got 'none', expected one of shared, image"),
         ({"sampler": "dpmpp", "eta": 0.5}, "eta: got 0.5, but it is for ddim"),
         ({"eta": 0.5}, "eta: got 0.5, but it is for ddim: add --sampler ddim"),

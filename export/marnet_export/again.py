@@ -32,6 +32,7 @@ from marnet_export.lower import Lowered, lower
 from marnet_export.pipeline import (
     AUTO,
     CALIBRATION,
+    ROUTES,
     Images,
     Say,
     Settings,
@@ -423,7 +424,7 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
         for name, value in bundle.manifest.settings.items()
     }
     if changes.get("backend", settings["backend"]) != settings["backend"]:
-        settings["targets"] = ()  # those of another
+        settings |= {"targets": (), "route": ROUTES[0]}  # those are another's
     try:
         return Settings(**settings | dict(changes))
     except TypeError as error:

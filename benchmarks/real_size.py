@@ -36,7 +36,7 @@ from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, quiet
 from marnet_export.lower import lower_marnet
-from marnet_export.pipeline import Settings
+from marnet_export.settings import Settings
 from marnet_sdk.backends import Floats
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino

@@ -58,7 +58,8 @@ def checkpoint(digits: Path, quick_recipe, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     """backend, precision -> a bundle of the checkpoint, built once per session."""
-    from marnet_export.pipeline import Settings, export_bundle
+    from marnet_export.pipeline import export_bundle
+    from marnet_export.settings import Settings
 
     folder = tmp_path_factory.mktemp("bundles")
 
@@ -76,7 +77,8 @@ def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
 @pytest.fixture(scope="session")
 def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three operating points, and a threshold for 2 % of wrong answers."""
-    from marnet_export.pipeline import Settings, export_bundle
+    from marnet_export.pipeline import export_bundle
+    from marnet_export.settings import Settings
 
     path = tmp_path_factory.mktemp("bundles") / "swept.marnet"
     settings = Settings(
@@ -89,7 +91,8 @@ def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def noisy_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two samples of noise that is keyed by the image."""
-    from marnet_export.pipeline import Settings, export_bundle
+    from marnet_export.pipeline import export_bundle
+    from marnet_export.settings import Settings
 
     path = tmp_path_factory.mktemp("bundles") / "noisy.marnet"
     settings = Settings(

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from marnet_export.builders import Calibration, Types, builder
 from marnet_export.diagnose import BOUNDS, diagnose, relative_errors
 from marnet_export.fastest import export_fastest
+from marnet_export.images import Images, load_images
 from marnet_export.inspection import (
     SKIPPED,
     Check,
@@ -29,18 +30,9 @@ from marnet_export.inspection import (
     passed,
 )
 from marnet_export.lower import Lowered, lower
-from marnet_export.pipeline import (
-    AUTO,
-    CALIBRATION,
-    ROUTES,
-    Images,
-    Say,
-    Settings,
-    at_work,
-    export_bundle,
-    load_images,
-)
+from marnet_export.pipeline import CALIBRATION, at_work, export_bundle
 from marnet_export.receipt import receipt
+from marnet_export.settings import AUTO, ROUTES, Say, Settings
 from marnet_export.tensorrt_engines import BUCKETS, add_engines
 from marnet_export.text import verify_text
 from marnet_export.verify import (

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from marnet_export.builders import BUILDERS
-from marnet_export.pipeline import Say, Settings, at_work, export_bundle, finish
+from marnet_export.pipeline import at_work, export_bundle, finish
+from marnet_export.settings import Say, Settings
 from marnet_export.sweep import in_turn
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle

@@ -13,10 +13,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +24,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from marnet_export.builders import (
-    BUILDERS,
-    PRECISIONS,
     Calibration,
     Types,
     builder,
-    choose_types,
     open_built,
     runs_here,
 )
 from marnet_export.diagnose import diagnose
+from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
 from marnet_export.lower import Lowered, lower
 from marnet_export.plots import plot_pareto, plot_risk_coverage
@@ -47,6 +45,7 @@ from marnet_export.selection import (
     risk_coverage,
     threshold_for_risk,
 )
+from marnet_export.settings import AUTO, FLOATS, ROUTES, Say, Settings, check_types, places
 from marnet_export.sweep import SAMPLES, as_points, sweep, swept_processes
 from marnet_export.text import export_text
 from marnet_export.verify import (
@@ -78,99 +77,26 @@ from marnet_sdk.bundle import (
     seal_bundle,
 )
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.console import nearest
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
     BackendUnavailable,
     DataError,
     ExportError,
     InvalidInput,
-    NotFound,
     VerificationFailed,
 )
 from marnet_sdk.files import atomic_directory, check_output, exclusive
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import Checkpoint, copy_files, load_checkpoint, write_json
-from marnet_train.data.dataset import Example, read_one_split
-from marnet_train.data.imagefolder import is_split, read_split
-from marnet_train.data.pixels import PixelStore
-from marnet_train.diffusion import SAMPLERS, SamplerTable, sampler_table
+from marnet_train.diffusion import SamplerTable, sampler_table
 
-Say = Callable[[str], None]
-MAX_IMAGES = 2000  # verified on at most so many
 GOLDEN = 8  # images that travel with the bundle
 DEFAULT = "default"  # the operating point of a bundle that has one
 PARETO, PARETO_PLOT = "pareto.json", "pareto.png"
 RISK, RISK_PLOT = "risk_coverage.json", "risk_coverage.png"
 TABLES = f"{PAYLOAD}/tables.safetensors"
 CALIBRATION = 256  # images that the ranges of int8 are measured on
-AUTO = "auto"
-NOISES = ("shared", "image")
-ROUTES = ("onnx", "torch-tensorrt")
-FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an export is asked for."""
-
-    backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
-    precision: str = "fp32"  # "auto": the sweep's choice
-    compute: str | None = None  # None: what the backend does best here
-    loop_precision: str | None = None  # None: the same as `precision`
-    sampler: str | None = None  # None: ddpm, or all of them where steps are swept
-    steps: int | Literal["auto"] | None = None  # None: T
-    eta: float = 0.0  # of ddim
-    samples: int | None = None  # None: 1, or several where steps are swept
-    noise: str = "shared"
-    seed: int = 0  # of the noise
-    min_agreement: float | None = None  # None: by precision
-    max_drop: float = 0.002  # share of accuracy that a swept point may lose
-    latency_budget_ms: float | None = None
-    target_risk: float | None = None  # share of the answers that may be wrong
-    targets: tuple[str, ...] = ()  # GPUs to build for ahead of time; none: the one that is here
-    route: str = "onnx"  # of tensorrt's encoder: or "torch-tensorrt"
-    text: bool = True  # with the text encoder, for matching
-    source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
-
-    def __post_init__(self) -> None:
-        auto = ("auto",) if self.steps == "auto" else ()
-        for name, value, choices in (
-            ("backend", self.backend, (AUTO, *BUILDERS)),
-            ("precision", self.precision, (*PRECISIONS, *auto)),
-            ("loop_precision", self.loop_precision or "fp32", PRECISIONS),
-            ("compute", self.compute or "fp32", FLOATS),
-            ("sampler", self.sampler or "ddpm", SAMPLERS),
-            ("noise", self.noise, NOISES),
-            ("route", self.route, ROUTES),
-        ):
-            if value not in choices:
-                near = nearest(value, choices)
-                raise InvalidInput(
-                    f"{name}: got {value!r}, expected one of {', '.join(choices)}.{near}"
-                )
-        if self.latency_budget_ms is not None and self.steps != "auto":
-            raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
-        if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
-            raise InvalidInput(f"eta: got {self.eta}, but it is for ddim: add --sampler ddim")
-        if self.route != ROUTES[0] and self.backend != "tensorrt":
-            raise InvalidInput(
-                f"route: got {self.route!r} for {self.backend}; it is for --backend tensorrt"
-            )
-        if not 0 < self.max_drop < 1:
-            raise InvalidInput(f"max_drop: got {self.max_drop}, expected more than 0, less than 1")
-        if not 0 <= self.seed < 2**64:
-            raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images an export is verified on."""
-
-    examples: tuple[Example, ...]
-    pixels: Floats  # [N, 3, H, W]
-    labels: NDArray[np.int64] | None  # [N]
 
 
 def export_bundle(
@@ -218,18 +144,6 @@ def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
                 yield fresh
         finally:
             lock.unlink(missing_ok=True)
-
-
-def check_types(settings: Settings) -> tuple[Types, Types]:
-    """In which types encoder and loop are built.
-
-    Raises:
-        ExportError: the backend cannot. MissingExtra, BackendUnavailable: it cannot here.
-    """
-    precision = FLOATS[0] if settings.precision == AUTO else settings.precision
-    encoder = choose_types(settings.backend, precision, settings.compute)
-    loop = settings.loop_precision or precision
-    return encoder, choose_types(settings.backend, loop, encoder.compute)
 
 
 def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, str, str]], str]:
@@ -644,33 +558,6 @@ def _latency(run: Callable[[Floats], Floats], pixel: Floats, calls: int = 5) -> 
     return round(1e3 * float(np.median(seconds[1:])), 4)
 
 
-def load_images(data: Path | None, checkpoint: Checkpoint, say: Say) -> Images:
-    folder = checkpoint.samples if data is None else data
-    if data is None and not folder.is_dir():
-        raise DataError(
-            f"{folder} does not exist: this checkpoint was trained with --no-samples, so name "
-            "images to verify on with --data"
-        )
-    if not folder.is_dir():
-        raise NotFound(f"{data} does not exist; --data takes a data set or one of its splits")
-    if is_split(folder):
-        examples = read_split(folder, needs_text=False)
-    else:
-        examples = read_one_split(folder, "val")
-    # In random order, because a list may be sorted by class: a part of it must show all of them.
-    order = np.random.default_rng(0).permutation(len(examples))[:MAX_IMAGES]
-    examples = tuple(examples[i] for i in order)
-    index = {label: i for i, label in enumerate(checkpoint.labels)}
-    labels = np.array([index.get(e.label, -1) for e in examples])
-    if (labels < 0).any():
-        say(
-            f"{(labels < 0).sum()} of {len(labels)} images have a class that the checkpoint does "
-            "not know; agreement is measured on all, accuracy is not reported"
-        )
-    pixels = PixelStore(examples, checkpoint.preprocess, "val").batch(slice(None)).numpy()
-    return Images(examples, pixels, None if (labels < 0).any() else labels)
-
-
 def _write_golden(
     fresh: Path,
     images: Images,
@@ -697,18 +584,6 @@ def _write_golden(
     answers = {f"logits.{name}": built.run(name)(pixels) for name in points if name != default}
     answers |= {"pixels": pixels, "logits": built.run(default)(pixels)}
     save_file(answers, fresh / GOLDEN_ANSWERS)
-
-
-def places(settings: Settings) -> dict[str, Any]:
-    """Where to build for, as an argument of builders that can build for other machines."""
-    if hasattr(builder(settings.backend), "open_reference"):
-        return {"targets": settings.targets}
-    if settings.targets:
-        raise InvalidInput(
-            f"targets: got {', '.join(settings.targets)} for {settings.backend}, which builds for "
-            "this machine; leave them out, or choose --backend tensorrt"
-        )
-    return {}
 
 
 def _add_not_run(folder: Path, backend: str) -> str:

@@ -26,7 +26,8 @@ from tiny import make_model
 
 from marnet_export import fastest, tensorrt_engines
 from marnet_export.cli import main
-from marnet_export.pipeline import Settings, at_work, export_bundle
+from marnet_export.pipeline import at_work, export_bundle
+from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy

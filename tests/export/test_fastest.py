@@ -9,7 +9,7 @@ import pytest
 
 from marnet_export import fastest
 from marnet_export.fastest import export_fastest
-from marnet_export.pipeline import Settings
+from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ExportError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from marnet_export.pipeline import Settings, export_bundle
+from marnet_export.pipeline import export_bundle
+from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import (

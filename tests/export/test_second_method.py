@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from marnet_export.graph import Step
 from marnet_export.lower import LOWERINGS, Lowered
-from marnet_export.pipeline import Settings, export_bundle
+from marnet_export.pipeline import export_bundle
+from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ExportError
 from marnet_sdk.trajectory import draw_trajectory

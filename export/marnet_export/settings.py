@@ -1,0 +1,95 @@
+"""What an export is asked for, and what that comes to for a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, choose_types
+from marnet_sdk.console import nearest
+from marnet_sdk.errors import InvalidInput
+from marnet_train.diffusion import SAMPLERS
+
+Say = Callable[[str], None]
+AUTO = "auto"
+NOISES = ("shared", "image")
+ROUTES = ("onnx", "torch-tensorrt")
+FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an export is asked for."""
+
+    backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
+    precision: str = "fp32"  # "auto": the sweep's choice
+    compute: str | None = None  # None: what the backend does best here
+    loop_precision: str | None = None  # None: the same as `precision`
+    sampler: str | None = None  # None: ddpm, or all of them where steps are swept
+    steps: int | Literal["auto"] | None = None  # None: T
+    eta: float = 0.0  # of ddim
+    samples: int | None = None  # None: 1, or several where steps are swept
+    noise: str = "shared"
+    seed: int = 0  # of the noise
+    min_agreement: float | None = None  # None: by precision
+    max_drop: float = 0.002  # share of accuracy that a swept point may lose
+    latency_budget_ms: float | None = None
+    target_risk: float | None = None  # share of the answers that may be wrong
+    targets: tuple[str, ...] = ()  # GPUs to build for ahead of time; none: the one that is here
+    route: str = "onnx"  # of tensorrt's encoder: or "torch-tensorrt"
+    text: bool = True  # with the text encoder, for matching
+    source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
+
+    def __post_init__(self) -> None:
+        auto = ("auto",) if self.steps == "auto" else ()
+        for name, value, choices in (
+            ("backend", self.backend, (AUTO, *BUILDERS)),
+            ("precision", self.precision, (*PRECISIONS, *auto)),
+            ("loop_precision", self.loop_precision or "fp32", PRECISIONS),
+            ("compute", self.compute or "fp32", FLOATS),
+            ("sampler", self.sampler or "ddpm", SAMPLERS),
+            ("noise", self.noise, NOISES),
+            ("route", self.route, ROUTES),
+        ):
+            if value not in choices:
+                near = nearest(value, choices)
+                raise InvalidInput(
+                    f"{name}: got {value!r}, expected one of {', '.join(choices)}.{near}"
+                )
+        if self.latency_budget_ms is not None and self.steps != "auto":
+            raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
+        if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
+            raise InvalidInput(f"eta: got {self.eta}, but it is for ddim: add --sampler ddim")
+        if self.route != ROUTES[0] and self.backend != "tensorrt":
+            raise InvalidInput(
+                f"route: got {self.route!r} for {self.backend}; it is for --backend tensorrt"
+            )
+        if not 0 < self.max_drop < 1:
+            raise InvalidInput(f"max_drop: got {self.max_drop}, expected more than 0, less than 1")
+        if not 0 <= self.seed < 2**64:
+            raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
+
+
+def check_types(settings: Settings) -> tuple[Types, Types]:
+    """In which types encoder and loop are built.
+
+    Raises:
+        ExportError: the backend cannot. MissingExtra, BackendUnavailable: it cannot here.
+    """
+    precision = FLOATS[0] if settings.precision == AUTO else settings.precision
+    encoder = choose_types(settings.backend, precision, settings.compute)
+    loop = settings.loop_precision or precision
+    return encoder, choose_types(settings.backend, loop, encoder.compute)
+
+
+def places(settings: Settings) -> dict[str, Any]:
+    """Where to build for, as an argument of builders that can build for other machines."""
+    if hasattr(builder(settings.backend), "open_reference"):
+        return {"targets": settings.targets}
+    if settings.targets:
+        raise InvalidInput(
+            f"targets: got {', '.join(settings.targets)} for {settings.backend}, which builds for "
+            "this machine; leave them out, or choose --backend tensorrt"
+        )
+    return {}

@@ -164,6 +164,24 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
     }
 
 
+def choose(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:
+    """What `marnet-export` picks when nobody names a backend, and how it ranked the others."""
+    started = time.perf_counter()
+    options = ["--checkpoint", checkpoint, "--output", output, "--precision", precision]
+    options += ["--min-agreement", "0", "--no-text", "--no-source"]
+    command = [Path(sys.executable).with_name("marnet-export"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {
+        "name": f"marnet auto {precision}",
+        "precision": precision,
+        "export_s": round(time.perf_counter() - started, 1),
+    }
+    if done.returncode:
+        return row | {"refused": done.stderr.strip().splitlines()[-1]}
+    fidelity = json.loads((output / "fidelity.json").read_text("utf-8"))
+    return row | {"agreement": fidelity["top1_agreement"], "ranked": fidelity["backends"]}
+
+
 # Peers: the model as it was trained, with its plain loop, in each framework's best form
 
 
@@ -261,6 +279,19 @@ def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[
                 yield {"bundle": mine, "peer": other, "ratio": ratio, "low": low, "high": high}
 
 
+def run_auto(name: str, train_steps: int, precisions: Sequence[str]) -> dict[str, Any]:
+    """What is picked for one model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / name
+        write_checkpoint(checkpoint, name, train_steps)
+        rows = []
+        for precision in precisions:
+            say(f"export marnet auto {precision}")
+            rows.append(choose(checkpoint, Path(scratch) / precision, precision))
+    about = {"what": __doc__, "model": name, "train_steps": train_steps}
+    return about | {"rows": rows, "ratios": [], "machine": describe_machine()}
+
+
 def run(
     name: str, train_steps: int, duration: float, *, text: bool = True, only: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -318,6 +349,13 @@ def show(report: dict[str, Any]) -> None:
         ]
         rate = f"{row['latency'][str(BATCHES[-1])]['images_per_s']:.1f}" if "latency" in row else ""
         agreement = f"{row['agreement']:.1%}" if "agreement" in row else row.get("refused", "")[:60]
+        if ranked := row.get("ranked"):
+            order = (
+                f"{c['backend']} {c['milliseconds']['1']:.1f} ms"
+                for c in ranked
+                if c["milliseconds"]
+            )
+            agreement += f" ({', '.join(order)})"
         more = [str(row.get(k, "")) for k in ("export_s", "peak_mb", "bundle_mb")]
         lines.append((row["name"], agreement, *times, rate, *more))
     columns = ("", "agreement", *(f"ms at {b}" for b in BATCHES), "images/s")
@@ -339,11 +377,23 @@ def show(report: dict[str, Any]) -> None:
 )
 @click.option("--text/--no-text", default=True, help="Export the text encoder, BERT-base, too.")
 @click.option("--only", multiple=True, help='Export just this, as in "openvino int8".')
+@click.option(
+    "--auto", multiple=True, metavar="PRECISION", help="See what --backend auto picks, no more."
+)
 def main(
-    model: str, output: Path, train_steps: int, duration: float, text: bool, only: tuple[str, ...]
+    model: str,
+    output: Path,
+    train_steps: int,
+    duration: float,
+    text: bool,
+    only: tuple[str, ...],
+    auto: tuple[str, ...],
 ) -> None:
     """Export and measure at real sizes, with random weights."""
-    report = run(model, train_steps, duration, text=text, only=only)
+    if auto:
+        report = run_auto(model, train_steps, auto)
+    else:
+        report = run(model, train_steps, duration, text=text, only=only)
     output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     show(report)
 

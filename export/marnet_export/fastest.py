@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from marnet_export.builders import BUILDERS
+from marnet_export.lower import lower
 from marnet_export.pipeline import at_work, export_bundle, finish
 from marnet_export.settings import Say, Settings
 from marnet_export.sweep import in_turn
+from marnet_export.text import check_text
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ExportError, InvalidInput, MarnetError, VerificationFailed
-from marnet_train.checkpoint import write_json
+from marnet_train.checkpoint import load_checkpoint, write_json
 
 BATCHES = (1, 16)  # images in a call; the first decides
 
@@ -70,6 +72,9 @@ def export_fastest(
         VerificationFailed, ExportError: none passes; lists why.
     """
     with at_work(output, overwrite=overwrite) as fresh:
+        if settings.text:  # which only the winner gets: too late to find that it cannot be had
+            loaded = load_checkpoint(checkpoint)
+            check_text(loaded, lower(loaded.model))
         # Inside: the winner moves, which copies nothing, and what a kill leaves goes with it.
         with tempfile.TemporaryDirectory(prefix=".", dir=fresh) as scratch:
             found = [

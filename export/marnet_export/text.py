@@ -97,6 +97,16 @@ def export_text(
     return about | {"storage": types.storage, "compute": types.compute} | report
 
 
+def check_text(checkpoint: Checkpoint, lowered: Lowered) -> None:
+    """Refuse, before anything is built, a checkpoint whose texts could not be encoded.
+
+    Raises:
+        ExportError: it has no tokenizer, or one that does not fit.
+    """
+    if lowered.text is not None:
+        _Source(checkpoint, lowered)
+
+
 def verify_text(
     folder: Path, checkpoint: Checkpoint, lowered: Lowered, backend: str, types: Types
 ) -> dict[str, float]:

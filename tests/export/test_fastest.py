@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,17 @@ def test_where_none_passes_every_reason_is_given_and_nothing_is_written(
     ):
         export_fastest(checkpoint, path, Settings("auto", "int8", steps=10))
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_checkpoint_without_its_tokenizer_is_refused_before_anything_is_built(
+    checkpoint, tmp_path
+):
+    copy = tmp_path / "run"
+    shutil.copytree(checkpoint, copy)
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    said: list[str] = []
+    with pytest.raises(ExportError, match=r"tokenizer.*--no-text"):
+        export_fastest(copy, tmp_path / "auto.marnet", SETTINGS, say=said.append)
+    assert not said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]

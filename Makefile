@@ -15,7 +15,7 @@ EXPORT_plates := --min-agreement 0.99
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test lint format readme clean
+.PHONY: help setup demo test lint format readme cubins clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
@@ -23,6 +23,7 @@ help:
 	@echo "             COVERAGE=1: and tell which lines it ran, about a third slower"
 	@echo "make lint    ruff and pyright"
 	@echo "make readme  run the README's main job and write what it prints into the page"
+	@echo "make cubins  compile the CUDA kernels that a wheel ships; before building one"
 	@echo "make setup   the shared first step: .venv with this package in it"
 	@echo "make clean   remove .venv and everything that demo wrote"
 
@@ -66,6 +67,9 @@ lint: .venv/.dev
 
 readme: .venv/.dev
 	$(BIN)/python tests/readme.py
+
+cubins: .venv/.dev
+	$(BIN)/python -m marnet_kernels.ship
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

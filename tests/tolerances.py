@@ -37,6 +37,27 @@ TWIN_LAYER = 2e-6
 # Seven steps of it, relative to the largest value: an activation next to a tie may round the other
 # way, which moves it by 2^-10 (fp16) or 2^-7 (bf16), times a weight of order 0.1.
 TWIN_LOOP = {"fp16": 1e-3, "bf16": 5e-3}
+# One layer of the persistent kernel on a GPU, relative to the largest value: it cuts the sum of an
+# mma, by up to 2^-23 of its largest term, where the twin rounds it; there are 16 to 64 such sums.
+PERSISTENT_LAYER = 1e-5
+# The persistent kernel on a GPU against the twin, a few steps, relative to the largest value: as
+# above, and an activation next to a tie may then round the other way.
+PERSISTENT = {"fp16": 2e-3, "bf16": 1e-2}
+# A normal, |z| < 5.8, from float32 logarithm, root, sine and product, absolute: a unit in the last
+# place each.
+FLOAT32_NORMAL = 2e-6
+# Three products of 16 in float32, sums below 32, absolute: a GPU cuts off each sum at 2^-23 of its
+# largest part.
+MMA_SUM = 3e-5
+# The head's kernel against its float64 twin on the same rounded weights, relative to the largest
+# value: float32 sums of up to 2,000 products in 32 parts, then exp and log1p of two units each.
+HEAD = 4e-6
+# The same through a whole head whose weights are rounded in float32 on the other side, too.
+HEAD_MODEL = 1e-5
 # int8: 2^-8 of the range of every factor, through encoder and a trained loop; relative to the
 # largest logit.
 INT8 = 0.1
+# A chain of 20 steps with the persistent kernel, which adds in float32, against operators that
+# round every product to the type, 2^-11 (fp16) or 2^-8 (bf16) of it; relative to the largest
+# output.
+CAPTURED_LOOP = {"fp16": 5e-3, "bf16": 4e-2}

@@ -1,4 +1,8 @@
-"""CUDA source -> machine code (cubin) with NVRTC, kept in a cache keyed by content.
+"""CUDA source -> machine code (cubin): shipped with the package, or kept in a cache, or from NVRTC.
+
+The package ships the code of the common kernels (marnet_kernels.ship), and they run without NVRTC.
+All others are compiled where they run, once, and kept in the user's cache. Both are found by a key
+of the content, so a changed source or option is never answered with old code.
 
 Neither a GPU nor a driver is needed. Machine code is kept rather than PTX: a driver older than
 NVRTC refuses newer PTX, but runs machine code made by any NVRTC of its own major version.
@@ -19,7 +23,10 @@ from marnet_kernels import _cuda
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """What the kernels are built for. Code for sm_XY runs on X.Y and on later GPUs of the same X."""
 
-_FORMAT = 1  # part of the key: raise it when the layout of a cache entry changes
+SHIPPED = Path(__file__).parent / "cubins"
+"""Where `marnet_kernels.ship` puts machine code; absent in a source tree and in some wheels."""
+
+_FORMAT = 2  # part of the key: raise it when the layout of a cache entry changes
 _INCLUDES = ("-I", "--include-path", "-include", "--pre-include")
 
 
@@ -32,30 +39,37 @@ class Cubin:
     registers: int  # per thread, the largest of the kernels inside
     spill_bytes: int  # stores and loads to local memory, all kernels together
     log: str  # what the compiler said
+    compiler: str  # name and version
 
 
 def compile_cubin(source: str, arch: str, options: Sequence[str] = ()) -> Cubin:
-    """Compile for one of TARGETS, or read the result of an equal compilation from the cache."""
-    if arch not in TARGETS:
-        raise ValueError(
-            f"arch: got {arch!r}, expected one of {', '.join(TARGETS)}; "
-            "arch_for(compute_capability) chooses"
-        )
-    for option in options:
-        # A header is not part of the key, so a changed header would be answered with old code.
-        if option.startswith(_INCLUDES):
-            raise ValueError(
-                f"options: got {option!r}, expected a source without headers; "
-                "paste what it needs into the source"
-            )
-    # NVRTC's own cache, kept where there is a driver, returns code without its resource report.
-    fixed = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-cache")
-    flags = [*fixed, *options]
-    path = cache_dir() / f"{_key(source, flags)}.cubin"
+    """Machine code for one of TARGETS: shipped, from the cache, or compiled now.
+
+    Raises:
+        ValueError: an unknown target, or an option that includes a header.
+        RuntimeError: the source is wrong, or has to be compiled and NVRTC is not installed.
+    """
+    flags = _flags(arch, options)
+    shipped = _read(SHIPPED / f"{_key(source, flags)}.cubin")
+    if shipped is not None:
+        return shipped
+    # A newer compiler makes better code, so each has entries of its own.
+    path = cache_dir() / f"{_key(source, flags, nvrtc_version())}.cubin"
     cubin = _read(path)
     if cubin is None:
         cubin = _compile(source, arch, flags)
         _write(path, cubin)
+    return cubin
+
+
+def ship_cubin(source: str, arch: str, options: Sequence[str], folder: Path) -> Cubin:
+    """Compile now, and put the result into a folder where compile_cubin finds it as SHIPPED.
+
+    Raises OSError where the folder cannot be written, and otherwise as compile_cubin.
+    """
+    flags = _flags(arch, options)
+    cubin = _compile(source, arch, flags)
+    _put(folder / f"{_key(source, flags)}.cubin", cubin)
     return cubin
 
 
@@ -89,13 +103,34 @@ def nvrtc_version() -> tuple[int, int]:
         ) from error
 
 
-def _key(source: str, flags: list[str]) -> str:
-    parts = [_FORMAT, source, flags, nvrtc_version()]
+def _flags(arch: str, options: Sequence[str]) -> list[str]:
+    """All flags of NVRTC, checked."""
+    if arch not in TARGETS:
+        raise ValueError(
+            f"arch: got {arch!r}, expected one of {', '.join(TARGETS)}; "
+            "arch_for(compute_capability) chooses"
+        )
+    for option in options:
+        # A header is not part of the key, so a changed header would be answered with old code.
+        if option.startswith(_INCLUDES):
+            raise ValueError(
+                f"options: got {option!r}, expected a source without headers; "
+                "paste what it needs into the source"
+            )
+    # NVRTC's own cache, kept where there is a driver, returns code without its resource report.
+    fixed = (f"--gpu-architecture={arch}", "--std=c++17", "--ptxas-options=-v", "--no-cache")
+    return [*fixed, *options]
+
+
+def _key(source: str, flags: list[str], compiler: tuple[int, int] | None = None) -> str:
+    """Name of an entry. Shipped code has no compiler in it: it is used whatever NVRTC is here."""
+    parts = [_FORMAT, source, flags, compiler]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _compile(source: str, arch: str, flags: list[str]) -> Cubin:
     nvrtc, check = _cuda.load("nvrtc"), _cuda.check
+    compiler = "NVRTC {}.{}".format(*nvrtc_version())
     program = check(
         nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []), "nvrtcCreateProgram"
     )
@@ -104,6 +139,7 @@ def _compile(source: str, arch: str, flags: list[str]) -> Cubin:
         log = bytearray(check(nvrtc.nvrtcGetProgramLogSize(program), "nvrtcGetProgramLogSize"))
         check(nvrtc.nvrtcGetProgramLog(program, log), "nvrtcGetProgramLog")
         text = log.rstrip(b"\0").decode(errors="replace").strip()
+        text = re.sub(r"\n.*Compile time = .*", "", text)  # equal compilations have equal entries
         if int(status) != 0:
             raise RuntimeError(
                 f"NVRTC refuses this source for {arch}: got {status.name}, expected success; "
@@ -114,7 +150,7 @@ def _compile(source: str, arch: str, flags: list[str]) -> Cubin:
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     registers, spill_bytes = _resources(text)
-    return Cubin(bytes(code), arch, registers, spill_bytes, text)
+    return Cubin(bytes(code), arch, registers, spill_bytes, text, compiler)
 
 
 def _resources(log: str) -> tuple[int, int]:
@@ -145,18 +181,23 @@ def _read(path: Path) -> Cubin | None:
     return Cubin(code=code, **json.loads(head))
 
 
-def _write(path: Path, cubin: Cubin) -> None:
+def _put(path: Path, cubin: Cubin) -> None:
+    """Write an entry; a reader sees the whole of it or none."""
     head = {key: value for key, value in vars(cubin).items() if key != "code"}
     body = json.dumps(head).encode() + b"\n" + cubin.code
     # Not tempfile: its files are private, and a cache folder may be shared between users.
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(hashlib.sha256(body).digest() + body)
-            temporary.replace(path)  # a reader sees the whole entry or none
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(hashlib.sha256(body).digest() + body)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, cubin: Cubin) -> None:
+    try:
+        _put(path, cubin)
     except OSError as error:
         # A read-only home is common in containers, and compiling again is correct, only slower.
         warnings.warn(

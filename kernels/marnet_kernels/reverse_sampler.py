@@ -1,8 +1,8 @@
 """The reverse-sampling loop in one persistent kernel: packed memory layout and NumPy twin.
 
 Axes: B image, K sample of an image, R = B K rows (row b K + k), H hidden width, Hp = H padded with
-zeros, S step, N noise trajectory (1 for all images, or B). With a(v) = LeakyReLU(v), p = 0 and
-g_previous = 0, both [B, K, H]:
+zeros, S step, N noise trajectory (1 for all images, or B), D width of the noise, Dp padded. With
+a(v) = LeakyReLU(v), p = 0 and g_previous = 0, both [B, K, H]:
 
     for i in 0 .. S-1:
         h1 = a(p + q + bias[i])                     q [B, H], bias [S, N, K, H]
@@ -12,18 +12,25 @@ g_previous = 0, both [B, K, H]:
         g = M h3                                    layer "carry"
         p, g_previous = A[i] p + B[i] g + C[i] g_previous, g
 
-The operands of the three products (matrices, h1, h2, h3) are rounded to fp16 or bf16, to nearest
+Where the noise is made in the kernel, for each image its own, p starts with Wx x_T, gains
+S[i] Wx z[i] in every step, and bias is [S, 1, 1, H]. The matrix Wx [H, D] is layer "noise".
+
+The operands of the products (matrices, h1, h2, h3, x_T, z) are rounded to fp16 or bf16, to nearest
 with ties to even. Everything else is float32: accumulation, biases, activations before they are
 rounded, p, g, g_previous and the h3 that is returned.
 
 Who owns what
 -------------
-CTA c computes features 8c .. 8c+7 of every layer: they are the n = 8 columns of `mma.sync.m16n8k16`
-(m: 16 rows of activations; k: 16 input features). Its 8 warps split the input features in order,
-Hp / 8 each, and every warp takes its part in groups of 32, which is two mma. So Hp is a multiple of
-8 warps * 32 = 256, and H is padded with zeros up to the next one. There are Hp / 8 CTAs, and as
-they wait for each other, all must be on the GPU at once: whoever launches must check that. Each
-thread keeps its share of all three matrices in 12 (Hp / 256) registers: 48 at Hp = 1024.
+CTA c stands for features 8c .. 8c+7 of every layer. A block computes one, two or four CTAs. Two are
+the m = 16 rows of `mma.sync.m16n8k16` (n: 8 rows of activations; k: 16 input features); with one,
+the upper half of m is zero. The 8 warps of a block split the input features in order, Hp / 8
+each, and every warp takes its part in groups of 32, which is two mma. So Hp is a multiple of
+8 warps * 32 = 256, and H is padded with zeros up to the next one. The blocks wait for each other,
+so all must be on the GPU at once: whoever launches must check that. Each thread keeps its share of
+all three matrices of a CTA in 12 (Hp / 256) registers: 48 at Hp = 1024.
+
+Rows may be divided among several groups of blocks, each of them all Hp / 8 CTAs, with a counter of
+its own. Groups know nothing of each other.
 
 Weights
 -------
@@ -32,9 +39,11 @@ groups a warp. Layers in the order of LAYERS; matrices are [out, in], as torch.n
 
     packed[l, c, w, s, lane, j] = matrix_l[8 c + lane // 4, 32 (w G + s) + 8 (lane % 4) + j]
 
+Wx is an array of its own, [CTA][warp][group][lane][half] by the same formula with G = Dp / 256.
+
 A thread reads its 8 halves with one 16-byte load, and the 32 loads of a warp are 512 contiguous
 bytes. Halves (0, 1), (2, 3), (4, 5), (6, 7) are the load's 32-bit words x, y, z, w, the lower index
-in the lower 16 bits. Words x, y are the two B registers of the first mma, z, w those of the second.
+in the lower 16 bits.
 
 Order of the input features. By PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point
 type", lane = 4 g + t holds of B the elements i = 0 .. 3 at column n = g and row
@@ -42,36 +51,49 @@ type", lane = 4 g + t holds of B the elements i = 0 .. 3 at column n = g and row
 (row g, column 2 t), (row g + 8, column 2 t), (row g, column 2 t + 8), (row g + 8, column 2 t + 8).
 Here element i of mma m of group s is input feature 32 (w G + s) + 8 t + 4 m + i, so one mma takes
 its 16 features in another order than they have in memory. A sum has no order, so the product is
-right as long as A has them in the same one. It has if a lane reads 16 bytes of activations of row g
-(words x, y, z, w) and of row g + 8 (X, Y, Z, W), both at feature 32 (w G + s) + 8 t:
-mma 0 is A = (x, X, y, Y), B = (x, y); mma 1 is A = (z, Z, w, W), B = (z, w).
+right as long as A and B have the same one. They have: a lane has the words x, y, z, w of CTA c and
+X, Y, Z, W of CTA c + 1, and reads the 16 bytes x, y, z, w of row g of the activations at feature
+32 (w G + s) + 8 t. mma 0 is A = (x, X, y, Y), B = (x, y); mma 1 is A = (z, Z, w, W), B = (z, w).
 
 Order of additions. A warp has two float32 accumulators: mma 0 of its groups s = 0 .. G-1, and mma 1
 of them. Their sum is the warp's, and the warps' are added in order 0 .. 7; then the bias.
 
 Buffers
 -------
-All C-contiguous, in the order of the kernel's arguments; POINTERS has the alignments.
+All C-contiguous, in the order of the kernel's arguments; POINTERS has the alignments. The last four
+are for noise made in the kernel.
 
-    weights       uint16  [3, Hp / 8, 8, G, 32, 8]   pack
-    biases        float32 [2, Hp]                    pack: b2, b3
-    coefficients  float32 [S, 4]                     pack_tables: A, B, C, 0; row S-1 is not used
-    bias          float32 [S, N, K, Hp]              pack_tables
-    condition     float32 [B, Hp]                    pack_condition: q
-    exchange      16 bit  [3, Rp, Hp]                h1, h2, h3; Rp is R up to a multiple of 16
-    counter       uint32, alone in 128 bytes         0 before every launch
-    out           float32 [B, K, Hp]                 h3 of the last step
+    weights        uint16  [3, Hp / 8, 8, G, 32, 8]  pack
+    biases         float32 [2, Hp]                   pack: b2, b3
+    coefficients   float32 [S, 4]                    pack_tables: A, B, C, S; row S-1 is not used
+    bias           float32 [S, N, K, Hp]             pack_tables
+    condition      float32 [B, Hp]                   pack_condition: q
+    exchange       16 bit  [3, copies, R, Hp]        h1, h2, h3, each at most COPIES times
+    counter        uint32, one a group, 128 bytes apart
+    out            float32 [B, K, Hp]                h3 of the last step
+    noise_weights  uint16  [Hp / 8, 8, Dp / 256, 32, 8]  pack: Wx
+    noise_exchange 16 bit  [R, Dp]                   x_T, z
+    keys           uint64  [B]                       trajectory of image b, sample k: keys[b] + k
+    timesteps      int32   [S]                       visited, 1-based: the draw z[i] has the step
+                                                     timesteps[i] - 1, and x_T has train_steps
 
-Then images B, samples K, noises N, steps S as int32 and the slope as float32: SCALARS.
+Padding columns of every buffer are zero, and then all that the kernel computes there is zero (but
+where a row is not finite): a padded loop gives bit for bit what one of width Hp with zeros gives. A
+row of a product depends on that row of activations alone.
 
-Padding columns of every buffer are zero, and then all that the kernel computes there is zero: a
-padded loop gives bit for bit what one of width Hp with zeros gives. `exchange` need not be cleared:
-a row of a product depends on that row of A alone. Every CTA adds 1 to the counter after it has
-published its part of h1, h2, h3, and reads the others' when the counter has reached CTAs times the
-exchanges so far. The last h3 is not exchanged, so it ends at CTAs (3 S - 1), which has to fit. One
-copy of h1, h2, h3 is enough: who may write h1 again has seen all of h3, so all have read h1.
+Exchange "counter": every block adds 1 to the counter of its group after it has published its part
+of h1, h2, h3, and reads the others' when the counter has reached blocks times the exchanges so far.
+The last h3 is not exchanged, so it ends at blocks (3 S - 1), and with x_T at blocks * 3 S, which
+has to fit. One version of h1, h2, h3 is enough: who may write h1 again has seen all of h3, so all
+have read h1. The counter is 0 before every launch; `exchange` need not be cleared.
+
+Exchange "epoch": there is no counter. Activations 2 j and 2 j + 1 of a row are one 32-bit word,
+whose lowest bit is the parity of the step, 1 in step 0, and readers wait for it. They take it as 0,
+so the activation 2 j is rounded to one bit less. `exchange` and `noise_exchange` are zero before
+every launch. fp16 only: bf16 would be left with 6 bits behind the point.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -79,8 +101,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from marnet_kernels.philox import standard_normal
+
 Operand = Literal["fp16", "bf16"]
 Layer = Literal["hidden2", "hidden3", "carry"]
+Exchange = Literal["counter", "epoch"]
 
 LAYERS: tuple[Layer, ...] = ("hidden2", "hidden3", "carry")
 
@@ -96,17 +121,20 @@ POINTERS = {
 }
 """The kernel's buffers in the order of its arguments, each with the alignment of its address."""
 
-SCALARS = ("images", "samples", "noises", "steps", "slope")
-"""The arguments after the buffers: four int32 and one float32."""
+NOISE_POINTERS = {"noise_weights": 16, "noise_exchange": 16, "keys": 8, "timesteps": 4}
+"""The buffers after them, for noise made in the kernel."""
+
+COPIES = 2  # of the exchange buffer, at most
+ROW_GROUPS = 16  # that divide the rows among them, at most
 
 _LARGEST = {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
 _WARPS = 8  # of a CTA
 _LANES = 32  # of a warp
 _FEATURES = 8  # of a CTA: n of the mma
-_TILE = 16  # rows: m of the mma
+_TILE = 16  # rows that the twin takes at once
 _GROUP = 32  # input features of two mma, k = 16 each
 _HALVES = 8  # 16-bit values in 16 bytes
-_COUNTER_BYTES = 128  # one line of the L2 cache, so that polling it delays nothing else
+_COUNTER_BYTES = 128  # of a group: one line of the L2 cache, so that polling it delays nothing else
 
 
 @dataclass(frozen=True)
@@ -118,6 +146,7 @@ class Layout:
     dtype: Operand
     warps: int  # of a CTA
     ctas: int
+    noise: int = 0  # Dp, a multiple of 256; 0 where noise comes in the bias table
 
     @property
     def threads(self) -> int:
@@ -135,9 +164,14 @@ class Layout:
         return len(LAYERS), self.ctas, self.warps, self.groups, _LANES, _HALVES
 
     @property
+    def noise_shape(self) -> tuple[int, int, int, int, int]:
+        """Of the packed Wx: [CTA, warp, group, lane, half]."""
+        return self.ctas, self.warps, self.noise // (self.warps * _GROUP), _LANES, _HALVES
+
+    @property
     def weight_registers(self) -> int:
-        """32-bit registers in which a thread keeps its share of the three matrices."""
-        return len(LAYERS) * self.groups * _HALVES // 2
+        """32-bit registers in which a thread keeps its share of the matrices of one CTA."""
+        return (len(LAYERS) * self.groups + self.noise_shape[2]) * _HALVES // 2
 
     def offset(self, layer: int, cta: int, warp: int, group: int, lane: int, half: int) -> int:
         """Byte in the packed weights at which this value starts."""
@@ -150,28 +184,40 @@ class Layout:
         return _FEATURES * cta + lane // 4, column
 
     def buffers(self, images: int, samples: int, noises: int, steps: int) -> dict[str, int]:
-        """Bytes of every buffer of one launch, in the order of the kernel's arguments."""
+        """Bytes of every buffer of one launch, in the order of the kernel's arguments.
+
+        Enough for every variant of the kernel. With noise made in the kernel, `noises` is 1, and
+        bias needs no more than one sample.
+        """
         sizes = {"images": images, "samples": samples, "noises": noises, "steps": steps}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: got {size}, expected at least 1")
         _check_noises(noises, images)
-        most = ((2**32 - 1) // self.ctas + 1) // len(LAYERS)
+        most = (2**32 - 1) // self.ctas // len(LAYERS)
         if steps > most:
             raise ValueError(
                 f"steps: got {steps}, expected at most {most}; the counter of exchanges has 32 bits"
             )
         rows = images * samples
-        return {
+        sizes = {
             "weights": 2 * prod(self.weight_shape),
             "biases": 4 * 2 * self.padded,
             "coefficients": 4 * 4 * steps,
             "bias": 4 * steps * noises * samples * self.padded,
             "condition": 4 * images * self.padded,
-            "exchange": 2 * len(LAYERS) * _round_up(rows, _TILE) * self.padded,
-            "counter": _COUNTER_BYTES,
+            "exchange": 2 * len(LAYERS) * COPIES * rows * self.padded,
+            "counter": ROW_GROUPS * _COUNTER_BYTES,
             "out": 4 * rows * self.padded,
         }
+        if self.noise:
+            sizes |= {
+                "noise_weights": 2 * prod(self.noise_shape),
+                "noise_exchange": 2 * rows * self.noise,
+                "keys": 8 * images,
+                "timesteps": 4 * steps,
+            }
+        return sizes
 
     def total_bytes(self, images: int, samples: int, noises: int, steps: int) -> int:
         """Of all buffers of one launch."""
@@ -185,20 +231,33 @@ class PackedLoop:
     layout: Layout
     weights: NDArray[np.uint16]  # layout.weight_shape
     biases: NDArray[np.float32]  # [2, Hp]: b2, b3
+    noise: NDArray[np.uint16] | None = None  # layout.noise_shape: Wx
 
     def __post_init__(self) -> None:
+        if (self.noise is None) != (self.layout.noise == 0):
+            raise ValueError(
+                f"noise: got {'none' if self.noise is None else 'an array'} for a noise width of "
+                f"{self.layout.noise}, expected an array exactly where it is not 0; pack makes both"
+            )
+        if self.noise is not None:
+            _check("noise", self.noise, np.uint16, self.layout.noise_shape, "pack makes them")
         _check("weights", self.weights, np.uint16, self.layout.weight_shape, "pack makes them")
         _check("biases", self.biases, np.float32, (2, self.layout.padded), "pack makes them")
 
 
-def layout(hidden: int, dtype: Operand = "fp16") -> Layout:
-    """For a loop of this hidden width, with operands of this type."""
+def layout(hidden: int, dtype: Operand = "fp16", noise: int = 0) -> Layout:
+    """For a loop of this hidden width H, with operands of this type.
+
+    noise: width D of the noise that the kernel makes for each image; 0 where it comes in tables.
+    """
     if hidden < 1:
         raise ValueError(f"hidden: got {hidden}, expected at least 1; it is the width of h1")
     if dtype not in _LARGEST:
         raise ValueError(f"dtype: got {dtype!r}, expected 'fp16' or 'bf16'; choose one of them")
-    padded = _round_up(hidden, _WARPS * _GROUP)
-    return Layout(hidden, padded, dtype, warps=_WARPS, ctas=padded // _FEATURES)
+    if noise < 0:
+        raise ValueError(f"noise: got {noise}, expected the width of x_T, or 0 for noise in tables")
+    padded, wide = (_round_up(width, _WARPS * _GROUP) for width in (hidden, noise))
+    return Layout(hidden, padded, dtype, warps=_WARPS, ctas=padded // _FEATURES, noise=wide)
 
 
 def pack(
@@ -206,26 +265,37 @@ def pack(
     hidden3: tuple[ArrayLike, ArrayLike],
     carry: ArrayLike,
     dtype: Operand = "fp16",
+    noise: ArrayLike | None = None,
 ) -> PackedLoop:
     """(W2, b2), (W3, b3) and M -> what the kernel reads. W2, W3, M [H, H]; b2, b3 [H].
 
-    float32 is expected, and other types are converted to it first.
+    float32 is expected, and other types are converted to it first. `noise` is Wx [H, D], where the
+    kernel makes the noise.
     """
     given = dict(zip(LAYERS, (hidden2[0], hidden3[0], carry), strict=True))
     matrices = {name: _float32(name, matrix) for name, matrix in given.items()}
     width = len(matrices["hidden2"]) if matrices["hidden2"].ndim else 0
-    plan = layout(width, dtype)
+    wide = None if noise is None else _float32("noise", noise)
+    if wide is not None and (wide.ndim != 2 or len(wide) != width or not wide.size):
+        raise ValueError(
+            f"noise: got shape {wide.shape}, expected ({width}, width of x_T); it is the part of "
+            "the first layer's matrix that reads the noisy features"
+        )
+    plan = layout(width, dtype, 0 if wide is None else wide.shape[1])
     weights = np.empty(plan.weight_shape, np.uint16)
     for index, (name, matrix) in enumerate(matrices.items()):
         _check_shape(name, matrix, (width, width), "the loop has three square matrices of one size")
         _check_range(name, matrix, dtype)
-        weights[index] = _fragments(plan, to_bits(matrix, dtype))
+        weights[index] = _fragments(plan, to_bits(matrix, dtype), plan.padded)
     biases = np.zeros((2, plan.padded), np.float32)
     for index, (name, (_, bias)) in enumerate((("hidden2", hidden2), ("hidden3", hidden3))):
         values = _float32(f"{name} bias", bias)
         _check_shape(f"{name} bias", values, (width,), "its matrix has one row a value")
         biases[index, :width] = values
-    return PackedLoop(plan, weights, biases)
+    if wide is None:
+        return PackedLoop(plan, weights, biases)
+    _check_range("noise", wide, dtype)
+    return PackedLoop(plan, weights, biases, _fragments(plan, to_bits(wide, dtype), plan.noise))
 
 
 def unpack(packed: PackedLoop) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -241,14 +311,18 @@ def unpack(packed: PackedLoop) -> tuple[NDArray[np.float32], NDArray[np.float32]
 def pack_tables(
     coefficients: ArrayLike, bias: ArrayLike
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Coefficients (A, B, C) [S, 3] and bias [S, N, K, H] -> [S, 4] and [S, N, K, Hp]."""
+    """Coefficients (A, B, C) [S, 3] and bias [S, N, K, H] -> [S, 4] and [S, N, K, Hp].
+
+    With noise made in the kernel: (A, B, C, S) [S, 4] and bias [S, 1, 1, H].
+    """
     table, rows = _float32("coefficients", coefficients), _float32("bias", bias)
     if rows.ndim != 4 or not rows.size:
         raise ValueError(
             f"bias: got shape {rows.shape}, expected [steps, noises, samples, hidden], none of them"
             " 0; with one noise trajectory for all images, noises is 1"
         )
-    _check_shape("coefficients", table, (len(rows), 3), "bias has one row for each of them")
+    columns = 4 if table.shape[1:] == (4,) else 3
+    _check_shape("coefficients", table, (len(rows), columns), "bias has one row for each of them")
     return _pad(table, 4), _pad(rows, layout(rows.shape[-1]).padded)
 
 
@@ -263,34 +337,72 @@ def pack_condition(q: ArrayLike) -> NDArray[np.float32]:
     return _pad(rows, layout(rows.shape[-1]).padded)
 
 
+def draws(
+    seed: int,
+    keys: Sequence[int],
+    samples: int,
+    timesteps: Sequence[int],
+    train_steps: int,
+    noisy: ArrayLike,
+    width: int,
+) -> NDArray[np.float32]:
+    """x_T and z of a launch [S, B, K, width]: row 0 is x_T, row i + 1 the noise of step i.
+
+    The last step has none, and that of a step where `noisy` [S] is false is left at zero.
+    """
+    used = np.flatnonzero(np.asarray(noisy)[:-1])
+    counters = [train_steps, *(timesteps[int(i)] - 1 for i in used)]
+    made = np.zeros((len(timesteps), len(keys), samples, width), np.float32)
+    for b, key in enumerate(keys):
+        for k in range(samples):
+            noise = standard_normal(seed, counters, width, (int(key) + k) % 2**64)
+            made[[0, *(used + 1)], b, k] = noise
+    return made
+
+
 def reverse_sampler_reference(
     packed: PackedLoop,
     q: NDArray[np.float32],
     coefficients: NDArray[np.float32],
     bias: NDArray[np.float32],
     slope: float = 0.01,
+    *,
+    exchange: Exchange = "counter",
+    noise: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """h3 of the last step [B, K, H], from the packed arrays: q [B, Hp], [S, 4], [S, N, K, Hp].
 
-    Differs from the kernel where additions are not defined to the bit: see layer_reference, and the
-    kernel may fuse the products and sums of p. Activations beyond the type's range become inf.
+    noise: `draws` of width Dp, where the kernel makes the noise; bias is [S, 1, 1, Hp] then.
+
+    Differs from the kernel where additions are not defined to the bit: see layer_reference.
+    Activations beyond the type's range become inf.
     """
     _check_loop(packed.layout, q, coefficients, bias)
-    state = np.zeros((len(q), bias.shape[2], packed.layout.padded), np.float32)
+    samples = bias.shape[2] if noise is None else noise.shape[2]
+    state = np.zeros((len(q), samples, packed.layout.padded), np.float32)
     previous = np.zeros_like(state)
     # As in the kernel, overflow is no error, but shows in the result.
     with np.errstate(over="ignore", invalid="ignore"):
-        for (a, b, c, _), row in zip(coefficients[:-1], bias[:-1], strict=True):
-            h3 = _last_hidden(packed, state, q, row, slope)
-            update = layer_reference(packed, "carry", h3)
+        if noise is not None:
+            state = noise_reference(packed, noise[0], exchange)
+        for i, (a, b, c, s) in enumerate(coefficients[:-1]):
+            h3 = _last_hidden(packed, state, q, bias[i], slope, exchange)
+            update = layer_reference(packed, "carry", h3, exchange=exchange)
             state = a * state + b * update + c * previous
             previous = update
-        h3 = _last_hidden(packed, state, q, bias[-1], slope)
+            if noise is not None and s:
+                state = state + s * noise_reference(packed, noise[i + 1], exchange)
+        h3 = _last_hidden(packed, state, q, bias[-1], slope, exchange)
     return h3[..., : packed.layout.hidden]
 
 
 def layer_reference(
-    packed: PackedLoop, layer: Layer, activations: NDArray[np.float32], slope: float = 0.01
+    packed: PackedLoop,
+    layer: Layer,
+    activations: NDArray[np.float32],
+    slope: float = 0.01,
+    *,
+    exchange: Exchange = "counter",
 ) -> NDArray[np.float32]:
     """One layer's output [..., Hp], before it is rounded, from its input [..., Hp], which is.
 
@@ -301,19 +413,23 @@ def layer_reference(
     if layer not in LAYERS:
         raise ValueError(f"layer: got {layer!r}, expected one of {', '.join(LAYERS)}; choose one")
     plan = packed.layout
-    leading = activations.shape[:-1]
-    hint = "pad with zero columns, as pack_condition does"
-    _check("activations", activations, np.float32, (*leading, plan.padded), hint)
     index = LAYERS.index(layer)
+    hint = "pad with zero columns, as pack_condition does"
+    _check("activations", activations, np.float32, (*activations.shape[:-1], plan.padded), hint)
     with np.errstate(over="ignore", invalid="ignore"):
-        rows = _rounded(activations, plan.dtype).reshape(-1, plan.padded)
-        weights = _weight_columns(plan, packed.weights[index])
-        tiles = [
-            _tile_product(plan, rows[start : start + _TILE], weights)
-            for start in range(0, len(rows), _TILE)
-        ]
-        result = np.concatenate(tiles).reshape(*leading, plan.padded)
+        result = _product(plan, packed.weights[index], activations, exchange)
         return result if layer == "carry" else _leaky(result + packed.biases[index], slope)
+
+
+def noise_reference(
+    packed: PackedLoop, noise: NDArray[np.float32], exchange: Exchange = "counter"
+) -> NDArray[np.float32]:
+    """Wx z [..., Hp] of noise [..., Dp], in the kernel's order of additions."""
+    if packed.noise is None:
+        raise ValueError("noise: got a loop without Wx, expected one; give it to pack")
+    shape = (*noise.shape[:-1], packed.layout.noise)
+    _check("noise", noise, np.float32, shape, "draws of this width are expected")
+    return _product(packed.layout, packed.noise, noise, exchange)
 
 
 def to_bits(values: NDArray[np.float32], dtype: Operand) -> NDArray[np.uint16]:
@@ -335,38 +451,54 @@ def from_bits(bits: NDArray[np.uint16], dtype: Operand) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _fragments(plan: Layout, bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """[H, H] -> [CTA, warp, group, lane, half]."""
-    matrix = np.zeros((plan.padded, plan.padded), np.uint16)
-    matrix[: plan.hidden, : plan.hidden] = bits
+def _fragments(plan: Layout, bits: NDArray[np.uint16], width: int) -> NDArray[np.uint16]:
+    """[H, H or D] -> [CTA, warp, group, lane, half], padded to `width` input features."""
+    matrix = np.zeros((plan.padded, width), np.uint16)
+    matrix[: len(bits), : bits.shape[1]] = bits
     # Row 8 c + g; column 32 (w G + s) + 8 t + j.
-    parts = matrix.reshape(plan.ctas, _FEATURES, plan.warps, plan.groups, 4, _HALVES)
-    return parts.transpose(0, 2, 3, 1, 4, 5).reshape(plan.weight_shape[1:])
+    parts = matrix.reshape(plan.ctas, _FEATURES, plan.warps, -1, 4, _HALVES)
+    return parts.transpose(0, 2, 3, 1, 4, 5).reshape(plan.ctas, plan.warps, -1, _LANES, _HALVES)
 
 
 def _weight_columns(plan: Layout, weights: NDArray[np.uint16]) -> NDArray[np.float64]:
     """Packed weights of one layer -> [group, product 16, warp, mma 2, 1, feature Hp]."""
     # The axes of the packed array, with lane = 4 g + t and half = 4 mma + i.
-    shape = (plan.ctas, plan.warps, plan.groups, _FEATURES, 4, 2, 4)
+    shape = (plan.ctas, plan.warps, -1, _FEATURES, 4, 2, 4)
     parts = from_bits(weights, plan.dtype).astype(np.float64).reshape(shape)
     order = parts.transpose(2, 6, 4, 1, 5, 0, 3)  # group, i, t, warp, mma, CTA, g
-    return order.reshape(plan.groups, 16, plan.warps, 2, 1, plan.padded)
+    return order.reshape(-1, 16, plan.warps, 2, 1, plan.padded)
 
 
 def _row_columns(plan: Layout, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Rounded activations [R, Hp] -> [group, product 16, warp, mma 2, R, 1]."""
-    parts = rows.astype(np.float64).reshape(len(rows), plan.warps, plan.groups, 4, 2, 4)
+    """Rounded activations [R, Hp or Dp] -> [group, product 16, warp, mma 2, R, 1]."""
+    parts = rows.astype(np.float64).reshape(len(rows), plan.warps, -1, 4, 2, 4)
     order = parts.transpose(2, 5, 3, 1, 4, 0)  # group, i, t, warp, mma, row
-    return order.reshape(plan.groups, 16, plan.warps, 2, len(rows), 1)
+    return order.reshape(-1, 16, plan.warps, 2, len(rows), 1)
+
+
+def _product(
+    plan: Layout,
+    packed: NDArray[np.uint16],
+    activations: NDArray[np.float32],
+    exchange: Exchange,
+) -> NDArray[np.float32]:
+    """A packed matrix times activations [..., in] before they are rounded: [..., Hp]."""
+    rows = _exchanged(activations, plan.dtype, exchange).reshape(-1, activations.shape[-1])
+    weights = _weight_columns(plan, packed)
+    tiles = [
+        _tile_product(plan, rows[start : start + _TILE], weights)
+        for start in range(0, len(rows), _TILE)
+    ]
+    return np.concatenate(tiles).reshape(*activations.shape[:-1], plan.padded)
 
 
 def _tile_product(
     plan: Layout, rows: NDArray[np.float32], weights: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """Rounded activations [R, Hp] times _weight_columns -> [R, Hp], in the kernel's order."""
+    """Rounded activations [R, in] times _weight_columns -> [R, Hp], in the kernel's order."""
     columns = _row_columns(plan, rows)
     sums = np.zeros((plan.warps, 2, len(rows), plan.padded), np.float32)
-    for group in range(plan.groups):
+    for group in range(len(weights)):
         exact = sums.astype(np.float64)
         # Not matmul: its order of additions, and so its last bits, depend on the number of rows.
         for product in range(16):
@@ -384,11 +516,12 @@ def _last_hidden(
     q: NDArray[np.float32],
     bias: NDArray[np.float32],
     slope: float,
+    exchange: Exchange,
 ) -> NDArray[np.float32]:
     """h3 [B, K, Hp] of one step, from state [B, K, Hp], q [B, Hp] and bias [N, K, Hp]."""
     h1 = _leaky(state + q[:, None] + bias, slope)
-    h2 = layer_reference(packed, "hidden2", h1, slope)
-    return layer_reference(packed, "hidden3", h2, slope)
+    h2 = layer_reference(packed, "hidden2", h1, slope, exchange=exchange)
+    return layer_reference(packed, "hidden3", h2, slope, exchange=exchange)
 
 
 def _leaky(values: NDArray[np.float32], slope: float) -> NDArray[np.float32]:
@@ -397,6 +530,23 @@ def _leaky(values: NDArray[np.float32], slope: float) -> NDArray[np.float32]:
 
 def _rounded(values: NDArray[np.float32], dtype: Operand) -> NDArray[np.float32]:
     return from_bits(to_bits(values, dtype), dtype)
+
+
+def _exchanged(
+    values: NDArray[np.float32], dtype: Operand, exchange: Exchange
+) -> NDArray[np.float32]:
+    """[..., even] as other blocks read it: rounded, and the even columns once more for "epoch"."""
+    if exchange not in ("counter", "epoch"):
+        raise ValueError(f"exchange: got {exchange!r}, expected 'counter' or 'epoch'")
+    if exchange == "epoch" and dtype != "fp16":
+        raise ValueError(f"exchange: got 'epoch' for {dtype}, expected fp16; use 'counter'")
+    bits = to_bits(values, dtype)
+    if exchange == "epoch":
+        even = bits[..., ::2]
+        number = (even & np.uint16(0x7FFF)) <= 0x7C00
+        even += np.where(number, even & (even >> np.uint16(1)) & np.uint16(1), np.uint16(0))
+        even &= np.uint16(0xFFFE)
+    return from_bits(bits, dtype)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -8,7 +8,6 @@ only the last has C != 0.
 
 import ctypes
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from numpy.typing import NDArray
 
 from marnet_kernels import _cuda
 from marnet_kernels.compile import Cubin, arch_for, compile_cubin
+from marnet_kernels.loader import current_device, load_function
+from marnet_kernels.source import source
 
 _THREADS = 128  # in a block, as in csrc/step_update.cu
 
@@ -62,6 +63,16 @@ def step_update_reference(
     return new, np.where(before > 0, before, slope * before)
 
 
+class _Parameters(ctypes.Structure):
+    """`struct Arguments` of csrc/step_update.cu, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in _POINTERS),
+        *((name, ctypes.c_int32) for name in ("rows", "width4", "steps")),
+        ("slope", ctypes.c_float),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepUpdateArguments:
     """Sizes and device addresses of one launch, checked when built.
@@ -106,6 +117,13 @@ class StepUpdateArguments:
                 "pass zeros for the one that is not used"
             )
 
+    def _blocks(self) -> int:
+        return -(-self.batch * self.width // (4 * _THREADS))  # a thread has four floats
+
+    def _parameters(self) -> _Parameters:
+        addresses = (getattr(self, name) for name in _POINTERS)
+        return _Parameters(*addresses, self.batch, self.width // 4, self.steps, self.slope)
+
     def _check_address(self, name: str, alignment: int) -> None:
         address = getattr(self, name)
         if address % alignment or address < 0:
@@ -120,69 +138,27 @@ class StepUpdateArguments:
             )
 
 
-class _Parameters(ctypes.Structure):
-    """`struct Arguments` of csrc/step_update.cu, field for field."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint64) for name in _POINTERS),
-        *((name, ctypes.c_int32) for name in ("rows", "width4", "steps")),
-        ("slope", ctypes.c_float),
-    )
-
-
 class StepUpdate:
     """The kernel, loaded into the CUDA context that is current now, for as long as that lives."""
 
     cubin: Cubin
 
     def __init__(self) -> None:
-        driver, check = _cuda.load("driver"), _cuda.check
-        self.cubin = compile_cubin(step_update_source(), arch_for(_compute_capability(driver)))
-        module = check(driver.cuModuleLoadData(self.cubin.code), "cuModuleLoadData")
-        self._function = check(
-            driver.cuModuleGetFunction(module, b"step_update"), "cuModuleGetFunction"
-        )
-        self._launch = driver.cuLaunchKernel
+        arch = arch_for(current_device().capability)
+        self.cubin = compile_cubin(source("step_update"), arch)
+        self._function = load_function(self.cubin, "step_update")
+        self._launch = _cuda.load("driver").cuLaunchKernel
 
     def launch(self, stream: int, arguments: StepUpdateArguments) -> None:
         """Enqueue one step on the stream (a CUstream as int); can be captured.
 
         Allocates no device memory and waits for nothing.
         """
-        a = arguments
-        groups = a.width // 4  # the kernel handles four floats a thread
-        blocks = -(-a.batch * groups // _THREADS)
-        addresses = (getattr(a, name) for name in _POINTERS)
-        parameters = _Parameters(*addresses, a.batch, groups, a.steps, a.slope)
+        parameters = arguments._parameters()
         # The driver copies the parameters before it returns: nothing has to outlive the call.
         table = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        grid, block, shared_bytes = (blocks, 1, 1), (_THREADS, 1, 1), 0
+        grid, block, shared_bytes = (arguments._blocks(), 1, 1), (_THREADS, 1, 1), 0
         result = self._launch(
             self._function, *grid, *block, shared_bytes, stream, ctypes.addressof(table), 0
         )
         _cuda.check(result, "launch of step_update")
-
-
-def step_update_source() -> str:
-    """csrc/step_update.cu, as it is compiled."""
-    return (files("marnet_kernels") / "csrc" / "step_update.cu").read_text()
-
-
-def _compute_capability(driver: Any) -> tuple[int, int]:
-    """Of the device whose context is current."""
-    try:
-        device = _cuda.check(driver.cuCtxGetDevice(), "cuCtxGetDevice")
-    except RuntimeError as error:  # cuda.bindings raises one too, where there is no driver
-        raise RuntimeError(
-            f"StepUpdate: got no current CUDA context ({error}), expected one; make one first, "
-            "for example with torch.cuda.init() or cuda.core.Device().set_current()"
-        ) from error
-    kinds = driver.CUdevice_attribute
-    major, minor = (
-        _cuda.check(driver.cuDeviceGetAttribute(kind, device), "cuDeviceGetAttribute")
-        for kind in (
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    return major, minor

@@ -190,28 +190,28 @@ def mma_m16n8k16(a, b):
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_fragments_of_a_tile_give_the_product(layer):
-    """As the kernel reads: one 16-byte load of weights and two of activations feed two mma."""
+    """As the kernel reads: 16 bytes of each of two CTAs and of the activations feed two mma."""
     packed = rs.pack(**parts(500))
-    plan, cta = packed.layout, 11
+    plan, cta = packed.layout, 22
     words = packed.weights.view(np.uint32)  # [layer, CTA, warp, group, lane, word x y z w]
     rng = np.random.default_rng(3)
-    rows = rounded(rng.standard_normal((16, plan.padded), np.float32), "fp16")
+    rows = rounded(rng.standard_normal((8, plan.padded), np.float32), "fp16")
     total = np.zeros((16, 8))
     for warp in range(plan.warps):
         for group in range(plan.groups):
             operands = {0: ([], []), 1: ([], [])}
             for lane in range(32):
-                load = words[layer, cta, warp, group, lane]
+                low, high = (words[layer, cta + up, warp, group, lane] for up in (0, 1))
                 start = 32 * (warp * plan.groups + group) + 8 * (lane % 4)
-                low, high = (rows[lane // 4 + up, start : start + 8] for up in (0, 8))
                 for mma, (a, b) in operands.items():
-                    x, y = slice(4 * mma, 4 * mma + 2), slice(4 * mma + 2, 4 * mma + 4)
-                    a.append([*low[x], *high[x], *low[y], *high[y]])
-                    b.append(np.ascontiguousarray(load[2 * mma : 2 * mma + 2]).view(np.float16))
+                    x, y = 2 * mma, 2 * mma + 1
+                    a.append(np.stack([low[x], high[x], low[y], high[y]]).view(np.float16))
+                    b.append(rows[lane // 4, start + 4 * mma : start + 4 * mma + 4])
             total += sum(mma_m16n8k16(*registers) for registers in operands.values())
     matrix = np.zeros((plan.padded, plan.padded))
     matrix[:500, :500] = rs.unpack(packed)[0][layer]
-    np.testing.assert_allclose(total, (rows @ matrix.T)[:, 8 * cta : 8 * cta + 8], atol=1e-12)
+    want = (matrix @ rows.T.astype(np.float64))[8 * cta : 8 * cta + 16]
+    np.testing.assert_allclose(total, want, atol=1e-12)
 
 
 def test_buffers_are_the_sizes_of_the_arrays():
@@ -227,8 +227,8 @@ def test_buffers_are_the_sizes_of_the_arrays():
         "coefficients": coefficients.nbytes,
         "bias": bias.nbytes,
         "condition": rs.pack_condition(q).nbytes,
-        "exchange": 3 * 48 * 512 * 2,  # 35 rows, in tiles of 16
-        "counter": 128,
+        "exchange": 3 * 2 * 35 * 512 * 2,  # two copies
+        "counter": 16 * 128,  # sixteen groups of rows
         "out": 35 * 512 * 4,
     }
     assert plan.total_bytes(5, 7, 5, 3) == sum(sizes.values())

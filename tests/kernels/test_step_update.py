@@ -2,13 +2,20 @@
 
 import ctypes
 from dataclasses import replace
-from enum import IntEnum
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from emulate import Cpu, emulate
 
-from marnet_kernels import StepUpdate, StepUpdateArguments, step_update, step_update_reference
+from marnet_kernels import (
+    TARGETS,
+    StepUpdate,
+    StepUpdateArguments,
+    compile_cubin,
+    step_update,
+    step_update_reference,
+)
+from marnet_kernels.source import source
 
 # The kernel against the float64 twin, one step from equal float32 inputs of order 1.
 TOLERANCE = {
@@ -105,148 +112,94 @@ def test_wrong_arguments_are_refused(change, message):
 
 def test_parameters_have_the_size_that_the_kernel_asserts():
     assert ctypes.sizeof(step_update._Parameters) == 88
-    assert "sizeof(Arguments) == 88" in step_update.step_update_source()
+    assert "sizeof(Arguments) == 88" in source("step_update")
 
 
-def test_without_a_context_the_error_says_how_to_make_one(monkeypatch):
-    Status = IntEnum("Status", {"CUDA_ERROR_INVALID_CONTEXT": 201})
-    driver = SimpleNamespace(cuCtxGetDevice=lambda: (Status.CUDA_ERROR_INVALID_CONTEXT, None))
-    monkeypatch.setattr(step_update._cuda, "load", lambda _: driver)
-    with pytest.raises(RuntimeError, match=r"INVALID_CONTEXT.*expected one; make one first"):
-        StepUpdate()
-
-
-class Gpu:
-    """Device memory and a stream, through the driver alone; freed at the end of the test."""
-
-    GUARD = 64  # bytes after every array, which no kernel may touch
-
-    def __init__(self, driver):
-        self.driver, self.memory = driver, {}
-        self.stream = self.do("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
-
-    def do(self, function, *args):
-        status, *values = getattr(self.driver, function)(*args)
-        assert int(status) == 0, f"{function}: {status.name}"
-        return values[0] if values else None
-
-    def empty(self, nbytes):
-        """Address of nbytes in which every float is NaN."""
-        address = int(self.do("cuMemAlloc", nbytes + self.GUARD))
-        self.do("cuMemsetD8", address, 0xFF, nbytes + self.GUARD)
-        self.do("cuCtxSynchronize")  # the stream of the tests does not wait for the default stream
-        self.memory[address] = nbytes
-        return address
-
-    def put(self, array):
-        address = self.empty(array.nbytes)
-        self.fill(address, array)
-        return address
-
-    def fill(self, address, array):
-        self.do("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
-        self.do("cuCtxSynchronize")
-
-    def get(self, address, shape, dtype=np.float32):
-        array = np.empty(shape, dtype)
-        self.do("cuMemcpyDtoH", array.ctypes.data, address, array.nbytes)
-        return array
-
-    def wait(self):
-        self.do("cuStreamSynchronize", self.stream)
-
-    def graph(self, enqueue):
-        """What `enqueue` puts on the stream, captured; returns a function that replays it."""
-        mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self.do("cuStreamBeginCapture", self.stream, mode)
-        enqueue()
-        graph = self.do("cuStreamEndCapture", self.stream)
-        executable = self.do("cuGraphInstantiate", graph, 0)
-        return lambda: self.do("cuGraphLaunch", executable, self.stream)
-
-    def check_guards_and_free(self):
-        self.do("cuCtxSynchronize")
-        for address, nbytes in self.memory.items():
-            guard = self.get(address + nbytes, self.GUARD, np.uint8)
-            assert (guard == 0xFF).all(), "a kernel wrote past the end of an array"
-            self.do("cuMemFree", address)
-        self.do("cuStreamDestroy", self.stream)
-
-
-@pytest.fixture
-def gpu(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("arch", TARGETS)
+def test_it_compiles_for_every_target_without_spills(arch, tmp_path, monkeypatch):
+    monkeypatch.setattr("marnet_kernels.compile.SHIPPED", tmp_path)
     monkeypatch.setenv("MARNET_CACHE", str(tmp_path))
-    driver = pytest.importorskip(
-        "cuda.bindings.driver", reason='the CUDA extra is optional: pip install "marnet[cuda]"'
-    )
-    try:
-        found = int(driver.cuInit(0)[0]) == 0 and driver.cuDeviceGetCount()[1] > 0
-    except RuntimeError:  # no driver library
-        found = False
-    if not found:
-        pytest.skip("no CUDA device")
-    context = driver.cuDevicePrimaryCtxRetain(0)[1]
-    driver.cuCtxPushCurrent(context)
-    gpu = Gpu(driver)
-    yield gpu
-    gpu.check_guards_and_free()
-    driver.cuCtxPopCurrent()
-    driver.cuDevicePrimaryCtxRelease(0)
+    cubin = compile_cubin(source("step_update"), arch)
+    assert b"step_update" in cubin.code
+    assert (cubin.arch, cubin.spill_bytes) == (arch, 0)
+    assert 0 < cubin.registers <= 40
+    assert "warning" not in cubin.log
 
 
-def place(gpu, arrays, step):
+def place(machine, arrays, step):
     """Arguments for these arrays, all on the device; with `hidden` where its biases are given."""
     batch, width = arrays["state"].shape
-    hidden = gpu.empty(batch * width * 2) if "time_bias" in arrays else 0
+    hidden = machine.empty(batch * width * 2) if "time_bias" in arrays else 0
     return StepUpdateArguments(
         batch=batch,
         width=width,
         steps=len(arrays["coefficients"]),
-        step=gpu.put(np.array([step], np.int32)),
+        step=machine.put(np.array([step], np.int32)),
         hidden=hidden,
-        **{name: gpu.put(array) for name, array in arrays.items()},
+        **{name: machine.put(array) for name, array in arrays.items()},
     )
 
 
-@pytest.mark.gpu
+def run(machine, arguments, seed=0):
+    """One launch, and its end."""
+    if isinstance(machine, Cpu):
+        emulate("step_update").launch(
+            "step_update",
+            arguments._parameters(),
+            grid=arguments._blocks(),
+            block=step_update._THREADS,
+            seed=seed,
+        )
+    else:
+        StepUpdate().launch(int(machine.stream), arguments)
+        machine.wait()
+
+
 @pytest.mark.parametrize("batch", [1, 19, 64, 99])
-@pytest.mark.parametrize("width", [4, 256, 768, 1024])
-def test_kernel_matches_its_twin(gpu, batch, width):
+@pytest.mark.parametrize("width", [4, 36, 256, 1024])
+def test_kernel_matches_its_twin(machine, batch, width):
     x = inputs(batch, width, 5, seed=batch * width)
-    arguments = place(gpu, x, step=3)
-    StepUpdate().launch(int(gpu.stream), arguments)
-    gpu.wait()
+    arguments = place(machine, x, step=3)
+    run(machine, arguments)
     state, hidden = step_update_reference(**double(x), step=3)
     shape = (batch, width)
-    np.testing.assert_allclose(gpu.get(arguments.state, shape), state, **TOLERANCE["state"])
+    np.testing.assert_allclose(machine.get(arguments.state, shape), state, **TOLERANCE["state"])
     np.testing.assert_allclose(
-        gpu.get(arguments.hidden, shape, np.float16), hidden, **TOLERANCE["hidden"]
+        machine.get(arguments.hidden, shape, np.float16), hidden, **TOLERANCE["hidden"]
     )
-    np.testing.assert_array_equal(gpu.get(arguments.previous, shape), x["update"])
+    np.testing.assert_array_equal(machine.get(arguments.previous, shape), x["update"])
 
 
-@pytest.mark.gpu
-def test_kernel_leaves_out_what_is_not_given_or_has_a_zero_coefficient(gpu):
+def test_kernel_leaves_out_what_is_not_given_or_has_a_zero_coefficient(machine):
     x = inputs(19, 36, 2)
     del x["previous"], x["image_bias"], x["time_bias"]
     x["coefficients"][1] = 0.5, 2, 1, 0
     x["noise"][1] = np.nan
-    arguments = place(gpu, x, step=1)
-    StepUpdate().launch(int(gpu.stream), arguments)
-    gpu.wait()
+    arguments = place(machine, x, step=1)
+    run(machine, arguments)
     state, _ = step_update_reference(**double(x), step=1)
-    np.testing.assert_allclose(gpu.get(arguments.state, (19, 36)), state, **TOLERANCE["state"])
+    np.testing.assert_allclose(machine.get(arguments.state, (19, 36)), state, **TOLERANCE["state"])
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("step", [-1, 5])
-def test_a_step_outside_the_tables_gives_nan(gpu, step):
+def test_a_step_outside_the_tables_gives_nan(machine, step):
     x = inputs(19, 256, 5)
-    arguments = place(gpu, x, step)
-    StepUpdate().launch(int(gpu.stream), arguments)
-    gpu.wait()
-    assert np.isnan(gpu.get(arguments.state, (19, 256))).all()
-    assert np.isnan(gpu.get(arguments.hidden, (19, 256), np.float16)).all()
+    arguments = place(machine, x, step)
+    run(machine, arguments)
+    assert np.isnan(machine.get(arguments.state, (19, 256))).all()
+    assert np.isnan(machine.get(arguments.hidden, (19, 256), np.float16)).all()
+
+
+def test_the_order_of_threads_does_not_matter(emulator):
+    x = inputs(19, 36, 5)
+    results = []
+    for seed in range(4):
+        arguments = place(emulator, x, step=3)
+        run(emulator, arguments, seed)
+        results.append(emulator.get(arguments.state, (19, 36)))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 @pytest.mark.gpu

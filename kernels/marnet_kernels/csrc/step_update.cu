@@ -3,8 +3,7 @@
 //   state  <- A state + B update + C previous + S noise[step]          [rows, width], float32
 //   hidden <- leaky_relu(state + image_bias + time_bias[step])         [rows, width], float16, optional
 //
-// (A, B, C, S) is row `step` of a table, and `step` lives in device memory: a CUDA graph captured once serves every
-// step. The source needs no header, so NVRTC compiles it on a machine that has no CUDA toolkit.
+// (A, B, C, S) is row `step` of a table, and `step` lives in device memory, so a CUDA graph captured once serves them all.
 
 struct Arguments {  // step_update.py mirrors this field for field
     const int* step;             // one int32
@@ -22,17 +21,11 @@ struct Arguments {  // step_update.py mirrors this field for field
 
 static_assert(sizeof(Arguments) == 88, "step_update.py builds 88 bytes");
 
-__device__ float4 axpy(float a, float4 x, float4 y) {
+__device__ inline float4 axpy(float a, float4 x, float4 y) {
     return make_float4(fmaf(a, x.x, y.x), fmaf(a, x.y, y.y), fmaf(a, x.z, y.z), fmaf(a, x.w, y.w));
 }
 
-__device__ float leaky_relu(float x, float slope) { return x > 0.f ? x : slope * x; }
-
-__device__ unsigned pack_half2(float low, float high) {
-    unsigned packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
+__device__ inline float leaky_relu(float x, float slope) { return x > 0.f ? x : slope * x; }
 
 extern "C" __global__ void __launch_bounds__(128) step_update(const Arguments a) {
     const int i = blockIdx.x * 128 + threadIdx.x;  // counts groups of four floats
@@ -60,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(128) step_update(const Arguments a)
 
     if (a.hidden) {
         const float4 h = axpy(1.f, state, axpy(1.f, a.image_bias[i], a.time_bias[in_table]));
-        a.hidden[i] = make_uint2(pack_half2(leaky_relu(h.x, a.slope), leaky_relu(h.y, a.slope)),
-                                 pack_half2(leaky_relu(h.z, a.slope), leaky_relu(h.w, a.slope)));
+        a.hidden[i] = make_uint2(pack_fp16(leaky_relu(h.x, a.slope), leaky_relu(h.y, a.slope)),
+                                 pack_fp16(leaky_relu(h.z, a.slope), leaky_relu(h.w, a.slope)));
     }
 }

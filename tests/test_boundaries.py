@@ -34,8 +34,9 @@ LEAVES = {
     "marnet_sdk/backends/aotinductor.py": {"torch"},
     "marnet_sdk/backends/onnxruntime.py": {"onnxruntime"},
     "marnet_sdk/backends/openvino.py": {"openvino"},
-    "marnet_sdk/backends/tensorrt.py": {"cuda"},
+    "marnet_sdk/backends/torch_cuda.py": {"torch"},
     "marnet_sdk/backends/torchscript.py": {"torch"},
+    "marnet_sdk/driver.py": {"cuda"},
     "marnet_sdk/text.py": {"tokenizers"},
 }
 PICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

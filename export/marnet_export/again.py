@@ -237,7 +237,8 @@ def check_text_agreement(trial: _Trial, checkpoint: Checkpoint) -> Check:
         return Check(name, SKIPPED, "the bundle has no text encoder")
     backend, types = bundle.manifest.backend, _types(bundle)[0]
     try:
-        found = verify_text(bundle.path / TEXT, checkpoint, trial.lowered, backend, types)
+        device = bundle.manifest.built_for.device
+        found = verify_text(bundle.path / TEXT, checkpoint, trial.lowered, backend, types, device)
     except VerificationFailed as error:
         return failed(name, re.split(r"[.;] [Nn]o bundle was written", str(error))[0])
     return passed(
@@ -274,7 +275,8 @@ class _Trial:
         manifest = bundle.manifest
         sampling = manifest.sampling
         compute = manifest.precision.compute
-        backend = open_backend(manifest.backend, bundle.path / PAYLOAD, compute, None)
+        device = manifest.built_for.device
+        backend = open_backend(manifest.backend, bundle.path / PAYLOAD, compute, None, device)
         by_image = sampling.noise == "image"
         return cls(
             bundle,
@@ -416,7 +418,7 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
         for name, value in bundle.manifest.settings.items()
     }
     if changes.get("backend", settings["backend"]) != settings["backend"]:
-        settings |= {"targets": (), "route": ROUTES[0]}  # those are another's
+        settings |= {"targets": (), "route": ROUTES[0], "device": None}  # those are another's
     try:
         return Settings(**settings | dict(changes))
     except TypeError as error:

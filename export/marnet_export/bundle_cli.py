@@ -388,6 +388,7 @@ def _changes(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--backend", type=Choice(["auto", *BACKENDS]), help="What runs the bundle."),
         click.option("--precision", type=Choice([*types, "int8"]), help="Type of the weights."),
         click.option("--compute", type=Choice(types), help="Type of products that are not int8."),
+        click.option("--device", type=Choice(["cpu", "cuda"]), help="What torch bundles run on."),
         click.option("--loop-precision", type=Choice([*types, "int8"]), help="Of the loop alone."),
         click.option("--sampler", type=Choice(["ddpm", "ddim", "dpmpp"]), help="Reverse process."),
         click.option("--eta", type=click.FloatRange(0), help="Of ddim."),

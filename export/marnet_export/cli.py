@@ -41,8 +41,8 @@ class Steps(click.IntRange):
     "--output",
     "-o",
     type=_FOLDER,
-    help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with the backend's name "
-    "before the precision where one is asked for.",
+    help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with backend and device "
+    "before the precision where they are asked for.",
 )
 @click.option(
     "--backend",
@@ -65,6 +65,13 @@ class Steps(click.IntRange):
     type=Choice(["fp32", "bf16", "fp16"]),
     help="In which type other matrices than those in int8 are multiplied. Default: the precision "
     "where the backend can, else fp32.",
+)
+@click.option(
+    "--device",
+    type=Choice(["cpu", "cuda"]),
+    help="What the bundle runs on: the processor, or cuda, an NVIDIA GPU, which must be here. "
+    "cuda is for torchscript, aotinductor and tensorrt. Default: cpu; for tensorrt, cuda; with "
+    "--backend auto, whatever each backend is for.",
 )
 @click.option(
     "--loop-precision",
@@ -161,6 +168,7 @@ def main(
     backend: str,
     precision: str,
     compute: str | None,
+    device: str | None,
     loop_precision: str | None,
     sampler: str | None,
     eta: float,
@@ -218,6 +226,7 @@ def main(
         route=tensorrt_route,
         text=text,
         source=source,
+        device=device,
     )
     if explain:
         rows, sentence = explain_plan(path, settings)
@@ -226,7 +235,7 @@ def main(
         next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
         return
     if output is None:  # a place of our own choosing: the last build there may be replaced
-        parts = [Path(checkpoint).resolve().name, backend, precision]
+        parts = [Path(checkpoint).resolve().name, backend, device or "auto", precision]
         output = Path("bundles") / f"{'-'.join(p for p in parts if p != 'auto')}.marnet"
         force = True
     existed = output.exists()

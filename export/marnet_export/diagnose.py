@@ -207,7 +207,8 @@ class _Again:
         return shutil.copytree(self.payload, fresh)
 
     def _open(self, payload: Path) -> Backend:
-        return open_backend(self.backend, payload, self.types.compute, None)
+        device = self.options.get("device")
+        return open_backend(self.backend, payload, self.types.compute, None, device)
 
 
 class _NoHead(nn.Module):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marnet_export.builders import BUILDERS
+from marnet_export.builders import BUILDERS, check_device, device_of
 from marnet_export.lower import lower
 from marnet_export.pipeline import at_work, export_bundle, finish
 from marnet_export.settings import Say, Settings
@@ -28,7 +28,13 @@ from marnet_export.text import check_text
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.errors import ExportError, InvalidInput, MarnetError, VerificationFailed
+from marnet_sdk.errors import (
+    BackendUnavailable,
+    ExportError,
+    InvalidInput,
+    MarnetError,
+    VerificationFailed,
+)
 from marnet_train.checkpoint import load_checkpoint, write_json
 
 BATCHES = (1, 16)  # images in a call; the first decides
@@ -69,8 +75,10 @@ def export_fastest(
         The candidates, the one that was written first, and then the others as they are ranked.
 
     Raises:
+        BackendUnavailable: a GPU is asked for, and no backend can run on one here.
         VerificationFailed, ExportError: none passes; lists why.
     """
+    backends = _backends(settings.device)
     with at_work(output, overwrite=overwrite) as fresh:
         if settings.text:  # which only the winner gets: too late to find that it cannot be had
             loaded = load_checkpoint(checkpoint)
@@ -79,7 +87,7 @@ def export_fastest(
         with tempfile.TemporaryDirectory(prefix=".", dir=fresh) as scratch:
             found = [
                 _build_apart(backend, Path(scratch), checkpoint, settings, data, say)
-                for backend in BUILDERS
+                for backend in backends
             ]
             ranked = _race(found, Path(scratch))
             for candidate in ranked:
@@ -97,11 +105,43 @@ def export_fastest(
     return ranked
 
 
+def _backends(device: str | None) -> list[str]:
+    """Those that build for a device; None: all.
+
+    Raises:
+        BackendUnavailable: none of them can run there on this machine; says why of each.
+    """
+    if device is None:
+        return list(BUILDERS)
+    backends, reasons = [], []
+    for backend in BUILDERS:
+        try:
+            device_of(backend, device)
+        except ExportError:
+            continue
+        backends.append(backend)
+        reasons += [f"{backend}: {reason}"] if (reason := _why_not(backend, device)) else []
+    if len(reasons) == len(backends):
+        raise BackendUnavailable(f"nothing runs on {device} here: {'; '.join(reasons)}")
+    return backends
+
+
+def _why_not(backend: str, device: str | None) -> str | None:
+    """Why what a backend builds cannot run on this machine."""
+    if reason := why_unavailable(backend):
+        return reason
+    try:
+        check_device(backend, device_of(backend, device))
+    except MarnetError as error:
+        return str(error)
+    return None
+
+
 def _build_apart(
     backend: str, folder: Path, checkpoint: Path, settings: Settings, data: Path | None, say: Say
 ) -> Candidate:
     """Export with one backend, in another process."""
-    if reason := why_unavailable(backend):
+    if reason := _why_not(backend, settings.device):
         return Candidate(backend, "unavailable", reason, exit_code=5)
     say(f"{backend}: building and verifying")
     job = {

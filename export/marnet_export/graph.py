@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
 from marnet_export.plan import SamplingPlan
+from marnet_sdk.persistent_loop import LoopWeights, Operand
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.fusion import FUSIONS
 from marnet_train.models.marnet import MARNet
@@ -107,6 +108,15 @@ class Step(nn.Module):
         """The estimate of the last step: the same -> x_CDR [B, K, D]."""
         raise NotImplementedError
 
+    def estimate(self, h3: Tensor) -> Tensor:
+        """What `finish` makes of the last h3 [B, K, H], where there are `kernel_weights`."""
+        raise NotImplementedError
+
+    def kernel_weights(self) -> LoopWeights | None:
+        """The loop's weights for the persistent kernel; None: it is not of the form that it runs,
+        or not in 16 bits."""
+        return None
+
 
 class PlanStep(Step):
     """A step of MARNet's sampling plan; everything but its products is float32."""
@@ -145,7 +155,49 @@ class PlanStep(Step):
         return self.carry(self.hidden(state, q, row))
 
     def finish(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
-        return self.output(self.hidden(state, q, row))
+        return self.estimate(self.hidden(state, q, row))
+
+    def estimate(self, h3: Tensor) -> Tensor:
+        return self.output(h3)
+
+    def kernel_weights(self) -> LoopWeights | None:
+        operands: dict[torch.dtype, Operand] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+        layers = {"hidden2": self.hidden2, "hidden3": self.hidden3, "carry": self.carry}
+        operand = operands.get(self.carry.matrix.dtype)
+        if operand is None or not isinstance(self.input, nn.Identity):
+            return None
+        return LoopWeights(
+            {name: layer.matrix.float().numpy() for name, layer in layers.items()},
+            {name: b.numpy() for name, layer in layers.items() if (b := layer.bias) is not None},
+            self.slope,
+            operand,
+        )
+
+
+class Condition(nn.Module):
+    """What comes before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
+
+    def __init__(self, step: Step, padded: int) -> None:
+        """padded: Hp."""
+        super().__init__()
+        self.step, self.padded = step, padded
+
+    def forward(self, x_v: Tensor) -> Tensor:
+        q = self.step.condition(x_v).squeeze(1)
+        return F.pad(q, (0, self.padded - q.shape[-1]))
+
+
+class Finish(nn.Module):
+    """What comes behind it: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
+
+    def __init__(self, step: Step, head: nn.Module, hidden: int) -> None:
+        """hidden: H."""
+        super().__init__()
+        self.step, self.head, self.hidden = step, head, hidden
+
+    def forward(self, x_v: Tensor, h3: Tensor) -> tuple[Tensor, Tensor]:
+        logits, fused = self.head(x_v, self.step.estimate(h3[:, :, : self.hidden]))
+        return logits, fused
 
 
 class ScriptedLoop(nn.Module):

@@ -27,6 +27,7 @@ from marnet_export.builders import (
     Calibration,
     Types,
     builder,
+    device_of,
     open_built,
     runs_here,
 )
@@ -61,6 +62,7 @@ from marnet_export.verify import (
     trajectory_error,
 )
 from marnet_sdk.backends import Floats, make_tables, why_unavailable
+from marnet_sdk.backends.torch_cuda import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
     GOLDEN_ANSWERS,
@@ -254,7 +256,8 @@ class _Job:
             module.build_refine(self.lowered, loop, payload, **more)
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
-        backend = open_built(self.settings.backend, payload, encoder.compute)
+        asked = self.settings
+        backend = open_built(asked.backend, payload, encoder.compute, asked.device)
         return Built(backend, arrays, sampling, self.images.pixels)
 
     def check_steps(self, sampling: Sampling) -> None:
@@ -371,7 +374,7 @@ class _Job:
             "noise": self.settings.noise,
             "seed": self.settings.seed,
             "checkpoint_sha256": self.checkpoint.sha256,
-            "built_for": asdict(_built_for(self.settings.backend)),
+            "built_for": asdict(_built_for(self.settings)),
         }
         report = pareto_report(everything, choice, about)
         write_json(self.fresh / PARETO, report)
@@ -484,7 +487,7 @@ class _Job:
             "sampling": sampling,
             "buckets": self.buckets,
             "golden_tolerance": fidelity.row_tolerance,
-            "built_for": _built_for(backend, self.fresh / PAYLOAD),
+            "built_for": _built_for(self.settings, self.fresh / PAYLOAD),
             "settings": asdict(self.settings),
             "checkpoint_sha256": checkpoint.sha256,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -597,9 +600,11 @@ def _add_not_run(folder: Path, backend: str) -> str:
     return f"{backend}: {note}"
 
 
-def _built_for(backend: str, payload: Path | None = None) -> BuiltFor:
+def _built_for(settings: Settings, payload: Path | None = None) -> BuiltFor:
+    backend, device = settings.backend, device_of(settings.backend, settings.device)
     packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", backend)
     module = builder(backend)
     targets = module.targets(payload) if payload and hasattr(module, "targets") else ()
-    device = getattr(module, "DEVICE", "cpu")
+    if device == "cuda" and hasattr(module, "CUDA_COMPUTE"):
+        targets = (" ".join(gpu_name()),)
     return BuiltFor(device, platform.machine(), versions(packages), tuple(targets))

@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, choose_types
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import InvalidInput
+from marnet_export.builders import (
+    BUILDERS,
+    PRECISIONS,
+    Types,
+    builder,
+    check_device,
+    choose_types,
+    device_of,
+)
+from marnet_sdk.errors import InvalidInput, nearest
 from marnet_train.diffusion import SAMPLERS
 
 Say = Callable[[str], None]
@@ -16,6 +23,7 @@ AUTO = "auto"
 NOISES = ("shared", "image")
 ROUTES = ("onnx", "torch-tensorrt")
 FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Settings:
     route: str = "onnx"  # of tensorrt's encoder: or "torch-tensorrt"
     text: bool = True  # with the text encoder, for matching
     source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
+    device: str | None = None  # None: the one that the backend builds for when it is not told
 
     def __post_init__(self) -> None:
         auto = ("auto",) if self.steps == "auto" else ()
@@ -51,6 +60,7 @@ class Settings:
             ("sampler", self.sampler or "ddpm", SAMPLERS),
             ("noise", self.noise, NOISES),
             ("route", self.route, ROUTES),
+            ("device", self.device or "cpu", DEVICES),
         ):
             if value not in choices:
                 near = nearest(value, choices)
@@ -75,16 +85,19 @@ def check_types(settings: Settings) -> tuple[Types, Types]:
     """In which types encoder and loop are built.
 
     Raises:
-        ExportError: the backend cannot. MissingExtra, BackendUnavailable: it cannot here.
+        ExportError: the backend cannot, or not for that device. MissingExtra, BackendUnavailable:
+            it cannot here.
     """
+    backend, device = settings.backend, device_of(settings.backend, settings.device)
+    check_device(backend, device)
     precision = FLOATS[0] if settings.precision == AUTO else settings.precision
-    encoder = choose_types(settings.backend, precision, settings.compute)
+    encoder = choose_types(backend, precision, settings.compute, device)
     loop = settings.loop_precision or precision
-    return encoder, choose_types(settings.backend, loop, encoder.compute)
+    return encoder, choose_types(backend, loop, encoder.compute, device)
 
 
 def places(settings: Settings) -> dict[str, Any]:
-    """Where to build for, as an argument of builders that can build for other machines."""
+    """Where to build for, as an argument of builders that can build for more than one place."""
     if hasattr(builder(settings.backend), "open_reference"):
         return {"targets": settings.targets}
     if settings.targets:
@@ -92,4 +105,5 @@ def places(settings: Settings) -> dict[str, Any]:
             f"targets: got {', '.join(settings.targets)} for {settings.backend}, which builds for "
             "this machine; leave them out, or choose --backend tensorrt"
         )
-    return {}
+    device = device_of(settings.backend, settings.device)
+    return {"device": device} if device == "cuda" else {}

@@ -14,8 +14,7 @@ from typing import Any
 
 import onnx
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
+from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra, nearest
 from marnet_sdk.files import atomic_file, sha256_file
 from marnet_sdk.tensorrt_library import (
     RTX,
@@ -35,6 +34,9 @@ from marnet_sdk.tensorrt_library import (
 )
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
+# Refine in two halves, around the loop that a kernel runs; where that cannot, refine does it all.
+CONDITION, FINISH = "condition.onnx", "finish.onnx"
+_FILES = (ENCODER, REFINE, CONDITION, FINISH, TEXT)
 BUCKETS = (1, 8, 16, 32, 64)
 # Least, fastest, most. An engine reserves memory for the most, so the runtime splits what is more.
 STEPS, SAMPLES = (2, 50, 1000), (1, 1, 16)
@@ -45,6 +47,7 @@ INPUT_SIZES = {
     "x_v": ("batch",),
     "coefficients": ("steps",),
     "bias": ("steps", "samples"),
+    "h3": ("batch", "samples"),
     "ids": ("batch", "tokens"),
     "mask": ("batch", "tokens"),
 }
@@ -71,7 +74,7 @@ def add_engines(
     """
     if not buckets or min(buckets) < 1 or len(set(buckets)) < len(buckets):
         raise InvalidInput(f"buckets: got {tuple(buckets)}, expected different batch sizes from 1")
-    graphs = {path.stem: path for path in map(payload.joinpath, (ENCODER, REFINE, TEXT))}
+    graphs = {path.stem: path for path in map(payload.joinpath, _FILES)}
     graphs = {name: path for name, path in graphs.items() if path.exists()}
     if not graphs:
         raise ExportError(f"{payload} has no ONNX files to build engines from; export it again")
@@ -117,7 +120,8 @@ def _profiles(path: Path, buckets: Sequence[int]) -> list[Profile]:
         limit = int(next(prop.value for prop in props if prop.key == TOKEN_LIMIT))
         most = buckets[-1]
         return [{"batch": (1, min(8, most), most), "tokens": (1, min(32, limit), limit)}]
-    more = {"steps": STEPS, "samples": SAMPLES} if path.name == REFINE else {}
+    more = {REFINE: {"steps": STEPS, "samples": SAMPLES}, FINISH: {"samples": SAMPLES}}
+    more = more.get(path.name, {})
     return [{"batch": (bucket, bucket, bucket), **more} for bucket in buckets]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def export_text(
     save_file(_projections(lowered.alignment), folder / ALIGNMENT)
     with _typed_errors(lowered.text, backend):
         builder(backend).build_text(lowered, types, folder, **places)
-        embedder = open_embedder(folder, backend, types.compute, opened_by=open_built_text)
+        opened_by = partial(open_built_text, device=places.get("device"))
+        embedder = open_embedder(folder, backend, types.compute, opened_by=opened_by)
         report = _verify(embedder, source, types)
     _write_golden(embedder, source.texts, types, folder)
     about = {"texts": len(source.texts), "max_tokens": source.max_tokens}
@@ -108,12 +110,18 @@ def check_text(checkpoint: Checkpoint, lowered: Lowered) -> None:
 
 
 def verify_text(
-    folder: Path, checkpoint: Checkpoint, lowered: Lowered, backend: str, types: Types
+    folder: Path,
+    checkpoint: Checkpoint,
+    lowered: Lowered,
+    backend: str,
+    types: Types,
+    device: str | None = None,
 ) -> dict[str, float]:
     """Hold a text encoder that is in a bundle's text/ against its checkpoint, on this machine.
 
     Args:
         types: what the image encoder was built in, as for `export_text`.
+        device: that it was built for.
 
     Returns:
         `error` and `cosine`, as `export_text`.
@@ -122,7 +130,8 @@ def verify_text(
         VerificationFailed: it does not agree with the float32 encoder.
     """
     types = text_types(backend, types)
-    embedder = open_embedder(folder, backend, types.compute, opened_by=open_built_text)
+    opened_by = partial(open_built_text, device=device)
+    embedder = open_embedder(folder, backend, types.compute, opened_by=opened_by)
     assert lowered.alignment is not None
     for name, want in _projections(lowered.alignment).items():
         if not np.array_equal(getattr(embedder.alignment, name), want):

@@ -247,7 +247,9 @@ class Built:
         fixed = self.tables(name, self.pixels[:1], count) if shared else None
 
         def logits(pixels: Floats) -> Floats:
-            tables = fixed or self.tables(name, pixels, count)
+            if fixed:
+                return mean_logits(self.backend.run(pixels, fixed)[0])
+            tables = self.tables(name, pixels, count)
             return mean_logits(self.backend.refine(self.backend.encode(pixels), tables)[0])
 
         return logits

@@ -9,13 +9,13 @@ import hashlib
 import operator
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
 from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, PLAN, read_bundle
+from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
     BundleFormatError,
@@ -46,6 +47,8 @@ from marnet_sdk.uncertainty import (
 
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
 _GREY_LEVELS = 1.5
+_DEVICES = ("cpu", "cuda")
+_DLPACK_CPU = 1  # kDLCPU
 
 
 class Classifier:
@@ -66,6 +69,7 @@ class Classifier:
         samples: int | None = None,
         seed: int | None = None,
         threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         """Open a bundle.
 
@@ -76,6 +80,7 @@ class Classifier:
                 operating point's.
             seed: of the noise; default: the one that the bundle was verified with.
             threads: cores to use; default: the backend's own choice.
+            device: "cpu" or "cuda"; default: the one that the bundle was built for.
 
         Raises:
             InvalidInput: an argument of the wrong type or range.
@@ -85,6 +90,11 @@ class Classifier:
         """
         if threads is not None:
             threads = _positive("threads", threads)
+        if device not in (None, *_DEVICES):
+            raise InvalidInput(
+                f"device: got {device!r}, expected {' or '.join(_DEVICES)}; leave it out for the "
+                "device that the bundle was built for"
+            )
         bundle = read_bundle(path, lazily=True)
         manifest = bundle.manifest
         sampling = manifest.sampling
@@ -104,8 +114,9 @@ class Classifier:
         self._threads = threads
         self._text: TextEmbedder | None = None  # opened by the first text
         self._text_lock = Lock()
+        self._device = device or manifest.built_for.device
         self._backend = open_backend(
-            manifest.backend, plan.parent, manifest.precision.compute, threads
+            manifest.backend, plan.parent, manifest.precision.compute, threads, self._device
         )
         name = operating_point or sampling.default
         for tested in dict.fromkeys([sampling.default, name]):
@@ -138,6 +149,15 @@ class Classifier:
     def seed(self) -> int:
         """Of the noise."""
         return self._seed
+
+    @property
+    def runtime(self) -> RuntimeReport | None:
+        """How the backend runs: the device, what is captured there and how much memory it takes,
+        how often it was replayed, and what had to run otherwise, and why.
+
+        None for a backend that just calls its graphs, as all do on a CPU.
+        """
+        return self._backend.report()
 
     def __repr__(self) -> str:
         manifest = self.bundle.manifest
@@ -328,7 +348,9 @@ class Classifier:
         """The text encoder, opened at the first call."""
         with self._text_lock:
             if self._text is None:
-                self._text = open_text_part(self.bundle, self._threads, self._mismatch)
+                self._text = open_text_part(
+                    self.bundle, self._threads, self._mismatch, self._device
+                )
             return self._text
 
     def _image_features(self, images: Sequence[ImageInput], names: Sequence[str] | None) -> Floats:
@@ -339,15 +361,22 @@ class Classifier:
             raise InferenceError(_not_finite(shown, "from the encoder on", "features"))
         return x_v
 
-    def logits(self, pixels: Floats) -> Floats:
+    def logits(self, pixels: Floats | Any) -> Floats:
         """Logits of images that are preprocessed already: float32 [B, 3, H, W] -> [B, C].
 
         With several noise samples, the logarithm of their mean probabilities.
 
+        Args:
+            pixels: a NumPy array; or, where the backend runs on a GPU, an array there of a library
+                that speaks DLPack (torch, cupy, jax), which is read where it lies if its rows are
+                exactly one of `runtime.buckets`.
+
         Raises:
-            InvalidInput: another shape or type.
+            InvalidInput: another shape or type, or an array on a device that cannot be read.
             InferenceError: the model gives NaN or infinity; names the rows.
         """
+        if _is_on_device(pixels):
+            return self._device_logits(pixels)
         expected = self.preprocess.output_shape
         good = isinstance(pixels, np.ndarray) and pixels.dtype == np.float32
         if not good or pixels.ndim != 4 or pixels.shape[1:] != expected:
@@ -360,9 +389,20 @@ class Classifier:
             return np.empty((0, len(self.labels)), np.float32)
         return self._run(np.ascontiguousarray(pixels)).logits
 
+    def _device_logits(self, pixels: Any) -> Floats:
+        rows = self._backend.device_rows(pixels)
+        if self.bundle.manifest.sampling.noise == "image":
+            raise InvalidInput(
+                "this bundle keys its noise by the bytes of an image, which must be in the host's "
+                "memory for that; pass a NumPy array"
+            )
+        if not len(rows):
+            return np.empty((0, len(self.labels)), np.float32)
+        return self._run(rows).logits
+
     def _run(
         self,
-        pixels: Floats,
+        pixels: Floats | DeviceRows,
         names: Sequence[str] = (),
         *,
         samples: int | None = None,
@@ -370,6 +410,9 @@ class Classifier:
     ) -> _Run:
         """Everything about a batch. `names` are what an error calls the rows."""
         count = self.samples if samples is None else samples
+        if stop is None and self.bundle.manifest.sampling.noise == "shared":
+            return self._run_at_once(pixels, names, count)
+        assert isinstance(pixels, np.ndarray)
         x_v = self._backend.encode(pixels)
         looks = schedule(count) if stop else [count]
         active = np.arange(len(pixels))  # images that still draw
@@ -379,7 +422,8 @@ class Classifier:
         for start, end in zip([0, *looks], looks, strict=False):
             tables = self._tables(pixels[active], start, end, count)
             got, fused = self._backend.refine(x_v[active], tables)
-            self._check_finite(got, x_v[active], tables, active, names)
+            given = x_v[active]
+            self._check_finite(got, lambda i, x=given: x[i : i + 1], tables, active, names)
             logits[active, start:end] = got
             features = features if features.size else np.zeros((len(pixels), fused.shape[-1]))
             features[active] += fused.sum(axis=1)
@@ -389,6 +433,18 @@ class Classifier:
             if not len(active):
                 break
         return _Run(logits, drawn, (features / drawn[:, None]).astype(np.float32))
+
+    def _run_at_once(self, pixels: Floats | DeviceRows, names: Sequence[str], count: int) -> _Run:
+        """The same where all images draw all samples of shared noise: one call of the backend."""
+        tables = self._shared(count)
+        logits, fused = self._backend.run(pixels, tables)
+
+        def encode(row: int) -> Floats:
+            return self._backend.encode(cast(Any, pixels)[row : row + 1])
+
+        self._check_finite(logits, encode, tables, np.arange(len(pixels)), names)
+        features = fused.mean(axis=1, dtype=np.float64).astype(np.float32)
+        return _Run(logits, np.full(len(pixels), count), features)
 
     def _tables(self, pixels: Floats, start: int, end: int, total: int) -> Tables:
         """The loop's tables for samples start .. end of a batch: the same for all of its images, or
@@ -414,17 +470,19 @@ class Classifier:
     def _check_finite(
         self,
         logits: Floats,
-        x_v: Floats,
+        features: Callable[[int], Floats],
         tables: Tables,
         active: np.ndarray,
         names: Sequence[str],
     ) -> None:
+        """Refuse rows that are no numbers; `features` gives x_v [1, D_v] of one."""
         if np.isfinite(logits).all():
             return
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=(1, 2)))
         rows, steps = active[bad], len(tables.coefficients)
-        if np.isfinite(x_v[bad[0]]).all():
-            step = self._first_bad_step(x_v[bad[:1]], tables.rows(bad[:1]))
+        x_v = features(int(bad[0]))
+        if np.isfinite(x_v).all():
+            step = self._first_bad_step(x_v, tables.rows(bad[:1]))
             where = f"from step {step} of {steps} of the reverse loop on"
         else:
             where = "from the encoder on"
@@ -535,12 +593,13 @@ class Classifier:
             for name, version in built.packages.items()
             if here.get(name, version) != version
         ]
+        device = f" --device {built.device}" if built.device != "cpu" else ""
         return (
             f"{self.bundle.path} does not reproduce its golden answers on this machine: {what}. "
             f"Built for {built.device} {built.machine}; running on {platform.machine()}; "
             f"versions that differ: {', '.join(different) or 'none'}. Export it again on this "
             f"machine: marnet-export --backend {self.bundle.manifest.backend} "
-            f"--precision {self.bundle.manifest.precision.asked}"
+            f"--precision {self.bundle.manifest.precision.asked}{device}"
         )
 
 
@@ -612,6 +671,14 @@ def _chunks(images: ImageInput | Iterable[ImageInput], size: int) -> Iterator[li
     iterator = iter(cast(Iterable[ImageInput], images))
     while chunk := list(islice(iterator, size)):
         yield chunk
+
+
+def _is_on_device(pixels: Any) -> bool:
+    """Whether it is an array of another library that lies on a GPU, as DLPack tells."""
+    if isinstance(pixels, np.ndarray) or not hasattr(pixels, "__dlpack_device__"):
+        return hasattr(pixels, "__cuda_array_interface__")
+    kind, _ = pixels.__dlpack_device__()
+    return int(kind) != _DLPACK_CPU
 
 
 def _names(chunk: Sequence[ImageInput], start: int) -> list[str]:

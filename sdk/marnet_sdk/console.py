@@ -6,7 +6,6 @@ appear only on a terminal.
 
 from __future__ import annotations
 
-import difflib
 import json
 import signal
 import threading
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from marnet_sdk.errors import MarnetError
+from marnet_sdk.errors import MarnetError, nearest
 
 T = TypeVar("T")
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,12 +86,6 @@ class Choice(click.Choice[str]):
         except click.BadParameter as error:
             near = nearest(str(value), [str(choice) for choice in self.choices])
             raise click.BadParameter(error.message + near, ctx=ctx, param=param) from error
-
-
-def nearest(word: str, choices: Sequence[str]) -> str:
-    """ " Did you mean 'x'?" for the closest of `choices`, or nothing if none is close."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ command line ends with: 1 other error, 2 usage, 3 verification failed, 4 measure
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -165,3 +166,9 @@ def requires_extra(extra: str, *modules: str) -> Iterator[None]:
         raise MissingExtra(
             f'the package "{error.name}" is not installed; run: pip install "marnet[{extra}]"'
         ) from error
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """ " Did you mean 'x'?" for the closest of `choices`, or nothing if none is close."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

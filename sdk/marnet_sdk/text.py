@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,12 +193,16 @@ def open_tokenizer(path: Path) -> Tokenize:
 
 
 def open_text_part(
-    bundle: Bundle, threads: int | None, mismatch: Callable[[str], str]
+    bundle: Bundle,
+    threads: int | None,
+    mismatch: Callable[[str], str],
+    device: str | None = None,
 ) -> TextEmbedder:
     """Check, open and test the text encoder of a bundle.
 
     Args:
         mismatch: the message for golden answers that are not reproduced.
+        device: as of `marnet_sdk.backends.open_backend`.
 
     Raises:
         BundleFormatError: the bundle has none, or not all of it.
@@ -225,7 +230,8 @@ def open_text_part(
             raise ValueError("no texts")
     with _malformed(folder / GOLDEN_EMBEDDINGS):
         expected = load_file(folder / GOLDEN_EMBEDDINGS)["embeddings"]
-    embedder = open_embedder(folder, bundle.manifest.backend, compute, threads)
+    opened_by = partial(open_text, device=device)
+    embedder = open_embedder(folder, bundle.manifest.backend, compute, threads, opened_by=opened_by)
     _self_test(embedder, texts, expected, least, mismatch)
     return embedder
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +261,54 @@ def test_a_vision_transformer_multiplies_in_bfloat16_and_attends_in_float32(payl
     layers = tokens * (4 * width**2 + 2 * width * 48)
     of_weights = sum(p.multiply_adds for p in found if p not in attention)
     assert of_weights == patches.multiply_adds + layers
+
+
+def as_for_a_gpu(source: str) -> str:
+    """The generated code in the spelling of one for a GPU: torch's other kernels, and in the place
+    of kernels in C++ those of Triton, whose declarations name what is read and written."""
+    declared: list[str] = []
+
+    def turn(match: re.Match[str]) -> str:
+        pointers = re.findall(r"\((const )?[\w:]+\*\)\((\w+)\.data_ptr\(\)\)", match[2])
+        name = f"call_triton_poi_{match[1]}_{len(declared)}"
+        roles = [f"{'in' if const else 'in_out'}_ptr{i}" for i, (const, _) in enumerate(pointers)]
+        types = [f"const {role}_type_& {role}" for role in roles]
+        more = ["int64_t xnumel", "int32_t device_idx_", "cudaStream_t stream_"]
+        more += ["kernels_type_& kernels_", "const std::optional<std::string>& cubin_dir_ = {}"]
+        declared.append(f"static void {name}(\n    {', '.join(types + more)}\n){{\n}}\n")
+        given = [argument for _, argument in pointers]
+        given += ["5120L", "this->device_idx_", "stream", "kernels", "this->cubin_dir_"]
+        return f"{name}({', '.join(given)});"
+
+    turned = re.sub(r"\bcpp_(fused\w+)\((\(.*)\);", turn, source)
+    return "".join(declared) + turned.replace("aoti_torch_cpu_", "aoti_torch_cuda_")
+
+
+def turned(folder: Path, target: Path, change: Callable[[str], str]) -> Path:
+    """A payload with other source in its packages."""
+    for name in (ENCODER, REFINE):
+        with zipfile.ZipFile(folder / name) as old, zipfile.ZipFile(target / name, "w") as new:
+            for entry in old.infolist():
+                if entry.filename.endswith("wrapper.cpp"):
+                    new.writestr(entry.filename, change(old.read(entry).decode()))
+    return target
+
+
+@pytest.mark.parametrize(("storage", "compute"), HOW)
+def test_the_receipt_of_code_for_a_gpu_is_read_the_same_way(payload, storage, compute, tmp_path):
+    types = Types(storage, compute)
+    folder = payload(storage, compute)
+    found = products(turned(folder, tmp_path, as_for_a_gpu), types, SHAPE)
+    assert found == products(folder, types, SHAPE)
+
+
+def test_a_product_that_is_compiled_for_a_gpu_with_the_rest_is_not_overlooked(payload, tmp_path):
+    def hide(source: str) -> str:
+        return as_for_a_gpu(source).replace("call_triton_poi_", "call_triton_tem_")
+
+    folder = turned(payload("fp32", "fp32"), tmp_path, hide)
+    with pytest.raises(ExportError, match=r"calls call_triton_tem_fused.* not counted yet"):
+        products(folder, Types("fp32", "fp32"), SHAPE)
 
 
 @pytest.mark.parametrize("types", [Types("int8", "int8"), Types("fp16", "fp16")])

@@ -15,10 +15,11 @@ import onnx
 import pytest
 import torch
 from tiny import make_model, plain_refine, tables_of
-from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
+from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, TWIN_LOOP
 
 from marnet_export.builders import Calibration, Types
 from marnet_export.builders.tensorrt import (
+    _session,
     build_encoder,
     build_refine,
     build_text,
@@ -29,9 +30,11 @@ from marnet_export.builders.tensorrt import (
 from marnet_export.lower import Lowered, lower, lower_marnet
 from marnet_export.plan import make_plan
 from marnet_export.tensorrt_engines import add_engines, layers_of, parse_network
+from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
 from marnet_sdk.backends import Floats, Tables
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
+from marnet_sdk.persistent_loop import LoopWeights
 from marnet_sdk.tensorrt_library import (
     find_device,
     load_library,
@@ -300,6 +303,71 @@ def test_building_leaves_the_model_as_it_was(built):
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.state_dict().items())
 
 
+# --- around the persistent kernel
+
+
+def around_kernel(payload: Path, x_v: Floats, tables: Tables) -> list[Floats]:
+    """Logits and features by condition.onnx, the kernel's twin in NumPy, and finish.onnx."""
+    weights = LoopWeights.load(payload / "loop.safetensors")
+    before, behind = (_session(payload / f"{name}.onnx", 1) for name in ("condition", "finish"))
+    (q,) = before.run(["q"], {"x_v": x_v})
+    packed_tables = pack_tables(tables.coefficients, tables.bias)
+    h3 = reverse_sampler_reference(weights.pack(), q, *packed_tables, weights.slope)
+    padded = np.zeros((*h3.shape[:2], weights.padded), np.float32)
+    padded[..., : h3.shape[2]] = h3
+    # What lies in the padding is the kernel's business; finish does not look.
+    padded[..., h3.shape[2] :] = np.nan
+    return behind.run(["logits", "features"], {"x_v": x_v, "h3": padded})
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize(("sampler", "steps", "samples"), [("ddpm", 7, 1), ("dpmpp", 5, 3)])
+def test_the_kernel_between_its_graphs_does_what_refine_does(
+    built, compute, sampler, steps, samples
+):
+    model, lowered, payload = built(compute, compute)
+    table = sampler_table(model.config.schedule, sampler, steps)
+    tables = tables_of(model, lowered.plan, table, samples=samples)
+    x_v = features_of(model, 5)
+    got, want = (
+        around_kernel(payload, x_v, tables),
+        open_reference(payload, 1).refine(x_v, tables),
+    )
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, TWIN_LOOP[compute])
+
+
+def test_the_kernel_s_weights_are_those_of_the_graph_bit_for_bit(built):
+    _, lowered, payload = built("bf16", "bf16")
+    found = LoopWeights.load(payload / "loop.safetensors")
+    step = lowered.step(torch.bfloat16)
+    for name, matrix in found.matrices.items():
+        layer: Any = getattr(step, name)
+        assert torch.equal(torch.from_numpy(matrix), layer.matrix.float())
+    assert (found.operand, found.padded, found.slope) == ("bf16", 256, pytest.approx(0.01))
+
+
+def test_condition_pads_with_zeros(built):
+    model, _, payload = built()
+    (q,) = _session(payload / "condition.onnx", 1).run(["q"], {"x_v": features_of(model, 3)})
+    assert q.shape == (3, 256)
+    assert q[:, :16].all()
+    assert not q[:, 16:].any()
+
+
+def test_a_loop_that_the_kernel_does_not_run_has_no_graphs_around_it(built, tmp_path):
+    names = ("condition.onnx", "finish.onnx", "loop.safetensors")
+    assert not any((built("fp32", "fp32")[2] / name).exists() for name in names)
+    model = model_of("vit")
+    lowered = lower_marnet(model, make_plan(model, "feature"))
+    for name in names:  # of an export before
+        (tmp_path / name).write_bytes(b"old")
+    build_refine(lowered, Types("fp16", "fp16"), tmp_path, targets=["sm80"], buckets=[1])
+    assert not any((tmp_path / name).exists() for name in names)
+    (engines,) = read_index(tmp_path)
+    assert sorted(engines.engines) == ["refine"]
+
+
 # --- engines
 
 
@@ -318,7 +386,7 @@ def test_engines_are_listed_with_what_they_are_for(built):
     assert engines.version == RTX.version
     assert engines.targets == TARGETS
     assert engines.folder == f"engines/tensorrt_rtx-{RTX.version}-sm80-sm120"
-    assert sorted(engines.engines) == ["encoder", "refine"]
+    assert sorted(engines.engines) == ["condition", "encoder", "finish", "refine"]
     for name, engine in engines.engines.items():
         path = engines.file(payload, name)
         assert engine.sha256 == sha256_file(path)
@@ -328,6 +396,8 @@ def test_engines_are_listed_with_what_they_are_for(built):
         assert engine.onnx_sha256 == sha256_file(payload / f"{name}.onnx")
     assert engines.engines["encoder"].ranges == {}
     assert engines.engines["refine"].ranges == {"steps": (2, 1000), "samples": (1, 16)}
+    assert engines.engines["condition"].ranges == {}
+    assert engines.engines["finish"].ranges == {"samples": (1, 16)}
 
 
 def test_two_builds_of_an_encoder_are_the_same_bytes(built, payload):
@@ -346,7 +416,7 @@ def test_engines_for_other_gpus_are_added_to_a_payload(built, payload):
     assert read_index(payload) == sorted([*before, added], key=lambda one: one.folder)
     assert added.engines["encoder"].batches == ((2, 2),)
     assert {path.name for path in (payload / added.folder).iterdir()} == {
-        "encoder.engine", "refine.engine",
+        "condition.engine", "encoder.engine", "finish.engine", "refine.engine",
     }  # fmt: skip
 
 

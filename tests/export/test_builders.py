@@ -13,12 +13,23 @@ import torch
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 
-from marnet_export.builders import Types, builder, choose_types
-from marnet_export.lower import lower
+from marnet_export.builders import (
+    BUILDERS,
+    Types,
+    builder,
+    check_device,
+    choose_types,
+    device_of,
+    quiet,
+)
+from marnet_export.builders import torchscript as torchscript_builder
+from marnet_export.lower import lower, lower_marnet
 from marnet_export.plan import make_plan
-from marnet_sdk.backends import Backend, Floats, open_backend
+from marnet_export.settings import Settings, check_types, places
+from marnet_sdk.backends import Backend, Floats, open_backend, torch_cuda
+from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on
 from marnet_sdk.bundle import read_bundle
-from marnet_sdk.errors import ExportError
+from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SAMPLERS, ScheduleConfig, sampler_table
 from marnet_train.models.marnet import MARNet
@@ -271,3 +282,133 @@ def test_half_precision_is_computed_with_only_where_it_is_asked_for(
 def test_a_backend_that_cannot_compute_in_a_type_says_which_can(backend, compute, message):
     with pytest.raises(ExportError, match=message):
         choose_types(backend, "fp32", compute)
+
+
+# --- for a GPU
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "device"),
+    [
+        ("torchscript", None, "cpu"),
+        ("torchscript", "cuda", "cuda"),
+        ("aotinductor", "cpu", "cpu"),
+        ("aotinductor", "cuda", "cuda"),
+        ("tensorrt", None, "cuda"),
+        ("tensorrt", "cuda", "cuda"),
+        ("openvino", None, "cpu"),
+        ("onnxruntime", "cpu", "cpu"),
+    ],
+)
+def test_a_backend_builds_for_the_device_that_is_asked_for(backend, asked, device):
+    assert device_of(backend, asked) == device
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked", "message"),
+    [
+        (
+            "onnxruntime",
+            "cuda",
+            "onnxruntime builds for cpu alone, got --device cuda; .* torchs",
+        ),
+        ("openvino", "cuda", "choose --backend aotinductor or tensorrt or torchscript"),
+        ("tensorrt", "cpu", "tensorrt builds for cuda alone, got --device cpu; .* or torchscript"),
+    ],
+)
+def test_a_device_that_a_backend_does_not_build_for_is_refused(backend, asked, message):
+    with pytest.raises(ExportError, match=message):
+        check_types(Settings(backend, device=asked))
+
+
+def test_a_device_that_does_not_exist_is_refused():
+    with pytest.raises(InvalidInput, match=r"device: got 'cudda', expected one of cpu, cuda\. Did"):
+        Settings("torchscript", device="cudda")
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aotinductor"])
+@pytest.mark.parametrize(
+    ("precision", "compute", "expected"),
+    [
+        ("fp32", None, "fp32"),
+        ("fp16", None, "fp16"),
+        ("bf16", None, "bf16"),
+        ("fp16", "fp32", "fp32"),
+        ("fp32", "fp16", "fp16"),
+    ],
+)
+def test_on_a_gpu_products_are_computed_in_the_type_that_is_asked_for(
+    backend, precision, compute, expected
+):
+    types = choose_types(backend, precision, compute, "cuda")
+    assert types == Types(precision, expected)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aotinductor"])
+def test_a_gpu_that_torch_does_not_find_is_an_error_before_anything_is_built(backend, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    message = rf"^{backend} cannot run on cuda: torch \S+ is built without CUDA; install one .*$"
+    with pytest.raises(BackendUnavailable, match=message) as caught:
+        check_types(Settings(backend, device="cuda"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", BUILDERS)
+def test_without_a_gpu_what_is_built_for_the_processor_or_ahead_of_time_is_built(
+    backend, monkeypatch
+):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    check_device(backend, device_of(backend, None))
+
+
+def test_the_device_reaches_the_builders_that_build_for_several():
+    assert places(Settings("torchscript", device="cuda")) == {"device": "cuda"}
+    assert places(Settings("aotinductor")) == places(Settings("openvino")) == {}
+    assert places(Settings("tensorrt", device="cuda")) == {"targets": ()}
+
+
+@pytest.fixture
+def traced_for(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """A payload that says of itself that it was traced on some device."""
+
+    def make(device: str) -> Path:
+        write = torchscript_builder._save
+
+        def save(module, types, path, _) -> None:
+            write(module, types, path, device)
+
+        monkeypatch.setattr(torchscript_builder, "_save", save)
+        lowered, types = lower_marnet(make_model()), Types("fp32", "fp32")
+        torchscript_builder.build_encoder(lowered, torch.rand(2, 3, 32, 32), types, tmp_path)
+        torchscript_builder.build_refine(lowered, types, tmp_path)
+        return tmp_path
+
+    return make
+
+
+def test_what_was_traced_on_a_gpu_says_so_and_does_not_open_on_the_processor(traced_for):
+    payload = traced_for("cuda")
+    assert {traced_on(payload / name) for name in (ENCODER, REFINE)} == {"cuda"}
+    message = r"traced on cuda and cannot run on cpu; .*--backend torchscript --device cpu"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_backend("torchscript", payload, "fp32", None, "cpu")
+
+
+def test_what_was_traced_on_the_processor_does_not_open_on_a_gpu(traced_for, monkeypatch):
+    payload = traced_for("cpu")
+    assert traced_on(payload / ENCODER) == "cpu"
+    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
+    message = r"refine.pt was traced on cpu and cannot run on cuda; .* --device cuda"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_backend("torchscript", payload, "fp32", None, "cuda")
+
+
+def test_traced_convolutions_never_use_tf32(traced_for):
+    with quiet():
+        module = torch.jit.load(str(traced_for("cpu") / ENCODER))
+    graph = module.inlined_graph  # which the nodes do not keep alive
+    convolutions = graph.findAllNodes("aten::_convolution", recurse=True)
+    assert convolutions
+    assert [list(node.inputs())[-1].toIValue() for node in convolutions] == [False] * len(
+        convolutions
+    )

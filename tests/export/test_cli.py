@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
@@ -160,6 +161,7 @@ def test_an_existing_bundle_of_a_given_name_is_replaced_only_by_force(workplace)
         (("--steps", "0"), "'--steps': 0 is not in the range x>=1"),
         (("--steps", "otto"), "'otto' is not a valid integer"),
         (("--sampler", "dpmp"), "Did you mean 'dpmpp'?"),
+        (("--device", "gpu"), "'gpu' is not one of 'cpu', 'cuda'"),
         (("--max-drop", "0"), "0.0 is not in the range 0<x<100"),
         (("--target-risk", "1"), "1.0 is not in the range 0<x<1"),
         (("--latency-budget-ms", "3"), "a latency budget is for choosing steps: add --steps auto"),
@@ -180,6 +182,37 @@ def test_without_a_checkpoint_the_command_that_trains_one_is_shown(tmp_path, mon
     result = export("--precision", "fp16")
     assert result.exit_code == 2
     assert "train one with: marnet-train fit" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("backend", "code", "message"),
+    [
+        ("torchscript", 5, "torchscript cannot run on cuda: torch "),
+        ("aotinductor", 5, "is built without CUDA; install one with it: pip install torch --index"),
+        (
+            "onnxruntime",
+            1,
+            "onnxruntime builds for cpu alone, got --device cuda; leave --devi",
+        ),
+        ("auto", 5, "nothing runs on cuda here: aotinductor: "),
+    ],
+)
+def test_without_a_gpu_the_export_for_one_ends_before_anything_is_built(
+    workplace, monkeypatch, backend, code, message
+):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(fastest, "why_unavailable", lambda name: "no driver")
+    result = export("--device", "cuda", "--precision", "fp16", "--backend", backend)
+    assert result.exit_code == code
+    assert message in one_line(result.stderr)
+    assert not Path("bundles").exists()
+
+
+def test_the_device_that_is_asked_for_is_in_the_bundle_and_its_name(workplace):
+    result = export("--device", "cpu", "--steps", "5", *TORCHSCRIPT)
+    assert result.exit_code == 0, result.stderr
+    manifest = read_bundle("bundles/newer-torchscript-cpu-fp32.marnet").manifest
+    assert (manifest.built_for.device, manifest.settings["device"]) == ("cpu", "cpu")
 
 
 def test_explain_says_what_the_rewrite_saves_and_builds_nothing(workplace):
@@ -214,4 +247,5 @@ def test_help_shows_the_usual_command_and_the_defaults():
     assert "marnet-export --precision fp16" in text
     assert "[auto|aotinductor|onnxruntime|openvino|tensorrt|torchscript]" in text
     assert "[fp32|bf16|fp16|int8|auto]" in text
+    assert "[cpu|cuda] What the bundle runs on: the processor, or cuda, an NVIDIA GPU" in text
     assert "[default: auto]" in text

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from marnet_export import fastest
 from marnet_export.fastest import export_fastest
 from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.errors import ExportError
+from marnet_sdk.errors import BackendUnavailable, ExportError
 
 SETTINGS = Settings("auto", "fp16", steps=10, min_agreement=0.98)
 # Every process that Python starts with this on its path imports it first.
@@ -98,3 +99,24 @@ def test_a_checkpoint_without_its_tokenizer_is_refused_before_anything_is_built(
         export_fastest(copy, tmp_path / "auto.marnet", SETTINGS, say=said.append)
     assert not said
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_for_a_gpu_those_that_build_for_one_are_tried(monkeypatch):
+    monkeypatch.setattr(fastest, "_why_not", lambda backend, device: None)
+    assert fastest._backends("cuda") == ["aotinductor", "tensorrt", "torchscript"]
+    assert fastest._backends("cpu") == ["aotinductor", "onnxruntime", "openvino", "torchscript"]
+    assert fastest._backends(None) == list(fastest.BUILDERS)
+
+
+def test_where_no_backend_runs_on_a_gpu_nothing_is_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(
+        fastest, "why_unavailable", lambda name: "no driver" if name == "tensorrt" else None
+    )
+    message = (
+        r"^nothing runs on cuda here: aotinductor: aotinductor cannot run on cuda: .*; "
+        r"tensorrt: no driver; torchscript: torchscript cannot run on cuda: .*$"
+    )
+    with pytest.raises(BackendUnavailable, match=message):
+        export_fastest(tmp_path / "none", tmp_path / "b", Settings("auto", device="cuda"))
+    assert list(tmp_path.iterdir()) == []

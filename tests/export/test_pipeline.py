@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+from marnet_export import pipeline
 from marnet_export.pipeline import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
@@ -349,3 +351,38 @@ def test_a_risk_that_cannot_be_shown_stops_the_export(checkpoint, bundles):
 def test_settings_that_do_not_exist_are_refused(setting, message):
     with pytest.raises(InvalidInput, match=message):
         quick(**setting)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "built_for", "targets"),
+    [
+        ("torchscript", None, "cpu", ()),
+        ("torchscript", "cuda", "cuda", ("sm90 NVIDIA H100",)),
+        ("aotinductor", "cuda", "cuda", ("sm90 NVIDIA H100",)),
+        ("onnxruntime", None, "cpu", ()),
+    ],
+)
+def test_the_manifest_says_which_device_and_which_gpu_it_was_built_for(
+    monkeypatch, tmp_path, backend, device, built_for, targets
+):
+    monkeypatch.setattr(pipeline, "gpu_name", lambda: ("sm90", "NVIDIA H100"))
+    found = pipeline._built_for(Settings(backend, device=device))
+    assert (found.device, found.targets) == (built_for, targets)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("backend", ["torchscript", "aotinductor"])
+def test_a_bundle_for_this_machine_s_gpu_is_verified_on_it(
+    checkpoint, tmp_path, backend, precision
+):
+    settings = Settings(backend, precision, device="cuda", min_agreement=0.98)
+    export_bundle(checkpoint, tmp_path / "b", settings)
+    classifier = Classifier(tmp_path / "b")
+    manifest = classifier.bundle.manifest
+    assert (manifest.built_for.device, manifest.precision.compute) == ("cuda", precision)
+    report = classifier.runtime
+    assert report is not None
+    assert report.fallbacks == {}
+    assert report.replays > 0

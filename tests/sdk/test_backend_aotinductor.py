@@ -7,23 +7,26 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_model, tables_of
-from tolerances import BUILT
+from tolerances import BUILT, FLOAT32_TWICE
 
 from marnet_export.builders import Types
 from marnet_export.builders.aotinductor import build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
-from marnet_sdk.backends import Tables, aotinductor
-from marnet_sdk.backends.aotinductor import ENCODER, REFINE, open_payload
+from marnet_sdk.backends import Tables, aotinductor, torch_cuda
+from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
+from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, MissingExtra
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
@@ -255,7 +258,7 @@ def test_a_package_that_cannot_be_opened_is_named(payload, tmp_path, broken, how
 
 
 def test_a_type_that_it_cannot_compute_in_is_refused(payload):
-    message = "aotinductor computes in fp32 or bf16, the bundle asks int8"
+    message = "aotinductor computes in fp32 or bf16 on a CPU, the bundle asks int8"
     with pytest.raises(BackendUnavailable, match=message):
         open_payload(payload, "int8", None)
 
@@ -294,3 +297,144 @@ os.kill(os.getpid(), 9)
     )  # fmt: skip
     assert (done.stdout, done.stderr, done.returncode) == ("[] []\n", "", -9)
     assert list(temporary.iterdir()) == []
+
+
+# --- on a GPU, with the processor in its place
+
+
+class Now(Cuda):
+    """A stream on the CPU, where nothing waits; what is captured is run again."""
+
+    name = "the CPU"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
+
+    def zeros(self, *shape: int) -> Any:
+        return torch.zeros(shape)
+
+    def pinned(self, *shape: int) -> Any:
+        return torch.zeros(shape)
+
+    def copy(self, target: Any, source: Any) -> None:
+        target.copy_(source)
+
+    def capture(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], None], Any]:
+        outputs = [torch.full_like(output, torch.nan) for output in run()]
+
+        def replay() -> None:
+            for target, value in zip(outputs, run(), strict=True):
+                target.copy_(value)
+
+        return replay, outputs
+
+    def synchronize(self) -> None:
+        pass
+
+    def reserved(self) -> int:
+        return 0
+
+
+def test_captured_code_gives_what_two_calls_give(model, payload):
+    two_calls = open_payload(payload, "fp32", 1)
+    captured = TorchOnCuda(load_model(payload, "cpu"), Now, buckets=(1, 4))
+    for count, table in ((1, tables(model)), (4, tables(model, samples=3)), (6, tables(model))):
+        got = captured.run(pixels(count), table)
+        want = two_calls.refine(two_calls.encode(pixels(count)), table)
+        for one, other in zip(got, want, strict=True):
+            assert np.abs(one - other).max() <= FLOAT32_TWICE * np.abs(other).max()
+    report = captured.report()
+    assert report.loop == (
+        "operators in the captured graph, because compiled code has no place for the persistent "
+        "kernel between its loop and the rest"
+    )
+    assert (report.captures, report.replays, report.fallbacks) == (3, 4, {})
+
+
+def test_noise_of_each_image_is_its_row_on_a_device_too(model, payload):
+    backend, table = TorchOnCuda(load_model(payload, "cpu"), Now), tables(model, samples=2)
+    x_v = backend.encode(pixels(5))
+    each = replace(table, bias=np.repeat(table.bias, 5, axis=1))
+    np.testing.assert_array_equal(backend.refine(x_v, each)[0], backend.refine(x_v, table)[0])
+
+
+def test_tensors_of_another_shape_or_type_are_refused_too(model, payload):
+    backend = TorchOnCuda(load_model(payload, "cpu"), Now)
+    with pytest.raises(
+        InvalidInput, match=r"encoder.pt2 was given float64 \(2, 3, 32, 32\) as pix"
+    ):
+        backend.encode(np.zeros((2, 3, 32, 32)))
+    x_v, table = backend.encode(pixels(3)), tables(model)
+    with pytest.raises(InvalidInput, match=r"expected \[steps, 1 or 3, samples, width\]"):
+        backend.refine(x_v, replace(table, bias=np.repeat(table.bias, 2, axis=1)))
+    with pytest.raises(InvalidInput, match=r"as bias; it takes float32 \[19, rows, samples, 48\]"):
+        backend.refine(x_v, replace(table, bias=table.bias[..., :-1]))
+
+
+def test_compiled_code_is_given_addresses_that_it_can_read_from():
+    tensor = torch.arange(8.0)
+    assert aotinductor._as_compiled(tensor).data_ptr() == tensor.data_ptr()
+    moved = aotinductor._as_compiled(tensor[1:])
+    assert moved.data_ptr() % 16 == 0
+    assert moved.tolist() == tensor[1:].tolist()
+
+
+def test_code_for_the_other_device_is_refused_with_the_command_that_rebuilds_it(
+    payload, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
+    message = rf"was compiled for cpu, and is opened on cuda; {REBUILD} --device cuda"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_payload(payload, "fp16", None, "cuda")
+    repacked(payload / ENCODER, tmp_path / ENCODER, AOTI_DEVICE_KEY="cuda")
+    message = rf"was compiled for cuda, and is opened on cpu; {REBUILD} --device cpu"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_payload(tmp_path, "fp32", None)
+
+
+@pytest.mark.parametrize(
+    ("target", "here", "runs"),
+    [
+        ("sm90", "sm90", True),
+        ("sm86", "sm89", True),  # the same generation, and newer
+        ("sm89", "sm86", False),
+        ("sm90", "sm100", False),
+        ("sm80", "sm90", False),
+        ("sm100", "sm103", True),
+    ],
+)
+def test_code_for_another_gpu_is_refused(payload, tmp_path, monkeypatch, target, here, runs):
+    monkeypatch.setattr(torch_cuda, "gpu_name", lambda: (here, "NVIDIA Abacus"))
+    metadata = {"AOTI_DEVICE_KEY": "cuda", aotinductor.GPU: target}
+    message = rf"compiled for {target}; this machine's GPU is NVIDIA Abacus, {here}; {REBUILD} --de"
+    expected = nullcontext() if runs else pytest.raises(BackendUnavailable, match=message)
+    with expected:
+        aotinductor._check_device(tmp_path / ENCODER, metadata, "cuda")
+
+
+def test_a_torch_without_cuda_is_told_how_to_get_one(payload, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    message = r"aotinductor cannot run on cuda: torch \S+ is built without CUDA; install one with"
+    with pytest.raises(BackendUnavailable, match=message):
+        open_payload(payload, "fp32", None, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")
+@pytest.mark.parametrize("compute", ["fp32", "fp16"])
+def test_code_for_a_gpu_gives_the_model_s_answers(model, payload, tmp_path, compute):
+    lowered, types = lower_marnet(model), Types(compute, compute)
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, tmp_path, device="cuda")
+    build_refine(lowered, types, tmp_path, device="cuda")
+    on_gpu, on_cpu = open_payload(tmp_path, compute, None, "cuda"), open_payload(payload, "fp32", 1)
+    for count, table in ((1, tables(model)), (9, tables(model, samples=2)), (1, tables(model))):
+        got = on_gpu.run(pixels(count), table)[0]
+        want = on_cpu.refine(on_cpu.encode(pixels(count)), table)[0]
+        assert np.abs(got - want).max() <= 2 * BUILT["fp16"] * np.abs(want).max()
+    report = on_gpu.report()
+    assert report is not None
+    assert report.fallbacks == {}

@@ -105,7 +105,11 @@ ON_A_CPU = sorted(set(BACKENDS) - {"tensorrt"})
             "bf16",
             "onnxruntime computes in fp32 on a CPU, the bundle asks bf16",
         ),
-        ("torchscript", "fp16", "torchscript computes in fp32 or bf16, the bundle asks fp16"),
+        (
+            "torchscript",
+            "fp16",
+            "torchscript computes in fp32 or bf16 on a CPU, the bundle asks fp16",
+        ),
     ],
 )
 def test_a_type_that_a_backend_cannot_compute_in_is_refused(tmp_path, backend, compute, message):

@@ -19,9 +19,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tolerances import BUILT
 
+import marnet_sdk.classifier
 from marnet_sdk import Classifier, ImageError, InvalidImages
+from marnet_sdk.backends import InTwoCalls
 from marnet_sdk.bundle import read_bundle, reseal_bundle
+from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import (
+    BackendUnavailable,
     BundleFormatError,
     InferenceError,
     InvalidInput,
@@ -294,7 +298,7 @@ def test_an_open_file_is_one_input_that_is_refused_and_not_many_lines(classifier
             classifier.predict([paths[1], file])
 
 
-class Spoiling:
+class Spoiling(InTwoCalls):
     """A backend whose answers for some rows hold a value that is no number."""
 
     def __init__(self, backend: Any, value: float, rows: list[int]) -> None:
@@ -327,7 +331,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_names_the_rows(
         classifier.embed(paths[6:], batch_size=3)
 
 
-class Exploding:
+class Exploding(InTwoCalls):
     """A backend whose chains leave the finite numbers at some step."""
 
     def __init__(self, backend: Any, step: int) -> None:
@@ -414,7 +418,7 @@ def test_samples_can_be_asked_for_at_load_or_in_a_call(bundle_of, classifier, pa
     assert "3 samples" in repr(Classifier(bundle_of("torchscript", "fp32"), samples=3))
 
 
-class Counting:
+class Counting(InTwoCalls):
     """A backend that counts what goes through its two graphs."""
 
     def __init__(self, backend: Any) -> None:
@@ -737,3 +741,126 @@ def test_a_bundle_without_its_plan_is_refused(bundle_of, tmp_path):
     copy = reseal(bundle_of("torchscript", "fp32"), tmp_path / "b", drop)
     with pytest.raises(BundleFormatError, match=r"lists no payload/plan\.safetensors"):
         Classifier(copy)
+
+
+# --- devices
+
+
+class AtOnce(InTwoCalls):
+    """A backend that runs everything in one call, and reads arrays of its own GPU."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.ran, self.split = backend, [], 0
+
+    def encode(self, pixels):
+        self.split += 1
+        return self.backend.encode(getattr(pixels, "values", pixels))
+
+    def refine(self, x_v, tables):
+        self.split += 1
+        return self.backend.refine(x_v, tables)
+
+    def run(self, pixels, tables):
+        self.ran.append((pixels, tables))
+        x_v = self.backend.encode(getattr(pixels, "values", pixels))
+        return self.backend.refine(x_v, tables)
+
+    def device_rows(self, array):
+        return array
+
+    def report(self):
+        return RuntimeReport("a GPU", "persistent kernel", (1, 8))
+
+
+class OnGpu:
+    """An array that says that it is on a GPU."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0  # kDLCUDA
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice) -> OnGpu:
+        return OnGpu(self.values[rows])
+
+
+@pytest.fixture
+def at_once(classifier, monkeypatch) -> AtOnce:
+    backend = AtOnce(classifier._backend)
+    monkeypatch.setattr(classifier, "_backend", backend)
+    return backend
+
+
+def test_shared_noise_is_one_call_of_the_backend_with_the_same_tables(classifier, at_once, paths):
+    want = classifier.predict(paths)
+    assert classifier.predict(paths) == want
+    assert classifier.embed(paths).shape[0] == len(paths)
+    first, second, third = (tables for _, tables in at_once.ran)
+    assert first is second is third
+    assert at_once.split == 0
+    classifier.predict(paths, samples=8, stop="settled")
+    assert len(at_once.ran) == 3
+    assert at_once.split > 1
+
+
+def test_a_bundle_opens_with_one_call_for_the_golden_images(bundle_of, monkeypatch):
+    made: list[AtOnce] = []
+    real = marnet_sdk.classifier.open_backend
+
+    def opened(*arguments: Any) -> AtOnce:
+        made.append(AtOnce(real(*arguments)))
+        return made[-1]
+
+    monkeypatch.setattr(marnet_sdk.classifier, "open_backend", opened)
+    Classifier(bundle_of("torchscript", "fp32"))
+    assert (len(made[0].ran), made[0].split) == (1, 0)
+
+
+def test_an_array_on_the_gpu_goes_to_the_backend_as_it_is(classifier, at_once, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    given = OnGpu(pixels)
+    np.testing.assert_array_equal(classifier.logits(given), classifier.logits(pixels))
+    assert at_once.ran[0][0] is given
+    assert classifier.logits(OnGpu(pixels[:0])).shape == (0, len(classifier.labels))
+
+
+def test_an_array_on_the_gpu_with_nan_names_its_rows(classifier, at_once, paths):
+    pixels = classifier.preprocess.pixels(paths)
+    pixels[[1, 4], 0, 0, 0] = np.nan
+    with pytest.raises(InferenceError, match=r"logits of row 1, row 4 .*from the encoder on"):
+        classifier.logits(OnGpu(pixels))
+
+
+def test_an_array_on_a_gpu_is_refused_by_a_backend_of_the_cpu(classifier, paths):
+    given = OnGpu(classifier.preprocess.pixels(paths))
+    with pytest.raises(InvalidInput, match=r"host's memory, got OnGpu .*as in pixels.cpu\(\)"):
+        classifier.logits(given)
+
+
+def test_noise_keyed_by_image_needs_the_pixels_on_the_host(noisy_bundle, monkeypatch):
+    classifier = Classifier(noisy_bundle)
+    monkeypatch.setattr(classifier, "_backend", AtOnce(classifier._backend))
+    with pytest.raises(InvalidInput, match=r"keys its noise by the bytes .* pass a NumPy"):
+        classifier.logits(OnGpu(np.zeros((1, *classifier.preprocess.output_shape), np.float32)))
+
+
+def test_the_runtime_is_what_the_backend_reports(bundle_of, at_once, classifier):
+    assert classifier.runtime == RuntimeReport("a GPU", "persistent kernel", (1, 8))
+    assert Classifier(bundle_of("torchscript", "fp32")).runtime is None
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_bundle_for_cpus_is_refused_on_a_gpu(bundle_of, backend):
+    bundle = bundle_of(backend, "fp32")
+    with pytest.raises(BackendUnavailable, match=f"{backend} runs on cpu, got device 'cuda'"):
+        Classifier(bundle, device="cuda")
+    assert Classifier(bundle, device="cpu").runtime is None
+
+
+def test_an_unknown_device_is_refused(bundle_of):
+    with pytest.raises(InvalidInput, match="device: got 'tpu', expected cpu or cuda; leave it out"):
+        Classifier(bundle_of("onnxruntime", "fp32"), device="tpu")

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import RecipeError, nearest
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.data.examples import DataSet
 from marnet_train.data.pixels import PixelStore

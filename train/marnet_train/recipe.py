@@ -10,8 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import MarnetError, RecipeError
+from marnet_sdk.errors import MarnetError, RecipeError, nearest
 from marnet_train.diffusion import SCHEDULE_PRESETS, ScheduleConfig
 
 T = TypeVar("T")

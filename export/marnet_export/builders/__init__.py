@@ -13,6 +13,11 @@ DEVICE, BUCKETS, MOST_STEPS cuda; the batch sizes and the longest loop that it b
 targets(payload)            what the native code in a payload was compiled for
 open_reference(payload, threads), open_text_reference(payload, threads)
                             the graphs that were compiled, run here by something else
+
+One that builds for this machine's processor or its GPU also has
+
+CUDA_COMPUTE                as COMPUTE, on a GPU
+device                      "cpu" or "cuda", an argument of its build_... functions
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 
 from marnet_sdk.backends import Backend, TextEncoder, open_backend, open_text, why_unavailable
+from marnet_sdk.backends.torch_cuda import check_cuda
 from marnet_sdk.errors import ExportError, MarnetError, requires_extra
 
 Floats = NDArray[np.float32]
@@ -101,22 +107,27 @@ def builder(backend: str) -> ModuleType:
         return import_module(BUILDERS[backend])
 
 
-def open_built(backend: str, payload: Path, compute: str) -> Backend:
+def open_built(backend: str, payload: Path, compute: str, device: str | None = None) -> Backend:
     """What was built, opened as the SDK does; where this machine cannot run it, the graphs that it
     was compiled from (`runs_here` tells).
+
+    Args:
+        device: that it was built for; None: what the backend builds for when it is not told.
 
     Raises:
         BackendUnavailable: neither can be run here.
     """
     if runs_here(backend):
-        return open_backend(backend, payload, compute, None)
+        return open_backend(backend, payload, compute, None, device)
     return builder(backend).open_reference(payload, None)
 
 
-def open_built_text(backend: str, folder: Path, compute: str, threads: int | None) -> TextEncoder:
+def open_built_text(
+    backend: str, folder: Path, compute: str, threads: int | None, device: str | None = None
+) -> TextEncoder:
     """The same for the text encoder."""
     if runs_here(backend):
-        return open_text(backend, folder, compute, threads)
+        return open_text(backend, folder, compute, threads, device)
     return builder(backend).open_text_reference(folder, threads)
 
 
@@ -125,28 +136,82 @@ def runs_here(backend: str) -> bool:
     return not (why_unavailable(backend) and hasattr(builder(backend), "open_reference"))
 
 
-def choose_types(backend: str, precision: str, compute: str | None) -> Types:
+def device_of(backend: str, asked: str | None) -> str:
+    """The device that a backend builds for: "cpu" or "cuda".
+
+    Args:
+        asked: None: the one that it builds for when it is not told.
+
+    Raises:
+        ExportError: it does not build for that one.
+    """
+    own = _devices(backend)
+    if asked in (None, *own):
+        return asked or own[0]
+    others = [name for name in BUILDERS if name != backend and _builds_for(name, asked)]
+    raise ExportError(
+        f"{backend} builds for {own[0]} alone, got --device {asked}; leave --device out, or choose "
+        f"--backend {' or '.join(others)}"
+    )
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """Those that a backend builds for, the usual one first."""
+    module = builder(backend)
+    usual = getattr(module, "DEVICE", "cpu")
+    return (usual, "cuda") if hasattr(module, "CUDA_COMPUTE") else (usual,)
+
+
+def _builds_for(backend: str, device: str) -> bool:
+    with contextlib.suppress(MarnetError):  # its packages are not here
+        return device in _devices(backend)
+    return False
+
+
+def check_device(backend: str, device: str) -> None:
+    """Refuse to build for a GPU that is not here, where it must be.
+
+    Raises:
+        BackendUnavailable: says why torch runs on no GPU, and what to do.
+    """
+    if device == "cuda" and hasattr(builder(backend), "CUDA_COMPUTE"):
+        check_cuda(backend)
+
+
+def choose_types(
+    backend: str, precision: str, compute: str | None, device: str | None = None
+) -> Types:
     """Resolve `--precision` and `--compute` for a backend.
 
     fp16 is a storage type on a CPU, where its products are slower than float32's; bf16 has not
-    fp16's accuracy, so it is computed with only where it is asked for.
+    fp16's accuracy, so it is computed with only where it is asked for. On a GPU products are
+    computed in the type that is asked for.
+
+    Args:
+        device: as of `device_of`.
 
     Raises:
-        ExportError: the backend cannot store or compute in the asked type.
+        ExportError: the backend cannot store or compute in the asked type, or not there.
     """
-    module = builder(backend)
+    module, device = builder(backend), device_of(backend, device)
+    computes = _computes(module, device)
     if precision not in module.STORAGE:
         raise ExportError(
             f"{backend} cannot store matrices in {precision}; choose --precision "
             f"{' or '.join(module.STORAGE)}{_others(precision, 'STORAGE')}"
         )
-    chosen = compute or (precision if precision in module.COMPUTE else module.COMPUTE[0])
-    if chosen not in module.COMPUTE:
+    chosen = compute or (precision if precision in computes else computes[0])
+    if chosen not in computes:
         raise ExportError(
-            f"{backend} cannot compute in {chosen} here; choose --compute {module.COMPUTE[0]}"
+            f"{backend} cannot compute in {chosen} here; choose --compute {computes[0]}"
             f"{_others(chosen, 'COMPUTE')}"
         )
     return Types(precision, chosen)
+
+
+def _computes(module: ModuleType, device: str) -> tuple[str, ...]:
+    """Types of products on a device, the usual one first."""
+    return getattr(module, "CUDA_COMPUTE", module.COMPUTE) if device == "cuda" else module.COMPUTE
 
 
 def _others(name: str, kind: str) -> str:

@@ -1,4 +1,5 @@
-"""AOTInductor: torch.export programs, compiled to machine code for the processor of this machine.
+"""AOTInductor: torch.export programs, compiled to machine code for the processor of this machine,
+or for its GPU.
 
 The loop is torch's `scan`, which becomes one loop of any length. The table of noise comes as it is
 and with the row of each image, so that one row for all images is looked up and not copied.
@@ -32,6 +33,7 @@ from marnet_export.lower import Lowered
 from marnet_sdk.backends.aotinductor import (
     CPU_FLAGS,
     ENCODER,
+    GPU,
     INPUTS,
     LIMITS,
     REFINE,
@@ -41,10 +43,12 @@ from marnet_sdk.backends.aotinductor import (
     host_flags,
     read_metadata,
 )
+from marnet_sdk.backends.torch_cuda import exact_float32, gpu_name
 from marnet_sdk.errors import BackendUnavailable, ExportError
 
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
+CUDA_COMPUTE = ("fp32", "bf16", "fp16")
 _LARGEST = 1 << 20  # of every size that is free
 
 # What a graph takes: name, example, its sizes in order (an int, or the name of a free one).
@@ -56,21 +60,23 @@ def targets(payload: Path) -> list[str]:
     return read_metadata(payload / ENCODER)[CPU_FLAGS].split()
 
 
-def build_encoder(lowered: Lowered, pixels: Tensor, types: Types, payload: Path) -> None:
+def build_encoder(
+    lowered: Lowered, pixels: Tensor, types: Types, payload: Path, *, device: str = "cpu"
+) -> None:
     """Write payload/encoder.pt2. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
     Raises:
         BackendUnavailable: this machine has no C++ compiler.
         ExportError: the compiler failed, or does not store matrices in this type.
     """
-    encoder = with_compute(lowered.encoder, _compute(types))
+    encoder = with_compute(lowered.encoder, _compute(types, device))
     inputs = [("pixels", pixels, ("batch", *pixels.shape[1:]))]
-    _build(encoder, inputs, types, payload / ENCODER)
+    _build(encoder, inputs, types, payload / ENCODER, device=device)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/refine.pt2; as `build_encoder`."""
-    module = _Refine(lowered.step(_compute(types)), copy.deepcopy(lowered.head))
+    module = _Refine(lowered.step(_compute(types, device)), copy.deepcopy(lowered.head))
     # No size of the example is kept but the widths; each is different, so that none is mistaken.
     x_v, row = torch.zeros(2, lowered.image_width), torch.zeros(2, dtype=torch.int64)
     table, width = torch.zeros(4, 7, 5, lowered.row_width), lowered.row_width
@@ -81,22 +87,23 @@ def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
         ("the last bias", table[-1].clone(), ("rows", "samples", width)),
         ("row", row, ("batch",)),
     ]
-    _build(module, inputs, types, payload / REFINE)
+    _build(module, inputs, types, payload / REFINE, device=device)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/text.pt2; as `build_encoder`."""
     assert lowered.text is not None
-    encoder = with_compute(lowered.text, _compute(types))
+    encoder = with_compute(lowered.text, _compute(types, device))
     ids, mask = example_texts()
     inputs = [("ids", ids, ("batch", "length")), ("mask", mask, ("batch", "length"))]
-    _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text))
+    _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text), device)
 
 
-def _compute(types: Types) -> torch.dtype:
-    if types.storage not in STORAGE or types.compute not in COMPUTE:
+def _compute(types: Types, device: str) -> torch.dtype:
+    computes = CUDA_COMPUTE if device == "cuda" else COMPUTE
+    if types.storage not in STORAGE or types.compute not in computes:
         raise ExportError(
-            f"aotinductor stores {', '.join(STORAGE)} and computes in {' or '.join(COMPUTE)}, not "
+            f"aotinductor stores {', '.join(STORAGE)} and computes in {' or '.join(computes)}, not "
             f"{types.storage} and {types.compute}; --backend openvino has int8"
         )
     return TORCH_TYPES[types.compute]
@@ -130,7 +137,7 @@ class _Refine(nn.Module):
         q = self.step.condition(x_v)
         # Computed of both, so that the compiler sees where its shape comes from.
         zero = (q[:, :, :1] + last.index_select(0, row)[:, :, :1]) * 0.0  # [B, K, 1]
-        state = zero + torch.zeros(self.step.width)
+        state = zero + torch.zeros(self.step.width, device=x_v.device)
 
         def step(
             carried: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]
@@ -177,21 +184,25 @@ def _build(
     types: Types,
     path: Path,
     limits: Mapping[str, int] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Compile `module`, which is changed, and write the package."""
     from torch._inductor import config
 
     limits = dict(limits or {})
-    stored = _Stored(module.eval(), TORCH_TYPES[types.storage])
+    stored = _Stored(module.eval(), TORCH_TYPES[types.storage]).to(device)
+    inputs = [(name, example.to(device), sizes) for name, example, sizes in inputs]
     package = io.BytesIO()  # on a full disk, torch's own writer would end the process
-    with torch.no_grad(), quiet(), _private_compiler(path):
+    with torch.no_grad(), quiet(), exact_float32(), _private_compiler(path):
         program = _export(stored, inputs, limits)
         metadata = {
             CPU_FLAGS: " ".join(_code_flags()),
-            INPUTS: json.dumps([[n, str(t.numpy().dtype), s] for n, t, s in inputs]),
+            INPUTS: json.dumps([[n, str(t.dtype).removeprefix("torch."), s] for n, t, s in inputs]),
             LIMITS: json.dumps(limits),
             TORCH: torch.__version__,
         }
+        if device == "cuda":
+            metadata[GPU] = gpu_name()[0]
         settings = {**_settings(), "aot_inductor.metadata": metadata}
         settings["aot_inductor.use_runtime_constant_folding"] = stored.casts
         with config.patch(settings):
@@ -311,7 +322,10 @@ _SAME = (
 )
 _KERNEL = r"\bcpp_\w+\((\(.*)\);"
 _POINTER = r"\((const )?[\w:]+\*\)\((\w+)\.data_ptr\(\)\)"
-_CALL = r"aoti_torch_cpu_(\w+)\((.*)\)\);"
+_CALL = r"aoti_torch_(?:cpu|cuda)_(\w+)\((.*)\)\);"
+# Kernels of a GPU are declared with the names of what they read and write.
+_DECLARED = r"\bvoid (call_triton_\w+)\((.*?)\)\s*\{"
+_LAUNCHED = r"^\s*(call_triton_\w+)\((.*)\);"
 _PRODUCT = re.compile("mm|linear|conv|attention|dot|gemm|einsum|bilinear|_mv|addr|_rnn|lstm")
 
 
@@ -346,6 +360,10 @@ class _Source:
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.arrays: dict[str, _Array] = {}
         self.found: list[_Called] = []
+        self.kernels = {
+            name: re.findall(r"(\w+)\s*(?:,|$)", parameters)
+            for name, parameters in re.findall(_DECLARED, source, re.DOTALL)
+        }
         self.fqns = self._read_constants(source)
         folding = source.partition("AOTInductorModel::_const_run_impl(")[2]
         self._read(folding.partition("} // AOTInductorModel::_const_run_impl")[0])
@@ -393,6 +411,8 @@ class _Source:
                 self.arrays[match[3]] = _Array(self.sizes[match[1]], match[2])
             elif match := re.search(_KERNEL, line):
                 self._run_kernel(match[1])
+            elif match := re.search(_LAUNCHED, line):
+                self._launch(match[1], match[2])
             elif match := re.search(_CALL, line):
                 self._run_call(match[1], match[2])
             elif (match := re.search(_VIEW, line)) and (new := re.search(r"auto (\w+) = ", line)):
@@ -408,16 +428,35 @@ class _Source:
     def _run_kernel(self, arguments: str) -> None:
         """A kernel of pointwise and reducing operations: what it writes is made of all it reads."""
         pointers = re.findall(_POINTER, arguments)
-        read = [self.arrays.get(name) for _, name in pointers]
-        made = [array for array in read if array and (array.weights or array.computed)]
-        inputs = [n for const, n in pointers if const and n not in self.arrays]
-        for const, name in pointers:
-            if not const and name in self.arrays:
+        written = [name for const, name in pointers if not const]
+        self._write([self._known(name) for const, name in pointers if const], written)
+
+    def _known(self, name: str) -> _Array:
+        return self.arrays.get(name) or _Array((), "float32", computed=True)  # an input
+
+    def _write(self, read: Sequence[_Array], names: Sequence[str]) -> None:
+        """Note what a kernel wrote to: all that it had and all that was read is in it."""
+        read = [*read, *(self.arrays[name] for name in names if name in self.arrays)]
+        for name in names:
+            if name in self.arrays:
                 self.arrays[name] = replace(
                     self.arrays[name],
-                    weights=frozenset().union(*(array.weights for array in made)),
-                    computed=bool(inputs) or any(array.computed for array in made),
+                    weights=frozenset().union(*(array.weights for array in read)),
+                    computed=any(array.computed for array in read),
                 )
+
+    def _launch(self, kernel: str, text: str) -> None:
+        """A kernel of a GPU."""
+        if "triton_tem_" in kernel:  # of torch's templates, which are for products
+            raise ExportError(f"{self.path.name} calls {kernel}, a product that is not counted yet")
+        roles = self.kernels[kernel]
+        read, written = [], []
+        for role, argument in zip(roles, _arguments(text), strict=False):
+            if role.startswith("in_ptr"):
+                read.append(self._operand(argument))
+            elif role.startswith(("out_ptr", "in_out_ptr")):
+                written.append(argument.strip())
+        self._write(read, written)
 
     def _operand(self, text: str) -> _Array:
         """An argument of a call: a name, or a view of one."""
@@ -442,11 +481,12 @@ class _Source:
                 self.arrays[out] = replace(self.arrays[out], computed=True)
             case "convolution":
                 self._convolve(looping, arguments)
-            case "_scaled_dot_product_flash_attention_for_cpu":
+            case _ if function.startswith("_scaled_dot_product_"):
                 query, key = map(self._operand, arguments[:2])
                 size = 2 * prod(query.sizes) * key.sizes[-2]
                 self.found.append(_Called(looping, "attention", size, key))
-                self._define(arguments[-2], query)
+                # The first of what it gives is the answer; the others are for training.
+                self._define(next(a for a in arguments if a.strip().endswith("_handle")), query)
             case _ if _PRODUCT.search(function):
                 raise ExportError(f"{self.path.name} calls {function}, which is not counted yet")
 

@@ -23,12 +23,14 @@ from onnx import helper
 from torch import Tensor
 
 from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, quiet
-from marnet_export.graph import Refine, ScanLoop, with_compute
+from marnet_export.graph import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_export.lower import Lowered
 from marnet_export.quantise import require_calibration
 from marnet_export.tensorrt_engines import (
     BUCKETS,
+    CONDITION,
     ENCODER,
+    FINISH,
     REFINE,
     STEPS,
     TEXT,
@@ -41,11 +43,11 @@ from marnet_export.tensorrt_receipt import read_products
 from marnet_export.torch_tensorrt import NAME as TORCH_TENSORRT
 from marnet_export.torch_tensorrt import encoder_engine, load_torch_tensorrt
 from marnet_export.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
-from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
+from marnet_sdk.backends import Backend, Floats, Integers, InTwoCalls, Tables, TextEncoder
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.tensorrt import by_noise_row
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import ExportError, InvalidInput, requires_extra
+from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
+from marnet_sdk.persistent_loop import LOOP
 from marnet_sdk.tensorrt_library import STANDARD, read_index
 
 load_onnxruntime()  # before anything else imports it, for its telemetry
@@ -149,6 +151,9 @@ def build_refine(
 ) -> None:
     """Write payload/refine.onnx, the loop as one `Scan` with the head, and build its engine.
 
+    Where the persistent kernel can run the loop, also what it needs: the loop's weights, and what
+    comes before and behind it as two more graphs. They do what refine does, another way.
+
     Raises:
         ExportError: as `build_encoder`; and for int8.
     """
@@ -160,8 +165,8 @@ def build_refine(
             "an fp16 loop"
         )
     compute = TORCH_TYPES[types.compute]
-    loop = ScanLoop(lowered.step(compute))
-    module = Refine(loop, with_compute(lowered.head, compute)).eval()
+    step, head = lowered.step(compute), with_compute(lowered.head, compute)
+    module = Refine(ScanLoop(step), head).eval()
     # No size of the example is kept but the widths; each is different, so that none is mistaken.
     x_v = torch.zeros(2, lowered.image_width)
     tables = (torch.zeros(4, 3), torch.zeros(4, 1, 5, lowered.row_width))
@@ -172,7 +177,33 @@ def build_refine(
     shapes = ({0: batch}, {0: steps}, {0: steps, 2: samples})
     inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
     _save(_export(module, (x_v, *tables), shapes, inputs, outputs), types, payload / REFINE)
+    _save_around_kernel(step, head, x_v, types, payload)
     add_engines(payload, targets, buckets=buckets)
+
+
+def _save_around_kernel(
+    step: Step, head: torch.nn.Module, x_v: Tensor, types: Types, payload: Path
+) -> None:
+    """Write condition.onnx, finish.onnx and loop.safetensors, or nothing for another kind of loop.
+
+    Args:
+        x_v: [B, D_v], an example.
+    """
+    for name in (CONDITION, FINISH, LOOP):  # of other types
+        (payload / name).unlink(missing_ok=True)
+    weights = step.kernel_weights()
+    if weights is None:
+        return
+    weights.save(payload / LOOP)
+    padded, hidden = weights.padded, len(weights.matrices["carry"])
+    batch, samples = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "samples"))
+    before = Condition(step, padded).eval()
+    proto = _export(before, (x_v,), ({0: batch},), ["x_v"], ["q"])
+    _save(proto, types, payload / CONDITION)
+    behind, h3 = Finish(step, head, hidden).eval(), torch.zeros(len(x_v), 5, padded)
+    shapes, outputs = ({0: batch}, {0: batch, 1: samples}), ["logits", "features"]
+    proto = _export(behind, (x_v, h3), shapes, ["x_v", "h3"], outputs)
+    _save(proto, types, payload / FINISH)
 
 
 def build_text(
@@ -339,7 +370,7 @@ def open_text_reference(payload: Path, threads: int | None) -> TextEncoder:
     return encode
 
 
-class _Reference:
+class _Reference(InTwoCalls):
     def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 

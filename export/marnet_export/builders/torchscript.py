@@ -1,10 +1,15 @@
-"""TorchScript: encoder and head traced, loop scripted."""
+"""TorchScript: encoder and head traced, loop scripted.
+
+A traced graph makes its own tensors where it was traced; what shall run on a GPU is traced there.
+"""
 
 from __future__ import annotations
 
 import copy
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -18,47 +23,62 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from marnet_export.builders import TORCH_TYPES, Product, Types, example_texts, quiet
 from marnet_export.graph import Refine, ScriptedLoop, with_compute
 from marnet_export.lower import Lowered
-from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT
+from marnet_sdk.backends.torch_cuda import exact_float32
+from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
 from marnet_sdk.backends.torchscript import _module as open_module
 from marnet_sdk.bundle import PLAN
 from marnet_sdk.errors import ExportError
 
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
+CUDA_COMPUTE = ("fp32", "bf16", "fp16")
 
 
-def build_encoder(lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path) -> None:
+def build_encoder(
+    lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, *, device: str = "cpu"
+) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = with_compute(lowered.encoder, TORCH_TYPES[types.compute]).eval()
-    with torch.no_grad(), quiet():
-        module = torch.jit.trace_module(encoder, {"forward": pixels}, check_trace=False)
-        _save(module, types, payload / ENCODER)
+    encoder = with_compute(lowered.encoder, TORCH_TYPES[types.compute]).eval().to(device)
+    with tracing():
+        example = {"forward": pixels.to(device)}
+        module = torch.jit.trace_module(encoder, example, check_trace=False)
+        _save(module, types, payload / ENCODER, device)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
-    encoder = with_compute(lowered.text, TORCH_TYPES[types.compute]).eval()
-    with torch.no_grad(), quiet():
-        module = torch.jit.trace_module(encoder, {"forward": example_texts()}, check_trace=False)
-        _save(module, types, payload / TEXT)
+    encoder = with_compute(lowered.text, TORCH_TYPES[types.compute]).eval().to(device)
+    with tracing():
+        example = {"forward": tuple(tensor.to(device) for tensor in example_texts())}
+        module = torch.jit.trace_module(encoder, example, check_trace=False)
+        _save(module, types, payload / TEXT, device)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/refine.pt."""
-    loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval()
-    with torch.no_grad(), quiet():
-        example = (torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width))
-        own = copy.deepcopy(lowered.head)  # `_store` casts what the traced module shares with it
+    loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval().to(device)
+    with tracing():
+        shapes = (2, lowered.image_width), (2, 3, lowered.latent_width)
+        example = tuple(torch.zeros(shape, device=device) for shape in shapes)
+        # `_store` casts what the traced module shares with it.
+        own = copy.deepcopy(lowered.head).to(device)
         head = torch.jit.trace_module(own, {"forward": example}, check_trace=False)
         module = torch.jit.script(Refine(torch.jit.script(loop), head))
-        _save(module, types, payload / REFINE)
+        _save(module, types, payload / REFINE, device)
 
 
-def _save(module: torch.jit.ScriptModule, types: Types, path: Path) -> None:
+@contextmanager
+def tracing() -> Iterator[None]:
+    """A traced convolution keeps for ever whether TF32 was allowed when it was traced."""
+    with torch.no_grad(), quiet(), exact_float32():
+        yield
+
+
+def _save(module: torch.jit.ScriptModule, types: Types, path: Path, device: str) -> None:
     _store(module, TORCH_TYPES[types.storage])
     buffer = io.BytesIO()  # on a full disk, its own writer aborts the process
-    torch.jit.save(module, buffer)
+    torch.jit.save(module, buffer, _extra_files={} if device == "cpu" else {TRACED_ON: device})
     path.write_bytes(buffer.getbuffer())
 
 
@@ -85,12 +105,16 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
         ExportError: a kernel that is not known, or a weight that cannot be told from others, which
             are stored in another type.
     """
+    device, width = traced_on(payload / ENCODER), _row_width(payload)
     with quiet(), torch.inference_mode():
-        encoder, x_v = _executed(payload / ENCODER, types, (torch.zeros(1, *shape),))
-        rows = [torch.zeros(n, 1, 1, _row_width(payload)) for n in (1, 2)]
+        pixels = torch.zeros(1, *shape, device=device)
+        encoder, x_v = _executed(payload / ENCODER, types, (pixels,), device)
         once, twice = (
-            _executed(payload / REFINE, types, (x_v, torch.zeros(len(bias), 3), bias))[0]
-            for bias in rows
+            _executed(payload / REFINE, types, (x_v, *tables), device)[0]
+            for tables in (
+                (torch.zeros(n, 3, device=device), torch.zeros(n, 1, 1, width, device=device))
+                for n in (1, 2)
+            )
         )
     # What was added stands somewhere in between; turned around, it is the same products.
     pairs = zip(once, twice, strict=False)
@@ -106,21 +130,23 @@ def _row_width(payload: Path) -> int:
     return load_file(path)["time_bias"].shape[1] if path.exists() else 1
 
 
-def _executed(path: Path, types: Types, given: tuple[Tensor, ...]) -> tuple[list[Product], Tensor]:
+def _executed(
+    path: Path, types: Types, given: tuple[Tensor, ...], device: str
+) -> tuple[list[Product], Tensor]:
     """The products of a call, in order, and its first output."""
     stored = {
         name: tensor
         for name, tensor in torch.jit.load(str(path), map_location="cpu").state_dict().items()
         if tensor.ndim >= 2 and tensor.is_floating_point()
     }
-    module = open_module(path, types.compute, None)
+    module = open_module(path, types.compute, None, device)
     graph = module.inlined_graph  # which the nodes do not keep alive
     constants = {
         node.t("value").untyped_storage().data_ptr()
         for node in graph.findAllNodes("prim::Constant", recurse=True)
         if node.hasAttribute("value") and node.kindOf("value") == "t"
     }
-    with torch.autocast("cpu", enabled=False), _Recorder(stored, constants) as recorder:
+    with torch.autocast(device, enabled=False), _Recorder(stored, constants) as recorder:
         out = module(*given)
     if recorder.problems:
         raise ExportError(f"{path.name}: {recorder.problems[0]}")
@@ -148,7 +174,7 @@ class _Recorder(TorchDispatchMode):
                 self._note(name, out.numel() * args[1].shape[-1], args[1])
             case "convolution" | "_convolution" | "mkldnn_convolution":
                 self._note(name, out.shape[2:].numel() * out.shape[0] * args[1].numel(), args[1])
-            case "scaled_dot_product_attention" | "_scaled_dot_product_flash_attention_for_cpu":
+            case _ if "scaled_dot_product" in name:
                 self._note("attention", 2 * args[0].numel() * args[1].shape[-2], args[1])
             case _ if _UNKNOWN.search(name):
                 self.problems.append(f"it calls {name}, which this version cannot count")

@@ -2,7 +2,7 @@
 
 A backend takes and returns NumPy arrays, so nothing of its framework reaches the caller. It runs
 two graphs, the encoder, and the reverse loop with the head behind it, so that an image that meets
-several noise samples is encoded once.
+several noise samples is encoded once. `run` is both in one, for a backend that is faster so.
 Axes: B batch, K noise samples, S steps, H hidden, C classes, D_v encoder features, D_f fused ones.
 """
 
@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.bundle import Sampling
-from marnet_sdk.errors import BundleFormatError
+from marnet_sdk.errors import BackendUnavailable, BundleFormatError, InvalidInput
 from marnet_sdk.trajectory import draw_trajectory, fold
+
+if TYPE_CHECKING:
+    from marnet_sdk.captured import DeviceRows, RuntimeReport
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -117,22 +120,62 @@ class Backend(Protocol):
         """x_v [B, D_v] -> logits [B, K, C] and fused features [B, K, D_f]."""
         ...
 
+    def run(self, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
+        """pixels [B, 3, height, width] -> what `refine` gives of what `encode` gives of them.
+
+        `pixels` is a NumPy array, or what `device_rows` made of an array on the GPU.
+        """
+        ...
+
+    def device_rows(self, array: Any) -> DeviceRows:
+        """A caller's array on the GPU, as `run` takes it: float32 [B, 3, height, width].
+
+        Raises:
+            InvalidInput: this backend reads the host's memory alone, or cannot read that array.
+        """
+        ...
+
+    def report(self) -> RuntimeReport | None:
+        """How it runs, where there is more to say than that two graphs are called."""
+        ...
+
+
+class InTwoCalls:
+    """The rest of a `Backend` that has no faster way than its two graphs, one after the other."""
+
+    def run(self: Backend, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
+        return self.refine(self.encode(pixels), tables)
+
+    def device_rows(self, array: Any) -> DeviceRows:
+        raise InvalidInput(
+            f"this bundle's backend reads arrays in the host's memory, got {type(array).__name__} "
+            "on another device; pass a NumPy array, as in pixels.cpu().numpy()"
+        )
+
+    def report(self) -> RuntimeReport | None:
+        return None
+
 
 TextEncoder = Callable[[Integers, Integers], Floats]  # ids and mask [B, L] -> x_s [B, D_s]
 
 
-def open_backend(name: str, payload: Path, compute: str, threads: int | None) -> Backend:
+def open_backend(
+    name: str, payload: Path, compute: str, threads: int | None, device: str | None = None
+) -> Backend:
     """Load the built graphs in `payload`.
 
     Args:
         compute: type of the matrix products, as recorded in the manifest.
         threads: cores to use; None leaves the framework's default.
+        device: "cpu" or "cuda"; None: cuda for tensorrt, cpu for all others.
 
     Raises:
         BundleFormatError: no such backend in this version.
         MissingExtra: its packages are not installed.
+        BackendUnavailable: it does not run on that device, or not on this machine's.
     """
-    return _leaf(name, payload).open_payload(payload, compute, threads)
+    leaf = _leaf(name, payload)
+    return leaf.open_payload(payload, compute, threads, *_given(device))
 
 
 def why_unavailable(name: str) -> str | None:
@@ -141,9 +184,28 @@ def why_unavailable(name: str) -> str | None:
     return probe() if probe else None
 
 
-def open_text(name: str, payload: Path, compute: str, threads: int | None) -> TextEncoder:
+def open_text(
+    name: str, payload: Path, compute: str, threads: int | None, device: str | None = None
+) -> TextEncoder:
     """Load the built text encoder in `payload`; as `open_backend`."""
-    return _leaf(name, payload).open_text(payload, compute, threads)
+    return _leaf(name, payload).open_text(payload, compute, threads, *_given(device))
+
+
+def check_device(backend: str, device: str, runs_on: str) -> None:
+    """Refuse a device on which a backend does not run.
+
+    Raises:
+        BackendUnavailable
+    """
+    if device != runs_on:
+        raise BackendUnavailable(
+            f"{backend} runs on {runs_on}, got device {device!r}; leave device out, or export the "
+            "bundle with another --backend"
+        )
+
+
+def _given(device: str | None) -> tuple[str, ...]:
+    return () if device is None else (device,)
 
 
 def _leaf(name: str, payload: Path) -> ModuleType:

@@ -1,7 +1,8 @@
 """AOTInductor: machine code that torch's compiler made of the encoder, and of the loop and head.
 
 payload/encoder.pt2 and payload/refine.pt2 hold a shared library each, for processors like that of
-the machine that exported them. Loading and running needs torch and no compiler.
+the machine that exported them, or for GPUs like that one's. Loading and running needs torch and no
+compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, Floats, Tables, TextEncoder
+from marnet_sdk.backends import (
+    Backend,
+    Floats,
+    Integers,
+    InTwoCalls,
+    Tables,
+    TextEncoder,
+    torch_cuda,
+)
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, requires_extra
 
 ENCODER, REFINE, TEXT = "encoder.pt2", "refine.pt2", "text.pt2"
@@ -27,37 +36,59 @@ CPU_FLAGS = "MARNET_CPU_FLAGS"  # instruction sets that the code uses, separated
 INPUTS = "MARNET_INPUTS"  # JSON: [[name, type, [size or name of a size, ...]], ...]
 LIMITS = "MARNET_LIMITS"  # JSON: name of an integer input or of a size -> the largest it may hold
 TORCH = "MARNET_TORCH"  # the version that compiled it
+GPU = "MARNET_GPU"  # of code for a GPU: what that one can do, as compilers call it, like sm90
 STEPS = "steps - 1"  # the one size that may be zero
 _COMPUTE = ("fp32", "bf16")
 _REBUILD = "export the bundle again on this machine: marnet-export --backend aotinductor"
+_NO_PARTS = "compiled code has no place for the persistent kernel between its loop and the rest"
 _AT_ONCE = 4  # calls that may run at the same time; they share the weights
 
 
-def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
+def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
     """Load the compiled code. `threads` sets torch's thread count for the whole process.
+
+    On "cuda", encoder, loop and head run as one captured graph (`torch_cuda`).
 
     Raises:
         MissingExtra: torch is not installed.
-        BackendUnavailable: the code is for another processor, or this torch cannot load it.
+        BackendUnavailable: the code is for another processor, GPU or device, or this torch cannot
+            load it.
     """
-    encoder, refine = (_open(payload / name, compute, threads) for name in (ENCODER, REFINE))
+    _check(compute, device)
+    if device == "cuda":
+        return torch_cuda.TorchOnCuda(load_model(payload, device))
+    encoder, refine = (_open(payload / name, threads) for name in (ENCODER, REFINE))
     return _AotInductor(encoder, refine)
 
 
-def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
-    """Load the text encoder; as `open_payload`."""
-    graph = _open(payload / TEXT, compute, threads)
+def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
+    """Load the text encoder; as `open_payload`, but it is not captured."""
+    _check(compute, device)
+    if device == "cuda":
+        return _text_on_cuda(_DeviceGraph(payload / TEXT, device))
+    graph = _open(payload / TEXT, threads)
     return lambda ids, mask: graph(ids, mask)[0]
 
 
-def _open(path: Path, compute: str, threads: int | None) -> _Graph:
+def _check(compute: str, device: str) -> None:
     with requires_extra("torch", "torch"):
-        import torch
-    if compute not in _COMPUTE:
-        raise BackendUnavailable(f"aotinductor computes in fp32 or bf16, the bundle asks {compute}")
+        import torch  # noqa: F401
+    if device == "cuda":
+        torch_cuda.check_cuda("aotinductor")
+        torch_cuda.check_compute("aotinductor", compute)
+    elif compute not in _COMPUTE:
+        raise BackendUnavailable(
+            f"aotinductor computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
+        )
+
+
+def _open(path: Path, threads: int | None) -> _Graph:
+    import torch
+
     if threads is not None:
         torch.set_num_threads(threads)
     metadata = read_metadata(path)
+    _check_device(path, metadata, "cpu")
     _check_host(path, metadata)
     return _Graph(path, metadata, _load(path, metadata))
 
@@ -82,6 +113,25 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"packages of marnet-export do; {_REBUILD}"
         )
     return found
+
+
+def _check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
+    """Refuse code for another device, or for a GPU that can do other things than this one."""
+    built = metadata.get("AOTI_DEVICE_KEY", "cpu")
+    if built != device:
+        raise BackendUnavailable(
+            f"{path} was compiled for {built}, and is opened on {device}; {_REBUILD} "
+            f"--device {device}"
+        )
+    if device != "cuda":
+        return
+    target, here = metadata.get(GPU, "no GPU that it names"), torch_cuda.gpu_name()
+    # Code for sm86 runs on sm86 and sm89, and on no other generation.
+    if target[:-1] != here[0][:-1] or target > here[0]:
+        raise BackendUnavailable(
+            f"{path} was compiled for {target}; this machine's GPU is {here[1]}, {here[0]}; "
+            f"{_REBUILD} --device cuda"
+        )
 
 
 def _check_host(path: Path, metadata: Mapping[str, str]) -> None:
@@ -142,7 +192,7 @@ def _load(path: Path, metadata: Mapping[str, str]) -> Any:
         ) from error
 
 
-class _AotInductor:
+class _AotInductor(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: _Graph) -> None:
         self._encoder, self._refine = encoder, refine
 
@@ -153,58 +203,56 @@ class _AotInductor:
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
         # The graph looks up the row of noise of each image, so that one for all is not copied.
         batch, shape = len(x_v), tables.bias.shape
-        if len(shape) != 4 or shape[0] < 1 or shape[1] not in (1, batch):
-            raise InvalidInput(
-                f"the table of {batch} images is {shape}; expected [steps, 1 or {batch}, samples, "
-                "width], with a step at least"
-            )
+        _check_table(batch, shape)
         row = np.arange(batch) if shape[1] > 1 else np.zeros(batch, np.int64)
         steps = tables.coefficients[:-1], tables.bias[:-1]
         logits, features = self._refine(x_v, *steps, tables.bias[-1], row)
         return logits, features
 
 
-class _Graph:
-    """Compiled code, which takes any address for an array: nothing wrong may reach it."""
+def _check_table(batch: int, shape: tuple[int, ...]) -> None:
+    """
+    Raises:
+        InvalidInput: it is no table of the loop for so many images.
+    """
+    if len(shape) != 4 or shape[0] < 1 or shape[1] not in (1, batch):
+        raise InvalidInput(
+            f"the table of {batch} images is {shape}; expected [steps, 1 or {batch}, samples, "
+            "width], with a step at least"
+        )
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], runner: Any) -> None:
-        self._path, self._runner = path, runner
-        self._inputs: list[tuple[str, str, list[int | str]]] = json.loads(metadata[INPUTS])
+
+class _Inputs:
+    """What compiled code takes, which believes any address: nothing wrong may reach it."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.name = path.name
+        self.known: list[tuple[str, str, list[int | str]]] = json.loads(metadata[INPUTS])
         self._limits: dict[str, int] = json.loads(metadata[LIMITS])
-        # The first call converts the stored weights, while others would have to wait.
-        self(*(np.zeros(_smallest(shape), kind) for _, kind, shape in self._inputs))
 
-    def __call__(self, *arrays: NDArray) -> list[Any]:
-        """Outputs in the graph's order.
+    def check(self, *arrays: Any) -> None:
+        """
+        Args:
+            arrays: NumPy's, or tensors. Of tensors, only types and shapes are looked at.
 
         Raises:
             InvalidInput: an array of another type or shape, or an integer out of range.
         """
-        import torch
-
-        self._check(arrays)
-        # Contiguous, and torch warns of arrays that it must not write to.
-        given = [np.require(array, requirements=["C", "W"]) for array in arrays]
-        torch.get_num_threads()  # OpenMP keeps the setting for each thread; this hands it to ours
-        # A caller's autocast would change the types that the bundle was verified with.
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            outputs = self._runner.run([torch.from_numpy(array) for array in given])
-        return [output.numpy() for output in outputs]
-
-    def _check(self, arrays: tuple[NDArray, ...]) -> None:
         sizes: dict[str, int] = {}
-        for array, (name, kind, shape) in zip(arrays, self._inputs, strict=True):
+        for array, (name, kind, shape) in zip(arrays, self.known, strict=True):
             known = [sizes.get(size, size) if isinstance(size, str) else size for size in shape]
-            fits = array.dtype == kind and array.ndim == len(shape)
+            is_numpy = isinstance(array, np.ndarray)
+            dtype = array.dtype if is_numpy else str(array.dtype).removeprefix("torch.")
+            fits = dtype == kind and array.ndim == len(shape)
             if not fits or not all(map(self._size_fits, array.shape, known)):
                 raise InvalidInput(
-                    f"{self._path.name} was given {array.dtype} {array.shape} as {name}; it takes "
+                    f"{self.name} was given {dtype} {tuple(array.shape)} as {name}; it takes "
                     f"{kind} [{', '.join(map(self._described, known))}]"
                 )
             sizes |= {s: n for s, n in zip(shape, array.shape, strict=True) if isinstance(s, str)}
-            if name in self._limits and not _within(array, self._limits[name]):
+            if is_numpy and name in self._limits and not _within(array, self._limits[name]):
                 raise InvalidInput(
-                    f"{self._path.name} was given {name} from {array.min()} to {array.max()}; "
+                    f"{self.name} was given {name} from {array.min()} to {array.max()}; "
                     f"they must be from 0 to {self._limits[name]}"
                 )
 
@@ -218,6 +266,32 @@ class _Graph:
         return _least(wanted) <= size <= self._limits.get(wanted, size)
 
 
+class _Graph:
+    """Compiled code for the processor."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], runner: Any) -> None:
+        self._inputs, self._runner = _Inputs(path, metadata), runner
+        # The first call converts the stored weights, while others would have to wait.
+        self(*(np.zeros(_smallest(shape), kind) for _, kind, shape in self._inputs.known))
+
+    def __call__(self, *arrays: NDArray) -> list[Any]:
+        """Outputs in the graph's order.
+
+        Raises:
+            InvalidInput: an array of another type or shape, or an integer out of range.
+        """
+        import torch
+
+        self._inputs.check(*arrays)
+        # Contiguous, and torch warns of arrays that it must not write to.
+        given = [np.require(array, requirements=["C", "W"]) for array in arrays]
+        torch.get_num_threads()  # OpenMP keeps the setting for each thread; this hands it to ours
+        # A caller's autocast would change the types that the bundle was verified with.
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            outputs = self._runner.run([torch.from_numpy(array) for array in given])
+        return [output.numpy() for output in outputs]
+
+
 def _within(array: NDArray, largest: int) -> bool:
     return int(array.min()) >= 0 and int(array.max()) <= largest
 
@@ -228,3 +302,69 @@ def _least(size: str) -> int:
 
 def _smallest(shape: list[int | str]) -> list[int]:
     return [_least(size) if isinstance(size, str) else size for size in shape]
+
+
+# --- on a GPU
+
+
+class _DeviceGraph:
+    """Compiled code that takes and returns tensors on its device, for one call at a time.
+
+    torch's own loader is the one that runs code without noting an event behind each call, which a
+    captured graph must not hold. It unpacks the package into a temporary folder, where the code's
+    kernels are read from when they first run, and removes it when it is collected.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        import torch
+
+        metadata = read_metadata(path)
+        _check_device(path, metadata, device)
+        _check_host(path, metadata)
+        self.inputs = _Inputs(path, metadata)
+        index = torch.cuda.current_device() if device == "cuda" else -1
+        open_package = torch._C._aoti.AOTIModelPackageLoader  # type: ignore[attr-defined]
+        try:
+            self._loader = open_package(str(path), "model", True, 1, index)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BackendUnavailable(
+                f"torch {torch.__version__} cannot load {path}, which torch {metadata[TORCH]} "
+                f"compiled: {error}; {_REBUILD}"
+            ) from error
+
+    def __call__(self, *tensors: Any) -> list[Any]:
+        self.inputs.check(*tensors)
+        return self._loader.run([_as_compiled(tensor) for tensor in tensors])
+
+
+def _as_compiled(tensor: Any) -> Any:
+    """Contiguous, at an address that is a multiple of 16: the code reads several values at once."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def load_model(payload: Path, device: str) -> torch_cuda.Model:
+    """The compiled code as what is captured on a GPU."""
+    encoder, refine = (_DeviceGraph(payload / name, device) for name in (ENCODER, REFINE))
+
+    def run_refine(x_v: Any, coefficients: Any, bias: Any) -> tuple[Any, Any]:
+        import torch
+
+        _check_table(len(x_v), tuple(bias.shape))
+        row = torch.zeros(len(x_v), dtype=torch.int64, device=x_v.device)
+        if bias.shape[1] > 1:
+            row = torch.arange(len(x_v), device=x_v.device)
+        logits, features = refine(x_v, coefficients[:-1], bias[:-1], bias[-1], row)
+        return logits, features
+
+    return torch_cuda.Model(lambda pixels: encoder(pixels)[0], run_refine, _NO_PARTS)
+
+
+def _text_on_cuda(graph: _DeviceGraph) -> TextEncoder:
+    run = torch_cuda.plain_text(lambda ids, mask: graph(ids, mask)[0])
+
+    def encode(ids: Integers, mask: Integers) -> Floats:
+        graph.inputs.check(ids, mask)  # the values, while they are where they can be looked at
+        return run(ids, mask)
+
+    return encode

@@ -8,26 +8,36 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
+from marnet_sdk.backends import (
+    Backend,
+    Floats,
+    Integers,
+    InTwoCalls,
+    Tables,
+    TextEncoder,
+    check_device,
+)
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 _IMPORT, _NO_TELEMETRY = Lock(), "ORT_DISABLE_TELEMETRY"
 
 
-def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
+def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
     """Open inference sessions on the CPU.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
         BackendUnavailable: the installed onnxruntime cannot run the graph.
     """
+    check_device("onnxruntime", device, "cpu")
     encoder, refine = (_session(payload / name, compute, threads) for name in (ENCODER, REFINE))
     return _OnnxRuntime(encoder, refine)
 
 
-def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
+def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Open the text encoder; as `open_payload`."""
+    check_device("onnxruntime", device, "cpu")
     session = _session(payload / TEXT, compute, threads)
 
     def encode(ids: Integers, mask: Integers) -> Floats:
@@ -102,7 +112,7 @@ def _session(path: Path, compute: str, threads: int | None) -> Any:
         ) from error
 
 
-class _OnnxRuntime:
+class _OnnxRuntime(InTwoCalls):
     def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
+from marnet_sdk.backends import (
+    Backend,
+    Floats,
+    Integers,
+    InTwoCalls,
+    Tables,
+    TextEncoder,
+    check_device,
+)
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
@@ -24,7 +32,7 @@ _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 _COMPUTE = ("fp32", "bf16")
 
 
-def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
+def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
     """Compile the graphs for the CPU.
 
     Products whose weights are stored in int8 are multiplied in int8, whatever `compute` is.
@@ -34,13 +42,15 @@ def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
         BackendUnavailable: the installed openvino cannot run the graph, or this CPU has no
             arithmetic of that type.
     """
+    check_device("openvino", device, "cpu")
     (encoder,) = _compiled(payload / ENCODER, compute, threads, ("x_v",))
     refine, first_order = _compiled(payload / REFINE, compute, threads, OUTPUTS, FIRST_ORDER)
     return _OpenVino(encoder, refine, first_order)
 
 
-def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
+def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Compile the text encoder; as `open_payload`."""
+    check_device("openvino", device, "cpu")
     (graph,) = _compiled(payload / TEXT, compute, threads, ("x_s",))
 
     def encode(ids: Integers, mask: Integers) -> Floats:
@@ -167,7 +177,7 @@ class _Graph:
         return list(results.values())
 
 
-class _OpenVino:
+class _OpenVino(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: _Graph, first_order: _Graph) -> None:
         self._encoder, self._refine, self._first_order = encoder, refine, first_order
 

@@ -7,59 +7,138 @@ about it is in this file and in the builder of the same name.
 from __future__ import annotations
 
 import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder
+from marnet_sdk.backends import (
+    Backend,
+    Floats,
+    Integers,
+    InTwoCalls,
+    Tables,
+    TextEncoder,
+    torch_cuda,
+)
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 
 ENCODER, REFINE, TEXT = "encoder.pt", "refine.pt", "text.pt"
 MATRIX = ".matrix"  # parameters of this name hold the factors of the low-precision products
+TRACED_ON = "marnet.device"  # a file in the archive: what it was traced on; without it, cpu
+_COMPUTE = ("fp32", "bf16")
 
 
-def open_payload(payload: Path, compute: str, threads: int | None) -> Backend:
+def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
     """Load and freeze the modules. `threads` sets torch's thread count for the whole process.
 
     Weights are stored in one type and computed with in another: the factors of matrix products
-    go to `compute`, everything else to float32.
+    go to `compute`, everything else to float32. On "cuda", encoder, loop and head run as one
+    captured graph (`torch_cuda`).
 
     Raises:
         MissingExtra: torch is not installed.
-        BackendUnavailable: this torch cannot load the archive.
+        BackendUnavailable: this torch cannot load the archive, or has no such device.
     """
+    _check(compute, device)
+    if device == "cuda":
+        return torch_cuda.TorchOnCuda(load_model(payload, compute, device))
     encoder, refine = (_module(payload / name, compute, threads) for name in (ENCODER, REFINE))
     return _TorchScript(encoder, refine)
 
 
-def open_text(payload: Path, compute: str, threads: int | None) -> TextEncoder:
-    """Load the text encoder; as `open_payload`."""
-    module = _module(payload / TEXT, compute, threads)
+def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
+    """Load the text encoder; as `open_payload`, but it is not captured."""
+    _check(compute, device)
+    module = _module(payload / TEXT, compute, threads, device)
+    if device == "cuda":
+        return torch_cuda.plain_text(module)
     return lambda ids, mask: _call(module, ids, mask).numpy()
 
 
-def _module(path: Path, compute: str, threads: int | None) -> Any:
+def _check(compute: str, device: str) -> None:
     with requires_extra("torch", "torch"):
-        import torch
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if compute not in types:
-        raise BackendUnavailable(f"torchscript computes in fp32 or bf16, the bundle asks {compute}")
+        import torch  # noqa: F401
+    if device == "cuda":
+        torch_cuda.check_cuda("torchscript")
+        torch_cuda.check_compute("torchscript", compute)
+    elif compute not in _COMPUTE:
+        raise BackendUnavailable(
+            f"torchscript computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
+        )
+
+
+def load_model(payload: Path, compute: str, device: str) -> torch_cuda.Model:
+    """The modules as what is captured on a GPU."""
+    refine = _load(payload / REFINE, compute, device)
+    parts = torch_cuda.loop_parts(refine, compute)  # freezing leaves none
+    encoder = _module(payload / ENCODER, compute, None, device)
+    return torch_cuda.Model(encoder, _freeze(refine), parts)
+
+
+def _module(path: Path, compute: str, threads: int | None, device: str = "cpu") -> Any:
+    """Loaded and frozen."""
+    import torch
+
     if threads is not None:
         torch.set_num_threads(threads)
+    return _freeze(_load(path, compute, device))
+
+
+def _freeze(module: Any) -> Any:
+    import torch
+
+    with _deprecated():
+        return torch.jit.freeze(module)
+
+
+def _load(path: Path, compute: str, device: str) -> Any:
+    """Loaded, with the types that it computes in.
+
+    Raises:
+        BackendUnavailable: this torch cannot load it, or it was made for another device.
+    """
+    import torch
+
+    built_on = traced_on(path)
+    if built_on != device:  # tensors that the graph makes itself would be on the other
+        raise BackendUnavailable(
+            f"{path} was traced on {built_on} and cannot run on {device}; export the bundle again: "
+            f"marnet-export --backend torchscript --device {device}"
+        )
+    try:
+        with _deprecated():
+            module = torch.jit.load(str(path), map_location=device)
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"torch {torch.__version__} cannot load {path}: {error}"
+        ) from error
+    for key, parameter in module.named_parameters():
+        target = torch_cuda.torch_type(compute) if key.endswith(MATRIX) else torch.float32
+        parameter.data = parameter.data.to(target)
+    return module.eval()
+
+
+def traced_on(path: Path) -> str:
+    """The device that an archive was traced on: "cpu" where it does not say. Nothing is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [name for name in archive.namelist() if name.endswith(f"/extra/{TRACED_ON}")]
+            return archive.read(found[0]).decode() if found else "cpu"
+    except (OSError, zipfile.BadZipFile):  # torch says what is wrong with it
+        return "cpu"
+
+
+@contextmanager
+def _deprecated() -> Iterator[None]:
+    """torch warns that TorchScript is deprecated; whoever uses this backend knows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        try:
-            module = torch.jit.load(str(path), map_location="cpu")
-        except RuntimeError as error:
-            raise BackendUnavailable(
-                f"torch {torch.__version__} cannot load {path}: {error}"
-            ) from error
-        for key, parameter in module.named_parameters():
-            target = types[compute] if key.endswith(MATRIX) else torch.float32
-            parameter.data = parameter.data.to(target)
-        return torch.jit.freeze(module.eval())
+        yield
 
 
-class _TorchScript:
+class _TorchScript(InTwoCalls):
     def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 

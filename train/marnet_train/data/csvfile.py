@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from marnet_sdk.console import nearest
+from marnet_sdk.errors import nearest
 from marnet_train.data.examples import Problems
 from marnet_train.data.image_names import is_encodable, quoted
 

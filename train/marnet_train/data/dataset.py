@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import DataError, NotFound
+from marnet_sdk.errors import DataError, NotFound, nearest
 from marnet_train.data import classfolder, huggingface, imagefolder
 from marnet_train.data.examples import (
     SPLITS,

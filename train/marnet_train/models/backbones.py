@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from marnet_sdk.console import nearest
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import RecipeError, nearest
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
 # self-supervised and ImageNet-21k checkpoints leave untrained, so it is not built at all.

@@ -1,0 +1,263 @@
+"""Timing with CUDA events around work that is interleaved in rounds, and the lines that it gives.
+
+On a CPU, where the suite is rehearsed, a clock takes the place of events and a call that of a
+captured graph: every section runs, and its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Call = Callable[[], Any]  # enqueues work on the current stream
+Values = NDArray[np.float64]
+Line = dict[str, Any]
+
+NO_DEVICE = "needs a CUDA device"
+_AHEAD = 200_000  # clock cycles that the GPU sleeps, so that the host is ahead of it: 0.1 ms
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the work runs."""
+
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def stream(self) -> int:
+        """The current stream, as a CUstream."""
+        return torch.cuda.current_stream().cuda_stream
+
+    def wait(self) -> None:
+        """Until all enqueued work is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def capture(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The work of `call` as one CUDA graph; a replay writes the same tensor each time.
+
+        What `call` holds lives as long as the graph, which reads it by its addresses.
+        """
+        if not self.is_cuda:
+            return call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate and compile at the first calls
+            for _ in range(2):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # The stricter modes forbid what a collection of garbage does, which comes when it likes.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+            result = call()
+
+        return _Replay(graph, result, call)
+
+    def milliseconds(self, call: Call, repeats: int = 1) -> float:
+        """Of one call, from `repeats` of them enqueued back to back."""
+        if not self.is_cuda:
+            started = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return 1e3 * (time.perf_counter() - started) / repeats
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if isinstance(call, _Replay):  # without it, the first launch counts as work of the GPU
+            torch.cuda._sleep(_AHEAD)
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / repeats
+
+
+@dataclass(frozen=True, eq=False)
+class _Replay:
+    graph: Any
+    result: Tensor
+    keeps: Any
+
+    def __call__(self) -> Tensor:
+        self.graph.replay()
+        return self.result
+
+
+def interleave(
+    machine: Machine,
+    calls: Mapping[str, Call],
+    seconds: float,
+    *,
+    least: int = 7,
+    sample_ms: float = 1.0,
+) -> dict[str, Values]:
+    """Milliseconds of a call, many samples of each, taken in turn so that all meet the same card.
+
+    Args:
+        seconds: for all together. least: samples of each, however long they take.
+        sample_ms: a sample is so many calls that it lasts about this long.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        machine.wait()
+        once = machine.milliseconds(call)
+        repeats[name] = max(1, min(100, math.ceil(sample_ms / max(once, 1e-6))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order, end, rounds = list(calls), time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
+        for name in order:
+            taken[name].append(machine.milliseconds(calls[name], repeats[name]))
+        order.reverse()
+        rounds += 1
+    return {name: np.array(values) for name, values in taken.items()}
+
+
+def latencies(
+    machine: Machine, calls: Mapping[str, Call], seconds: float, *, least: int = 7
+) -> dict[str, Values]:
+    """Milliseconds on the host's clock from a call to its end, one call at a time, in turn."""
+    for call in calls.values():
+        for _ in range(2):
+            call()
+    machine.wait()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order, end, rounds = list(calls), time.perf_counter() + seconds, 0
+    while rounds < least or time.perf_counter() < end:
+        for name in order:
+            started = time.perf_counter()
+            calls[name]()
+            machine.wait()
+            taken[name].append(1e3 * (time.perf_counter() - started))
+        order.reverse()
+        rounds += 1
+    return {name: np.array(values) for name, values in taken.items()}
+
+
+def compiled(machine: Machine, function: Any, **how: Any) -> Any:
+    """torch.compile for fixed sizes; in a rehearsal only its tracing, which is quick."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64  # one for each batch, type and model
+    how = how if machine.is_cuda else {"backend": "eager"}
+    return torch.compile(function, dynamic=False, **how)
+
+
+class Memory(dict[str, Tensor]):
+    """Buffers of bytes on the device, which a kernel knows by their addresses alone."""
+
+    def __init__(self, machine: Machine, sizes: Mapping[str, int]) -> None:
+        """sizes: bytes by name."""
+        for name, size in sizes.items():
+            self[name] = torch.zeros(size, dtype=torch.uint8, device=machine.device)
+
+    def fill(self, **arrays: NDArray[Any]) -> None:
+        """Copy arrays of as many bytes as the buffers of their names."""
+        for name, array in arrays.items():
+            content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            self[name].copy_(torch.from_numpy(content))
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in self.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel that writes `out`, with the memory that must live as long."""
+
+    machine: Machine
+    enqueue: Callable[[int], None]  # on a stream
+    out: Tensor
+    memory: Memory
+
+    def __call__(self) -> Tensor:
+        self.enqueue(self.machine.stream)
+        return self.out
+
+
+def spread(values: Values) -> dict[str, float]:
+    """Median, 10th, 90th and 99th percentile, and the number of samples."""
+    names, found = ("p10", "median", "p90", "p99"), np.percentile(values, (10, 50, 90, 99))
+    return {**{n: float(f"{v:.6g}") for n, v in zip(names, found, strict=True)}, "n": len(values)}
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest wanted value; infinite where `got` is not finite."""
+    got, wanted = got.detach().double().cpu(), wanted.detach().double().cpu()
+    if got.shape != wanted.shape:
+        raise ValueError(f"got shape {tuple(got.shape)}, expected {tuple(wanted.shape)}")
+    error = float((got - wanted).abs().max() / wanted.abs().max())
+    return error if math.isfinite(error) else math.inf
+
+
+def equal_again(call: Callable[[], Tensor]) -> bool:
+    """Whether two calls on the same input give the same bits."""
+    first = call().clone()
+    return bool(torch.equal(first, call()))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+@dataclass
+class Job:
+    """What a section works with, and the lines that it has so far."""
+
+    machine: Machine
+    tiny: bool  # a rehearsal: sizes that a CPU runs in no time
+    seconds: float  # that the section may take
+    say: Callable[[str], None] = print
+    backends: Sequence[str] = ()  # of ours, that the pipeline runs through
+    lines: list[Line] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.started + self.seconds - time.monotonic()
+
+    def add(
+        self, line: str, values: Values, unit: str, fidelity: Mapping[str, Any], **more: Any
+    ) -> None:
+        """A measured line. `fidelity` says how right its answers are."""
+        found = spread(values)
+        self.lines.append({"line": line, **more, "unit": unit, **found, "fidelity": dict(fidelity)})
+
+    def miss(self, line: str, why: str, **more: Any) -> None:
+        """A line that was not measured, and why."""
+        self.say(f"  not measured: {line} {more}: {why}")
+        self.lines.append({"line": line, **more, "missing": why})
+
+    @contextmanager
+    def attempt(self, line: str, **more: Any) -> Iterator[None]:
+        """Whatever is raised inside is why the line is missing; the others are still measured."""
+        try:
+            yield
+        except Exception as error:  # frameworks raise anything
+            self.miss(line, reason(error), **more)
+
+    def measure(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:
+        """`interleave` for so long, or for no time at all in a rehearsal."""
+        if self.tiny:
+            return interleave(self.machine, calls, 0.0, least=3, sample_ms=0.0)
+        return interleave(self.machine, calls, seconds)
+
+    def wall(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:
+        """`latencies` likewise."""
+        least, seconds = (3, 0.0) if self.tiny else (7, seconds)
+        return latencies(self.machine, calls, seconds, least=least)

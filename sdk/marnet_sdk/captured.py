@@ -30,7 +30,7 @@ Rows = TypeVar("Rows", bound="NDArray[Any] | DeviceRows")
 # Each shape holds memory on the GPU for as long as it is kept, once for each worker.
 MOST_CAPTURES, MOST_LANES = 16, 2
 # Arrays of a caller that a shape is captured for where they lie; the others are copied.
-MOST_ADDRESSES = 8
+MOST_ADDRESSES = 4
 ALIGNMENT = 256  # bytes, of an array that is read in place
 COPIED = -1  # in the place of an address: pixels are copied on the GPU to the program's own memory
 

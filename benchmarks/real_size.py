@@ -37,12 +37,12 @@ from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, quiet
 from marnet_export.lower import lower_marnet
 from marnet_export.settings import Settings
-from marnet_sdk.backends import Floats
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import print_table, say
 from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.tables import Floats
 from marnet_train.checkpoint import SAMPLES, load_checkpoint, write_model
 from marnet_train.data.imagefolder import write_split
 from marnet_train.diffusion import ScheduleConfig

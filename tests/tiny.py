@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from marnet_export.plan import SamplingPlan
-from marnet_sdk.backends import Floats, Tables, make_tables
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig

@@ -42,8 +42,8 @@ from marnet_kernels.reverse_sampler import (
     pack_tables,
     reverse_sampler_reference,
 )
-from marnet_sdk.backends import make_tables
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.tables import make_tables
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.marnet import MARNet
 

@@ -32,10 +32,11 @@ from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, su
 from marnet_export.builders import BUILDERS, Calibration, Types, builder
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
-from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
+from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
 from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet, MarnetConfig
 

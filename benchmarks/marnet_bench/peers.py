@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
+from marnet_sdk.tables import Floats
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from marnet_export.builders import Types, builder
 from marnet_export.lower import Lowered
 from marnet_export.verify import CHAIN_STEPS, Built, Reference
-from marnet_sdk.backends import Backend, Floats, Tables, open_backend
+from marnet_sdk.backends import Backend, open_backend
+from marnet_sdk.tables import Floats, Tables
 from marnet_train.diffusion import SamplerTable
 
 

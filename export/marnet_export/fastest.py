@@ -38,6 +38,7 @@ from marnet_sdk.errors import (
 from marnet_train.checkpoint import load_checkpoint, write_json
 
 BATCHES = (1, 16)  # images in a call; the first decides
+_SETTLE = 0.05  # seconds; a deployed process has one runtime, here they share the cores
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _race(found: list[Candidate], folder: Path) -> list[Candidate]:
             backend: partial(classifier.predict, _golden(classifier, batch))
             for backend, classifier in classifiers.items()
         }
-        for backend, milliseconds in in_turn(calls).items():
+        for backend, milliseconds in in_turn(calls, settle=_SETTLE).items():
             taken[backend][str(batch)] = round(milliseconds, 4)
     timed = [replace(c, milliseconds=taken.get(c.backend)) for c in found]
     first = str(BATCHES[0])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_sdk.backends import Floats, why_unavailable
+from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import (
     FIDELITY,
     GOLDEN_ANSWERS,
@@ -31,6 +31,7 @@ from marnet_sdk.bundle import (
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import MarnetError, SelfTestFailed, VerificationFailed
+from marnet_sdk.tables import Floats
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 _NOT_OPEN = "the bundle refuses to open"

@@ -33,7 +33,7 @@ class Plan(Protocol):
     """How a method's reverse loop is run. See `SamplingPlan`, which is MARNet's."""
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """plan.safetensors: what `marnet_sdk.backends.make_tables` makes the loop's tables of."""
+        """plan.safetensors: what `marnet_sdk.tables.make_tables` makes the loop's tables of."""
         ...
 
     def matrices(self) -> dict[str, NDArray[np.float64]]:

@@ -48,7 +48,7 @@ from marnet_export.selection import (
 )
 from marnet_export.settings import AUTO, FLOATS, ROUTES, Say, Settings, check_types, places
 from marnet_export.sweep import SAMPLES, as_points, sweep, swept_processes
-from marnet_export.text import export_text
+from marnet_export.text import check_text, export_text
 from marnet_export.verify import (
     MIN_AGREEMENT,
     ROW_TOLERANCE,
@@ -61,7 +61,7 @@ from marnet_export.verify import (
     settling,
     trajectory_error,
 )
-from marnet_sdk.backends import Floats, make_tables, why_unavailable
+from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cuda import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
@@ -89,6 +89,7 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.files import atomic_directory, check_output, exclusive
 from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.tables import Floats, make_tables
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable, sampler_table
@@ -205,6 +206,8 @@ class _Job:
     def run(self) -> Fidelity:
         """Build, verify, seal; what was written loads, here and in a second process."""
         asked = self.settings
+        if asked.text:  # before anything is built, though it is built last
+            check_text(self.checkpoint, self.lowered)
         if asked.steps == AUTO:
             types, tables, samples, picked = self.pick_points()
         else:

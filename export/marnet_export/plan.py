@@ -129,7 +129,7 @@ class SamplingPlan:
         return found if self.carry == "hidden" else found | {"input": self.input_weight}
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """The content of plan.safetensors: what `marnet_sdk.backends.make_tables` folds.
+        """The content of plan.safetensors: what `marnet_sdk.tables.make_tables` folds.
 
         Args:
             tables: the sampler of each operating point.

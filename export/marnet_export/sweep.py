@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exact
 from marnet_export.verify import Built
-from marnet_sdk.backends import Floats
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
+from marnet_sdk.tables import Floats
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
 
@@ -153,13 +153,21 @@ def _call(built: Built, name: str, pixel: Floats, count: int) -> Callable[[], ob
     return call
 
 
-def in_turn(calls: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
-    """Median milliseconds of each, called in an order that is reversed every round."""
+def in_turn(calls: Mapping[Key, Callable[[], object]], *, settle: float = 0.0) -> dict[Key, float]:
+    """Median milliseconds of each, called in an order that is reversed every round.
+
+    Args:
+        settle: seconds for which each is called before it is measured. The threads of one runtime
+            spin for a while after a call, and would take the cores of another.
+    """
     taken: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls.items())
     for _ in track(range(_ROUNDS + 1), "time"):
         for key, call in order:
-            start = time.perf_counter()
+            start = begun = time.perf_counter()
+            while start - begun < settle:
+                call()
+                start = time.perf_counter()
             call()
             taken[key].append(time.perf_counter() - start)
         order.reverse()

@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from marnet_export.builders import Types, builder, open_built_text
 from marnet_export.lower import Alignment, Lowered
-from marnet_sdk.backends import Floats
 from marnet_sdk.errors import ExportError, MarnetError, RecipeError, VerificationFailed
+from marnet_sdk.tables import Floats
 from marnet_sdk.text import (
     ALIGNMENT,
     GOLDEN_EMBEDDINGS,

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Floats, Tables
 from marnet_sdk.errors import InvalidInput, MarnetError
+from marnet_sdk.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
 Batch = tuple[int, int]  # of a profile: least and most rows

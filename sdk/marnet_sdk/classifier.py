@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from marnet_sdk.backends import Floats, Tables, make_tables, open_backend
+from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, PLAN, read_bundle
 from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.environment import versions
@@ -35,6 +35,7 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.images import Buffer, ImageInput, decode
 from marnet_sdk.prediction import Prediction, Score
+from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 from marnet_sdk.uncertainty import (
     Answers,

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from marnet_sdk.backends import Floats, Integers, TextEncoder, open_text
+from marnet_sdk.backends import TextEncoder, open_text
 from marnet_sdk.bundle import TEXT, Bundle
 from marnet_sdk.errors import (
     BackendUnavailable,
@@ -32,6 +32,7 @@ from marnet_sdk.errors import (
     SelfTestFailed,
     requires_extra,
 )
+from marnet_sdk.tables import Floats, Integers
 
 TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
 GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"

@@ -16,8 +16,8 @@ from marnet_bench.loop_peers import (
     make_problem,
     reference,
 )
-from marnet_sdk.backends import Floats
 from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.tables import Floats
 
 # Weights or activations of 8 bits, or products of bfloat16, in seven steps of a tiny network.
 COARSE = 2e-2

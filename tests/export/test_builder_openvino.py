@@ -19,8 +19,9 @@ from marnet_export.builders import Types
 from marnet_export.builders.openvino import ENCODER, REFINE, build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
-from marnet_sdk.backends import Backend, Floats, Tables, open_backend
+from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.backends.openvino import load_openvino
+from marnet_sdk.tables import Floats, Tables
 from marnet_train.diffusion import SAMPLERS, sampler_table
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 from marnet_train.models.marnet import MARNet

@@ -31,10 +31,10 @@ from marnet_export.lower import Lowered, lower, lower_marnet
 from marnet_export.plan import make_plan
 from marnet_export.tensorrt_engines import add_engines, layers_of, parse_network
 from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
-from marnet_sdk.backends import Floats, Tables
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
 from marnet_sdk.persistent_loop import LoopWeights
+from marnet_sdk.tables import Floats, Tables
 from marnet_sdk.tensorrt_library import (
     find_device,
     load_library,

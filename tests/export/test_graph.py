@@ -12,8 +12,8 @@ from torch import nn
 
 from marnet_export.graph import PlanStep, ScanLoop, ScriptedLoop, with_compute
 from marnet_export.plan import SamplingPlan, run_plan
-from marnet_sdk.backends import make_tables
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.tables import make_tables
 from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone

@@ -30,8 +30,9 @@ from marnet_export.quantise import (
     quantised_rows,
     require_calibration,
 )
-from marnet_sdk.backends import Backend, Floats, open_backend
+from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.errors import ExportError, MissingExtra
+from marnet_sdk.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.marnet import MARNet

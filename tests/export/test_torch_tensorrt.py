@@ -26,10 +26,10 @@ from marnet_export.builders.tensorrt import build_encoder, build_refine, open_re
 from marnet_export.graph import with_compute
 from marnet_export.lower import Lowered, lower
 from marnet_export.torch_tensorrt import encoder_engine, export_program, load_torch_tensorrt
-from marnet_sdk.backends import Floats
 from marnet_sdk.backends.tensorrt import open_payload
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
+from marnet_sdk.tables import Floats
 from marnet_sdk.tensorrt_library import STANDARD, Device, Library, load_library, read_index
 
 BUCKETS = (1, 4)

@@ -24,10 +24,11 @@ from marnet_export.builders import Types
 from marnet_export.builders.aotinductor import build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
-from marnet_sdk.backends import Tables, aotinductor, torch_cuda
+from marnet_sdk.backends import aotinductor, torch_cuda
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
 from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, MissingExtra
+from marnet_sdk.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 

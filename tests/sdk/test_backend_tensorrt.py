@@ -48,7 +48,7 @@ from marnet_kernels.loader import DeviceInfo
 from marnet_kernels.persistent import ReverseSamplerArguments, Variant, check_launch
 from marnet_kernels.reverse_sampler import Layout, PackedLoop, reverse_sampler_reference
 from marnet_sdk import Classifier
-from marnet_sdk.backends import Backend, Floats, Tables, TextEncoder, open_backend
+from marnet_sdk.backends import Backend, TextEncoder, open_backend
 from marnet_sdk.backends import tensorrt as leaf
 from marnet_sdk.backends.tensorrt import (
     by_noise_row,
@@ -63,6 +63,7 @@ from marnet_sdk.errors import (
     MarnetError,
     MissingExtra,
 )
+from marnet_sdk.tables import Floats, Tables
 from marnet_sdk.tensorrt_library import (
     Device,
     Engine,

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marnet_sdk.backends import Floats, Tables
 from marnet_sdk.captured import (
     ALIGNMENT,
     COPIED,
@@ -30,6 +29,7 @@ from marnet_sdk.captured import (
     split_batch,
 )
 from marnet_sdk.errors import InferenceError, InvalidInput
+from marnet_sdk.tables import Floats, Tables
 
 BATCHES = [(1, 1), (8, 8), (16, 16)]
 

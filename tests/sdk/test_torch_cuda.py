@@ -30,10 +30,11 @@ from marnet_export.builders.torchscript import build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
-from marnet_sdk.backends import Tables, torch_cuda, torchscript
+from marnet_sdk.backends import torch_cuda, torchscript
 from marnet_sdk.backends.torch_cuda import Cuda, Parts, Rows, TorchOnCuda
 from marnet_sdk.captured import ALIGNMENT, Shape
 from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput
+from marnet_sdk.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 
@@ -559,15 +560,12 @@ def test_a_torch_that_finds_no_gpu_says_what_torch_says(monkeypatch):
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
-def test_a_gpu_computes_in_three_types(compute):
-    torch_cuda.check_compute("torchscript", compute)
-
-
-def test_another_type_is_refused():
-    with pytest.raises(
-        BackendUnavailable, match="torchscript computes in fp32, bf16, fp16 on a GP"
-    ):
-        torch_cuda.check_compute("torchscript", "int8")
+def test_a_gpu_computes_in_three_types(compute, monkeypatch):
+    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
+    torch_cuda.check_types("torchscript", compute, "cuda")
+    message = f"torchscript computes in fp32, bf16 or fp16 on a GPU, the bundle asks {compute}x"
+    with pytest.raises(BackendUnavailable, match=message):
+        torch_cuda.check_types("torchscript", f"{compute}x", "cuda")
 
 
 @pytest.fixture

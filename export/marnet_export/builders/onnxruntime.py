@@ -37,7 +37,6 @@ from marnet_export.quantise import (
     quantised_rows,
     require_calibration,
 )
-from marnet_sdk.backends import Floats
 from marnet_sdk.backends.onnxruntime import (
     ENCODER,
     REFINE,
@@ -45,6 +44,7 @@ from marnet_sdk.backends.onnxruntime import (
     load_onnxruntime,
     session_options,
 )
+from marnet_sdk.tables import Floats
 
 load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
 

@@ -37,7 +37,6 @@ from marnet_export.quantise import (
     quantised_rows,
     require_calibration,
 )
-from marnet_sdk.backends import Floats
 from marnet_sdk.backends.openvino import (
     ENCODER,
     FIRST_ORDER,
@@ -49,6 +48,7 @@ from marnet_sdk.backends.openvino import (
     load_openvino,
 )
 from marnet_sdk.errors import ExportError, requires_extra
+from marnet_sdk.tables import Floats
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
 ov = load_openvino()

@@ -43,11 +43,12 @@ from marnet_export.tensorrt_receipt import read_products
 from marnet_export.torch_tensorrt import NAME as TORCH_TENSORRT
 from marnet_export.torch_tensorrt import encoder_engine, load_torch_tensorrt
 from marnet_export.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
-from marnet_sdk.backends import Backend, Floats, Integers, InTwoCalls, Tables, TextEncoder
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.tensorrt import by_noise_row
 from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
 from marnet_sdk.persistent_loop import LOOP
+from marnet_sdk.tables import Floats, Integers, Tables
 from marnet_sdk.tensorrt_library import STANDARD, read_index
 
 load_onnxruntime()  # before anything else imports it, for its telemetry

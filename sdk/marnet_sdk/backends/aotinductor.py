@@ -19,16 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import (
-    Backend,
-    Floats,
-    Integers,
-    InTwoCalls,
-    Tables,
-    TextEncoder,
-    torch_cuda,
-)
-from marnet_sdk.errors import BackendUnavailable, InvalidInput, requires_extra
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cuda
+from marnet_sdk.errors import BackendUnavailable, InvalidInput
+from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt2", "refine.pt2", "text.pt2"
 # What the builder writes into a package, beside torch's own AOTI_... entries.
@@ -38,7 +31,6 @@ LIMITS = "MARNET_LIMITS"  # JSON: name of an integer input or of a size -> the l
 TORCH = "MARNET_TORCH"  # the version that compiled it
 GPU = "MARNET_GPU"  # of code for a GPU: what that one can do, as compilers call it, like sm90
 STEPS = "steps - 1"  # the one size that may be zero
-_COMPUTE = ("fp32", "bf16")
 _REBUILD = "export the bundle again on this machine: marnet-export --backend aotinductor"
 _NO_PARTS = "compiled code has no place for the persistent kernel between its loop and the rest"
 _AT_ONCE = 4  # calls that may run at the same time; they share the weights
@@ -54,7 +46,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         BackendUnavailable: the code is for another processor, GPU or device, or this torch cannot
             load it.
     """
-    _check(compute, device)
+    torch_cuda.check_types("aotinductor", compute, device)
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, device))
     encoder, refine = (_open(payload / name, threads) for name in (ENCODER, REFINE))
@@ -63,23 +55,11 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Load the text encoder; as `open_payload`, but it is not captured."""
-    _check(compute, device)
+    torch_cuda.check_types("aotinductor", compute, device)
     if device == "cuda":
         return _text_on_cuda(_DeviceGraph(payload / TEXT, device))
     graph = _open(payload / TEXT, threads)
     return lambda ids, mask: graph(ids, mask)[0]
-
-
-def _check(compute: str, device: str) -> None:
-    with requires_extra("torch", "torch"):
-        import torch  # noqa: F401
-    if device == "cuda":
-        torch_cuda.check_cuda("aotinductor")
-        torch_cuda.check_compute("aotinductor", compute)
-    elif compute not in _COMPUTE:
-        raise BackendUnavailable(
-            f"aotinductor computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
-        )
 
 
 def _open(path: Path, threads: int | None) -> _Graph:

@@ -8,16 +8,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import (
-    Backend,
-    Floats,
-    Integers,
-    InTwoCalls,
-    Tables,
-    TextEncoder,
-    check_device,
-)
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.errors import BackendUnavailable, requires_extra
+from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 _IMPORT, _NO_TELEMETRY = Lock(), "ORT_DISABLE_TELEMETRY"

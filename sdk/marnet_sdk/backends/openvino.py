@@ -10,16 +10,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import (
-    Backend,
-    Floats,
-    Integers,
-    InTwoCalls,
-    Tables,
-    TextEncoder,
-    check_device,
-)
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.errors import BackendUnavailable, requires_extra
+from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
 # refine.xml computes the same twice, with different outputs: the second ones ignore the coefficient

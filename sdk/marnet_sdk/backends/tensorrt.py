@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, Floats, Integers, Tables, TextEncoder, check_device
+from marnet_sdk.backends import Backend, TextEncoder, check_device
 from marnet_sdk.captured import (
     COPIED,
     Answer,
@@ -44,6 +44,7 @@ from marnet_sdk.persistent_loop import (
     PersistentLoop,
     check_shape,
 )
+from marnet_sdk.tables import Floats, Integers, Tables
 from marnet_sdk.tensorrt_library import (
     Device,
     Engine,

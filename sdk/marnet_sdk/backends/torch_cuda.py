@@ -25,7 +25,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from marnet_sdk.backends import Floats, Integers, Tables, TextEncoder
+from marnet_sdk.backends import TextEncoder
 from marnet_sdk.captured import (
     MOST_LANES,
     Answer,
@@ -45,11 +45,12 @@ from marnet_sdk.errors import (
     requires_extra,
 )
 from marnet_sdk.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.tables import Floats, Integers, Tables
 
 # One image as it comes, and batches up to the 64 that `predict` makes when it is not told another
 # number. Between them, padding at most doubles a batch, and each graph costs memory.
 BUCKETS = (1, 8, 16, 32, 64)
-COMPUTE = ("fp32", "bf16", "fp16")
+COMPUTE = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 # TorchScript's executor looks at the first run and compiles in the second; libraries load their
 # kernels and make their workspaces. None of that may happen while a graph is captured.
 WARM_UPS = 3
@@ -78,14 +79,22 @@ def why_no_cuda() -> str | None:
     )
 
 
-def check_compute(backend: str, compute: str) -> None:
+def check_types(backend: str, compute: str, device: str) -> None:
     """
     Raises:
-        BackendUnavailable: no such type on a GPU.
+        MissingExtra: torch is not installed.
+        BackendUnavailable: torch runs on no GPU here, or does not compute in this type there.
     """
-    if compute not in COMPUTE:
+    with requires_extra("torch", "torch"):
+        import torch  # noqa: F401
+    if device == "cuda":
+        check_cuda(backend)
+    types = COMPUTE[device]
+    if compute not in types:
+        where = {"cpu": "on a CPU", "cuda": "on a GPU"}[device]
         raise BackendUnavailable(
-            f"{backend} computes in {', '.join(COMPUTE)} on a GPU, the bundle asks {compute}"
+            f"{backend} computes in {', '.join(types[:-1])} or {types[-1]} {where}, the bundle "
+            f"asks {compute}"
         )
 
 

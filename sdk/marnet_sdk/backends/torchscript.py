@@ -13,21 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marnet_sdk.backends import (
-    Backend,
-    Floats,
-    Integers,
-    InTwoCalls,
-    Tables,
-    TextEncoder,
-    torch_cuda,
-)
-from marnet_sdk.errors import BackendUnavailable, requires_extra
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cuda
+from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt", "refine.pt", "text.pt"
 MATRIX = ".matrix"  # parameters of this name hold the factors of the low-precision products
 TRACED_ON = "marnet.device"  # a file in the archive: what it was traced on; without it, cpu
-_COMPUTE = ("fp32", "bf16")
 
 
 def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
@@ -41,7 +33,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         MissingExtra: torch is not installed.
         BackendUnavailable: this torch cannot load the archive, or has no such device.
     """
-    _check(compute, device)
+    torch_cuda.check_types("torchscript", compute, device)
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, compute, device))
     encoder, refine = (_module(payload / name, compute, threads) for name in (ENCODER, REFINE))
@@ -50,23 +42,11 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Load the text encoder; as `open_payload`, but it is not captured."""
-    _check(compute, device)
+    torch_cuda.check_types("torchscript", compute, device)
     module = _module(payload / TEXT, compute, threads, device)
     if device == "cuda":
         return torch_cuda.plain_text(module)
     return lambda ids, mask: _call(module, ids, mask).numpy()
-
-
-def _check(compute: str, device: str) -> None:
-    with requires_extra("torch", "torch"):
-        import torch  # noqa: F401
-    if device == "cuda":
-        torch_cuda.check_cuda("torchscript")
-        torch_cuda.check_compute("torchscript", compute)
-    elif compute not in _COMPUTE:
-        raise BackendUnavailable(
-            f"torchscript computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
-        )
 
 
 def load_model(payload: Path, compute: str, device: str) -> torch_cuda.Model:

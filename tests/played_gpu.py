@@ -112,7 +112,8 @@ class PlayedDriver:
         """Whether these bytes lie in one allocation."""
         return any(
             start <= address and address + size <= start + given
-            for start, (_, given) in list(self.memory.items())
+            # A copy, in one go: a collection of garbage on the way frees memory.
+            for start, (_, given) in self.memory.copy().items()
         )
 
     def array(self, address: int, shape: tuple[int, ...], kind: Any = ctypes.c_float) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +61,15 @@ class Machine:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # The stricter modes forbid what a collection of garbage does, which comes when it likes.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-            result = call()
-
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="relaxed"):
+                result = call()
+        except RuntimeError:
+            torch.cuda.set_stream(torch.cuda.default_stream())  # which torch may not have restored
+            with suppress(Exception):  # some versions never end a capture that was broken off
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)  # type: ignore[attr-defined]
+            raise
         return _Replay(graph, result, call)
 
     def milliseconds(self, call: Call, repeats: int = 1) -> float:

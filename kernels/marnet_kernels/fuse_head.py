@@ -138,6 +138,12 @@ class ConditionLayout:
         if self.vision < 1:
             raise ValueError(f"vision: got {self.vision}, expected at least 1")
         layout(self.hidden, self.dtype)  # which checks both
+        rows, columns = self.shape
+        if rows * columns >= 2**30:
+            raise ValueError(
+                f"sizes: got a matrix of {self.shape}, expected less than 2**30 values; use the "
+                "operators"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

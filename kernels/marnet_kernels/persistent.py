@@ -28,7 +28,7 @@ _FEATURES = 8  # of one CTA of the layout
 _CHUNK = {1: 32, 2: 32, 4: 16}  # rows whose sums are in shared memory at a time, as in the kernel
 _MOST_WEIGHTS = 144  # registers of a thread for weights; with more, the compiler spills...
 _CROWDED = 192  # ...but for so many rows, on these targets
-_CROWDED_ROWS, _CROWDED_TARGETS = 16, ("sm_80", "sm_86", "sm_89", "sm_90")
+_CROWDED_ROWS, _CROWDED_TARGETS = 16, ("sm_80", "sm_90")
 _MANY = 16  # rows above which four tiles a block are taken, where they can be
 
 

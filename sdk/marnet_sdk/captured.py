@@ -31,6 +31,9 @@ Rows = TypeVar("Rows", bound="NDArray[Any] | DeviceRows")
 MOST_CAPTURES, MOST_LANES = 16, 2
 # Arrays of a caller that a shape is captured for where they lie; the others are copied.
 MOST_ADDRESSES = 4
+# One capture at a time in the process: beginning one waits for the whole device, which breaks
+# another that is under way.
+_CAPTURING = Lock()
 ALIGNMENT = 256  # bytes, of an array that is read in place
 COPIED = -1  # in the place of an address: pixels are copied on the GPU to the program's own memory
 
@@ -158,7 +161,6 @@ class CapturedPipeline:
         self._warned: set[str] = set()
         self._captures = self._replays = self._copies = 0
         self._fallbacks: dict[str, int] = {}
-        self._capturing = Lock()
 
     def __call__(self, pixels: Floats | DeviceRows, tables: Tables) -> Answer:
         """pixels [B, 3, height, width] -> logits [B, K, C], features [B, K, D_f].
@@ -233,7 +235,7 @@ class CapturedPipeline:
                 return lanes, lanes.busy[-1]
             lanes.made += 1
         try:
-            with self._capturing:
+            with _CAPTURING:
                 program = self._capture(shape)
         except (MarnetError, RuntimeError, MemoryError) as error:
             return self._refuse(shape, lanes, str(error) or type(error).__name__)

@@ -114,7 +114,7 @@ def device_array(gpu: Gpu, array: Any, shape: tuple[int, ...], stream: Stream | 
     with requires_extra(gpu.extra, "cuda"):
         try:
             view = _strided_view(array, stream)
-        except (BufferError, TypeError, AttributeError) as error:
+        except (BufferError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
             raise InvalidInput(
                 f"got {type(array).__name__}, which is no array on a GPU that other libraries may "
                 f"read ({error}); pass a NumPy array, or detach it, as in pixels.detach()"

@@ -271,6 +271,17 @@ def test_sixteen_bytes_are_loaded_and_stored(machine):
     np.testing.assert_array_equal(low.view(np.uint16), 4 * np.arange(32))
 
 
+def test_sixteen_bytes_are_loaded_where_they_are_asked_for_and_are_zero_elsewhere(machine):
+    text = kernel(
+        "const bool there = threadIdx.x % 3 == 0;"
+        "store_relaxed((uint4*)a.b + threadIdx.x, load_relaxed_if(there, a.a + 4 * threadIdx.x));"
+    )
+    given, found = guarded(np.arange(1, 129, dtype=np.uint32)), zeros(32, 4)
+    run_on(machine, text, given, found)
+    there = np.arange(32)[:, None] % 3 == 0
+    np.testing.assert_array_equal(found, np.where(there, given.reshape(32, 4), 0))
+
+
 ORDER = kernel("if (threadIdx.x == 0) a.b[atomicAdd(a.a, 1u)] = blockIdx.x;")
 
 

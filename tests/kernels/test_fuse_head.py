@@ -172,6 +172,8 @@ def test_wrong_weights_are_refused():
         pack_condition_layer(ones[0], np.zeros(6), np.full(6, 1e-6))
     with pytest.raises(ValueError, match="vision: got 0, expected at least 1"):
         ConditionLayout(0, 4)
+    with pytest.raises(ValueError, match=r"got a matrix of \(1024, 1048576\), expected less than"):
+        ConditionLayout(2**20, 1024)
 
 
 # --- which variant --------------------------------------------------------------------------------

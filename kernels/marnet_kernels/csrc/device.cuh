@@ -16,6 +16,17 @@ __device__ inline uint4 load_relaxed(const void* address) {
     return v;
 }
 
+// The same where `there`, else zeros, and without a branch: lanes must not part on the way to an mma.
+__device__ inline uint4 load_relaxed_if(bool there, const void* address) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+        : "l"(address), "r"((int)there)
+        : "memory");
+    return v;
+}
+
 __device__ inline void store_relaxed(unsigned short* address, unsigned short value) {
     asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
 }

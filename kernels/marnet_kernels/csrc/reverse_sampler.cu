@@ -116,7 +116,7 @@ __device__ inline void await(const unsigned* counter, unsigned arrivals, const u
 template <int G>
 __device__ inline uint4 fetch(const unsigned short* at, int tile, int s, int rows) {
     const int row = TILE * tile + threadIdx.x % 32 / 4;
-    return row < rows ? load_relaxed(at + TILE * tile * 256 * G + 32 * s) : make_uint4(0, 0, 0, 0);
+    return load_relaxed_if(row < rows, at + TILE * tile * 256 * G + 32 * s);
 }
 
 // Waits until N tiles from `first` that were fetched are there, and takes the parity away.
@@ -236,7 +236,9 @@ __device__ inline float2 activation(float2 x, float2 bias, float slope) {
 //
 // z is made four elements at a time, by all blocks of a group, and published together with h2 of its step. Who may
 // write it has read h1 of the step from all blocks, and they published that after they had read the z before it. The
-// product with z is taken before h3 is waited for: whoever published h2 had published z before.
+// product with z is taken before h3 is waited for: whoever published h2 had published z before. (With EPOCH, what
+// keeps a write of z behind the reads of h1 is control and a barrier, not data: it relies on a GPU not making writes
+// before it knows that they are to be made.)
 
 #if NOISE
 constexpr int QUADS = DP / 4;  // of one row

@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -304,6 +304,10 @@ class Cuda:
         """
         import torch
 
+        # cuBLAS's own memory must lie in the graph's pool: who clears it elsewhere in the process
+        # (torch.compile does) would give away what the graph writes to.
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
+        clear()
         graph = torch.cuda.CUDAGraph()
         try:
             # The stricter modes forbid to free memory meanwhile, which a collection of garbage
@@ -313,8 +317,19 @@ class Cuda:
             ):
                 outputs = run()
         except RuntimeError as error:
+            self._leave_pool()
             raise InferenceError(f"torch cannot capture a graph: {first_cause(error)}") from error
+        finally:
+            clear()
         return graph.replay, outputs
+
+    def _leave_pool(self) -> None:
+        """After a capture that was broken off, which some versions of torch never end."""
+        import torch
+
+        with suppress(Exception):  # others have
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)  # type: ignore[attr-defined]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def synchronize(self) -> None:
         self._stream.synchronize()
@@ -410,8 +425,17 @@ class _Lane:
                 self.gpu.follow_caller()
             # A caller's autocast would change the types that the bundle was verified with.
             quiet = torch.autocast(self.gpu.device.type, enabled=False)
-            with self.gpu.current(), torch.inference_mode(), quiet:
-                yield self.gpu
+            # Not inference_mode: what torch first makes in it cannot be changed outside of it, its
+            # random generator's state for graphs included. And no fusers of TorchScript: they
+            # compile when a shape comes again, and change the last bits of its answers.
+            plain = torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
+            with self.gpu.current(), torch.no_grad(), quiet, plain:
+                try:
+                    yield self.gpu
+                except BaseException:
+                    with suppress(Exception):
+                        self.gpu.synchronize()  # what was enqueued reads the caller's memory
+                    raise
 
     def tables(self, shape: Shape, width: int) -> _Tables:
         """Where the programs of a shape find the loop's tables."""

@@ -144,6 +144,9 @@ inline uint4 load_relaxed(const void* address) {
     emulator::interrupt();
     return *static_cast<const uint4*>(address);
 }
+inline uint4 load_relaxed_if(bool there, const void* address) {
+    return there ? load_relaxed(address) : uint4{0, 0, 0, 0};
+}
 inline void store_relaxed(unsigned short* address, unsigned short value) {
     emulator::interrupt();
     *address = value;

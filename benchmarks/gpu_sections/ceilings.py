@@ -102,8 +102,9 @@ extern "C" __global__ void __launch_bounds__(256, 1) counter(const Arguments a) 
         publish(data, a.words, n);
         __syncthreads();
         if (threadIdx.x == 0) {
+            unsigned asked = 0;
             add_release(a.counter);
-            while (load_acquire(a.counter) < n * gridDim.x) wait();
+            while (load_acquire(a.counter) < n * gridDim.x) wait(asked);
         }
         __syncthreads();
         for (int i = threadIdx.x; i < all; i += 256)
@@ -117,8 +118,10 @@ extern "C" __global__ void __launch_bounds__(256, 1) epoch(const Arguments a) {
     for (unsigned n = 1; n <= (unsigned)a.rounds; n++) {
         uint4* data = a.data + (n & 1) * all;
         publish(data, a.words, n);
-        for (int i = threadIdx.x; i < all; i += 256)
-            while (!holds(load_relaxed(data + i), n)) wait();
+        for (int i = threadIdx.x; i < all; i += 256) {
+            unsigned asked = 0;
+            while (!holds(load_relaxed(data + i), n)) wait(asked);
+        }
         __syncthreads();
     }
     if (threadIdx.x < a.words && !holds(load_relaxed(a.data + threadIdx.x), a.rounds & ~1u))

@@ -92,8 +92,11 @@ def check_types(settings: Settings) -> tuple[Types, Types]:
     check_device(backend, device)
     precision = FLOATS[0] if settings.precision == AUTO else settings.precision
     encoder = choose_types(backend, precision, settings.compute, device)
-    loop = settings.loop_precision or precision
-    return encoder, choose_types(backend, loop, encoder.compute, device)
+    loop = choose_types(backend, settings.loop_precision or precision, encoder.compute, device)
+    check_loop = getattr(builder(backend), "check_loop", None)
+    if check_loop:
+        check_loop(loop)
+    return encoder, loop
 
 
 def places(settings: Settings) -> dict[str, Any]:

@@ -31,6 +31,8 @@ Rows = TypeVar("Rows", bound="NDArray[Any] | DeviceRows")
 MOST_CAPTURES, MOST_LANES = 16, 2
 # Arrays of a caller that a shape is captured for where they lie; the others are copied.
 MOST_ADDRESSES = 4
+# Plain runs of a shape after which its capture is tried again: what was in its way may be gone.
+RETRIES = (16, 256)
 # One capture at a time in the process: beginning one waits for the whole device, which breaks
 # another that is under way.
 _CAPTURING = Lock()
@@ -157,7 +159,7 @@ class CapturedPipeline:
         self._most_captures, self._most_lanes = most_captures, most_lanes
         self._changed = Condition()  # guards all that follows
         self._kept: OrderedDict[Shape, _Lanes] = OrderedDict()
-        self._refused: dict[Shape, str] = {}
+        self._refused: dict[Shape, _Refusal] = {}
         self._warned: set[str] = set()
         self._captures = self._replays = self._copies = 0
         self._fallbacks: dict[str, int] = {}
@@ -223,13 +225,13 @@ class CapturedPipeline:
     def _borrow(self, shape: Shape) -> tuple[_Lanes, Program] | str:
         """A program for one call, or the reason why there is none."""
         with self._changed:
-            if shape in self._refused:
-                return self._refused[shape]
+            if (refusal := self._refused.get(shape)) and not refusal.is_to_be_tried_again():
+                return refusal.reason
             lanes = self._lanes(shape)
             while not lanes.idle and lanes.made == lanes.most:
                 self._changed.wait()
-                if shape in self._refused:
-                    return self._refused[shape]
+                if refusal := self._refused.get(shape):
+                    return refusal.reason
             if lanes.idle:
                 lanes.busy.append(lanes.idle.pop())
                 return lanes, lanes.busy[-1]
@@ -244,16 +246,17 @@ class CapturedPipeline:
             raise
         with self._changed:
             self._captures += 1
+            self._refused.pop(shape, None)
             lanes.busy.append(program)
         return lanes, program
 
     def _refuse(self, shape: Shape, lanes: _Lanes, reason: str) -> str:
-        """Capture a shape no more, or no more often than it was."""
+        """Capture a shape no more for a while, or no more often than it was."""
         self._drop(lanes, None)
         with self._changed:
             lanes.most = lanes.made
             if not lanes.made:
-                self._refused[shape] = reason
+                self._refused.setdefault(shape, _Refusal()).happened(reason)
                 self._kept.pop(shape, None)
         return reason
 
@@ -295,6 +298,21 @@ class _Lanes:
         self.idle: list[Program] = []
         self.busy: list[Program] = []
         self.made = 0  # with those that are being captured
+
+
+class _Refusal:
+    """Why a shape could not be captured, and when it is tried again."""
+
+    def __init__(self) -> None:
+        self.reason, self.failures, self.runs = "", 0, 0
+
+    def happened(self, reason: str) -> None:
+        self.reason, self.failures, self.runs = reason, self.failures + 1, 0
+
+    def is_to_be_tried_again(self) -> bool:
+        """True once, after so many runs; asked before each."""
+        self.runs += 1
+        return self.failures <= len(RETRIES) and self.runs == RETRIES[self.failures - 1]
 
 
 def _part(pixels: Floats | DeviceRows, rows: slice) -> Floats | DeviceRows:

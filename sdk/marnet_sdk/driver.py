@@ -24,6 +24,11 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no order with the default stream
 # The stricter modes forbid this thread (or all) to free memory meanwhile, which a collection of
 # garbage does whenever it likes.
 _CAPTURE_MODE = "CU_STREAM_CAPTURE_MODE_RELAXED"
+# After a memory, launch or hardware error of a kernel the driver answers everything with it, for as
+# long as the process lives: CUDA_ERROR_ECC_UNCORRECTABLE, ILLEGAL_ADDRESS, LAUNCH_TIMEOUT, ASSERT,
+# and HARDWARE_STACK_ERROR to LAUNCH_FAILED.
+_FATAL = frozenset((214, 700, 702, 710, *range(714, 720)))
+_END = "; nothing runs on this GPU in this process any more: start it again, and report this"
 
 
 # --- what needs no GPU
@@ -194,7 +199,8 @@ class Gpu:
         except RuntimeError as error:  # cuda.bindings finds no such function to call
             raise InferenceError(f"the CUDA driver cannot be asked for {name}: {error}") from error
         if int(status) != 0:
-            raise InferenceError(f"the CUDA driver answers {name} with {status.name}")
+            end = _END if int(status) in _FATAL else ""
+            raise InferenceError(f"the CUDA driver answers {name} with {status.name}{end}")
         return values[0] if len(values) == 1 else tuple(values)
 
     @contextmanager

@@ -181,7 +181,10 @@ def test_the_shell_of_tensorrt_from_pypi_is_named_where_only_the_real_one_would_
     ("options", "message"),
     [
         (("tensorrt", "fp16", "--target", "sm90"), "does not build for sm90 (Hopper): it builds"),
-        (("tensorrt", "int8", "--target", "sm89"), "Build an int8 encoder with an fp16 loop"),
+        (
+            ("tensorrt", "int8", "--target", "sm89"),
+            "fp16 loop: add --loop-precision fp16",
+        ),
         (("torchscript", "int8"), "--backend onnxruntime or openvino or tensorrt"),
     ],
 )

@@ -233,7 +233,8 @@ __device__ inline void meet_grid(unsigned* counter, unsigned target) {
     __syncthreads();
     if (threadIdx.x == 0) {
         add_release(counter);
-        while (load_acquire(counter) < target) wait();
+        unsigned asked = 0;
+        while (load_acquire(counter) < target) wait(asked);
     }
     __syncthreads();
 }
@@ -310,9 +311,9 @@ def test_a_seed_shows_a_race():
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ("if (threadIdx.x) __syncthreads(); else while (load_acquire(a.a) == 5) wait();",
+        ("if (threadIdx.x) __syncthreads(); else while (load_acquire(a.a) == 5) wait(asked);",
          "block 0 has threads 1 in wait.., 31 at __syncthreads"),
-        ("while (load_acquire(a.a) <= blockIdx.x) wait(); ", "block 5 has threads 32 in wait.."),
+        ("while (load_acquire(a.a) <= blockIdx.x) wait(asked); ", "block 5 has threads 32 in wait.."),
         ("if (threadIdx.x < 31) __syncwarp();", "31 at an operation of their warp, 1 exited"),
         ("if (threadIdx.x < 16) __syncwarp(); else __syncthreads();",
          "16 at __syncthreads.., 16 at an operation of their warp; .*6 of 6 blocks never finish"),
@@ -320,7 +321,7 @@ def test_a_seed_shows_a_race():
 )  # fmt: skip
 def test_a_deadlock_is_found(body, what):
     with pytest.raises(RuntimeError, match=f"test: deadlock: .*{what}"):
-        run(kernel(body), guarded(np.array([5], np.uint32)), grid=6)
+        run(kernel("unsigned asked = 0; " + body), guarded(np.array([5], np.uint32)), grid=6)
 
 
 def test_a_launch_after_a_failed_one_is_whole():

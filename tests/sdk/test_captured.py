@@ -279,6 +279,29 @@ def test_a_refused_shape_gives_its_place_back():
     assert [shape.steps for shape in capture.asked] == [2, 3, 2]
 
 
+@pytest.mark.filterwarnings("ignore:runs without a captured graph")
+def test_a_capture_that_failed_is_tried_again_twice():
+    capture = Capture(lambda shape: True)
+    pipeline = CapturedPipeline(capture, answer, [1])
+    for calls, asked in ((16, 1), (1, 2), (255, 2), (1, 3), (1000, 3)):
+        for _ in range(calls):
+            pipeline(rows(1), tables())
+        assert len(capture.asked) == asked
+    assert sum(pipeline.report().fallbacks.values()) == 1273
+
+
+@pytest.mark.filterwarnings("ignore:runs without a captured graph")
+def test_a_shape_is_replayed_once_what_was_in_its_way_is_gone():
+    full = True
+    pipeline = CapturedPipeline(Capture(lambda shape: full), answer, [1])
+    pipeline(rows(1), tables())
+    full = False
+    for _ in range(20):
+        got = pipeline(rows(1), tables())
+        np.testing.assert_array_equal(got[0], answer(rows(1), tables())[0])
+    assert pipeline.report() == (1, 5, {"no graph of 1 rows": 16}, 0)
+
+
 def test_noise_of_an_image_s_own_is_run_plainly():
     pipeline = CapturedPipeline(Capture(), answer, [2])
     with pytest.warns(RuntimeWarning, match="each image has noise of its own"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -228,6 +229,18 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(driver, gpu):
         with pytest.raises(InferenceError, match="refused"):  # and not the driver's complaint
             gpu.capture(stream, work)
     assert (driver.recording, driver.graphs) == ({}, {})
+
+
+class Fatal(IntEnum):
+    CUDA_ERROR_LAUNCH_FAILED = 719
+
+
+def test_an_error_that_ends_a_process_s_work_on_the_gpu_says_so(driver, gpu):
+    results = import_module("cuda.bindings.driver").CUresult
+    assert int(results.CUDA_ERROR_LAUNCH_FAILED) == Fatal.CUDA_ERROR_LAUNCH_FAILED
+    driver.cuStreamSynchronize = lambda stream: (Fatal.CUDA_ERROR_LAUNCH_FAILED,)
+    with pytest.raises(InferenceError, match="FAILED; nothing runs on this GPU in this process"):
+        gpu.wait(3)
 
 
 # --- arrays of other libraries

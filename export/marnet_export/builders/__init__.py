@@ -10,6 +10,7 @@ The first two take `calibration` where STORAGE has int8. A backend that builds f
 than this one also has
 
 DEVICE, BUCKETS, MOST_STEPS cuda; the batch sizes and the longest loop that it builds for
+check_loop(types)           raises ExportError where the loop cannot be built in them
 targets(payload)            what the native code in a payload was compiled for
 open_reference(payload, threads), open_text_reference(payload, threads)
                             the graphs that were compiled, run here by something else

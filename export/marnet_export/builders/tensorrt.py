@@ -73,6 +73,20 @@ def targets(payload: Path) -> list[str]:
     return [str(engines) for engines in read_index(payload)]
 
 
+def check_loop(types: Types) -> None:
+    """Refuse int8 for the loop.
+
+    Raises:
+        ExportError: it is asked for.
+    """
+    if types.storage == "int8":
+        raise ExportError(
+            "tensorrt runs the reverse loop in fp16, bf16 or fp32, not in int8: on a GPU its small "
+            "products wait for each other rather than for arithmetic. Build an int8 encoder with "
+            "an fp16 loop: add --loop-precision fp16"
+        )
+
+
 # --- ONNX
 
 
@@ -159,12 +173,7 @@ def build_refine(
         ExportError: as `build_encoder`; and for int8.
     """
     _check_types(types)
-    if types.storage == "int8":
-        raise ExportError(
-            "tensorrt runs the reverse loop in fp16, bf16 or fp32, not in int8: on a GPU its small "
-            "products wait for each other rather than for arithmetic. Build an int8 encoder with "
-            "an fp16 loop"
-        )
+    check_loop(types)
     compute = TORCH_TYPES[types.compute]
     step, head = lowered.step(compute), with_compute(lowered.head, compute)
     module = Refine(ScanLoop(step), head).eval()

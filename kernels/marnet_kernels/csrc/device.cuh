@@ -62,8 +62,12 @@ __device__ inline unsigned load_acquire(const unsigned* counter) {
     return value;
 }
 
-// The body of every loop that waits for another thread. The CPU runs the others there.
-__device__ inline void wait() {}
+// The body of every loop that waits for another thread, which counts how often it has asked. After 2^24 times, many
+// seconds, the launch ends with CUDA_ERROR_LAUNCH_FAILED, rather than to keep the GPU for ever. (The CPU runs the other
+// threads there, and knows itself when none can run.)
+__device__ inline void wait(unsigned& asked) {
+    if (++asked == 1u << 24) asm volatile("trap;");
+}
 
 // d += a b on a warp, 16 x 16 times 16 x 8, in the fragment layout of PTX ISA, "Matrix Fragments for mma.m16n8k16 with
 // floating point type". Products are exact; the hardware may truncate their sum.

@@ -148,7 +148,8 @@ __device__ inline void meet(unsigned* counter) {
     __syncthreads();
     if (threadIdx.x == 0) {
         add_release(counter);
-        while (load_acquire(counter) < gridDim.x) wait();
+        unsigned asked = 0;
+        while (load_acquire(counter) < gridDim.x) wait(asked);
     }
     __syncthreads();
 }

@@ -102,12 +102,15 @@ __device__ inline void await(const unsigned* counter, unsigned arrivals, const u
     __syncwarp();
     if (rows > few && lane < 4 * GROUPS) {
         const unsigned short* at = source + (rows - 1) * HP + (warp * 4 * GROUPS + lane) * 8;
-        while (!carries(load_relaxed(at), parity)) wait();
+        unsigned asked = 0;
+        while (!carries(load_relaxed(at), parity)) wait(asked);
     }
     __syncwarp();
 #else
-    if (threadIdx.x == 0)
-        while (load_acquire(counter) < arrivals) wait();
+    if (threadIdx.x == 0) {
+        unsigned asked = 0;
+        while (load_acquire(counter) < arrivals) wait(asked);
+    }
     __syncthreads();
 #endif
 }
@@ -123,6 +126,7 @@ __device__ inline uint4 fetch(const unsigned short* at, int tile, int s, int row
 template <int N, int G>
 __device__ inline void settle(uint4 (&words)[N][G], const unsigned short* at, int first, int rows, unsigned parity) {
 #if EPOCH
+    unsigned asked = 0;
     for (bool again = true; again;) {  // all that is missing is asked for at once
         again = false;
 #pragma unroll
@@ -133,7 +137,7 @@ __device__ inline void settle(uint4 (&words)[N][G], const unsigned short* at, in
                     words[n][s] = fetch<G>(at, first + n, s, rows);
                     again = true;
                 }
-        if (again) wait();
+        if (again) wait(asked);
     }
     __syncwarp();
 #pragma unroll

@@ -172,7 +172,7 @@ inline unsigned load_acquire(const unsigned* counter) {
     emulator::interrupt();
     return *counter;
 }
-inline void wait() { emulator::spin(); }
+inline void wait(unsigned&) { emulator::spin(); }
 inline void mma_fp16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     emulator::Request request{emulator::Operation::mma_fp16, ~0u, {a0, a1, a2, a3, b0, b1}, d};
     emulator::meet_warp(request);

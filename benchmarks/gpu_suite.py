@@ -6,8 +6,9 @@
 
 Runs from a checkout of the sources, whether or not marnet is installed, and needs torch,
 transformers, NumPy, Pillow, safetensors and cuda-bindings with NVRTC, and nothing else. What cannot
-be measured is a line that says why. The file is written after every section, so what a run that is
-cut short has measured is kept.
+be measured is a line that says why: also a kernel that takes its process with it, for every section
+runs in a process of its own, and goes on in another one. The file is written after every line, so
+what a run that is cut short has measured is kept.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ FOLDERS = ("sdk", "kernels", "train", "export", "benchmarks")
 SHARES = {"ceilings": 0.06, "loop": 0.44, "pipeline": 0.36, "images": 0.08, "head": 0.06}
 SECONDS = 450.0  # for all of them
 BACKENDS = ("torchscript", "tensorrt")  # aotinductor compiles for minutes; it is for another run
-_GRACE = 30.0  # seconds behind the end in which a kernel that hangs is given up
+_GRACE = 15.0  # seconds behind its end after which a section is given up
+_PATIENCE = 120.0  # seconds for the first use of the device
+_MOST_LOST = 8  # lines of a section that may take its process with them
 CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 CARD = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pillow", "safetensors", "timm")
@@ -71,24 +74,28 @@ def main(arguments: list[str] | None = None) -> int:
     if not asked.output:
         parser.error("got no --output, expected the file to write")
     use_checkout()
-    import torch
-
-    if not asked.dry_run and not torch.cuda.is_available():
-        print("no CUDA device here; to rehearse on the CPU, add --dry-run", file=sys.stderr)
-        return 5
     sections = [name for name in SHARES if not asked.only or name in asked.only]
     suite = Suite(asked.output, asked.seconds, tiny=asked.dry_run, backends=asked.backends)
-    suite.run(sections)
-    return 0
+    if suite.run(sections):
+        return 0
+    print("no CUDA device here; to rehearse on the CPU, add --dry-run", file=sys.stderr)
+    return 5
 
 
 class Suite:
     """One run: its report, which is written to the file again and again."""
 
     def __init__(
-        self, output: Path, seconds: float, *, tiny: bool, backends: Sequence[str] = BACKENDS
+        self,
+        output: Path,
+        seconds: float,
+        *,
+        tiny: bool,
+        backends: Sequence[str] = BACKENDS,
+        grace: float = _GRACE,
     ) -> None:
         self.output, self.seconds, self.tiny, self.backends = output, seconds, tiny, backends
+        self.grace = grace
         self.started = time.monotonic()
         self.report: dict[str, Any] = {
             "what": (__doc__ or "").partition("\n")[0],
@@ -99,45 +106,76 @@ class Suite:
             "sections": {},
         }
 
-    def run(self, names: list[str]) -> None:
-        """Every section in turn; what one does not use of its time, the others have."""
-        import torch
+    def run(self, names: list[str]) -> bool:
+        """Every section in turn; what one does not use of its time, the others have.
 
-        from gpu_sections.measure import Machine, reason
+        Returns:
+            Whether there is a device to measure; else nothing is written.
+        """
+        from gpu_sections.child import run_apart
 
-        set_exact()
-        machine = Machine(torch.device("cpu" if self.tiny else "cuda"))
-        torch.zeros(1, device=machine.device)  # makes the context that all kernels are loaded into
-        self.report["machine"] = describe(machine)
-        watch = threading.Timer(self.seconds + _GRACE, self._give_up)
-        watch.daemon = True
-        watch.start()
-        try:
-            for i, name in enumerate(names):
-                share = SHARES[name] / sum(SHARES[other] for other in names[i:])
-                left = self.seconds - (time.monotonic() - self.started)
-                self._section(name, machine, share * left, reason)
-            self.report["took_s"] = round(time.monotonic() - self.started, 1)
-            self.write()
-        finally:
-            watch.cancel()
+        if why := run_apart(
+            partial(_describe, self.tiny), self.report["machine"].update, _PATIENCE
+        ):
+            raise RuntimeError(f"asking for the machine: {why}")
+        if not self.report["machine"]:
+            return False
+        for i, name in enumerate(names):
+            share = SHARES[name] / sum(SHARES[other] for other in names[i:])
+            left = self.seconds - (time.monotonic() - self.started)
+            self._section(name, share * left)
+        self.report["took_s"] = round(time.monotonic() - self.started, 1)
+        self.write()
+        return True
 
-    def _section(self, name: str, machine: Any, seconds: float, reason: Any) -> None:
-        from gpu_sections.measure import Job
+    def _section(self, name: str, seconds: float) -> None:
+        """Measure it in a process of its own, and in another where that comes to its end early."""
+        from gpu_sections.child import run_apart
 
         say(f"{name}: {seconds:.0f} s or less")
-        job = Job(machine, self.tiny, seconds, say, self.backends)
-        entry: dict[str, Any] = {"lines": job.lines, "clocks": [query(CLOCKS)]}
+        started, lines = time.monotonic(), []
+        entry: dict[str, Any] = {"lines": lines, "clocks": [query(CLOCKS)]}
         self.report["sections"][name] = entry
+        news: dict[str, Any] = {}
+        why: str | None = "no time was left"
+
+        def receive(message: dict[str, Any]) -> None:
+            news.update(message)
+            if "found" in message:
+                lines.append(message["found"])
+                self.write()
+
+        while (left := seconds - (time.monotonic() - started)) > 0:
+            news.clear()
+            work = partial(self._measure, name, left, list(lines))
+            why = run_apart(work, receive, left + self.grace)
+            why = why and news.get("lost", why)
+            if not why or "trying" not in news or len(entry.setdefault("lost", [])) == _MOST_LOST:
+                break
+            say(f"  {news['trying']} took its process with it: {why}")
+            lines.append(news["trying"] | {"missing": why})
+            entry["lost"].append(why)
+        if why := news.get("error", why):
+            entry["error"] = why
+        entry["clocks"].append(query(CLOCKS))
+        entry["seconds"] = round(time.monotonic() - started, 1)
+        say(f"{name}: {len(lines)} lines in {entry['seconds']} s")
+        self.write()
+
+    def _measure(self, name: str, seconds: float, earlier: list[Any], send: Any) -> None:
+        """What the process of a section does."""
+        from gpu_sections.measure import Job, reason
+
+        machine = _machine(self.tiny)
+        job = Job(machine, self.tiny, seconds, say, self.backends, earlier=earlier, send=send)
         try:
             importlib.import_module(f"gpu_sections.{name}").run(job)
         except Exception as error:  # the other sections are measured all the same
-            entry["error"] = reason(error)
             traceback.print_exc()
-        entry["clocks"].append(query(CLOCKS))
-        entry["seconds"] = round(time.monotonic() - job.started, 1)
-        say(f"{name}: {len(job.lines)} lines in {entry['seconds']} s")
-        self.write()
+            if machine.is_lost():
+                send({"lost": reason(error)})
+                os._exit(1)
+            send({"error": reason(error)})
 
     def write(self) -> None:
         """Replace the file: a reader sees all of it or what was there before."""
@@ -145,12 +183,25 @@ class Suite:
         fresh.write_text(json.dumps(self.report, indent=1) + "\n", "utf-8")
         fresh.replace(self.output)
 
-    def _give_up(self) -> None:
-        """A kernel that waits for ever can be ended only with the process."""
-        self.report["given_up"] = f"after {self.seconds + _GRACE:g} s, a section had not ended"
-        say(self.report["given_up"])
-        self.write()
-        os._exit(1)
+
+def _machine(tiny: bool) -> Any:
+    """The device, with a context that all kernels are loaded into."""
+    import torch
+
+    from gpu_sections.measure import Machine
+
+    set_exact()
+    machine = Machine(torch.device("cpu" if tiny else "cuda"))
+    torch.zeros(1, device=machine.device)
+    return machine
+
+
+def _describe(tiny: bool, send: Any) -> None:
+    """Send what the machine is, or nothing where there is no device."""
+    import torch
+
+    if tiny or torch.cuda.is_available():
+        send(describe(_machine(tiny)))
 
 
 def say(text: str) -> None:

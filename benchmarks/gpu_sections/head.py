@@ -61,10 +61,14 @@ def run(job: Job) -> None:
 def _measure(
     job: Job, part: str, ways: Iterator[Way], wanted: Tensor, keys: dict[str, Any]
 ) -> None:
+    if job.was_measured(line=f"{part}: operators as exported", **keys):
+        return
     calls: dict[str, Callable[[], Tensor]] = {}
     errors = {}
     for way, prepare in ways:
         name = f"{part}: {way}"
+        if job.was_lost(name, **keys):
+            continue
         with job.attempt(name, **keys), torch.no_grad():
             call = job.machine.capture(partial(_again_and_again, prepare()))
             errors[name] = {
@@ -73,7 +77,9 @@ def _measure(
                 "replays_equal": equal_again(call),
             }
             calls[name] = call
-    with torch.no_grad():
+    if job.was_lost(f"{part}: timing", **keys):
+        return
+    with job.attempt(f"{part}: timing", **keys), torch.no_grad():
         for name, taken in job.measure(calls, _SECONDS).items():
             job.add(name, 1e3 * taken / REPEATS, "us", errors[name], **keys)
 

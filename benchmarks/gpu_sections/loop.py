@@ -73,6 +73,8 @@ def run(job: Job) -> None:
             chain = Chain(forms, steps, precision)
             wanted = chain.reference(chain.features(max(batches)))
             for batch in batches:
+                if job.was_measured(batch=batch, steps=steps, precision=precision):
+                    continue
                 job.say(f"  loop: T = {steps}, {precision}, batch {batch}")
                 _measure(job, chain, batch, wanted[:batch])
 
@@ -87,6 +89,8 @@ def _measure(job: Job, chain: Chain, batch: int, wanted: Tensor) -> None:
         if job.left() < 3 and not job.tiny:
             job.miss(name, "no time is left", **keys, **more)
             continue
+        if job.was_lost(name, **keys, **more):
+            continue
         with job.attempt(name, **keys, **more), torch.no_grad():
             call = prepare()
             found = {
@@ -95,7 +99,7 @@ def _measure(job: Job, chain: Chain, batch: int, wanted: Tensor) -> None:
                 "replays_equal": equal_again(call),
             }
             calls[name], errors[name], rest[name] = call, found, more
-    if not calls:
+    if not calls or job.was_lost("timing", **keys):
         return
     with job.attempt("timing", **keys), torch.no_grad():
         for name, taken in job.measure(calls, _SECONDS).items():

@@ -46,6 +46,14 @@ class Machine:
         if self.is_cuda:
             torch.cuda.synchronize()
 
+    def is_lost(self) -> bool:
+        """Whether an error of a kernel has left nothing of CUDA in this process."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return True
+        return False
+
     def capture(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The work of `call` as one CUDA graph; a replay writes the same tensor each time.
 
@@ -223,7 +231,11 @@ def reason(error: BaseException) -> str:
 
 @dataclass
 class Job:
-    """What a section works with, and the lines that it has so far."""
+    """What a section works with, and the lines that it has so far.
+
+    An error of a kernel that leaves nothing of CUDA in this process is not a line: it ends the
+    section, which goes on in another process, without the line that was tried.
+    """
 
     machine: Machine
     tiny: bool  # a rehearsal: sizes that a CPU runs in no time
@@ -231,6 +243,8 @@ class Job:
     say: Callable[[str], None] = print
     backends: Sequence[str] = ()  # of ours, that the pipeline runs through
     lines: list[Line] = field(default_factory=list)
+    earlier: Sequence[Line] = ()  # of processes of this section that came to an end
+    send: Callable[[Line], None] = lambda line: None  # each line, and what is tried
     started: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
@@ -242,19 +256,37 @@ class Job:
     ) -> None:
         """A measured line. `fidelity` says how right its answers are."""
         found = spread(values)
-        self.lines.append({"line": line, **more, "unit": unit, **found, "fidelity": dict(fidelity)})
+        self._found({"line": line, **more, "unit": unit, **found, "fidelity": dict(fidelity)})
 
     def miss(self, line: str, why: str, **more: Any) -> None:
         """A line that was not measured, and why."""
         self.say(f"  not measured: {line} {more}: {why}")
-        self.lines.append({"line": line, **more, "missing": why})
+        self._found({"line": line, **more, "missing": why})
+
+    def _found(self, line: Line) -> None:
+        self.lines.append(line)
+        self.send({"found": line})
+
+    def was_measured(self, **keys: Any) -> bool:
+        """Whether a process before this one measured lines with these values."""
+        return any("median" in line and keys.items() <= line.items() for line in self.earlier)
+
+    def was_lost(self, line: str, **keys: Any) -> bool:
+        """Whether a process before this one came to its end when it tried this line."""
+        return {"line": line, **keys} in [
+            {k: v for k, v in old.items() if k != "missing"} for old in self.earlier
+        ]
 
     @contextmanager
     def attempt(self, line: str, **more: Any) -> Iterator[None]:
         """Whatever is raised inside is why the line is missing; the others are still measured."""
+        self.send({"trying": {"line": line, **more}})
         try:
             yield
+            self.machine.wait()  # or it would be the next line that fails
         except Exception as error:  # frameworks raise anything
+            if self.machine.is_lost():
+                raise
             self.miss(line, reason(error), **more)
 
     def measure(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:

@@ -62,6 +62,7 @@ BATCHES, TINY_BATCHES = (1, 64, 256), (1, 2)
 STEPS, TINY_STEPS = 100, 4
 CHECKED, TINY_CHECKED = 256, 8  # pictures whose labels are compared
 GOLDEN = 4
+EAGER, ENCODER = "torch eager", "encoder, plain torch in a CUDA graph"  # measured in every run
 _SECONDS = 4.0  # for all forms at one batch
 _COMPILATION = 60.0  # seconds that torch.compile may need for one encoder
 _TOLERANCE = 0.1  # of golden logits, relative: fidelity is measured, and not asked for here
@@ -73,11 +74,14 @@ def run(job: Job) -> None:
     """Every form in both types, at every batch."""
     setup = _set_up(job)
     for precision in ("fp16", "bf16"):
-        with job.attempt("encoder", precision=precision), torch.no_grad():
-            _encoder_rates(job, setup, precision)
+        if not job.was_measured(line=ENCODER, precision=precision):
+            with job.attempt("encoder", precision=precision), torch.no_grad():
+                _encoder_rates(job, setup, precision)
         with ExitStack() as stack, torch.no_grad():
             opened = list(_open(job, setup, precision, stack))
             for batch in TINY_BATCHES if job.tiny else BATCHES:
+                if job.was_measured(line=EAGER, precision=precision, batch=batch):
+                    continue
                 job.say(f"  pipeline: {precision}, batch {batch}")
                 _measure(job, setup, opened, precision, batch)
 
@@ -127,10 +131,14 @@ def _measure(job: Job, setup: Setup, opened: list[Form], precision: str, batch: 
         if job.left() < 5 and not job.tiny:
             job.miss(name, "no time is left", **keys)
             continue
+        if job.was_lost(name, **keys):
+            continue
         with job.attempt(name, **keys):
             call = prepare(pixels)
             found[name] = _fidelity(call, pixels, setup)
             calls[name] = call
+    if job.was_lost("timing", **keys):
+        return
     with job.attempt("timing", **keys):
         for name, taken in job.wall(calls, _SECONDS).items():
             rate = round(float(1e3 * batch / np.median(taken)), 1)
@@ -171,7 +179,7 @@ class Form(NamedTuple):
 def _open(job: Job, setup: Setup, precision: str, stack: ExitStack) -> Iterator[Form]:
     machine, graph = job.machine, job.machine.capture
     plain = _plain(machine, setup, TORCH_TYPES[precision])
-    yield Form("torch eager", lambda pixels: partial(plain, pixels))
+    yield Form(EAGER, lambda pixels: partial(plain, pixels))
     yield Form("CUDA graph of plain torch", lambda pixels: graph(partial(plain, pixels)))
     yield Form(
         "torch.compile, in a CUDA graph",
@@ -179,6 +187,8 @@ def _open(job: Job, setup: Setup, precision: str, stack: ExitStack) -> Iterator[
     )
     for backend in job.backends:
         name = f"marnet {backend}"
+        if job.was_lost(name, precision=precision):
+            continue
         with job.attempt(name, precision=precision):
             if backend == "tensorrt" and (why := _no_tensorrt(machine)):
                 job.miss(name, why, precision=precision)
@@ -322,12 +332,14 @@ def _encoder_rates(job: Job, setup: Setup, precision: str) -> None:
     plain = copy.deepcopy(setup.model.vision).to(machine.device, dtype)
     exported = with_compute(setup.model.vision, dtype).eval().to(machine.device)
     forms = {
-        "encoder, plain torch in a CUDA graph": lambda: plain(pixels.to(dtype)).float(),
+        ENCODER: lambda: plain(pixels.to(dtype)).float(),
         "encoder as exported (float32 between products), in a CUDA graph": lambda: exported(pixels),
     }
     calls: dict[str, Callable[[], Any]] = {}
     errors = {}
     for name, call in forms.items():
+        if job.was_lost(name, precision=precision, batch=batch):
+            continue
         with job.attempt(name, precision=precision, batch=batch):
             calls[name] = machine.capture(call)
             difference = (calls[name]().float().cpu() - wanted).abs().max() / wanted.abs().max()

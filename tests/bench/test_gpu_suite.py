@@ -186,37 +186,94 @@ def test_a_report_becomes_tables(suite, rehearsal, tmp_path, capsys):
         assert len({row.count("|") for row in table}) == 1
 
 
-def test_without_a_gpu_it_says_how_to_rehearse(suite, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.skipif(has_gpu(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_how_to_rehearse(tmp_path):
     output = tmp_path / "report.json"
-    assert suite.main(["--output", str(output)]) == 5
-    assert capsys.readouterr().err == (
-        "no CUDA device here; to rehearse on the CPU, add --dry-run\n"
-    )
+    done = run_bare("--output", output)
+    assert done.returncode == 5
+    assert done.stderr.endswith("no CUDA device here; to rehearse on the CPU, add --dry-run\n")
     assert not output.exists()
 
 
-def test_a_section_that_fails_is_told_and_the_next_one_runs(suite, tmp_path, monkeypatch):
-    def fail(job: Any) -> None:
-        job.add("before", np.ones(3), "ms", {"equal": True})
-        raise RuntimeError("the card fell out")
+# Sections that fail as kernels do, in a process in which nothing else ran before.
+FAILING = f"""
+import json, os, runpy, signal, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import gpu_suite
+gpu_suite.use_checkout()
+import numpy as np
+from gpu_sections.measure import Machine
 
-    def work(job: Any) -> None:
-        kept = json.loads(output.read_text())  # the file as a run that is killed now leaves it
-        assert kept["sections"]["broken"]["error"] == "RuntimeError: the card fell out"
-        with job.attempt("a line", batch=1):
-            raise ValueError("\n\n  too many rows\nsecond line")
+def breaks(job):
+    job.add("before", np.ones(3), "ms", {{"equal": True}})
+    raise RuntimeError("the card fell out")
 
-    output = tmp_path / "report.json"
-    for name, run in {"broken": fail, "sound": work}.items():
-        monkeypatch.setitem(sys.modules, f"gpu_sections.{name}", SimpleNamespace(run=run))
-    monkeypatch.setattr(suite, "SHARES", {"broken": 0.5, "sound": 0.5})
-    suite.Suite(output, 100.0, tiny=True).run(["broken", "sound"])
-    sections = json.loads(output.read_text())["sections"]
-    assert [line["line"] for line in sections["broken"]["lines"]] == ["before"]
-    assert "error" not in sections["sound"]
+def works(job):
+    kept = json.loads(output.read_text())  # the file as a run that is killed now leaves it
+    assert kept["sections"]["breaks"]["error"] == "RuntimeError: the card fell out"
+    with job.attempt("a line", batch=1):
+        raise ValueError("\\n\\n  too many rows\\nsecond line")
+
+def dies(job):
+    for name in ("first", "second", "third", "fourth"):
+        if job.was_measured(line=name, batch=1) or job.was_lost(name, batch=1):
+            continue
+        with job.attempt(name, batch=1):
+            if name == "second":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if name == "third":
+                Machine.is_lost = lambda self: True
+                raise RuntimeError("unspecified launch failure")
+            job.add(name, np.ones(3), "ms", {{"equal": True}}, batch=1)
+
+def hangs(job):
+    with job.attempt("waits for what never comes"):
+        threading.Event().wait()
+
+sections = dict(breaks=breaks, works=works, dies=dies, hangs=hangs)
+for name, run in sections.items():
+    sys.modules["gpu_sections." + name] = SimpleNamespace(run=run)
+gpu_suite.SHARES = dict(zip(sections, (0.3, 0.3, 0.39, 0.01)))
+output = Path(sys.argv[1])
+gpu_suite.Suite(output, 100.0, tiny=True, grace=0.5).run(["breaks", "works", "dies"])
+gpu_suite.Suite(output.with_name("hangs.json"), 1.0, tiny=True, grace=0.1).run(["hangs"])
+"""
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> dict[str, Any]:
+    """The sections of FAILING."""
+    output = tmp_path_factory.mktemp("failing") / "report.json"
+    command = [sys.executable, "-c", FAILING, output]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(file.read_text()) for file in (output, output.with_name("hangs.json"))]
+    return {name: section for r in reports for name, section in r["sections"].items()}
+
+
+def test_a_section_that_fails_is_told_and_the_next_one_runs(failures):
+    assert [line["line"] for line in failures["breaks"]["lines"]] == ["before"]
+    assert "error" not in failures["works"]
     missing = {"line": "a line", "batch": 1, "missing": "ValueError: too many rows"}
-    assert sections["sound"]["lines"] == [missing]
+    assert failures["works"]["lines"] == [missing]
+
+
+def test_a_kernel_that_takes_its_process_with_it_costs_only_its_own_line(failures):
+    section = failures["dies"]
+    died = ["its process ended with signal 11", "RuntimeError: unspecified launch failure"]
+    assert section["lost"] == died
+    assert "error" not in section
+    lines = {line["line"]: line for line in section["lines"]}
+    assert list(lines) == ["first", "second", "third", "fourth"]
+    assert [lines[name].get("missing") for name in lines] == [None, *died, None]
+
+
+def test_a_section_that_never_ends_is_given_up(failures):
+    why = "given up: it had not ended after 1 s"
+    assert failures["hangs"]["error"] == why
+    assert failures["hangs"]["lines"] == [{"line": "waits for what never comes", "missing": why}]
 
 
 def test_lines_are_taken_in_turn_and_back(suite):

@@ -313,7 +313,7 @@ def test_a_seed_shows_a_race():
     [
         ("if (threadIdx.x) __syncthreads(); else while (load_acquire(a.a) == 5) wait(asked);",
          "block 0 has threads 1 in wait.., 31 at __syncthreads"),
-        ("while (load_acquire(a.a) <= blockIdx.x) wait(asked); ", "block 5 has threads 32 in wait.."),
+        ("while (load_acquire(a.a) <= blockIdx.x) wait(asked);", "block 5 has threads 32 in wait"),
         ("if (threadIdx.x < 31) __syncwarp();", "31 at an operation of their warp, 1 exited"),
         ("if (threadIdx.x < 16) __syncwarp(); else __syncthreads();",
          "16 at __syncthreads.., 16 at an operation of their warp; .*6 of 6 blocks never finish"),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,8 @@ def _onnx(model: MARNet, example: torch.Tensor, precision: str, threads: int) ->
     options.intra_op_num_threads = threads
     with tempfile.TemporaryDirectory() as folder:
         module = builder("onnxruntime")
-        module.build_encoder(lower_marnet(model), example, Types("fp32", "fp32"), Path(folder))
+        lowered = replace(lower_marnet(model), encoder=model.vision.eval())  # all that is written
+        module.build_encoder(lowered, example, Types("fp32", "fp32"), Path(folder))
         session = ort.InferenceSession(Path(folder) / "encoder.onnx", options)
     return lambda pixels: np.asarray(session.run(None, {"pixels": pixels})[0])
 

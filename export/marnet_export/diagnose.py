@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from marnet_export.builders import Types, builder
+from marnet_export.class_token import for_class_token
 from marnet_export.lower import Lowered
 from marnet_export.verify import CHAIN_STEPS, Built, Reference
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.tables import Floats, Tables
 from marnet_train.diffusion import SamplerTable
+from marnet_train.models.backbones import VisionEncoder
 
 
 class Bound(NamedTuple):
@@ -290,7 +292,7 @@ class _Encoder:
         self.exact = self.module
         vision = getattr(reference.model, "vision", None)  # a method may wrap it for deployment
         if isinstance(vision, nn.Module) and _names(self.module) <= _names(vision):
-            self.exact = vision
+            self.exact = for_class_token(vision) if isinstance(vision, VisionEncoder) else vision
 
     def first(self) -> Departure:
         sizes = self._sizes()

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from marnet_export.class_token import for_class_token
 from marnet_export.graph import Head, PlanStep, Step
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.errors import ExportError
@@ -87,7 +88,7 @@ def lower_marnet(model: MARNet, plan: SamplingPlan | None = None) -> Lowered:
     """
     plan = make_plan(model) if plan is None else plan
     return Lowered(
-        encoder=model.vision.eval(),
+        encoder=for_class_token(model.vision.eval()),
         plan=plan,
         step=lambda compute: PlanStep(plan, compute).eval(),
         head=Head(model).eval(),

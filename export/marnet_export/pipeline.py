@@ -31,6 +31,7 @@ from marnet_export.builders import (
     open_built,
     runs_here,
 )
+from marnet_export.class_token import ClassTokenLayer
 from marnet_export.diagnose import diagnose
 from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
@@ -155,7 +156,8 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     steps = None if settings.steps == "auto" else settings.steps
     precision = "fp32" if settings.precision == "auto" else settings.precision
     compute = settings.compute or ("bf16" if precision == "bf16" else "fp32")
-    plan = lower(checkpoint.model).plan
+    lowered = lower(checkpoint.model)
+    plan = lowered.plan
     schedule = checkpoint.model.config.schedule
     sampler = settings.sampler or "ddpm"
     eta = settings.eta if sampler == "ddim" else 0.0
@@ -163,6 +165,8 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     sentences = [plan.sentence(table, settings.samples or 1)]
     if settings.noise == "image":
         sentences.append(plan.noise_cost(table))
+    if any(isinstance(module, ClassTokenLayer) for module in lowered.encoder.modules()):
+        sentences.append("the image encoder's last layer is run for the class token alone")
     return plan.explain(compute), "\n".join(sentences)
 
 

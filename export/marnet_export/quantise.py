@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,13 @@ def quantised_rows(weight: NDArray) -> tuple[NDArray[np.int8], Floats]:
     largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
     scale = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
     return np.round(weight / scale).astype(np.int8), scale
+
+
+def products_of_activations(graph: Any) -> list[str]:
+    """Names of an ONNX graph's products without a stored factor, as those of attention are."""
+    stored = {tensor.name for tensor in graph.initializer}
+    products = (node for node in graph.node if node.op_type == "MatMul")
+    return [node.name for node in products if not stored & set(node.input)]
 
 
 def require_calibration(calibration: Calibration | None, types: Types) -> Calibration | None:

@@ -22,6 +22,7 @@ from emulate import emulate_text, guarded
 from tolerances import BUILT
 from torch.utils.flop_counter import FlopCounterMode
 
+from marnet_export.class_token import for_class_token
 from marnet_kernels.compile import compile_cubin
 from marnet_kernels.loader import DeviceInfo
 from marnet_kernels.persistent import check_launch
@@ -361,9 +362,11 @@ def test_the_multiply_adds_of_a_vit_are_what_torch_counts(suite):
     from gpu_sections.pipeline import vit_multiply_adds
 
     model = make_model(TINY_VIT | {"attn_implementation": "eager"}, 4, tiny=True)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.vision(torch.zeros(1, 3, 32, 32))
-    assert vit_multiply_adds(model) == counter.get_total_flops() // 2
+    for narrow, encoder in ((False, model.vision), (True, for_class_token(model.vision))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            encoder(torch.zeros(1, 3, 32, 32))
+        expected = counter.get_total_flops() // 2
+        assert vit_multiply_adds(model, for_class_token=narrow) == expected
 
 
 class Kernel:

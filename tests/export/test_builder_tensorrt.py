@@ -49,7 +49,7 @@ RTX = load_library("tensorrt_rtx")
 TARGETS = ("sm80", "sm120")
 BUCKETS = (1, 4)
 HOW = [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int8", "fp16")]
-TRANSFORMER = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+TRANSFORMER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 24, "image_size": 32, "patch_size": 8, **TRANSFORMER},
     "swin": {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2],
@@ -129,7 +129,8 @@ def test_tensorrt_multiplies_in_the_types_that_were_asked_for(built, storage, co
     layers = [p for p in found if p.part == "encoder" and p.storage != "activation"]
     assert {(p.storage, p.compute) for p in layers} == {(storage, multiplied)}
     attention = [p for p in found if p.storage == "activation"]
-    assert [(p.part, p.compute) for p in attention] == [("encoder", compute)]
+    # One operator in the first layer; in the last, for the class token, two products.
+    assert [(p.part, p.compute) for p in attention] == 3 * [("encoder", compute)]
     rest = [p for p in found if p.part != "encoder"]
     assert {(p.storage, p.compute) for p in rest} == {(compute, compute)}
 
@@ -140,7 +141,10 @@ def test_the_receipt_counts_every_multiplication_once(built):
     tokens, width, inside = 17, 24, 48
     layer = tokens * (4 * width * width + 2 * width * inside)
     attention = 2 * tokens * tokens * width  # both heads of 12
-    encoder = 16 * width * 3 * 8 * 8 + layer + attention
+    # Of the last layer, keys and values of all tokens, and the rest of the class token.
+    last = 2 * tokens * width * width + 2 * width * width + 2 * width * inside
+    last += 2 * tokens * width
+    encoder = 16 * width * 3 * 8 * 8 + layer + attention + last
     assert sum(p.multiply_adds for p in found if p.part == "encoder") == encoder
     assert sum(p.multiply_adds for p in found if p.part == "loop") == lowered.plan.multiply_adds
     assert Counter(p.part for p in found)["loop"] == 3
@@ -166,7 +170,7 @@ def test_everything_but_products_is_float32(built, storage, compute):
         types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
         sums = [node for node in graph.node if node.op_type == "Add"]
         assert {types[node.output[0]] for node in sums} == {onnx.TensorProto.FLOAT}
-    assert seen[kinds.NORMALIZATION] == 3
+    assert seen[kinds.NORMALIZATION] == 5
     assert seen[kinds.RECURRENCE] == 2  # the state and the estimate before
 
 

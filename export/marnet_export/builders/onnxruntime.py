@@ -34,6 +34,7 @@ from marnet_export.quantise import (
     LEVELS,
     Range,
     loop_ranges,
+    products_of_activations,
     quantised_rows,
     require_calibration,
 )
@@ -126,13 +127,7 @@ def _quantise_encoder(path: Path, images: Floats) -> None:
     with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(prepared).graph
-        stored = {tensor.name for tensor in graph.initializer}
-        attention = [
-            node.name
-            for node in graph.node
-            if node.op_type == "MatMul" and not stored & set(node.input)
-        ]
+        attention = products_of_activations(onnx.load(prepared).graph)
         quantize_static(
             prepared,
             path,

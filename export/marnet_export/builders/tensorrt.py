@@ -25,7 +25,7 @@ from torch import Tensor
 from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, quiet
 from marnet_export.graph import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_export.lower import Lowered
-from marnet_export.quantise import require_calibration
+from marnet_export.quantise import products_of_activations, require_calibration
 from marnet_export.tensorrt_engines import (
     BUCKETS,
     CONDITION,
@@ -296,6 +296,7 @@ def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
     Activations get one symmetric scale a tensor, from their largest values on `pixels`
     [N, 3, H, W], weights one a row. Products of activations are left alone.
     """
+    attention = products_of_activations(proto.graph)
     with tempfile.TemporaryDirectory() as folder, _silent():
         path = Path(folder) / ENCODER
         quantize_static(
@@ -307,6 +308,7 @@ def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            nodes_to_exclude=attention,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,

@@ -58,7 +58,7 @@ demo: setup
 	$(BIN)/marnet-bench --batch 64
 
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -18,6 +18,13 @@ import pytest
 
 BundleOf = Callable[[str, str], Path]
 
+# Files with a test of a minute or more. They come first, or one worker ends with them alone.
+LONG = ("test_readme.py", "test_nothing_lost.py", "test_no_lock_in.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:

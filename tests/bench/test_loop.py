@@ -46,6 +46,13 @@ def broken(*_: object) -> Any:
     raise RuntimeError("\n  no compiler found\nand much more")
 
 
+def small_run(patch: pytest.MonkeyPatch) -> None:
+    """One backend and one peer: building the others takes half a minute."""
+    patch.setattr(loop, "measure_limits", quick_limits)
+    patch.setattr(loop, "PEERS", {"torch eager": PEERS["torch eager"]})
+    patch.setattr(loop, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
+
+
 @pytest.fixture(scope="module")
 def outcome(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The loop of a trained checkpoint through the command line: its JSON and what it printed."""
@@ -161,8 +168,7 @@ def test_the_table_and_the_sentences_hold_what_the_json_holds(outcome):
 
 
 def test_a_run_restores_the_threads_of_torch_and_can_be_called_with_a_model(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "measure_limits", quick_limits)
-    monkeypatch.setattr(loop, "PEERS", {"torch eager": PEERS["torch eager"]})
+    small_run(monkeypatch)
     before = torch.get_num_threads()
     arguments: dict[str, Any] = {"batches": [2], "warmup": 0, "duration": 0, "threads": 1}
     model = make_model(steps=6)
@@ -175,8 +181,7 @@ def test_a_run_restores_the_threads_of_torch_and_can_be_called_with_a_model(monk
 
 
 def test_drift_beyond_the_limit_exits_with_4_after_the_report(checkpoint, monkeypatch):
-    monkeypatch.setattr(loop, "measure_limits", quick_limits)
-    monkeypatch.setattr(loop, "PEERS", {"torch eager": PEERS["torch eager"]})
+    small_run(monkeypatch)
     chosen = ("--checkpoint", str(checkpoint), "--steps", "2", "-b", "1", "--format", "json")
     result = bench("--scenario", "loop", *chosen, "--max-drift", "0", *SHORT)
     assert result.exit_code == 4

@@ -108,9 +108,11 @@ def gpu(tmp_path, monkeypatch):
     driver.cuCtxPushCurrent(context)
     gpu = Gpu(driver)
     yield gpu
-    gpu.check_guards_and_free()
-    driver.cuCtxPopCurrent()
-    driver.cuDevicePrimaryCtxRelease(0)
+    try:
+        gpu.check_guards_and_free()
+    finally:  # also behind a kernel that failed, which leaves nothing of its context
+        driver.cuCtxPopCurrent()
+        driver.cuDevicePrimaryCtxRelease(0)
 
 
 @pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])

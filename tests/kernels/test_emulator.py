@@ -5,6 +5,8 @@ What a kernel can rely on runs on a GPU, too: it shows that csrc/device.cuh and 
 
 import ctypes
 import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -395,3 +397,35 @@ def test_options_define_macros_and_others_are_left_out():
     found = zeros(1)
     run(kernel("a.a[0] = N;"), found, block=1, options=("-DN=3", "--maxrregcount=64"))
     assert found[0] == 3
+
+
+STUCK = '''
+import ctypes
+from importlib.resources import files
+from cuda.bindings import driver
+from marnet_kernels.compile import arch_for, compile_cubin
+from marnet_kernels.loader import current_device, load_function
+
+text = (files("marnet_kernels") / "csrc" / "device.cuh").read_text() + """
+extern "C" __global__ void stuck(const unsigned* counter) {
+    unsigned asked = 0;
+    while (load_acquire(counter) == 0) wait(asked);
+}
+"""
+driver.cuInit(0)
+driver.cuCtxPushCurrent(driver.cuDevicePrimaryCtxRetain(0)[1])
+function = load_function(compile_cubin(text, arch_for(current_device().capability)), "stuck")
+address = driver.cuMemAlloc(256)[1]
+driver.cuMemsetD8(address, 0, 256)
+argument = ctypes.c_uint64(int(address))
+table = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+driver.cuLaunchKernel(function, 1, 1, 1, 32, 1, 1, 0, 0, ctypes.addressof(table), 0)
+print(driver.cuCtxSynchronize()[0].name)
+'''
+
+
+@pytest.mark.gpu
+def test_a_wait_that_never_ends_is_an_error_and_no_hang(gpu):
+    """In a process of its own, which has no use for CUDA afterwards."""
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "CUDA_ERROR_LAUNCH_FAILED"

@@ -63,8 +63,8 @@ class ClassTokenLayer(nn.Module):
         q, k, v = query(normed[:, :1]), key(normed), value(normed)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         # Written out: TensorRT-RTX 1.7 has no fused attention for a single query.
-        weights = F.softmax(q @ k.transpose(2, 3) * q.shape[-1] ** -0.5, dim=-1)  # [B, h, 1, T]
-        read = weights @ v  # [B, h, 1, W / h]
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, h, 1, T]
+        read = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v  # [B, h, 1, W / h]
         y = projection(read.transpose(1, 2).flatten(2))
         x = tokens[:, :1] + (part(parts.scales[0])(y) if parts.scales else y)
         y = fc2(activation(fc1(norm_after(x))))

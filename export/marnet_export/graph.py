@@ -67,10 +67,59 @@ class Convolution(nn.Module):
         return y.float() + self.bias
 
 
-def with_compute(module: nn.Module, compute: torch.dtype) -> nn.Module:
+class RoundedMatrix(Matrix):
+    """A linear layer whose result stays in its type; inside, the product adds up in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.matrix.dtype
+        # The cast is folded when the graph is loaded.
+        bias = None if self.bias is None else self.bias.to(kind)
+        return F.linear(x.to(kind), self.matrix, bias)
+
+
+class _Float32LayerNorm(nn.LayerNorm):
+    """Of whatever type its input is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.float())
+
+
+class _Float32Result(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.module(*inputs).float()
+
+
+def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
+    """As `with_compute`, but what linear layers give stays in `compute`, as under autocast.
+
+    On a GPU, writing and reading it in float32 takes longer than multiplying, and attention has its
+    fast kernels in 16 bits. Norms are float32, and so are sums with what is, as residuals are.
+    """
+    if compute == torch.float32:
+        return copy.deepcopy(module)
+    module = with_compute(module, compute, linear=RoundedMatrix)
+    for child in module.modules():
+        if type(child) is nn.LayerNorm:
+            child.__class__ = _Float32LayerNorm
+    return _Float32Result(module)
+
+
+def with_compute(
+    module: nn.Module,
+    compute: torch.dtype,
+    *,
+    linear: type[Matrix] = Matrix,
+) -> nn.Module:
     """A copy whose linear layers and convolutions multiply in `compute`.
 
     Everything else (normalisation, softmax, residual sums) stays in float32.
+
+    Args:
+        linear: what stands for a linear layer.
     """
     module = copy.deepcopy(module)
     if compute == torch.float32:
@@ -78,10 +127,16 @@ def with_compute(module: nn.Module, compute: torch.dtype) -> nn.Module:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, Matrix(child.weight, child.bias, compute))
+                setattr(parent, name, linear(child.weight, child.bias, compute))
             elif type(child) is nn.Conv2d and child.padding_mode == "zeros":
                 setattr(parent, name, Convolution(child, compute))
     return module
+
+
+def on_device(module: nn.Module, compute: torch.dtype, device: str) -> nn.Module:
+    """An encoder as torch runs it on "cpu" or "cuda": a copy, there."""
+    cast = with_rounded_results if device == "cuda" else with_compute
+    return cast(module, compute).eval().to(device)
 
 
 class Step(nn.Module):

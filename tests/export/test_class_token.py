@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from marnet_export.class_token import ClassTokenLayer, for_class_token
-from marnet_export.graph import with_compute
+from marnet_export.graph import with_compute, with_rounded_results
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 24, "image_size": 32}
@@ -90,9 +90,9 @@ def test_its_products_run_in_the_type_that_is_asked_for(compute):
     low = with_compute(for_class_token(vision), compute)
     last = low.get_submodule("backbone.layers.2")
     assert {p.dtype for p in last.parameters() if p.ndim == 2} == {compute}
-    wanted, got = vision(pixels()), low(pixels())
-    kind = "fp16" if compute == torch.float16 else "bf16"
-    assert (got - wanted).abs().max() < BUILT[kind] * wanted.abs().max()
+    wanted, kind = vision(pixels()), "fp16" if compute == torch.float16 else "bf16"
+    for module in (low, with_rounded_results(for_class_token(vision), compute)):
+        assert (module(pixels()) - wanted).abs().max() < BUILT[kind] * wanted.abs().max()
 
 
 @pytest.mark.parametrize(

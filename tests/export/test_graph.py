@@ -7,10 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tolerances import BF16_LAYER, FLOAT32_LOOP
+from tolerances import BF16_LAYER, BUILT, FLOAT32_LOOP
 from torch import nn
 
-from marnet_export.graph import PlanStep, ScanLoop, ScriptedLoop, with_compute
+from marnet_export.builders import TORCH_TYPES, quiet
+from marnet_export.graph import (
+    PlanStep,
+    RoundedMatrix,
+    ScanLoop,
+    ScriptedLoop,
+    with_compute,
+    with_rounded_results,
+)
 from marnet_export.plan import SamplingPlan, run_plan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.tables import make_tables
@@ -175,10 +183,50 @@ def test_bf16_is_for_linear_layers_and_convolutions_alone(encoder):
     assert rest <= {torch.float32, torch.int64}  # int64: BatchNorm counts its batches
 
 
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
+@torch.inference_mode()
+def test_rounded_results_change_the_answer_by_little(encoder, kind):
+    pixels = torch.randn(3, 3, 16, 16)
+    want, got = encoder(pixels), with_rounded_results(encoder, TORCH_TYPES[kind])(pixels)
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() <= BUILT[kind] * want.abs().max()
+
+
+@torch.inference_mode()
+def test_on_a_gpu_layers_hand_on_16_bits_and_norms_see_float32(encoder):
+    low = with_rounded_results(encoder, torch.float16)
+    seen: dict[type, set[torch.dtype]] = {}
+
+    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        kind = nn.LayerNorm if isinstance(module, nn.LayerNorm) else type(module)
+        seen.setdefault(kind, set()).add(output.dtype)
+
+    for module in low.modules():
+        if isinstance(module, RoundedMatrix | nn.LayerNorm | nn.BatchNorm2d):
+            module.register_forward_hook(watch)
+    low(torch.randn(2, 3, 16, 16))
+    linear = {type(m) for m in encoder.modules()} & {nn.Linear}
+    assert seen.pop(RoundedMatrix, set()) == ({torch.float16} if linear else set())
+    assert set().union(*seen.values()) == {torch.float32}
+
+
+def test_what_a_gpu_runs_has_its_casts_of_weights_folded():
+    """As the loader freezes it: no cast but those of activations is left."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+    low, x = with_rounded_results(layers, torch.float16).eval(), torch.randn(2, 8)
+    with quiet():
+        frozen = torch.jit.freeze(torch.jit.trace(low, x))
+    casts = [node for node in frozen.graph.nodes() if node.kind() == "aten::to"]
+    assert len(casts) == 2 + 1  # the input of each product, which may be no cast, and the result
+    assert torch.allclose(frozen(x), layers(x), atol=BUILT["fp16"])
+
+
+@pytest.mark.parametrize("cast", [with_compute, with_rounded_results])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_the_encoder_itself_is_left_alone(encoder, compute):
+def test_the_encoder_itself_is_left_alone(encoder, compute, cast):
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    copy = with_compute(encoder, compute)
+    copy = cast(encoder, compute)
     with torch.no_grad():
         for parameter in copy.parameters():
             parameter.zero_()

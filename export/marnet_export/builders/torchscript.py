@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marnet_export.builders import TORCH_TYPES, Product, Types, example_texts, quiet
-from marnet_export.graph import Refine, ScriptedLoop, with_compute
+from marnet_export.graph import Refine, ScriptedLoop, on_device
 from marnet_export.lower import Lowered
 from marnet_sdk.backends.torch_cuda import exact_float32
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
@@ -38,7 +38,7 @@ def build_encoder(
     lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, *, device: str = "cpu"
 ) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = with_compute(lowered.encoder, TORCH_TYPES[types.compute]).eval().to(device)
+    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], device)
     with tracing():
         example = {"forward": pixels.to(device)}
         module = torch.jit.trace_module(encoder, example, check_trace=False)
@@ -48,7 +48,7 @@ def build_encoder(
 def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
-    encoder = with_compute(lowered.text, TORCH_TYPES[types.compute]).eval().to(device)
+    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], device)
     with tracing():
         example = {"forward": tuple(tensor.to(device) for tensor in example_texts())}
         module = torch.jit.trace_module(encoder, example, check_trace=False)

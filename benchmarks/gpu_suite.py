@@ -24,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,9 @@ class Suite:
         """
         from gpu_sections.child import run_apart
 
+        for name in names:  # here, or the process of each section would take seconds for it
+            with suppress(Exception):  # its section says why
+                importlib.import_module(f"gpu_sections.{name}")
         if why := run_apart(
             partial(_describe, self.tiny), self.report["machine"].update, _PATIENCE
         ):

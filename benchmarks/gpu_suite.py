@@ -6,9 +6,9 @@
 
 Runs from a checkout of the sources, whether or not marnet is installed, and needs torch,
 transformers, NumPy, Pillow, safetensors and cuda-bindings with NVRTC, and nothing else. What cannot
-be measured is a line that says why: also a kernel that takes its process with it, for every section
-runs in a process of its own, and goes on in another one. The file is written after every line, so
-what a run that is cut short has measured is kept.
+be measured is a line that says why. So is a kernel that takes its process with it: every section
+runs in a process of its own, and goes on without that line in another one. The file is written
+after every line, so what a run that is cut short has measured is kept.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ class Suite:
 
         def receive(message: dict[str, Any]) -> None:
             news.update(message)
-            if "found" in message:
-                lines.append(message["found"])
+            found = message.get("found")
+            if found and not any(_same(found, old) for old in lines):  # an earlier process had it
+                lines.append(found)
                 self.write()
 
         while (left := seconds - (time.monotonic() - started)) > 0:
@@ -154,7 +155,7 @@ class Suite:
             work = partial(self._measure, name, left, list(lines))
             why = run_apart(work, receive, left + self.grace)
             why = why and news.get("lost", why)
-            if not why or "trying" not in news or len(entry.setdefault("lost", [])) == _MOST_LOST:
+            if not why or not news.get("trying") or len(entry.setdefault("lost", [])) == _MOST_LOST:
                 break
             say(f"  {news['trying']} took its process with it: {why}")
             lines.append(news["trying"] | {"missing": why})
@@ -186,6 +187,11 @@ class Suite:
         fresh = self.output.with_suffix(".tmp")
         fresh.write_text(json.dumps(self.report, indent=1) + "\n", "utf-8")
         fresh.replace(self.output)
+
+
+def _same(line: dict[str, Any], other: dict[str, Any]) -> bool:
+    keys = ("line", "batch", "steps", "precision")
+    return all(line.get(key) == other.get(key) for key in keys)
 
 
 def _machine(tiny: bool) -> Any:

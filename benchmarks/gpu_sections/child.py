@@ -45,7 +45,7 @@ def run_apart(
         return f"given up: it had not ended after {seconds:.0f} s"
     finally:
         process.kill()
-        process.join()
+        process.join(10)  # one that is stuck in the driver is left behind
         ours.close()
 
 

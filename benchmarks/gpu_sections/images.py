@@ -82,8 +82,10 @@ def _resizing(
     if job.was_lost("timing", **keys):
         return
     with job.attempt("timing", **keys):
-        slow = job.wall({on_host: calls.pop(on_host)}, 2.0)
-        for name, taken in (job.measure(calls, 3.0) | slow).items():
+        here = {name: calls.pop(name) for name in (on_host,) if name in calls}
+        slow = job.wall(here, 2.0) if here else {}
+        fast = job.measure(calls, 3.0) if calls else {}
+        for name, taken in (fast | slow).items():
             rates = 1e3 * len(pictures) / taken
             job.add(name, rates, "images/s", errors[name], **keys)
 

@@ -73,7 +73,8 @@ def run(job: Job) -> None:
             chain = Chain(forms, steps, precision)
             wanted = chain.reference(chain.features(max(batches)))
             for batch in batches:
-                if job.was_measured(batch=batch, steps=steps, precision=precision):
+                keys = {"batch": batch, "steps": steps, "precision": precision}
+                if job.was_measured(**keys) or job.was_lost("timing", **keys):
                     continue
                 job.say(f"  loop: T = {steps}, {precision}, batch {batch}")
                 _measure(job, chain, batch, wanted[:batch])
@@ -99,7 +100,7 @@ def _measure(job: Job, chain: Chain, batch: int, wanted: Tensor) -> None:
                 "replays_equal": equal_again(call),
             }
             calls[name], errors[name], rest[name] = call, found, more
-    if not calls or job.was_lost("timing", **keys):
+    if not calls:
         return
     with job.attempt("timing", **keys), torch.no_grad():
         for name, taken in job.measure(calls, _SECONDS).items():

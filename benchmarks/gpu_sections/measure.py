@@ -288,6 +288,7 @@ class Job:
             if self.machine.is_lost():
                 raise
             self.miss(line, reason(error), **more)
+        self.send({"trying": None})  # what comes next is not to be blamed on it
 
     def measure(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:
         """`interleave` for so long, or for no time at all in a rehearsal."""

@@ -78,11 +78,15 @@ def run(job: Job) -> None:
         if not job.was_measured(line=ENCODER, precision=precision):
             with job.attempt("encoder", precision=precision), torch.no_grad():
                 _encoder_rates(job, setup, precision)
+        batches = [
+            batch
+            for batch in (TINY_BATCHES if job.tiny else BATCHES)
+            if not job.was_measured(line=EAGER, precision=precision, batch=batch)
+            and not job.was_lost("timing", precision=precision, batch=batch)
+        ]
         with ExitStack() as stack, torch.no_grad():
-            opened = list(_open(job, setup, precision, stack))
-            for batch in TINY_BATCHES if job.tiny else BATCHES:
-                if job.was_measured(line=EAGER, precision=precision, batch=batch):
-                    continue
+            opened = list(_open(job, setup, precision, stack)) if batches else []
+            for batch in batches:
                 job.say(f"  pipeline: {precision}, batch {batch}")
                 _measure(job, setup, opened, precision, batch)
 
@@ -138,11 +142,9 @@ def _measure(job: Job, setup: Setup, opened: list[Form], precision: str, batch: 
             call = prepare(pixels)
             found[name] = _fidelity(call, pixels, setup)
             calls[name] = call
-    if job.was_lost("timing", **keys):
-        return
     with job.attempt("timing", **keys):
         for name, taken in job.wall(calls, _SECONDS).items():
-            rate = round(float(1e3 * batch / np.median(taken)), 1)
+            rate = float(f"{1e3 * batch / np.median(taken):.4g}")
             more = keys | {"images_per_s": rate} | runtimes[name]()
             job.add(name, taken, "ms", found[name], **more)
 
@@ -349,13 +351,16 @@ def _encoder_rates(job: Job, setup: Setup, precision: str) -> None:
             difference = (calls[name]().float().cpu() - wanted).abs().max() / wanted.abs().max()
             errors[name] = {"relative_error": float(difference), "against": "float32"}
     calls["product"] = ceilings.matrix_product(machine, dtype, side)[0]
-    taken = job.measure(calls, 2.0)
-    best = side**3 / float(np.median(taken.pop("product")))
-    for name, values in taken.items():
-        work = batch * vit_multiply_adds(setup.model, for_class_token=name != ENCODER)
-        share = round(work / float(np.median(values)) / best, 4)
-        keys = {"precision": precision, "batch": batch, "share_of_matrix_rate": share}
-        job.add(name, values, "ms", errors[name], **keys, multiply_adds=work)
+    if job.was_lost("encoder: timing", precision=precision):
+        return
+    with job.attempt("encoder: timing", precision=precision):
+        taken = job.measure(calls, 2.0)
+        best = side**3 / float(np.median(taken.pop("product")))
+        for name, values in taken.items():
+            work = batch * vit_multiply_adds(setup.model, for_class_token=name != ENCODER)
+            share = round(work / float(np.median(values)) / best, 4)
+            keys = {"precision": precision, "batch": batch, "share_of_matrix_rate": share}
+            job.add(name, values, "ms", errors[name], **keys, multiply_adds=work)
 
 
 def _features(encoder: nn.Module, pixels: Tensor) -> Tensor:

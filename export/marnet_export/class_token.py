@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from marnet_train.models.backbones import VisionEncoder
 
 _TOLERANCE = 1e-4  # of the largest value: the order of additions in float32, and nothing else
-_IGNORED = (nn.Dropout, nn.Identity)
 
 
 def for_class_token(vision: VisionEncoder) -> nn.Module:
@@ -61,10 +60,12 @@ class ClassTokenLayer(nn.Module):
         (activation,) = map(part, parts.rest)
         normed = norm_before(tokens)
         q, k, v = query(normed[:, :1]), key(normed), value(normed)
+        # In float32, also where layers hand on 16 bits: one query costs little.
+        q, k, v = (x.to(tokens.dtype) for x in (q, k, v))
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         # Written out: TensorRT-RTX 1.7 has no fused attention for a single query.
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, h, 1, T]
-        read = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v  # [B, h, 1, W / h]
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)  # [B, h, 1, T]
+        read = F.softmax(scores, dim=-1) @ v  # [B, h, 1, W / h]
         y = projection(read.transpose(1, 2).flatten(2))
         x = tokens[:, :1] + (part(parts.scales[0])(y) if parts.scales else y)
         y = fc2(activation(fc1(norm_after(x))))
@@ -84,7 +85,8 @@ class _Parts:
         self.scales: list[str] = []
         self.rest: list[str] = []
         for name, module in layer.named_modules():
-            if any(True for _ in module.children()) or isinstance(module, _IGNORED):
+            empty = isinstance(module, nn.Dropout | nn.Identity) or "Drop" in type(module).__name__
+            if empty or any(True for _ in module.children()):
                 continue
             if isinstance(module, nn.Linear):
                 self.linears.append(name)
@@ -114,7 +116,8 @@ class _Parts:
 @torch.no_grad()
 def _is_same(old: nn.Module, new: nn.Module, width: int) -> bool:
     """Whether both give the first token the same numbers; not where a weight is NaN."""
-    tokens = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    like = next(old.parameters())
+    tokens = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
     try:
         wanted, got = old(tokens)[:, :1], new(tokens)
     except (TypeError, RuntimeError, IndexError):  # it wants to be called in another way

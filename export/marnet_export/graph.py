@@ -11,12 +11,15 @@ C classes.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
+from torch.overrides import TorchFunctionMode
 
 from marnet_export.plan import SamplingPlan
 from marnet_sdk.persistent_loop import LoopWeights, Operand
@@ -70,11 +73,13 @@ class Convolution(nn.Module):
 class RoundedMatrix(Matrix):
     """A linear layer whose result stays in its type; inside, the product adds up in float32."""
 
+    def __init__(self, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> None:
+        super().__init__(weight, bias, compute)
+        if self.bias is not None:
+            self.bias.data = self.bias.data.to(compute)
+
     def forward(self, x: Tensor) -> Tensor:
-        kind = self.matrix.dtype
-        # The cast is folded when the graph is loaded.
-        bias = None if self.bias is None else self.bias.to(kind)
-        return F.linear(x.to(kind), self.matrix, bias)
+        return F.linear(x.to(self.matrix.dtype), self.matrix, self.bias)
 
 
 class _Float32LayerNorm(nn.LayerNorm):
@@ -84,17 +89,48 @@ class _Float32LayerNorm(nn.LayerNorm):
         return super().forward(input.float())
 
 
-class _Float32Result(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+class _OneType(TorchFunctionMode):
+    """Products of activations whose types differ are taken in `compute`.
+
+    (A mask or a bias is float32 where queries are not.)
+    """
+
+    PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+    PRODUCTS += (torch.baddbmm, Tensor.baddbmm, F.scaled_dot_product_attention)
+
+    def __init__(self, compute: torch.dtype) -> None:
         super().__init__()
-        self.module = module
+        self.compute = compute
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in self.PRODUCTS:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if len({x.dtype for x in tensors if x.is_floating_point()}) > 1:
+                args = [self._cast(x) for x in args]
+                kwargs = {name: self._cast(x) for name, x in kwargs.items()}
+        return function(*args, **kwargs)
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self.compute) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class _Rounded(nn.Module):
+    """Gives float32, whatever is inside."""
+
+    def __init__(self, module: nn.Module, compute: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.compute = module, compute
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.module(*inputs).float()
+        with _OneType(self.compute):
+            return self.module(*inputs).float()
 
 
 def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
-    """As `with_compute`, but what linear layers give stays in `compute`, as under autocast.
+    """As `with_compute`, but what linear layers give stays in `compute`.
 
     On a GPU, writing and reading it in float32 takes longer than multiplying, and attention has its
     fast kernels in 16 bits. Norms are float32, and so are sums with what is, as residuals are.
@@ -105,7 +141,7 @@ def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
     for child in module.modules():
         if type(child) is nn.LayerNorm:
             child.__class__ = _Float32LayerNorm
-    return _Float32Result(module)
+    return _Rounded(module, compute)
 
 
 def with_compute(
@@ -133,10 +169,15 @@ def with_compute(
     return module
 
 
-def on_device(module: nn.Module, compute: torch.dtype, device: str) -> nn.Module:
+def on_device(module: nn.Module, compute: torch.dtype, device: str, *example: Tensor) -> nn.Module:
     """An encoder as torch runs it on "cpu" or "cuda": a copy, there."""
-    cast = with_rounded_results if device == "cuda" else with_compute
-    return cast(module, compute).eval().to(device)
+    if device == "cuda":
+        rounded = with_rounded_results(module, compute).eval().to(device)
+        # An encoder with layers of its own may want float32 where it gets 16 bits.
+        with suppress(RuntimeError), torch.no_grad():
+            rounded(*(x.to(device) for x in example))
+            return rounded
+    return with_compute(module, compute).eval().to(device)
 
 
 class Step(nn.Module):

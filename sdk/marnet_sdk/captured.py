@@ -243,6 +243,8 @@ class CapturedPipeline:
             return self._refuse(shape, lanes, str(error) or type(error).__name__)
         except BaseException:
             self._drop(lanes, None)
+            with self._changed:
+                self._refused.pop(shape, None)  # it was not this that was in its way
             raise
         with self._changed:
             self._captures += 1

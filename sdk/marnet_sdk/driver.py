@@ -28,7 +28,7 @@ _CAPTURE_MODE = "CU_STREAM_CAPTURE_MODE_RELAXED"
 # long as the process lives: CUDA_ERROR_ECC_UNCORRECTABLE, ILLEGAL_ADDRESS, LAUNCH_TIMEOUT, ASSERT,
 # and HARDWARE_STACK_ERROR to LAUNCH_FAILED.
 _FATAL = frozenset((214, 700, 702, 710, *range(714, 720)))
-_END = "; nothing runs on this GPU in this process any more: start it again, and report this"
+_END = "; nothing runs on this GPU in this process any more: start it again"
 
 
 # --- what needs no GPU

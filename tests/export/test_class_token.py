@@ -44,6 +44,7 @@ TRANSFORMERS = {
     "vit of another activation": {"intermediate_size": INNER, "hidden_act": "gelu_pytorch_tanh"},
     "deit": {"intermediate_size": INNER},
     "dinov2": {"mlp_ratio": 2, "layerscale_value": 0.3},
+    "dinov2 trained with dropped paths": {"mlp_ratio": 2, "drop_path_rate": 0.1},
 }
 
 
@@ -55,6 +56,7 @@ def test_the_class_token_is_what_the_whole_layer_makes_of_it(name):
     assert torch.allclose(narrow(pixels()), vision(pixels()), rtol=FLOAT32_LAYER, atol=1e-5)
     wide = copy.deepcopy(vision).double()
     exact = for_class_token(wide)
+    assert exact is not wide
     torch.testing.assert_close(
         exact(pixels().double()), wide(pixels().double()), rtol=1e-10, atol=0
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,12 @@ from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.tables import make_tables
 from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
-from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
+from marnet_train.models.backbones import (
+    TextEncoder,
+    VisionEncoder,
+    backbone_config,
+    build_backbone,
+)
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
 
@@ -235,3 +241,49 @@ def test_the_encoder_itself_is_left_alone(encoder, compute, cast):
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert torch.equal(after[name], tensor), name
+
+
+MIXED: dict[str, dict[str, Any]] = {
+    # float32 masks, biases of positions and scales meet what layers hand on in 16 bits.
+    "swin": {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2], "num_heads": [2],
+             "window_size": 4},
+    "swinv2": {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2],
+               "num_heads": [2], "window_size": 4},
+    "beit": {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "intermediate_size": 32,
+             "use_relative_position_bias": True, "attn_implementation": "eager"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", MIXED)
+@torch.inference_mode()
+def test_types_that_meet_in_attention_are_made_one(name, kind):
+    torch.manual_seed(0)
+    vision = VisionEncoder(build_backbone(backbone_config({"model_type": name, **MIXED[name]})))
+    pixels = torch.randn(3, 3, 32, 32)
+    want, got = (
+        module.eval()(pixels)
+        for module in (vision, with_rounded_results(vision, TORCH_TYPES[kind]))
+    )
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() <= 2 * BUILT[kind] * want.abs().max()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "distilbert", "roberta"])
+@torch.inference_mode()
+def test_padded_texts_are_encoded_in_16_bits_too(name, attention):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "vocab_size": 40}
+    if name == "distilbert":
+        sizes = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 40}
+    if name == "mpnet" and attention == "sdpa":
+        pytest.skip("transformers has one attention for it")
+    description = {"model_type": name, **sizes, "attn_implementation": attention}
+    text = TextEncoder(build_backbone(backbone_config(description))).eval()
+    ids, mask = torch.arange(4, 16).view(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    want, got = text(ids, mask), with_rounded_results(text, torch.float16)(ids, mask)
+    assert (got - want).abs().max() <= BUILT["fp16"] * want.abs().max()

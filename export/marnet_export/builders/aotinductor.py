@@ -69,7 +69,7 @@ def build_encoder(
         BackendUnavailable: this machine has no C++ compiler.
         ExportError: the compiler failed, or does not store matrices in this type.
     """
-    encoder = on_device(lowered.encoder, _compute(types, device), device)
+    encoder = on_device(lowered.encoder, _compute(types, device), device, pixels)
     inputs = [("pixels", pixels, ("batch", *pixels.shape[1:]))]
     _build(encoder, inputs, types, payload / ENCODER, device=device)
 
@@ -93,8 +93,8 @@ def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str =
 def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/text.pt2; as `build_encoder`."""
     assert lowered.text is not None
-    encoder = on_device(lowered.text, _compute(types, device), device)
     ids, mask = example_texts()
+    encoder = on_device(lowered.text, _compute(types, device), device, ids, mask)
     inputs = [("ids", ids, ("batch", "length")), ("mask", mask, ("batch", "length"))]
     _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text), device)
 
@@ -204,9 +204,7 @@ def _build(
         if device == "cuda":
             metadata[GPU] = gpu_name()[0]
         settings = {**_settings(), "aot_inductor.metadata": metadata}
-        # On a GPU, biases are cast too; a kernel for each would take longer than many products.
-        folds = stored.casts or device == "cuda"
-        settings["aot_inductor.use_runtime_constant_folding"] = folds
+        settings["aot_inductor.use_runtime_constant_folding"] = stored.casts
         with config.patch(settings):
             torch._inductor.aoti_compile_and_package(program, package_path=package)
     path.write_bytes(package.getbuffer())

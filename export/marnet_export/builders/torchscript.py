@@ -38,7 +38,7 @@ def build_encoder(
     lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, *, device: str = "cpu"
 ) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], device)
+    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], device, pixels)
     with tracing():
         example = {"forward": pixels.to(device)}
         module = torch.jit.trace_module(encoder, example, check_trace=False)
@@ -48,7 +48,7 @@ def build_encoder(
 def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
-    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], device)
+    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], device, *example_texts())
     with tracing():
         example = {"forward": tuple(tensor.to(device) for tensor in example_texts())}
         module = torch.jit.trace_module(encoder, example, check_trace=False)

@@ -95,8 +95,9 @@ def _load(path: Path, compute: str, device: str) -> Any:
             f"torch {torch.__version__} cannot load {path}: {error}"
         ) from error
     for key, parameter in module.named_parameters():
-        target = torch_cuda.torch_type(compute) if key.endswith(MATRIX) else torch.float32
-        parameter.data = parameter.data.to(target)
+        if parameter.ndim >= 2:  # vectors are stored as they are used
+            target = torch_cuda.torch_type(compute) if key.endswith(MATRIX) else torch.float32
+            parameter.data = parameter.data.to(target)
     return module.eval()
 
 

@@ -15,6 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long a test takes depends on the machine
+settings.load_profile("untimed")
 
 BundleOf = Callable[[str, str], Path]
 

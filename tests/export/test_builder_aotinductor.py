@@ -334,6 +334,16 @@ def test_without_a_compiler_the_export_says_what_to_install(lowered, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_torch_whose_compiler_cannot_do_loops_is_refused_before_it_tries(
+    lowered, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", "2.12.0+cu130")
+    message = r"with torch 2.13 or newer, got 2.12.0\+cu130, whose.* choose --backend torchscript"
+    with pytest.raises(BackendUnavailable, match=message):
+        build_encoder(lowered, torch.zeros(2, *SHAPE), Types("fp32", "fp32"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_compiler_that_fails_is_reported_in_one_line(lowered, tmp_path, monkeypatch, capfd):
     compiler, temporary, payload = (tmp_path / name for name in ("g++", "temporary", "payload"))
     temporary.mkdir()

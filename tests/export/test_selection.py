@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT64
 
@@ -153,7 +153,6 @@ def is_preferable(one: Candidate, other: Candidate) -> bool:
 
 
 @given(candidates(12))
-@settings(deadline=None)
 def test_nothing_is_preferable_to_the_kept_and_something_to_every_other(measured):
     kept = non_dominated(measured)
     for one in kept:
@@ -219,7 +218,6 @@ def test_a_budget_that_nothing_keeps_is_refused_with_the_fastest_that_passes():
 
 
 @given(candidates(), st.sampled_from([0.004, 0.01, 0.03]), st.none() | st.integers(1, 120))
-@settings(deadline=None)
 def test_what_is_chosen_passes(measured, drop, budget):
     try:
         got = choose(measured, EXACT, drop, budget)
@@ -240,7 +238,6 @@ def test_what_is_chosen_passes(measured, drop, budget):
 
 
 @given(candidates())
-@settings(deadline=None)
 def test_a_larger_drop_is_never_slower(measured):
     chosen = [choose(measured, EXACT, drop).points["fast"] for drop in (0.004, 0.01, 0.02, 0.05)]
     latencies = [c.latency_ms for c in chosen]
@@ -290,7 +287,6 @@ def curve_slowly(scores: list[float], correct: list[bool]) -> list[tuple[float, 
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=30))
-@settings(deadline=None)
 def test_risk_and_coverage_are_those_of_a_loop_over_thresholds(pairs):
     scores, correct = [pair[0] / 6 for pair in pairs], [pair[1] for pair in pairs]
     got = risk_coverage(scores, correct)
@@ -327,7 +323,6 @@ def test_one_early_error_does_not_end_the_search():
     st.sampled_from([0.5, 0.9, 0.99]),
     st.integers(0, 2**32),
 )
-@settings(deadline=None)
 def test_a_threshold_is_on_the_curve_and_its_bound_below_the_target(count, target, sure, seed):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 40, count) / 40  # with ties

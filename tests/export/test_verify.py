@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
@@ -70,7 +70,6 @@ def test_intervals_are_the_known_ones(successes, count, low, high):
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-@settings(deadline=None)
 def test_intervals_are_scipy_s_and_hold_the_proportion(pair):
     successes, count = pair
     expected = binomtest(successes, count).proportion_ci(0.95, method="wilson")

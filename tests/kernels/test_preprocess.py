@@ -95,7 +95,7 @@ def test_twin_resizes_photographs_as_pillow_does(photograph, box, size, resample
 edges = st.integers(1, 48)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.tuples(edges, edges), st.tuples(edges, edges), st.sampled_from(FILTERS), st.integers(0))
 def test_twin_resizes_any_sizes_as_pillow_does(here, there, resample, seed):
     array = noise(*here, seed=seed)
@@ -147,7 +147,7 @@ def test_weights_of_a_crop_are_those_of_the_whole():
     assert weights.shape == (224, 4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(edges, st.integers(1, 100), st.integers(1, 60), st.sampled_from(FILTERS))
 def test_packed_filters_are_the_weights_and_end_with_the_pixels(length, resized, wanted, resample):
     cut, pad, covered = preprocess._centre(resized, wanted)
@@ -331,7 +331,7 @@ def test_both_orders_of_the_passes_equal_the_twin(machine, photograph, pillow):
     assert not levels[1].any()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(edges, edges), min_size=1, max_size=3),
     st.tuples(edges, edges),

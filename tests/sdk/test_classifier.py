@@ -607,7 +607,7 @@ def served(request, bundle_of) -> tuple[Classifier, np.ndarray, np.ndarray]:
 
 
 @given(rows=st.lists(st.integers(0, 39), min_size=1, max_size=24))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_split_permutation_padding_or_duplication_changes_no_answer(served, rows):
     classifier, pixels, alone = served
     got, want = classifier.logits(pixels[rows]), alone[rows]

@@ -535,26 +535,23 @@ def _image_or_refusal(data: bytes) -> Image.Image | None:
 
 
 @given(st.binary(max_size=300))
-@settings(deadline=None)
 def test_random_bytes_never_escape(data: bytes) -> None:
     _image_or_refusal(data)
 
 
 @given(kind=st.sampled_from(sorted(SAMPLES)), keep=st.integers(2, 40), data=st.binary(max_size=300))
-@settings(deadline=None)
 def test_random_bytes_after_a_good_start_never_escape(kind: str, keep: int, data: bytes) -> None:
     _image_or_refusal(SAMPLES[kind][:keep] + data)
 
 
 @given(kind=st.sampled_from(sorted(SAMPLES)), part=st.floats(0, 1))
-@settings(deadline=None)
 def test_truncations_never_escape(kind: str, part: float) -> None:
     data = SAMPLES[kind]
     _image_or_refusal(data[: int(len(data) * part)])
 
 
 @given(kind=st.sampled_from(sorted(SAMPLES)), data=st.data())
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_bit_flips_never_escape(kind: str, data: st.DataObject) -> None:
     damaged = bytearray(SAMPLES[kind])
     # Half of the flips go to the first 200 bytes: headers break in more ways than pixels.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT64
 
@@ -136,7 +136,6 @@ def test_one_sample_is_its_own_answer():
 
 
 @given(EXACT)
-@settings(deadline=None)
 def test_probabilities_sum_to_one_and_votes_are_counts(values):
     got = summarise(values)
     np.testing.assert_allclose(got.probabilities.sum(axis=1), 1.0, rtol=FLOAT64)
@@ -148,13 +147,11 @@ def test_probabilities_sum_to_one_and_votes_are_counts(values):
 
 
 @given(exact_draws(st.just(2)))
-@settings(deadline=None)
 def test_of_two_classes_the_winner_has_a_vote(values):
     assert (summarise(values).vote_share >= 1 / values.shape[1]).all()
 
 
 @given(EXACT, st.integers(0, 2**32))
-@settings(deadline=None)
 def test_the_order_of_images_samples_and_classes_does_not_matter(values, seed):
     rng = np.random.default_rng(seed)
     images, samples, classes = (rng.permutation(size) for size in values.shape)
@@ -216,7 +213,6 @@ def test_settled_on_known_draws():
 
 
 @given(EXACT, st.integers(0, 6))
-@settings(deadline=None)
 def test_what_cannot_be_overtaken_settles_and_is_not_overtaken(values, left):
     sums = values.sum(axis=1)
     leader, ordered = sums.argmax(axis=1), np.sort(sums, axis=1)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from marnet_sdk.errors import DataError, NotFound, OutputExists
@@ -22,7 +22,6 @@ from marnet_train.data.imagefolder import read_split, write_split
 Line = bytes | str | Mapping[str, object]
 
 GOOD = {"file_name": "a.png", "text": "round", "label": "cat"}
-no_deadline = settings(deadline=None)  # these tests touch the disk
 
 
 def make_split(directory: Path, *lines: Line) -> Path:
@@ -296,7 +295,6 @@ def read_or_refuse(directory: Path, metadata: bytes) -> tuple[Example, ...] | No
         return None
 
 
-@no_deadline
 @given(st.binary())
 @example(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
 @example(json.dumps(GOOD).encode("utf-16"))
@@ -306,14 +304,12 @@ def test_any_bytes_are_read_or_refused(metadata: bytes) -> None:
         read_or_refuse(root / "split", metadata)
 
 
-@no_deadline
 @given(st.lists(records | json_values, max_size=4))
 def test_any_json_is_read_or_refused(lines: list[object]) -> None:
     with scratch() as root:
         read_or_refuse(root / "split", "\n".join(map(json.dumps, lines)).encode())
 
 
-@no_deadline
 @given(file_names | st.text())
 def test_no_name_leads_out_of_the_split(name: str) -> None:
     with scratch() as root:
@@ -335,7 +331,6 @@ words = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 contents = st.lists(st.tuples(st.binary(), words, st.none() | words), min_size=1, max_size=5)
 
 
-@no_deadline
 @given(contents)
 def test_what_is_written_is_what_is_read(content: list[tuple[bytes, str, str | None]]) -> None:
     rows = [(f"{number}.png", *rest) for number, rest in enumerate(content)]
@@ -346,7 +341,6 @@ def test_what_is_written_is_what_is_read(content: list[tuple[bytes, str, str | N
     assert found == rows
 
 
-@no_deadline
 @given(st.text() | file_names, st.text(), st.none() | st.text())
 def test_what_cannot_be_read_is_not_written(name: str, label: str, text: str | None) -> None:
     with scratch() as root:

@@ -179,7 +179,7 @@ def test_a_damaged_csv_is_refused_by_name(name, content, fault, tmp_path):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     root = tmp_path_factory.getbasetemp() / "any-csv"
     if not root.exists():
@@ -193,7 +193,7 @@ _CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\
 
 
 @given(st.lists(_CELL.filter(str.strip), min_size=4, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_comes_back_from_csv(tmp_path_factory, texts):
     root = tmp_path_factory.getbasetemp() / "any-text"
     if not root.exists():

@@ -148,7 +148,7 @@ def test_dishes_are_many_and_share_their_ingredients():
 
 
 @given(st.sampled_from(NAMES), st.integers(0, 2**32 - 1), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_serving_is_three_to_nine_different_ingredients(dish, seed, difficulty):
     serving = serve(dish, np.random.default_rng(seed), difficulty)
     assert serving.dish == dish

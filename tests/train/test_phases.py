@@ -95,7 +95,7 @@ def changed(model: MARNet, work: Callable[[], None]) -> set[str]:
 
 
 @given(total=st.integers(2, 500), warmup=st.floats(0, 0.9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_learning_rate_rises_linearly_and_falls_to_zero(total: int, warmup: float) -> None:
     factors = [warmup_cosine(step, total, warmup) for step in range(total + 1)]
     rise = max(1, int(warmup * total))

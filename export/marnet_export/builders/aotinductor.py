@@ -46,6 +46,7 @@ from marnet_sdk.backends.aotinductor import (
 from marnet_sdk.backends.torch_cuda import exact_float32, gpu_name
 from marnet_sdk.errors import BackendUnavailable, ExportError
 
+_OLDEST = (2, 13)  # torch; 2.11 and 2.12 cannot write a `scan` in C++
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
 CUDA_COMPUTE = ("fp32", "bf16", "fp16")
@@ -66,7 +67,7 @@ def build_encoder(
     """Write payload/encoder.pt2. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
     Raises:
-        BackendUnavailable: this machine has no C++ compiler.
+        BackendUnavailable: this machine has no C++ compiler, or too old a torch.
         ExportError: the compiler failed, or does not store matrices in this type.
     """
     encoder = on_device(lowered.encoder, _compute(types, device), device, pixels)
@@ -254,12 +255,18 @@ def _private_compiler(path: Path) -> Iterator[None]:
     """A compiler whose files are gone afterwards; its errors in one line.
 
     Raises:
-        BackendUnavailable: there is none.
+        BackendUnavailable: there is none, or this torch cannot use it for a loop.
         ExportError: it failed.
     """
     from torch._inductor import cpp_builder, exc
     from torch._inductor.utils import fresh_cache
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _OLDEST:
+        raise BackendUnavailable(
+            f"aotinductor exports with torch {'.'.join(map(str, _OLDEST))} or newer, got "
+            f"{torch.__version__}, whose compiler fails at the loop; upgrade torch, or choose "
+            "--backend torchscript"
+        )
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:

@@ -7,17 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import make_model
 from tolerances import BUILT, FLOAT32_LAYER
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from marnet_export.class_token import ClassTokenLayer, for_class_token
 from marnet_export.graph import with_compute, with_rounded_results
+from marnet_export.pipeline import explain
+from marnet_export.settings import Settings
+from marnet_sdk.preprocess import Preprocess
+from marnet_train.checkpoint import write_model
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 SIZES = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 24, "image_size": 32}
 SIZES |= {"patch_size": 8}
 TOKENS, WIDTH, INNER = 17, 24, 40
+VIT = {"model_type": "vit", **SIZES, "intermediate_size": INNER}
 
 
 def encoder(model_type: str, **settings: Any) -> VisionEncoder:
@@ -133,3 +139,11 @@ def test_a_weight_that_is_no_number_is_left_to_be_found_and_named():
     vision = vit()
     vision.backbone.layers[-1].mlp.fc1.weight[0, 0] = torch.nan  # pyright: ignore
     assert for_class_token(vision) is vision
+
+
+@pytest.mark.parametrize(("vision", "told"), [(VIT, True), ({}, False)], ids=["vit", "resnet"])
+def test_explain_says_so(vision, told, tmp_path):
+    width = {"vision": vision, "condition": WIDTH} if vision else {}
+    write_model(tmp_path, make_model(steps=4, **width), Preprocess(size=(32, 32)))
+    _, sentence = explain(tmp_path, Settings("torchscript"))
+    assert ("last layer is run for the class token alone" in sentence) == told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -179,8 +179,24 @@ def fit(
         overwrite=force,
         restart=restart,
     )
+    _print_training(training)
     say(f"wrote {out} after {training['seconds']} s")
     next_commands(_export_command(out))
+
+
+def _print_training(training: dict[str, Any]) -> None:
+    from marnet_train.report import accuracy_rows, difference_rows, test_line, verdicts
+
+    samples = training["metrics"]["marnet"]["val"]["samples"]
+    columns = ("model", "top-1, 1 sample", f"top-1, {samples}", "top-5")
+    images = training["data"]["images"]["val"]
+    print_table(f"validation: {images} images", columns, accuracy_rows(training["metrics"], "val"))
+    columns = ("the same images", "points", "95 % interval")
+    print_table("differences", columns, difference_rows(training, "val"))
+    for sentence in verdicts(training, "val"):
+        click.echo(sentence)
+    if "test" in training["data"]["images"]:
+        click.echo(test_line(training))
 
 
 @main.command()
@@ -196,7 +212,7 @@ def fit(
 def evaluate(
     checkpoint: str | None, revision: str | None, data_dir: Path, split: str, device: str
 ) -> None:
-    """Accuracy of a checkpoint on a data set, over five noise seeds."""
+    """Accuracy of a checkpoint on a data set, the mean over three noise seeds."""
     with requires_extra(*_NEEDS):
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
         from marnet_train.evaluate import evaluate_checkpoint

@@ -231,7 +231,10 @@ def _read_list(
     """
     examples: list[Example] = []
     before = problems.count
-    for origin, line in _read_lines(path, problems):
+    lines = list(_read_lines(path, problems))
+    if not lines and problems.count == before:
+        problems.add(f"{path}: no pictures, expected lines like {LINE_EXAMPLE!r}; {_RESTORE}")
+    for origin, line in lines:
         picture = parse_line(line)
         if isinstance(picture, str):
             problems.add(f"{origin}: {picture}")
@@ -242,8 +245,6 @@ def _read_list(
         if product := products.get(picture.number):
             label = product.name if labels == "fine" else product.coarse_name
             examples.append(Example(path.parent / picture.path, label, product.text, origin))
-    if not examples and problems.count == before:
-        problems.add(f"{path}: no pictures, expected lines like {LINE_EXAMPLE!r}; {_RESTORE}")
     return examples
 
 

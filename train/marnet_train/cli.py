@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -88,6 +88,39 @@ def plates(
     say(f"wrote {out}; look at {out / CONTACT_SHEET}")
     next_commands(
         f"marnet-train fit --data {shlex.quote(str(out))} --recipe plates --out runs/plates"
+    )
+
+
+@data.command()
+@click.option(
+    "--source",
+    metavar="DIR",
+    type=_FOLDER,
+    required=True,
+    help="Checkout of https://github.com/marcusklasson/GroceryStoreDataset.",
+)
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--labels",
+    type=Choice(("fine", "coarse")),
+    default="fine",
+    show_default=True,
+    help="The 81 products, or their 43 kinds.",
+)
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def grocery(source: Path, out: Path, labels: Literal["fine", "coarse"], force: bool) -> None:
+    """5,421 photographs of groceries in shops, each with the description of the product.
+
+    Reads a checkout of the public Grocery Store data set (MIT licence); downloads nothing.
+    """
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.grocery import NOTICE_FILE, unofficial_counts, write_grocery
+    written = write_grocery(source, out, labels=labels, overwrite=force)
+    for sentence in unofficial_counts(written):
+        say(f"warning: {sentence}")
+    say(f"wrote {out}; source and licence are in {out / NOTICE_FILE}")
+    next_commands(
+        f"marnet-train fit --data {shlex.quote(str(out))} --recipe grocery --out runs/grocery"
     )
 
 

@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "marnet_export": {"marnet_sdk", "marnet_train"},
     "marnet_bench": {"marnet_sdk", "marnet_train", "marnet_export"},
 }
-# What export and bench may know of training: the model, not how it was trained.
-OF_TRAINING = {"models", "diffusion", "checkpoint", "data", "text"}
+# What export and bench may know of training: the model and how answers are judged, not how it was
+# trained.
+OF_TRAINING = {"models", "diffusion", "checkpoint", "data", "text", "measures"}
 FRAMEWORKS = {
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
     "tensorrt_rtx", "cuda", "sklearn", "datasets",

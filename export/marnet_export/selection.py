@@ -21,42 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from marnet_sdk.errors import InvalidInput, VerificationFailed, requires_extra
+from marnet_train.measures import paired_interval
 
 EXACT, FAST, BALANCED, BUDGET = "exact", "fast", "balanced", "budget"
 _BETWEEN_STARTS = 3  # 2 to 4 do equally well; one start alone fails where 1 % of labels are wrong
-
-
-def paired_interval(
-    better: int, worse: int, count: int, z: float = 1.96
-) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same images, with its confidence interval.
-
-    The adjusted Wald interval: Agresti and Min, "Simple improved confidence intervals for comparing
-    matched proportions", Statistics in Medicine 24, 2005. Half an image is added to each of the
-    four cells, so that two processes that never differed have an interval, too.
-
-    Args:
-        better: images that the candidate has right and the reference wrong.
-        worse: the reverse.
-        count: all images, N.
-        z: 1.96 is 95 %.
-
-    Returns:
-        (candidate - reference as measured, low, high).
-
-    Raises:
-        InvalidInput: counts that cannot be.
-    """
-    if min(better, worse) < 0 or count < max(1, better + worse):
-        raise InvalidInput(
-            f"got {better} better and {worse} worse of {count} images; expected counts with "
-            "better + worse <= count, and at least one image"
-        )
-    difference = better - worse
-    total = count + 2
-    spread = z * math.sqrt(better + worse + 1 - difference**2 / total)
-    low, high = (difference - spread) / total, (difference + spread) / total
-    return difference / count, max(low, -1.0), min(high, 1.0)
 
 
 def images_needed(max_drop: float, z: float = 1.96) -> int:

@@ -21,12 +21,12 @@ from marnet_export.selection import (
     evaluate_exact,
     images_needed,
     non_dominated,
-    paired_interval,
     pareto_report,
     risk_coverage,
     threshold_for_risk,
 )
 from marnet_sdk.errors import InvalidInput, VerificationFailed
+from marnet_train.measures import paired_interval
 
 # Of ten images the exact process has seven right.
 TRUTH = np.zeros(10, np.int64)
@@ -63,41 +63,7 @@ def candidates(most: int = 8) -> st.SearchStrategy[list[Candidate]]:
     return st.lists(one, max_size=most, unique_by=lambda c: c.process)
 
 
-# --- intervals
-
-
-# (b - c -+ 1.96 sqrt(b + c + 1 - (b - c)^2 / (N + 2))) / (N + 2), by hand.
-@pytest.mark.parametrize(
-    ("better", "worse", "count", "expected"),
-    [
-        (0, 0, 194, (0.0, -0.01, 0.01)),
-        (0, 0, 98, (0.0, -0.0196, 0.0196)),
-        (1, 2, 98, (-1 / 98, -0.01 - 0.0196 * math.sqrt(3.99), -0.01 + 0.0196 * math.sqrt(3.99))),
-        (10, 0, 10, (1.0, (10 - 1.96 * math.sqrt(11 - 100 / 12)) / 12, 1.0)),  # cut at 1
-        (0, 1, 1, (-1.0, -1.0, (-1 + 1.96 * math.sqrt(2 - 1 / 3)) / 3)),
-    ],
-)
-def test_intervals_are_those_of_the_formula(better, worse, count, expected):
-    assert paired_interval(better, worse, count) == pytest.approx(expected, abs=FLOAT64)
-
-
-@given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 1000))
-def test_intervals_hold_the_difference_and_mirror(better, worse, same):
-    count = max(1, better + worse + same)
-    difference, low, high = paired_interval(better, worse, count)
-    assert -1 <= low <= difference <= high <= 1
-    mirrored = paired_interval(worse, better, count)
-    assert mirrored == pytest.approx((-difference, -high, -low), abs=FLOAT64)
-    wider = paired_interval(better, worse, count, z=2.58)
-    assert wider[1] <= low <= high <= wider[2]
-
-
-def test_intervals_cover_the_truth_in_95_of_100_sets():
-    rng = np.random.default_rng(0)
-    cells = rng.multinomial(300, [0.02, 0.04, 0.94], size=2000)
-    intervals = [paired_interval(int(b), int(c), 300) for b, c, _ in cells]
-    covered = np.mean([low <= 0.02 - 0.04 <= high for _, low, high in intervals])
-    assert 0.94 <= covered <= 0.98  # four standard errors of a share of 2,000 are 0.02
+# --- how many images
 
 
 @pytest.mark.parametrize(("drop", "images"), [(0.01, 194), (0.02, 96), (0.005, 390), (0.9, 1)])
@@ -381,9 +347,6 @@ ONES = np.ones(3, bool)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paired_interval(-1, 0, 5), "got -1 better and 0 worse of 5 images; expected"),
-        (lambda: paired_interval(3, 3, 5), "got 3 better and 3 worse of 5"),
-        (lambda: paired_interval(0, 0, 0), "at least one image"),
         (lambda: images_needed(0), "max_drop: got 0; expected a share of accuracy"),
         (lambda: images_needed(1.0), "max_drop: got 1.0"),
         (lambda: choose([], EXACT, math.nan), "max_drop: got nan"),

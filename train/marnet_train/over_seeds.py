@@ -6,7 +6,6 @@ python -m marnet_train.over_seeds --data data/digits --seeds 3 --svm --output ou
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import tempfile
@@ -20,7 +19,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import t as student
 from sklearn.svm import SVC
 
 from marnet_sdk.console import Command, print_table, say
@@ -31,6 +29,7 @@ from marnet_train.data.dataset import (
     data_hash,
     read_data_set,
 )
+from marnet_train.measures import student_interval
 from marnet_train.recipe import load_recipe
 from marnet_train.trainer import PACKAGES, fit
 
@@ -60,14 +59,6 @@ def _pixels(examples: Sequence[Example]) -> tuple[NDArray[np.float64], list[str]
     return np.stack(images), [e.label for e in examples]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % Student interval of the mean; (nan, nan) of fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    reach = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-    return float(np.mean(values)) - reach, float(np.mean(values)) + reach
-
-
 def measure(data: Path, recipe: str, seeds: int, *, svm: bool) -> dict[str, Any]:
     """Train with seeds 0 .. seeds - 1 and collect the test accuracy of every branch."""
     folder = read_data_set(data)
@@ -86,7 +77,11 @@ def measure(data: Path, recipe: str, seeds: int, *, svm: bool) -> dict[str, Any]
     return {
         "what": "test top-1 accuracy over training seeds, mean and 95 % Student interval",
         "summary": {
-            name: {"mean": float(np.mean(values)), "interval": interval(values), "runs": values}
+            name: {
+                "mean": float(np.mean(values)),
+                "interval": student_interval(values),
+                "runs": values,
+            }
             for name, values in per_branch.items()
         },
         "data_sha256": data_hash(folder),

@@ -17,6 +17,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# With these, set where the tests are started, rich prints colours and breaks lines in a pipe too.
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
 settings.register_profile("untimed", deadline=None)  # how long a test takes depends on the machine
 settings.load_profile("untimed")
 

@@ -12,9 +12,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+from marnet_sdk.backends import BACKENDS
+
 README = Path(__file__).parent.parent / "README.md"
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- written by make readme -->\n```text\n)(.*?)(^```)", re.M | re.S)
+_BACKEND = "|".join(BACKENDS)
+_OF_THE_MACHINE = [
+    (re.compile(pattern, re.MULTILINE), instead)
+    for pattern, instead in [
+        (r"^unsteady: .*\n", ""),
+        (rf"^({_BACKEND}): (unavailable|refused): .*\n", ""),
+        # The title of a table is as wide as the table: a long name breaks it into lines.
+        (r"(\d+\s+steps),(?s:.*?),\s+\d+\s+threads", r"\1, PROCESSOR, threads"),
+        (r"^python \d.*; load", "VERSIONS; load"),
+        (r"[\d.]+ times the speed of plain PyTorch", "COMPARED"),
+        (r"no difference from plain PyTorch can be told", "COMPARED"),
+        (_BACKEND, "BACKEND"),
+        (r"[0-9.,]+(e[-+][0-9]+)?", " "),
+        (r"^(BACKEND: .*\n)\1+", r"\1"),  # one line for each backend: as many as there are
+    ]
+]
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -62,13 +80,16 @@ def written_output() -> str:
 
 
 def words(output: str) -> list[str]:
-    """The words of an output, without figures and frames: what does not change from run to run.
+    """The words of an output, without what depends on the machine that printed it.
 
-    Which backend is the fastest may change, and with it what is said of its arithmetic.
+    Left out are figures and frames, the processor, the versions, how a measurement came out, and
+    which backends there are, which of them is the fastest, and why others are not there. A backend
+    that crashed is left in.
     """
-    steady = re.sub(r"(?m)^unsteady: .*$", "", output)
-    steady = re.sub(r"onnxruntime|openvino|torchscript|aotinductor", "BACKEND", steady)
-    return re.findall(r"[A-Za-z_]{2,}", re.sub(r"[0-9.,]+", " ", steady))
+    steady = output
+    for pattern, instead in _OF_THE_MACHINE:
+        steady = pattern.sub(instead, steady)
+    return re.findall(r"[A-Za-z_]{2,}", steady)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from compilers import need_compiler
 from tiny import make_model
 from tolerances import FLOAT32_LAYER
 
@@ -86,6 +87,7 @@ def test_coarser_precisions_stay_near_or_say_why_they_are_absent(problem, name, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
 def test_a_compiled_step_is_the_same_loop():
     """Once: compiling takes seconds."""
+    need_compiler()
     problem = make_problem(make_model(), "dpmpp", 7)
     assert relative_error(PEERS["torch.compile"].open(problem, "fp32", 1), problem, 5) < 1e-5
     with pytest.raises(BackendUnavailable, match="packed weights"):

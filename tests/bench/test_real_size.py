@@ -54,5 +54,10 @@ def test_a_model_of_real_size_is_exported_and_measured_in_every_form(model):
         assert "refused" in row or 0 <= row["agreement"] <= 1, row["name"]
         assert row["peak_mb"] > 0
     delivered = {(row["backend"], row["precision"]) for row in exported if "refused" not in row}
-    assert {("openvino", p) for p in PRECISIONS} <= delivered
+    lacking = {  # what this processor cannot compute
+        (row["backend"], row["precision"])
+        for row in exported
+        if "arithmetic, and openvino would emulate it" in row.get("refused", "")
+    }
+    assert {("openvino", p) for p in PRECISIONS} <= delivered | lacking
     assert {(b, "fp32") for b in BUILDERS} <= delivered

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from compilers import need_compiler
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 from torch import nn
@@ -63,6 +64,7 @@ def vision(model) -> dict[str, nn.Module]:
 @pytest.fixture(scope="module")
 def payload(lowered, vision, tmp_path_factory) -> Callable[[str, str], Path]:
     """Storage and compute type -> what was built, once."""
+    need_compiler()
     known: dict[tuple[str, str], Path] = {}
 
     def make(storage: str, compute: str) -> Path:
@@ -159,6 +161,7 @@ def test_building_leaves_the_model_as_it_was(payload, model):
 @pytest.fixture(scope="module")
 def text(lowered, tmp_path_factory) -> Path:
     """A payload with a text encoder; while it was built, nothing but the package was left."""
+    need_compiler()
     folder = tmp_path_factory.mktemp("text")
     payload, temporary = folder / "payload", folder / "temporary"
     payload.mkdir()
@@ -345,6 +348,7 @@ def test_a_torch_whose_compiler_cannot_do_loops_is_refused_before_it_tries(
 
 
 def test_a_compiler_that_fails_is_reported_in_one_line(lowered, tmp_path, monkeypatch, capfd):
+    need_compiler()
     compiler, temporary, payload = (tmp_path / name for name in ("g++", "temporary", "payload"))
     temporary.mkdir()
     payload.mkdir()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compilers import need_compiler
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_TWICE
 
@@ -44,6 +45,7 @@ def model() -> MARNet:
 @pytest.fixture(scope="module")
 def payload(model, tmp_path_factory) -> Path:
     """Read-only. Stored in fp16, so that there is something to convert when it is loaded."""
+    need_compiler()
     folder = tmp_path_factory.mktemp("aotinductor")
     lowered, types = lower_marnet(model), Types("fp16", "fp32")
     build_encoder(lowered, torch.rand(2, 3, 32, 32), types, folder)

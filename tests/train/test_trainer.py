@@ -97,7 +97,7 @@ def test_training_json_says_how_the_model_came_to_be(
     assert training["data"]["sha256"] == data_hash(read_data_set(data))
     assert training["data"]["images"] == {"train": 200, "val": 40, "test": 30}
     assert training["versions"]["torch"] == torch.__version__
-    assert 0 < training["seconds"] < 600
+    assert training["seconds"] > 0
     assert training["machine"] == {
         "threads": torch.get_num_threads(),
         "device": str(pick_device("auto")),

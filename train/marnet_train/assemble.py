@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from marnet_train.models.backbones import backbone_config, load_backbone
 from marnet_train.models.marnet import MARNet, MarnetConfig
 from marnet_train.phases import TrainingSet
 from marnet_train.recipe import Recipe
+from marnet_train.stages import Split
 from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_tokenizer
 
 
@@ -116,3 +118,35 @@ def make_training_set(
     ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
     images = make_images(examples, preprocess, "train")
     return TrainingSet(images, label_tensor(examples, folder.labels), ids, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A training that can begin."""
+
+    tokenizer: PreTrainedTokenizerBase
+    preprocess: Preprocess
+    model: MARNet
+    data: TrainingSet
+    splits: dict[str, Split]  # val and, where there is one, test
+
+
+def prepare(folder: DataSet, recipe: Recipe, seed: int, device: torch.device) -> Prepared:
+    """Everything that a training needs; the same seed gives the same initial weights.
+
+    Raises:
+        RecipeError: the recipe cannot be followed. DataError: an image cannot be decoded.
+    """
+    tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
+    # Built first: what is wrong with a recipe should show before every image has been decoded.
+    model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    data = make_training_set(folder, preprocess, tokenizer, recipe)
+    splits = {
+        name: Split(make_images(examples, preprocess, name), label_tensor(examples, folder.labels))
+        for name, examples in folder.splits.items()
+        if name != "train"
+    }
+    if recipe.alignment.lr_backbone > 0:  # images that cannot be decoded should show now
+        for images in (data.images, *(split.images for split in splits.values())):
+            images.store()
+    return Prepared(tokenizer, preprocess, model, data, splits)

@@ -167,7 +167,7 @@ def mcnemar_p(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     Raises:
         InvalidInput: arrays that do not fit.
     """
-    a, b = _pair(correct_a, correct_b, 1)
+    a, b = _pair(correct_a, correct_b)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     with requires_extra("train", "scipy"):
         from scipy.stats import binom
@@ -188,7 +188,7 @@ class PairedDifference:
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDifference:
     """Difference of the accuracies of two ways to train, with its 95 % intervals.
 
-    mean = 1 / (R N) * sum of D, where D = correct_a - correct_b is -1, 0 or 1, [R, N].
+    mean = 1 / (R N) * sum of D, where D = correct_a - correct_b is -1 to 1, [R, N].
 
     `interval` of one run is `paired_interval`. Of several it is the same interval, 1.96 standard
     errors to each side of sum(D) / (R (N + 2)), with the standard error of a bootstrap that draws
@@ -213,21 +213,24 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDiffe
     nothing about others, and with many runs and few images it is far too narrow for them.
 
     Args:
-        correct_a, correct_b: whether each answer is right, bool [R, N]; row r of both was trained
-            with the same seed, column n of both is the same image.
+        correct_a, correct_b: whether each answer is right, bool [R, N], or the share of several
+            noise seeds at which it is, 0 to 1; row r of both was trained with the same seed,
+            column n of both is the same image.
 
     Raises:
         InvalidInput: arrays that do not fit.
     """
-    a, b = _pair(correct_a, correct_b, 2)
+    a, b = _shares(correct_a, correct_b)
     runs, images = a.shape
-    differences = a.astype(np.int8) - b.astype(np.int8)
+    differences = a - b
     mean = float(differences.mean())
-    if runs == 1:
-        _, low, high = paired_interval(int((a & ~b).sum()), int((b & ~a).sum()), images)
+    centre = mean * images / (images + 2)
+    if runs == 1:  # the adjusted Wald interval of `paired_interval`, written for shares as well
+        variance = ((differences**2).sum() + 1) / (images + 2) - centre**2
+        error = float(np.sqrt(variance / (images + 2)))
     else:
-        centre, reach = mean * images / (images + 2), 1.96 * _standard_error(differences)
-        low, high = max(centre - reach, -1.0), min(centre + reach, 1.0)
+        error = _standard_error(differences)
+    low, high = max(centre - 1.96 * error, -1.0), min(centre + 1.96 * error, 1.0)
     over_runs = student_interval(differences.mean(axis=1).tolist())
     return PairedDifference(mean, (low, high), over_runs, images, runs)
 
@@ -275,20 +278,31 @@ def _right_among_surest(score: ArrayLike, correct: ArrayLike) -> NDArray[np.floa
     )
 
 
-def _pair(a: ArrayLike, b: ArrayLike, axes: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two bool arrays of the same shape with so many axes."""
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Two bool arrays [N]."""
     first, second = np.asarray(a), np.asarray(b)
-    fits = first.shape == second.shape and first.ndim == axes and first.size
+    fits = first.shape == second.shape and first.ndim == 1 and first.size
     if not fits or first.dtype != bool or second.dtype != bool:
         raise InvalidInput(
             f"got correct_a {first.shape} ({first.dtype}) and correct_b {second.shape} "
-            f"({second.dtype}); expected bools, both {'[R, N]' if axes == 2 else '[N]'} and at "
-            "least one image"
+            f"({second.dtype}); expected bools, both [N] and at least one image"
         )
     return first, second
 
 
-def _standard_error(differences: NDArray[np.int8]) -> float:
+def _shares(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two arrays [R, N] of 0 to 1."""
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    fits = first.shape == second.shape and first.ndim == 2 and first.size
+    if not fits or not all(((x >= 0) & (x <= 1)).all() for x in (first, second)):
+        raise InvalidInput(
+            f"got correct_a {first.shape} and correct_b {second.shape}; expected bools or shares "
+            "from 0 to 1, both [R, N] and at least one image"
+        )
+    return first, second
+
+
+def _standard_error(differences: NDArray[np.float64]) -> float:
     """Deviation of the mean over resamples of runs and images, from D [R, N] with R > 1."""
     rng = np.random.default_rng(0)
     runs, images = differences.shape

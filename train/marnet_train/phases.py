@@ -171,7 +171,7 @@ def train_alignment(
         loss = phase.ita_weight * ita_loss(visual, semantic, temperature(), groups)
         return loss if joint is None else loss + joint(x_v, x_s, labels)
 
-    parts = [(heads, phase.lr_heads)]
+    parts: list[tuple[nn.Module, float]] = [(heads, phase.lr_heads)]
     if target.x_s is None:
         parts.append((model.text, phase.lr_text))
     _train_image_branch(model, data, source, phase, seed, run, title, parts, text_loss)
@@ -207,7 +207,9 @@ def _train_image_branch(
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
     frozen = isinstance(source, FrozenFeatures)
-    mean, std = mean_and_scale(source.views.flatten(0, 1)) if frozen else (0.0, 1.0)
+    mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)
+    if isinstance(source, FrozenFeatures):
+        mean, std = mean_and_scale(source.views.flatten(0, 1))
     heads = nn.ModuleList([model.project_vision, model.alignment_classifier])
     parts = [
         *([] if frozen else [(model.vision, phase.lr_backbone)]),

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from marnet_train.evaluate import Measured
+from marnet_train.measures import paired_difference
 
 BRANCHES = {
     "baseline": "image-only baseline",
@@ -26,27 +24,14 @@ PAIRS = (
 )
 
 
-def paired_scores_interval(difference: NDArray[np.floating]) -> tuple[float, float, float]:
-    """Mean of paired differences from -1 to 1, [N], and its 95 % interval.
-
-    Agresti and Min 2005 for proportions, written for shares as well: one half is added to each
-    cell of the table of pairs, that is two images, of which one differs.
-    """
-    count = len(difference) + 2
-    mean = float(difference.sum()) / count
-    variance = (float((difference**2).sum()) + 1) / count - mean**2
-    reach = 1.96 * (variance / count) ** 0.5
-    return float(difference.mean()), max(mean - reach, -1.0), min(mean + reach, 1.0)
-
-
 def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     """Paired differences of top-1 between branches on the same images, with 95 % intervals."""
     rows = {}
-    for one, other in PAIRS:
-        mean, low, high = paired_scores_interval(
-            (found[one].correct - found[other].correct).cpu().numpy()
-        )
-        rows[f"{one} - {other}"] = {"mean": mean, "low": low, "high": high}
+    for pair in PAIRS:
+        one, other = (found[name].correct.cpu().numpy()[None] for name in pair)
+        seen = paired_difference(one, other)
+        low, high = seen.interval
+        rows[" - ".join(pair)] = {"mean": seen.mean, "low": low, "high": high}
     return rows
 
 

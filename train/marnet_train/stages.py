@@ -104,19 +104,34 @@ class Trained:
         return nn.ModuleDict({"model": self.model, "baseline": self.baseline, "mlp": self.mlp})
 
 
+def encoded(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> Source:
+    """Where phase A takes x_v from: the encoder itself, or its cached features if it is frozen."""
+    if recipe.alignment.lr_backbone == 0:
+        views = recipe.refinement.views
+        return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
+    return LearningEncoder(vision, data.images.store(), recipe.augment)
+
+
 def train_all(
-    model: MARNet, data: TrainingSet, val: Split, recipe: Recipe, seed: int, run: Progress
+    model: MARNet,
+    data: TrainingSet,
+    val: Split,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    *,
+    with_baseline: bool = True,
 ) -> Trained:
-    """All phases, in order; `model` is trained in place."""
+    """All phases, in order; `model` is trained in place.
+
+    Args:
+        with_baseline: train the image-only baseline as well; else it stays as it began.
+    """
     baseline = Baseline(model).to(model.device)
     mlp = copy.deepcopy(Refiner.of(model))
     frozen = recipe.alignment.lr_backbone == 0
 
-    def source(vision: VisionEncoder) -> Source:
-        if frozen:
-            views = recipe.refinement.views
-            return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
-        return LearningEncoder(vision, data.images.store(), recipe.augment)
+    source = partial(encoded, data=data, recipe=recipe)
 
     def image_score(branch: ImageBranch) -> float:
         seen = val.seen_by(branch.vision, frozen=frozen)
@@ -127,19 +142,8 @@ def train_all(
     stage = _Stages(run, Trained(model, baseline, mlp, recipe).modules)
     if recipe.text_phase is not None:
         stage.once("text", lambda: train_text(model, data, recipe, seed, run))
-    tries = BASELINE_RATES if recipe.alignment.ita_weight == "auto" else (1.0,)
-    rate = stage.choose(
-        "baseline learning rate",
-        tries,
-        lambda factor, title: image_score(
-            _baseline_try(baseline, data, source, _faster(recipe, factor), seed, run, title)
-        ),
-    )
-    faster = _faster(recipe, rate)
-    stage.once(
-        "baseline",
-        lambda: train_baseline(baseline, data, source(baseline.vision), faster, seed, run),
-    )
+    if with_baseline:
+        _train_baseline(baseline, data, source, recipe, seed, stage, image_score)
     target = make_target(model, data, recipe, seed)
     recipe = _choose_alignment(model, data, source, target, recipe, seed, stage, image_score)
     stage.once(
@@ -209,18 +213,29 @@ def _faster(recipe: Recipe, factor: float) -> Recipe:
     return replace(recipe, alignment=replace(phase, **rates))
 
 
-def _baseline_try(
-    start: Baseline,
+def _train_baseline(
+    baseline: Baseline,
     data: TrainingSet,
     source: Callable[[VisionEncoder], Source],
     recipe: Recipe,
     seed: int,
-    run: Progress,
-    title: str,
-) -> Baseline:
-    trial = copy.deepcopy(start)
-    train_baseline(trial, data, source(trial.vision), recipe, seed, run, title)
-    return trial
+    stage: _Stages,
+    image_score: Callable[[ImageBranch], float],
+) -> None:
+    """The image-only peer. Where beta is chosen, so is its learning rate, from as many values."""
+
+    def train(branch: Baseline, factor: float, title: str) -> None:
+        faster = _faster(recipe, factor)
+        train_baseline(branch, data, source(branch.vision), faster, seed, stage.run, title)
+
+    def attempt(factor: float, title: str) -> float:
+        trial = copy.deepcopy(baseline)
+        train(trial, factor, title)
+        return image_score(trial)
+
+    tries = BASELINE_RATES if recipe.alignment.ita_weight == "auto" else (1.0,)
+    factor = stage.choose("learning rate of the baseline, times", tries, attempt)
+    stage.once("baseline", lambda: train(baseline, factor, "baseline"))
 
 
 def _choose_alignment(

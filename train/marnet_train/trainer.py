@@ -11,19 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory, check_output
-from marnet_sdk.preprocess import Preprocess
-from marnet_train.assemble import (
-    build_model,
-    make_images,
-    make_preprocess,
-    make_tokenizer,
-    make_training_set,
-)
+from marnet_train.assemble import prepare
 from marnet_train.card import model_card
 from marnet_train.checkpoint import (
     SAMPLES,
@@ -35,8 +27,8 @@ from marnet_train.checkpoint import (
 )
 from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
 from marnet_train.data.imagefolder import write_split
-from marnet_train.evaluate import label_tensor, pick_device
-from marnet_train.progress import METRICS, Progress, saved_progress
+from marnet_train.evaluate import pick_device
+from marnet_train.progress import METRICS, saved_progress
 from marnet_train.recipe import Recipe, chosen
 from marnet_train.report import BRANCHES, differences
 from marnet_train.stages import Split, Trained, measure_all, train_all
@@ -84,8 +76,14 @@ def fit(
         folder = read_data_set(data)
         decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
         with saved_progress(out, decisive, restart=restart) as run:
-            tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
-            trained, found = _train(folder, tokenizer, preprocess, recipe, seed, target, run)
+            ready = prepare(folder, recipe, seed, target)
+            trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, seed, run)
+            found = {
+                split: run.once(
+                    f"evaluation on {split}", trained.modules, partial(_evaluate, trained, where)
+                )
+                for split, where in ready.splits.items()
+            }
             training = {
                 "recipe": name,
                 "seconds": round(run.seconds, 1),
@@ -98,9 +96,9 @@ def fit(
                 **decisive,
             }
             with atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
-                write_model(fresh, trained.model, preprocess)
+                write_model(fresh, trained.model, ready.preprocess)
                 write_baseline(fresh, trained.baseline)
-                tokenizer.save_pretrained(fresh)
+                ready.tokenizer.save_pretrained(fresh)
                 write_json(fresh / TRAINING, training)
                 (fresh / METRICS).write_text(run.log_lines(), "utf-8")
                 if keep_samples:
@@ -144,41 +142,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _train(
-    folder: DataSet,
-    tokenizer: PreTrainedTokenizerBase,
-    preprocess: Preprocess,
-    recipe: Recipe,
-    seed: int,
-    device: torch.device,
-    run: Progress,
-) -> tuple[Trained, dict[str, Any]]:
-    """MARNet, its baseline and the control, and how good each is on val and test."""
-    # Built first: what is wrong with a recipe should show before every image has been decoded.
-    model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
-    data = make_training_set(folder, preprocess, tokenizer, recipe)
-    splits = {
-        split: Split(
-            make_images(examples, preprocess, split), label_tensor(examples, folder.labels)
-        )
-        for split, examples in folder.splits.items()
-        if split != "train"
-    }
-    if (
-        recipe.alignment.lr_backbone > 0
-    ):  # what cannot be decoded should show now, and not when it is first needed
-        for images in (data.images, *(split.images for split in splits.values())):
-            images.store()
-    trained = train_all(model, data, splits["val"], recipe, seed, run)
-    found = {
-        split: run.once(
-            f"evaluation on {split}", trained.modules, partial(_evaluate, trained, where)
-        )
-        for split, where in splits.items()
-    }
-    return trained, found
 
 
 def _evaluate(trained: Trained, split: Split) -> dict[str, Any]:

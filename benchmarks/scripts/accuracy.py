@@ -45,7 +45,7 @@ from marnet_train.assemble import Prepared, prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
 from marnet_train.data.pixels import decode_example
 from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import NOISE_SEEDS, Labelled, sample_probabilities
+from marnet_train.evaluate import Labelled, sample_probabilities
 from marnet_train.measures import (
     accuracy_at_coverage,
     expected_calibration_error,
@@ -61,8 +61,8 @@ from marnet_train.recipe import Recipe, chosen, load_recipe
 from marnet_train.stages import Trained, encoded, refiner_probabilities, score, train_all
 
 STEPS = (1, 2, 5, 10, 100)  # of the chain; those beyond T are left out
+DRAWS = 8  # noise samples of every chain; K = 1 is the mean accuracy of all of them
 CONTROLS = ("labels", "random", "shuffled")
-Row = tuple[str, list[Tensor], NDArray[np.float64] | None]  # name, probabilities by seed, score
 
 
 class Rows:
@@ -71,14 +71,14 @@ class Rows:
     def __init__(self, labels: Tensor) -> None:
         self.labels, self.found = labels.cpu().numpy(), dict[str, dict[str, Any]]()
 
-    def add(self, name: str, by_seed: Sequence[Tensor], votes: NDArray | None = None) -> None:
-        """Probabilities [N, C] of every noise seed (one where there is no noise).
+    def add(self, name: str, answers: Sequence[Tensor], votes: NDArray | None = None) -> None:
+        """Probabilities [N, C] of every answer that noise gives (one where there is no noise).
 
         Args:
-            votes: share of the samples of the first seed that vote for its answer, [N].
+            votes: share of the noise samples that vote for the first answer, [N].
         """
         right, calibration = [], []
-        for probabilities in by_seed:
+        for probabilities in answers:
             p = probabilities.double().cpu().numpy()
             p /= p.sum(axis=1, keepdims=True)
             correct, sure = p.argmax(axis=1) == self.labels, p.max(axis=1)
@@ -124,19 +124,17 @@ def add_trained(rows: Rows, trained: Trained, seen: Labelled, base: Labelled) ->
     steps = [s for s in STEPS if s < recipe.schedule.steps] + [recipe.schedule.steps]
     for count in steps:
         table = sampler_table(recipe.schedule, "ddpm", count)
-        drawn = [
-            sample_probabilities(model, seen.x_v, table, noise, 8)
-            for noise in track(NOISE_SEEDS, f"{count} steps")
-        ]
-        for name, part in (("refined", 0), ("MARNet", 1)):
-            for samples in (1, 8):
-                chosen_rows = [d[part][:samples].mean(dim=0) for d in drawn]
-                votes = _votes(drawn[0][part]) if samples == 8 else None
-                rows.add(f"{name}, {count} steps, K = {samples}", chosen_rows, votes)
-        if count == recipe.schedule.steps:
-            samples = model.config.samples
-            for name, part in (("refined", 0), ("MARNet", 1)):
-                rows.add(name, [d[part][:samples].mean(dim=0) for d in drawn])
+        drawn = sample_probabilities(model, seen.x_v, table, 0, DRAWS)
+        for name, samples in zip(("refined", "MARNet"), drawn, strict=True):
+            rows.add(f"{name}, {count} steps, K = 1", _averaged(samples, 1))
+            rows.add(f"{name}, {count} steps, K = {DRAWS}", [samples.mean(dim=0)], _votes(samples))
+            if count == recipe.schedule.steps:
+                rows.add(name, _averaged(samples, model.config.samples))
+
+
+def _averaged(samples: Tensor, count: int) -> list[Tensor]:
+    """Means over disjoint groups of `count` noise samples, from [K, N, C]: each is one answer."""
+    return [group.mean(dim=0) for group in samples.split(count) if len(group) == count]
 
 
 def _votes(samples: Tensor) -> NDArray:
@@ -199,12 +197,9 @@ def add_control(
     table = sampler_table(recipe.schedule, "ddpm")
     rows.add(f"{kind}: alignment", [image_probabilities(model, seen)])
     rows.add(f"{kind}: +MLP", [one_pass_probabilities(model, trained.mlp, seen, recipe)])
-    drawn = [
-        sample_probabilities(model, seen.x_v, table, noise, model.config.samples)
-        for noise in NOISE_SEEDS
-    ]
-    rows.add(f"{kind}: refined", [refined.mean(dim=0) for refined, _ in drawn])
-    rows.add(f"{kind}: MARNet", [whole.mean(dim=0) for _, whole in drawn])
+    drawn = sample_probabilities(model, seen.x_v, table, 0, DRAWS)
+    for name, samples in zip(("refined", "MARNet"), drawn, strict=True):
+        rows.add(f"{kind}: {name}", _averaged(samples, model.config.samples))
 
 
 def add_corruptions(
@@ -296,7 +291,7 @@ def run(data: Path, recipe: str, seed: int, out: Path, controls: bool, damaged: 
 
 
 def right_answers(runs: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
-    """Share of the noise seeds at which each image is right, [R, N]."""
+    """Share of the answers that are right, of each image, [R, N]."""
     return np.stack(
         [
             np.mean(

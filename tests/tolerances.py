@@ -61,3 +61,7 @@ INT8 = 0.1
 # round every product to the type, 2^-11 (fp16) or 2^-8 (bf16) of it; relative to the largest
 # output.
 CAPTURED_LOOP = {"fp16": 5e-3, "bf16": 4e-2}
+# EfficientNet-Lite0's last map, whose values go up to 6, against the same network written out: the
+# same sums, which another library might add in another order (float32); the sigmoid of 30 is 1e-13
+# from 1, in 16 blocks (float64).
+LITE0 = {"float32": 1e-4, "float64": 1e-9}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.errors import RecipeError, nearest
 from marnet_sdk.preprocess import Preprocess
-from marnet_train.data.examples import DataSet
+from marnet_train.data.examples import DataSet, Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor
+from marnet_train.features import Images
 from marnet_train.models.backbones import backbone_config, load_backbone
 from marnet_train.models.marnet import MARNet, MarnetConfig
 from marnet_train.phases import TrainingSet
@@ -98,14 +100,19 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
     return Preprocess.from_dict(content)
 
 
+def make_images(examples: Sequence[Example], preprocess: Preprocess, split: str) -> Images:
+    """The images of a split, which are decoded when they are first needed, and once."""
+    return Images(examples, preprocess, cache(partial(PixelStore, examples, preprocess, split)))
+
+
 def make_training_set(
     folder: DataSet,
     preprocess: Preprocess,
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> TrainingSet:
-    """Decode the training images and encode their texts."""
+    """The training images, and their texts encoded."""
     examples = folder.splits["train"]
     ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
-    store = PixelStore(examples, preprocess, "train")
-    return TrainingSet(store, label_tensor(examples, folder.labels), ids, mask)
+    images = make_images(examples, preprocess, "train")
+    return TrainingSet(images, label_tensor(examples, folder.labels), ids, mask)

@@ -2,6 +2,7 @@
 
 config.json             architecture, method, schedule, fusion, id2label
 model.safetensors       all weights, float32
+baseline.safetensors    the image-only baseline: encoder, projection, classifier
 preprocessor_config.json, tokenizer files
 training.json           recipe, seed, metrics, data hash, versions
 samples/                up to 512 validation images with labels: what an export is verified on
@@ -30,9 +31,10 @@ from marnet_sdk.files import atomic_directory, newest, sha256_file
 from marnet_sdk.preprocess import Preprocess, PreprocessError
 from marnet_train.hub import download, files_of, is_hub_id, upload
 from marnet_train.models import METHODS
-from marnet_train.models.marnet import MARNet
+from marnet_train.models.marnet import Baseline, MARNet
 
 CONFIG, WEIGHTS, PREPROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
+BASELINE = "baseline.safetensors"
 TRAINING, SAMPLES = "training.json", "samples"
 _HOW_TO_GET_ONE = (
     "train one with: marnet-train fit --data DATA --recipe digits --out runs/NAME, "
@@ -202,6 +204,27 @@ def write_model(path: Path, model: MARNet, preprocess: Preprocess) -> None:
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write the weights of the image-only baseline into an existing directory."""
+    state = {n: tensor.detach().cpu().contiguous() for n, tensor in baseline.state_dict().items()}
+    save_file(state, path / BASELINE, metadata={"format": "pt"})
+
+
+def load_baseline(checkpoint: Checkpoint) -> Baseline:
+    """The image-only baseline that was trained beside a model, in evaluation mode on the CPU.
+
+    Raises:
+        NotFound: the checkpoint has none: older versions did not keep it.
+        CheckpointError: the file is damaged, or does not fit the configuration.
+    """
+    path = checkpoint.path / BASELINE
+    if not path.is_file():
+        raise NotFound(f"{path} is missing: train again with this version to have the baseline")
+    baseline = Baseline(checkpoint.model)
+    _load_weights(baseline, path)
+    return baseline.eval()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -89,6 +89,39 @@ def plates(
     say(f"wrote {out}; look at {out / CONTACT_SHEET}")
     next_commands(
         f"marnet-train fit --data {shlex.quote(str(out))} --recipe plates --out runs/plates"
+    )
+
+
+@data.command()
+@click.option(
+    "--source",
+    metavar="DIR",
+    type=_FOLDER,
+    required=True,
+    help="Checkout of https://github.com/marcusklasson/GroceryStoreDataset.",
+)
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--labels",
+    type=Choice(("fine", "coarse")),
+    default="fine",
+    show_default=True,
+    help="The 81 products, or their 43 kinds.",
+)
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def grocery(source: Path, out: Path, labels: Literal["fine", "coarse"], force: bool) -> None:
+    """5,421 photographs of groceries in shops, each with the description of the product.
+
+    Reads a checkout of the public Grocery Store data set (MIT licence); downloads nothing.
+    """
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.grocery import NOTICE_FILE, unofficial_counts, write_grocery
+    written = write_grocery(source, out, labels=labels, overwrite=force)
+    for sentence in unofficial_counts(written):
+        say(f"warning: {sentence}")
+    say(f"wrote {out}; source and licence are in {out / NOTICE_FILE}")
+    next_commands(
+        f"marnet-train fit --data {shlex.quote(str(out))} --recipe grocery --out runs/grocery"
     )
 
 
@@ -199,8 +232,24 @@ def fit(
         overwrite=force,
         restart=restart,
     )
+    _print_training(training)
     say(f"wrote {out} after {training['seconds']} s")
     next_commands(_export_command(out))
+
+
+def _print_training(training: dict[str, Any]) -> None:
+    from marnet_train.report import accuracy_rows, difference_rows, test_line, verdicts
+
+    samples = training["metrics"]["marnet"]["val"]["samples"]
+    columns = ("model", "top-1, 1 sample", f"top-1, {samples}", "top-5")
+    images = training["data"]["images"]["val"]
+    print_table(f"validation: {images} images", columns, accuracy_rows(training["metrics"], "val"))
+    columns = ("the same images", "points", "95 % interval")
+    print_table("differences", columns, difference_rows(training, "val"))
+    for sentence in verdicts(training, "val"):
+        click.echo(sentence)
+    if "test" in training["data"]["images"]:
+        click.echo(test_line(training))
 
 
 @main.command()
@@ -216,7 +265,7 @@ def fit(
 def evaluate(
     checkpoint: str | None, revision: str | None, data_dir: Path, split: str, device: str
 ) -> None:
-    """Accuracy of a checkpoint on a data set, over five noise seeds."""
+    """Accuracy of a checkpoint on a data set, the mean over three noise seeds."""
     with requires_extra(*_NEEDS):
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
         from marnet_train.evaluate import evaluate_checkpoint

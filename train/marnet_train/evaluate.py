@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from marnet_sdk.console import track
 from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.dataset import read_one_split
-from marnet_train.data.examples import DataSet, Example
+from marnet_train.data.examples import Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SamplerTable, sampler_table, trajectory_tensors
-from marnet_train.models.marnet import MARNet
+from marnet_train.features import compute_views
+from marnet_train.models.marnet import ImageBranch, MARNet
+from marnet_train.recipe import Augment
 
-NOISE_SEEDS = (0, 1, 2, 3, 4)  # accuracy is reported over these; 0 is the one that is served
+NOISE_SEEDS = (0, 1, 2)  # accuracy is the mean over these; 0 is the one that is served
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,17 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
             f"{wrong} of {count} images got NaN or infinite logits, expected finite ones: the "
             "training diverged; lower the learning rates of the recipe and train again"
         )
-    # Not topk: its order among equal logits is arbitrary.
-    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]  # [N, 5]
-    hit = best == labels[:, None].to(best.device)
+    hit = _best_five(logits) == labels[:, None].to(logits.device)
     return Accuracy(
         top1=float(hit[:, 0].float().mean()),
         top5=float(hit.any(dim=1).float().mean()),
         images=count,
     )
+
+
+def _best_five(logits: Tensor) -> Tensor:
+    """Classes of the five largest, [N, 5]; not topk, whose order among equal ones is arbitrary."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
 
 
 def label_tensor(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
@@ -63,44 +69,106 @@ def label_tensor(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
     return torch.tensor([index[example.label] for example in examples])
 
 
-@torch.no_grad()
-def visual_features(model: MARNet, store: PixelStore, batch: int = 256) -> Tensor:
-    """x_v of every image of the store, [N, D_v], in evaluation mode."""
-    model.eval()
-    device = model.vision_mean.device
-    rows = range(0, len(store), batch)
-    return torch.cat([model.vision(store.batch(slice(i, i + batch)).to(device)) for i in rows])
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """One split that is looked at but not learned from: x_v [N, D_v] and class indices [N]."""
+
+    x_v: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """How good one branch is on one split."""
+
+    top1: float  # mean over the noise seeds, as all below
+    top5: float
+    images: int
+    samples: int  # K, whose probabilities are averaged; 0: there is no noise in it
+    top1_over_noise_seeds: list[float]
+    top1_one_sample: float  # with K = 1, mean over all samples of all seeds
+    correct: Tensor  # [N], share of the noise seeds at which the image is classified right
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON data; not image by image."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "correct"}
 
 
 @torch.no_grad()
-def refined_features(model: MARNet, x_v: Tensor, table: SamplerTable, seed: int) -> Tensor:
-    """x_CDR of every row, [N, D_s], on the shared noise trajectory of `seed`."""
+def refined_features(
+    model: MARNet, x_v: Tensor, table: SamplerTable, seed: int, sample: int = 0, batch: int = 1024
+) -> Tensor:
+    """x_CDR of every row, [N, D_s], on one shared noise trajectory of `seed`."""
     width = model.denoiser.dim
-    trajectory = draw_trajectory(seed, table.timesteps, table.train_steps, width)
-    return model.refine(x_v, table, *trajectory_tensors(trajectory, x_v.shape[0], x_v))
+    drawn = draw_trajectory(seed, table.timesteps, table.train_steps, width, trajectory=sample)
+    return torch.cat(
+        [model.refine(x, table, *trajectory_tensors(drawn, len(x), x)) for x in x_v.split(batch)]
+    )
 
 
 @torch.no_grad()
-def evaluate_branches(
-    model: MARNet, x_v: Tensor, labels: Tensor, seeds: Sequence[int]
-) -> dict[str, list[Accuracy]]:
-    """Accuracy of each branch and of the whole, one entry per noise seed.
-
-    alignment: the classifier on x_EMA alone (no noise, so a single entry). refined: the one on
-    x_CDR alone. marnet: the final classifier on the fusion of both.
-    """
+def sample_probabilities(
+    model: MARNet, x_v: Tensor, table: SamplerTable, seed: int, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Probabilities of the refined branch and of the whole for each noise sample: two [K, N, C]."""
     model.eval()
+    refined, whole = [], []
+    for sample in range(samples):
+        x_cdr = refined_features(model, x_v, table, seed, sample)
+        refined.append(model.semantic_classifier(x_cdr).softmax(dim=1))
+        whole.append(model.classifier(model.fuse(x_v, x_cdr)).softmax(dim=1))
+    return torch.stack(refined), torch.stack(whole)
+
+
+def measure(probabilities: Tensor, labels: Tensor) -> Measured:
+    """Accuracy of a branch without noise, from [N, C] probabilities or logits."""
+    found = accuracy(probabilities, labels)
+    correct = (_best_five(probabilities)[:, 0] == labels).float()
+    return Measured(found.top1, found.top5, found.images, 0, [found.top1], found.top1, correct)
+
+
+def measure_sampled(by_seed: Sequence[Tensor], labels: Tensor) -> Measured:
+    """Accuracy of a branch with noise, from [K, N, C] probabilities for each noise seed."""
+    served = [measure(probabilities.mean(dim=0), labels) for probabilities in by_seed]
+    single = [measure(one, labels).top1 for probabilities in by_seed for one in probabilities]
+    return Measured(
+        top1=_mean([m.top1 for m in served]),
+        top5=_mean([m.top5 for m in served]),
+        images=len(labels),
+        samples=len(by_seed[0]),
+        top1_over_noise_seeds=[m.top1 for m in served],
+        top1_one_sample=_mean(single),
+        correct=torch.stack([m.correct for m in served]).mean(dim=0),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def measure_image_branch(model: ImageBranch, split: Labelled) -> Measured:
+    """Accuracy of the classifier on x_v' alone: the baseline's, or MARNet's alignment branch."""
+    model.eval()
+    return measure(model.alignment_logits(split.x_v), split.labels)
+
+
+def measure_branches(model: MARNet, split: Labelled) -> dict[str, Measured]:
+    """Accuracy of each branch and of the whole, by the reverse process as it is trained.
+
+    alignment: the classifier on x_EMA alone. refined: the one on x_CDR alone. marnet: the final
+    classifier on the fusion of both. K is the model's own; the noise seeds are `NOISE_SEEDS`.
+    """
     table = sampler_table(model.config.schedule, "ddpm")
-    out: dict[str, list[Accuracy]] = {
-        "alignment": [accuracy(model.alignment_classifier(model.align_vision(x_v)), labels)],
-        "refined": [],
-        "marnet": [],
+    drawn = [
+        sample_probabilities(model, split.x_v, table, seed, model.config.samples)
+        for seed in track(NOISE_SEEDS, "evaluate")
+    ]
+    return {
+        "alignment": measure_image_branch(model, split),
+        "refined": measure_sampled([refined for refined, _ in drawn], split.labels),
+        "marnet": measure_sampled([whole for _, whole in drawn], split.labels),
     }
-    for seed in seeds:
-        x_cdr = refined_features(model, x_v, table, seed)
-        out["refined"].append(accuracy(model.semantic_classifier(x_cdr), labels))
-        out["marnet"].append(accuracy(model.classifier(model.fuse(x_v, x_cdr)), labels))
-    return out
 
 
 def pick_device(name: str) -> torch.device:
@@ -122,43 +190,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def evaluate_baseline(
-    model: MARNet, folder: DataSet, stores: dict[str, PixelStore]
-) -> dict[str, Any]:
-    """split -> top1, top5, images of the image-only baseline."""
-    out = {}
-    for split, store in stores.items():
-        with torch.no_grad():
-            x_v = visual_features(model, store)
-            logits = model.alignment_classifier(model.align_vision(x_v))
-        labels = label_tensor(folder.splits[split], folder.labels)
-        out[split] = asdict(accuracy(logits.cpu(), labels))
-    return out
-
-
-def evaluate_marnet(
-    model: MARNet, folder: DataSet, stores: dict[str, PixelStore]
-) -> dict[str, Any]:
-    """branch -> split -> what `_branches` gives."""
-    out: dict[str, Any] = {}
-    for split, store in stores.items():
-        for branch, found in _branches(model, store, folder.splits[split]).items():
-            out.setdefault(branch, {})[split] = found
-    return out
-
-
-def _branches(
-    model: MARNet, store: PixelStore, examples: Sequence[Example]
-) -> dict[str, dict[str, Any]]:
-    """branch -> top1, top5 at the served noise seed, and top-1 at each of `NOISE_SEEDS`."""
-    labels = label_tensor(examples, model.config.labels).to(model.vision_mean.device)
-    found = evaluate_branches(model, visual_features(model, store), labels, NOISE_SEEDS)
-    return {
-        branch: asdict(per_seed[0]) | {"top1_over_noise_seeds": [m.top1 for m in per_seed]}
-        for branch, per_seed in found.items()
-    }
-
-
 def evaluate_checkpoint(
     path: Path, data: Path, split: str, device: str = "auto"
 ) -> dict[str, dict[str, Any]]:
@@ -176,4 +207,8 @@ def evaluate_checkpoint(
             f"it knows {list(checkpoint.labels)[:5]} ..."
         )
     store = PixelStore(examples, checkpoint.preprocess, split)
-    return _branches(checkpoint.model.to(pick_device(device)), store, examples)
+    model = checkpoint.model.to(pick_device(device))
+    labels = label_tensor(examples, checkpoint.labels).to(model.device)
+    x_v = compute_views(model.vision, store, Augment(), 1)[0]
+    found = measure_branches(model, Labelled(x_v, labels))
+    return {branch: measured.to_dict() for branch, measured in found.items()}

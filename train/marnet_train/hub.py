@@ -43,8 +43,8 @@ from marnet_sdk.errors import InvalidInput, MarnetError, NotFound
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # Every file that a checkpoint may have, as the patterns of fnmatch.
 FILES = (
-    *("config.json", "model.safetensors", "preprocessor_config.json", "training.json"),
-    *("metrics.jsonl", "README.md"),
+    *("config.json", "model.safetensors", "baseline.safetensors", "preprocessor_config.json"),
+    *("training.json", "metrics.jsonl", "README.md"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt"),
     "samples/metadata.jsonl",

@@ -1,35 +1,42 @@
-"""The three training phases of MARNet, each one visible loop.
+"""The training phases of MARNet, each one visible loop.
 
-A trains the encoders and the alignment (eq. 13). B trains the denoiser (eq. 20) and C the final
-classifier (eq. 24), both on cached features with the encoders frozen: the denoiser's target is
-then stationary, and no gradient has to pass through the sampling chain.
-Axes: N images, V cached views of each, B batch, D_v, D_s, D_f feature widths, K classes.
+A text phase may come first, for a text encoder from scratch. A trains the encoders and the
+alignment (eq. 13). B trains the denoiser (eq. 20) and C the final classifier (eq. 24), both on
+cached features with the encoders frozen: the denoiser's target is then stationary, and no gradient
+has to pass through the sampling chain.
+Axes: N images, V cached views of each, B batch, L tokens, D_v, D_s, D_f feature widths, K classes.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marnet_sdk.console import track
-from marnet_sdk.errors import RecipeError
-from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
-from marnet_train.losses import alignment_loss, classification_loss, refinement_loss
-from marnet_train.models.marnet import MARNet
+from marnet_train.features import FrozenFeatures, Images, Source, compute_views
+from marnet_train.losses import classification_loss, ita_loss, refinement_loss
+from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
+from marnet_train.models.marnet import ImageBranch, MARNet, mean_and_scale
+from marnet_train.optimise import Learner, batches
 from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, Recipe
+from marnet_train.semantics import semantic_vectors
+
+LOOKS = 12  # at validation, in phases B and C
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """One split, ready for training: images, class indices [N], token ids and mask [N, L]."""
+    """The train split: its images, class indices [N], token ids and mask [N, L]."""
 
-    store: PixelStore
+    images: Images
     labels: Tensor
     input_ids: Tensor
     attention_mask: Tensor
@@ -37,282 +44,412 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Features:
-    """Cached features of V augmented views of each image; rows are view-major, [V * N, ...]."""
+    """Cached features of V views of each image; rows are view-major, [V * N, ...]."""
 
     x_v: Tensor
     x_s: Tensor
     labels: Tensor
 
 
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row indices of one epoch in random order; a last batch of one row is left out, because
-    neither batch normalisation nor a contrastive loss is defined on it."""
-    if min(count, size) < 2:
-        raise RecipeError(f"training needs 2 images and a batch of 2, got {count} and {size}")
-    for rows in torch.randperm(count, generator=generator).split(size):
-        if len(rows) > 1:
-            yield rows
+@dataclass(frozen=True)
+class Target:
+    """What ITA aligns images with: x_s of every image, or the text encoder while it learns."""
 
-
-def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Learning-rate factor: linear warm-up over `warmup * total` steps, then a half cosine to 0."""
-    rise = max(1, int(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-class Learner:
-    """What a phase trains: modules, their optimizer and its learning-rate schedule."""
-
-    def __init__(
-        self,
-        modules: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        total: int,
-        warmup: float = 0.1,
-    ) -> None:
-        self.modules = modules
-        self.optimizer = optimizer
-        self.total, self.warmup = total, warmup  # steps; share of them
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.steps = 0
-
-    def step(self, loss: Tensor) -> float:
-        """Follow the gradient of the loss once, and return the loss."""
-        factor = warmup_cosine(self.steps, self.total, self.warmup)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.steps += 1
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RecipeError(f"the loss became {value}; lower the learning rates of the recipe")
-        return value
-
-    def state(self) -> dict[str, Tensor]:
-        """All that a step changes."""
-        state = {f"modules.{name}": value for name, value in self.modules.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        return state | {"steps": torch.tensor(self.steps)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go back to where `state` was taken. Entries with other names are left alone."""
-        self.steps = int(state["steps"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
-            if name.startswith("optimizer."):
-                _, index, moment = name.split(".")
-                moments.setdefault(int(index), {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        prefix = "modules."
-        self.modules.load_state_dict(
-            {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        )
+    x_s: Tensor | None  # [N, D_s], standardised; None: F_s learns, and x_s moves
+    groups: Tensor  # [N], equal where two texts are the same
 
 
 @torch.no_grad()
 def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
-    """x_s of every text of the set, [N, D_s], in evaluation mode."""
+    """x_s of every text of the set, [N, D_s], in evaluation mode; equal texts are encoded once."""
     model.eval()
     device = model.text_mean.device
-    chunks = zip(data.input_ids.split(batch), data.attention_mask.split(batch), strict=True)
-    return torch.cat([model.text(ids.to(device), mask.to(device)) for ids, mask in chunks])
+    rows, inverse = torch.unique(data.input_ids, dim=0, return_inverse=True)
+    first = torch.empty(len(rows), dtype=torch.long)
+    first[inverse] = torch.arange(len(inverse))  # one row of the set for each text
+    masks = data.attention_mask[first]
+    chunks = track(list(zip(rows.split(batch), masks.split(batch), strict=True)), "encode texts")
+    found = torch.cat([model.text(ids.to(device), mask.to(device)) for ids, mask in chunks])
+    return found[inverse.to(device)]
 
 
-def train_alignment(
-    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress, title: str
-) -> None:
-    """Phase A: minimise L_EMA over F_v, E_v, E_s, the alignment classifier and, if it has a
-    learning rate, F_s. With ita_weight = 0 this trains the image-only baseline."""
-    phase = recipe.alignment
-    device = model.vision_mean.device
+def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress) -> None:
+    """Text phase: F_s and a linear head, which is thrown away, learn the class from the text."""
+    phase = recipe.text_phase
+    assert phase is not None
+    device = model.text_mean.device
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # dropout
-    uses_text = phase.ita_weight > 0
-    frozen_text = None if phase.lr_text > 0 or not uses_text else text_features(model, data)
-    count = len(data.store)
-    learner = _alignment_learner(model, phase, phase.epochs * len(range(0, count, phase.batch)))
-    for epoch in run.epochs(title, phase.epochs, learner, generator):
-        model.train()
+    head = nn.Linear(model.text.dim, len(model.config.labels)).to(device)
+    count = len(data.labels)
+    steps = phase.epochs * len(range(0, count, phase.batch))
+    learner = Learner([(model.text, phase.lr), (head, phase.lr)], phase.weight_decay, steps)
+    for epoch in run.epochs("text", phase.epochs, learner, generator):
+        model.text.train()
         losses = []
-        for rows in _batches(count, phase.batch, generator):
-            pixels = augment(data.store.batch(rows.numpy()), recipe.augment, generator)
-            with torch.autocast(device.type, torch.bfloat16, phase.bf16 and device.type == "cuda"):
-                visual = model.align_vision(model.vision(pixels.to(device)))  # [B, D]
-                logits = model.alignment_classifier(visual)
-                labels = data.labels[rows].to(device)
-                if uses_text:
-                    x_s = _text_of(model, data, rows, frozen_text)
-                    loss = alignment_loss(
-                        logits,
-                        labels,
-                        visual,
-                        model.align_text(x_s),
-                        ce_weight=phase.ce_weight,
-                        ita_weight=phase.ita_weight,
-                        temperature=phase.temperature,
-                    )
-                else:
-                    loss = phase.ce_weight * classification_loss(logits, labels)
+        for rows in batches(count, phase.batch, generator):
+            loss = classification_loss(
+                head(_learning_text(model, data, rows)), data.labels[rows].to(device)
+            )
             losses.append(learner.step(loss))
-        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
+        run.log(phase="text", epoch=epoch, loss=sum(losses) / len(losses))
 
 
-def train_baseline(
-    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress
-) -> None:
-    """The image-only peer: the same encoder, data, order and epochs, without any text."""
-    image_only = replace(recipe, alignment=replace(recipe.alignment, ita_weight=0.0))
-    train_alignment(model, data, image_only, seed, run, "baseline")
-
-
-def _alignment_learner(model: MARNet, phase: AlignmentPhase, total: int) -> Learner:
-    heads = nn.ModuleList([model.project_vision, model.project_text, model.alignment_classifier])
-    learned = nn.ModuleList([model.vision, heads])
-    rates = [phase.lr_backbone, phase.lr_heads]
-    if phase.lr_text > 0:
-        learned.append(model.text)
-        rates.append(phase.lr_text)
-    groups = [
-        {"params": list(module.parameters()), "lr": rate}
-        for module, rate in zip(learned, rates, strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=phase.weight_decay)
-    return Learner(learned, optimizer, total, phase.warmup)
-
-
-def _text_of(model: MARNet, data: TrainingSet, rows: Tensor, frozen: Tensor | None) -> Tensor:
-    """x_s of some rows: looked up when the text encoder is frozen, computed when it learns."""
-    if frozen is not None:
-        return frozen[rows.to(frozen.device)]
-    device = model.vision_mean.device
+def _learning_text(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
+    """x_s of some rows, [B, D_s], with a gradient; cut at the longest of them."""
+    device = model.text_mean.device
     mask = data.attention_mask[rows].to(device)
     longest = int(mask.sum(dim=1).max())
-    ids = data.input_ids[rows, :longest].to(device)
-    return model.text(ids, mask[:, :longest])
+    return model.text(data.input_ids[rows, :longest].to(device), mask[:, :longest])
 
 
-def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What standardises the rows of x, [N, D]: mean and standard deviation, both [D].
+def make_target(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int) -> Target:
+    """The vectors that play x_s in phases A and B, standardised.
 
-    A dimension that never varies carries nothing: its scale is left alone, 1.
+    Their mean and standard deviation go to the model's buffers.
     """
-    std = x.std(dim=0, correction=0)
-    return x.mean(dim=0), torch.where(std > 1e-6, std, torch.ones_like(std))
+    _, groups = torch.unique(data.input_ids, dim=0, return_inverse=True)
+    device = model.text_mean.device
+    if recipe.alignment.lr_text > 0 and recipe.semantics == "text":
+        return Target(None, groups.to(device))
+    texts, labels = text_features(model, data), data.labels.to(device)
+    x_s = semantic_vectors(recipe.semantics, texts, labels, len(model.config.labels), seed)
+    if recipe.semantics in ("labels", "random"):
+        groups = data.labels
+    model.set_statistics("text", x_s)
+    return Target(model.standardise_text(x_s), groups.to(device))
 
 
 @torch.no_grad()
-def cache_features(
-    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, batch: int = 256
+def fold(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
+    """Make a layer that learned on standardised inputs take them raw. It is exact."""
+    layer.weight.div_(std)
+    layer.bias.sub_(layer.weight @ mean)
+
+
+class _Temperature(nn.Module):
+    """tau of ITA: as the recipe has it, or learned from there; 1 / tau stays at most 100."""
+
+    def __init__(self, start: float, *, learned: bool) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(start)), requires_grad=learned)
+
+    def forward(self) -> Tensor:
+        return torch.exp(-self.log_scale.clamp(max=math.log(100)))
+
+
+def train_alignment(
+    model: MARNet,
+    data: TrainingSet,
+    source: Source,
+    target: Target,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str = "alignment",
+) -> None:
+    """Phase A: minimise L_EMA (eq. 13) over E_v, E_s, the alignment classifier and, if they have
+    a learning rate, F_v and F_s. With `joint`, L_CDR (eq. 20) of one step is added to it.
+
+    E_s learns on standardised x_s and, with frozen features, E_v on standardised x_v; both are
+    then folded, so the model takes them raw.
+    """
+    phase = recipe.alignment
+    device = model.device
+    temperature = _Temperature(phase.temperature, learned=phase.learn_temperature).to(device)
+    joint = _JointRefinement(model, recipe).to(device) if phase.joint else None
+    heads = nn.ModuleList([model.project_text, temperature, *([joint] if joint else [])])
+
+    def text_loss(x_v: Tensor, visual: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        if target.x_s is None:
+            x_s = _learning_text(model, data, rows)
+        else:
+            x_s = target.x_s[rows.to(device)]
+        semantic = F.leaky_relu(model.project_text(x_s), LEAKY_SLOPE)
+        groups = target.groups[rows.to(device)] if phase.dedup_negatives else None
+        assert phase.ita_weight != "auto"
+        loss = phase.ita_weight * ita_loss(visual, semantic, temperature(), groups)
+        return loss if joint is None else loss + joint(x_v, x_s, labels)
+
+    parts = [(heads, phase.lr_heads)]
+    if target.x_s is None:
+        parts.append((model.text, phase.lr_text))
+    _train_image_branch(model, data, source, phase, seed, run, title, parts, text_loss)
+    fold(model.project_text, model.text_mean, model.text_std)
+
+
+def train_baseline(
+    model: ImageBranch,
+    data: TrainingSet,
+    source: Source,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str = "baseline",
+) -> None:
+    """Phase A of the image-only peer: the same encoder, data, order and epochs, and no text."""
+    _train_image_branch(model, data, source, recipe.alignment, seed, run, title, [], None)
+
+
+def _train_image_branch(
+    model: ImageBranch,
+    data: TrainingSet,
+    source: Source,
+    phase: AlignmentPhase,
+    seed: int,
+    run: Progress,
+    title: str,
+    parts: list[tuple[nn.Module, float]],
+    text_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
+) -> None:
+    """Minimise cross-entropy on x_v' plus `text_loss` of (x_v, x_v', rows, labels)."""
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # dropout
+    frozen = isinstance(source, FrozenFeatures)
+    mean, std = mean_and_scale(source.views.flatten(0, 1)) if frozen else (0.0, 1.0)
+    heads = nn.ModuleList([model.project_vision, model.alignment_classifier])
+    parts = [
+        *([] if frozen else [(model.vision, phase.lr_backbone)]),
+        (heads, phase.lr_heads),
+        *parts,
+    ]
+    steps = phase.epochs * len(range(0, len(source), phase.batch))
+    learner = Learner(parts, phase.weight_decay, steps, phase.warmup)
+    for epoch in run.epochs(title, phase.epochs, learner, generator):
+        model.train()
+        losses = []
+        for rows in batches(len(source), phase.batch, generator):
+            labels = data.labels[rows].to(device)
+            with torch.autocast(device.type, torch.bfloat16, phase.bf16 and device.type == "cuda"):
+                x_v = (source(rows, generator, device) - mean) / std
+                x_v = F.dropout(x_v, phase.dropout)
+                visual = model.align_vision(x_v)  # [B, D]
+                logits = model.alignment_classifier(visual)
+                loss = phase.ce_weight * classification_loss(logits, labels)
+                if text_loss is not None:
+                    loss = loss + text_loss(x_v, visual, rows, labels)
+            losses.append(learner.step(loss))
+        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
+    if frozen:
+        fold(model.project_vision, mean, std)
+
+
+class _JointRefinement(nn.Module):
+    """L_CDR of one step inside phase A, with a gradient into F_v; half of the rows are at t = T.
+
+    The condition is standardised by the batch's own statistics.
+    """
+
+    def __init__(self, model: MARNet, recipe: Recipe) -> None:
+        super().__init__()
+        self.denoiser, self.classifier = model.denoiser, model.semantic_classifier
+        self.standardise = nn.BatchNorm1d(model.vision.dim, affine=False)
+        self.phase, self.steps = recipe.refinement, recipe.schedule.steps
+        abar = torch.as_tensor(alphas_cumprod(recipe.schedule), dtype=torch.float32)
+        self.register_buffer("abar", abar)
+
+    abar: Tensor
+
+    def forward(self, x_v: Tensor, x0: Tensor, labels: Tensor) -> Tensor:
+        """x_v [B, D_v], x0 [B, D_s] standardised, labels [B] -> scalar."""
+        t = torch.randint(1, self.steps + 1, (len(x0),))
+        t = torch.where(torch.rand(len(x0)) < 0.5, self.steps, t).to(x0.device)
+        x_t = q_sample(x0, t, torch.randn_like(x0), self.abar)
+        estimate = self.denoiser(x_t, t, self.standardise(x_v))
+        weight = self.phase.norm_weight
+        return refinement_loss(
+            self.classifier(estimate),
+            labels,
+            estimate,
+            x0,
+            ce_weight=self.phase.ce_weight,
+            norm_weight=1.0 if weight == "auto" else weight,
+        )
+
+
+@torch.no_grad()
+def make_features(
+    model: MARNet,
+    data: TrainingSet,
+    source: Source,
+    target: Target,
+    recipe: Recipe,
 ) -> Features:
-    """x_v of `views` augmented views of each image and x_s of its text, encoders frozen.
+    """x_v of `views` views of each image and x_s, encoders frozen.
 
     Stores the mean and standard deviation of both in the model's buffers.
     """
-    model.eval()
-    device = model.vision_mean.device
-    generator = torch.Generator().manual_seed(seed)
-    views = []
-    for _ in track(range(recipe.refinement.views), "cache features"):
-        for start in range(0, len(data.store), batch):
-            pixels = data.store.batch(slice(start, start + batch))
-            views.append(model.vision(augment(pixels, recipe.augment, generator).to(device)))
-    x_v = torch.cat(views)  # [V * N, D_v]
-    x_s = text_features(model, data)  # [N, D_s]
-    for name, x in (("vision", x_v), ("text", x_s)):
-        mean, std = mean_and_scale(x)
-        getattr(model, f"{name}_mean").copy_(mean)
-        getattr(model, f"{name}_std").copy_(std)
-    repeats = recipe.refinement.views
-    return Features(x_v, x_s.repeat(repeats, 1), data.labels.to(device).repeat(repeats))
+    if isinstance(source, FrozenFeatures):
+        views = source.views
+    else:
+        views = compute_views(model.vision, source.store, recipe.augment, recipe.refinement.views)
+    x_v = views.flatten(0, 1)  # [V * N, D_v]
+    model.set_statistics("vision", x_v)
+    if target.x_s is None:
+        x_s = text_features(model, data)  # [N, D_s]
+        model.set_statistics("text", x_s)
+        x_s = model.standardise_text(x_s)
+    else:
+        x_s = target.x_s
+    return Features(x_v, x_s.repeat(len(views), 1), data.labels.to(x_v.device).repeat(len(views)))
+
+
+class Refiner(nn.Module):
+    """What phase B learns: the denoiser and the classifier of its estimates."""
+
+    def __init__(self, denoiser: Denoiser, classifier: nn.Linear, steps: int) -> None:
+        super().__init__()
+        self.denoiser, self.classifier, self.steps = denoiser, classifier, steps
+
+    @classmethod
+    def of(cls, model: MARNet) -> Refiner:
+        """The model's own."""
+        return cls(model.denoiser, model.semantic_classifier, model.config.schedule.steps)
+
+    def one_pass(self, condition: Tensor) -> Tensor:
+        """The estimate without any noise: x_t = 0 at t = T. [B, D_v] -> [B, D_s]."""
+        x = condition.new_zeros(len(condition), self.denoiser.dim)
+        t = torch.full((len(condition),), self.steps, device=condition.device)
+        return self.denoiser(x, t, condition)
 
 
 def train_refinement(
-    model: MARNet, features: Features, recipe: Recipe, seed: int, run: Progress
-) -> None:
-    """Phase B: minimise L_CDR over the denoiser and its classifier, t ~ Uniform{1..T} per row."""
+    refiner: Refiner,
+    condition: Tensor,
+    features: Features,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str = "refinement",
+    *,
+    look: Callable[[], float],
+    one_pass: bool = False,
+) -> float:
+    """Phase B: minimise L_CDR (eq. 20), t ~ Uniform{1..T} for each row, but for a share of
+    `pure_noise` at t = T. The weights are kept that score best on validation.
+
+    Args:
+        condition: standardised x_v, [V * N, D_v].
+        look: the score of the refiner as it is, higher is better; asked `LOOKS` times.
+        one_pass: train the same network as a plain regression, without noise or steps: the
+            control "+MLP".
+    Returns:
+        The best score.
+    """
     phase = recipe.refinement
-    device = features.x_v.device
+    device = condition.device
+    torch.manual_seed(seed)  # dropout
     generator = torch.Generator().manual_seed(seed)
     abar = torch.as_tensor(alphas_cumprod(recipe.schedule), dtype=torch.float32, device=device)
-    condition = model.condition(features.x_v).clone()
-    target = model.standardise_text(features.x_s).clone()
-    learned = nn.ModuleList([model.denoiser, model.semantic_classifier])
-    optimizer = torch.optim.AdamW(
-        learned.parameters(), lr=phase.lr, weight_decay=phase.weight_decay
-    )
     count = len(condition)
-    learner = Learner(learned, optimizer, phase.epochs * len(range(0, count, phase.batch)))
-    model.train()
-    for epoch in run.epochs("refinement", phase.epochs, learner, generator):
+    steps = phase.epochs * len(range(0, count, phase.batch))
+    learner = Learner([(refiner, phase.lr)], phase.weight_decay, steps)
+    assert phase.norm_weight != "auto"
+    for epoch in run.epochs(title, phase.epochs, learner, generator):
+        refiner.train()
         losses = []
-        for rows in _batches(count, phase.batch, generator):
-            t = torch.randint(1, recipe.schedule.steps + 1, (len(rows),), generator=generator)
-            noise = torch.randn(len(rows), target.shape[1], generator=generator).to(device)
-            x0 = target[rows.to(device)]  # [B, D_s]
-            x_t = q_sample(x0, t.to(device), noise, abar)
-            estimate = model.denoiser(x_t, t.to(device), condition[rows.to(device)])
+        for rows in batches(count, phase.batch, generator):
+            seen = F.dropout(condition[rows.to(device)], phase.dropout)
+            x0 = features.x_s[rows.to(device)]  # [B, D_s]
+            if one_pass:
+                estimate = refiner.one_pass(seen)
+            else:
+                t = torch.randint(1, refiner.steps + 1, (len(rows),), generator=generator)
+                pure = torch.rand(len(rows), generator=generator) < phase.pure_noise
+                t = torch.where(pure, refiner.steps, t).to(device)
+                noise = torch.randn(len(rows), x0.shape[1], generator=generator).to(device)
+                estimate = refiner.denoiser(q_sample(x0, t, noise, abar), t, seen)
             loss = refinement_loss(
-                model.semantic_classifier(estimate),
+                refiner.classifier(estimate),
                 features.labels[rows.to(device)],
                 estimate,
                 x0,
                 ce_weight=phase.ce_weight,
-                mse_weight=phase.mse_weight,
+                norm_weight=phase.norm_weight,
             )
             losses.append(learner.step(loss))
-        run.log(phase="refinement", epoch=epoch, loss=sum(losses) / len(losses))
+        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
+        if _is_look(epoch, phase.epochs):
+            refiner.eval()
+            learner.consider(look())
+    learner.take_best()
+    refiner.eval()
+    return learner.score
+
+
+def _is_look(epoch: int, epochs: int) -> bool:
+    """Whether validation is looked at after this epoch: `LOOKS` times, the last one included."""
+    return (epochs - epoch) % max(1, epochs // LOOKS) == 0
 
 
 @torch.no_grad()
-def draw_fused(model: MARNet, features: Features, recipe: Recipe, seed: int) -> Tensor:
-    """x_f of every cached row for each noise draw, each row with its own noise.
+def draw_refined(model: MARNet, features: Features, recipe: Recipe, seed: int) -> Tensor:
+    """x_CDR of every cached row for each noise draw, each row with its own noise.
+
+    These are ends of whole chains, as classification sees them.
 
     Returns:
-        [draws * V * N, D_f].
+        [draws, V * N, D_s].
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     table = sampler_table(recipe.schedule, "ddpm")
-    shape = (len(table.timesteps), 256, model.denoiser.dim)
-    rows = features.x_v.split(shape[1])
-    fused = []
+    shape = (len(table.timesteps), 1024, model.denoiser.dim)
+    chunks = features.x_v.split(shape[1])
+    draws = []
     for _ in range(recipe.fusion_phase.draws):
-        for x_v in track(rows, "draw x_CDR"):
+        found = []
+        for x_v in track(chunks, "draw x_CDR"):
             initial = torch.randn(len(x_v), shape[2], generator=generator).to(x_v)
             noise = torch.randn(shape, generator=generator).to(x_v)[:, : len(x_v)]
-            fused.append(model.fuse(x_v, model.refine(x_v, table, initial, noise)))
-    return torch.cat(fused)
+            found.append(model.refine(x_v, table, initial, noise))
+        draws.append(torch.cat(found))
+    return torch.stack(draws)
 
 
-def train_fusion(
-    model: MARNet, features: Features, recipe: Recipe, seed: int, run: Progress
+def train_head(
+    head: nn.Linear,
+    inputs: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str,
+    look: Callable[[nn.Linear], float],
 ) -> None:
-    """Phase C: train only the final classifier on x_f.
+    """Phase C: train one linear classifier on rows [M, D_f] that do not change any more.
 
-    It learns on standardised x_f, where one learning rate suits every dimension; the
-    standardisation is then folded into its weights, which is exact.
+    It starts from the weights that it has and keeps the best on validation, those included. It
+    learns on standardised inputs, where one learning rate suits every dimension; the
+    standardisation is folded into its weights, which is exact.
+
+    Args:
+        look: the score of a head on raw inputs, higher is better.
     """
     phase = recipe.fusion_phase
-    fused = draw_fused(model, features, recipe, seed).clone()
-    labels = features.labels.repeat(phase.draws)
-    mean, std = mean_and_scale(fused)
-    fused = (fused - mean) / std
+    mean, std = mean_and_scale(inputs)
+    scaled = (inputs - mean) / std
+    with torch.no_grad():  # what `fold` undoes
+        head.bias.add_(head.weight @ mean)
+        head.weight.mul_(std)
+
+    def folded() -> nn.Linear:
+        done = copy.deepcopy(head)
+        fold(done, mean, std)
+        return done
+
     generator = torch.Generator().manual_seed(seed)
-    head = model.classifier
-    optimizer = torch.optim.AdamW(head.parameters(), lr=phase.lr, weight_decay=phase.weight_decay)
-    learner = Learner(head, optimizer, phase.epochs * len(range(0, len(fused), phase.batch)))
-    for epoch in run.epochs("fusion", phase.epochs, learner, generator):
+    steps = phase.epochs * len(range(0, len(scaled), phase.batch))
+    learner = Learner([(head, phase.lr)], phase.weight_decay, steps)
+    learner.consider(look(folded()))
+    for epoch in run.epochs(title, phase.epochs, learner, generator):
         losses = []
-        for rows in _batches(len(fused), phase.batch, generator):
-            rows = rows.to(fused.device)
-            losses.append(learner.step(classification_loss(head(fused[rows]), labels[rows])))
-        run.log(phase="fusion", epoch=epoch, loss=sum(losses) / len(losses))
-    with torch.no_grad():
-        head.weight.div_(std)
-        head.bias.sub_(head.weight @ mean)
+        for rows in batches(len(scaled), phase.batch, generator):
+            rows = rows.to(scaled.device)
+            losses.append(learner.step(classification_loss(head(scaled[rows]), labels[rows])))
+        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
+        if _is_look(epoch, phase.epochs):
+            learner.consider(look(folded()))
+    learner.take_best()
+    fold(head, mean, std)

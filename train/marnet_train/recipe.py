@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from marnet_sdk.errors import MarnetError, RecipeError, nearest
 from marnet_train.diffusion import SCHEDULE_PRESETS, ScheduleConfig
@@ -26,20 +27,39 @@ class Augment:
     flip: bool = False  # mirror left-right half of the time
 
 
+Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
+SEMANTICS = ("text", "labels", "random", "shuffled")
+
+
+@dataclass(frozen=True)
+class TextPhase:
+    """Before phase A, for a text encoder from scratch: F_s and a linear head learn the class from
+    the text, by cross-entropy. With `lr_text = 0` the encoder is frozen afterwards."""
+
+    epochs: int = 12
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+
+
 @dataclass(frozen=True)
 class AlignmentPhase:
     """Phase A: encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
 
     epochs: int = 10
     batch: int = 64
-    lr_backbone: float = 5e-5
+    lr_backbone: float = 5e-5  # 0 keeps the image encoder frozen: its features are computed once
     lr_heads: float = 5e-4
     lr_text: float = 0.0  # 0 keeps the text encoder frozen
     weight_decay: float = 0.05
     warmup: float = 0.1  # fraction of all steps
+    dropout: float = 0.0  # of x_v before its projection, in training
     ce_weight: float = 1.0  # alpha_1
-    ita_weight: float = 0.5  # beta
+    ita_weight: float | Auto = 0.5  # beta
     temperature: float = 0.07  # tau
+    learn_temperature: bool = False  # start at `temperature`; 1 / tau stays at most 100
+    dedup_negatives: bool = False  # pairs with the same text are no negatives of each other
+    joint: bool = False  # minimise L_EMA + L_CDR (eq. 20), the latter through the encoder as well
     bf16: bool = False  # autocast on CUDA devices
 
 
@@ -47,20 +67,22 @@ class AlignmentPhase:
 class RefinementPhase:
     """Phase B: the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
 
-    epochs: int = 200
+    epochs: int = 200  # at most: the weights are kept that are best on validation
     batch: int = 1024
     lr: float = 1e-3
     weight_decay: float = 0.05
     views: int = 4  # augmented views of each training image that are cached
+    dropout: float = 0.0  # of the condition, in training
+    pure_noise: float = 0.0  # share of the rows at t = T; the others have t ~ Uniform{1..T}
     ce_weight: float = 1.0  # alpha_2
-    mse_weight: float = 1.0  # gamma, of the mean over dimensions
+    norm_weight: float | Auto = 1.0  # gamma, of the squared norm (eq. 19): a sum over dimensions
 
 
 @dataclass(frozen=True)
 class FusionPhase:
     """Phase C: the final classifier on cached features, with everything else frozen."""
 
-    epochs: int = 100
+    epochs: int = 100  # at most, as in phase B
     batch: int = 1024
     lr: float = 1e-2
     weight_decay: float = 1e-3
@@ -78,16 +100,59 @@ class Recipe:
     time_dim: int = 64
     fusion: str = "concat"
     max_tokens: int = 64
+    samples: int | Auto = 1  # K, noise samples whose probabilities are averaged when classifying
+    semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)
     image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: Augment = field(default_factory=Augment)
+    text_phase: TextPhase | None = None
     alignment: AlignmentPhase = field(default_factory=AlignmentPhase)
     refinement: RefinementPhase = field(default_factory=RefinementPhase)
     fusion_phase: FusionPhase = field(default_factory=FusionPhase)
 
+    def __post_init__(self) -> None:
+        if self.semantics not in SEMANTICS:
+            near = nearest(self.semantics, SEMANTICS)
+            raise RecipeError(
+                f"semantics {self.semantics!r} is unknown.{near} Choose from {', '.join(SEMANTICS)}"
+            )
+        for phase in (self.alignment, self.refinement):
+            if phase.dropout >= 1:
+                raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
+        if self.refinement.pure_noise > 1:
+            raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
+        if self.alignment.joint and self.alignment.lr_text > 0:
+            raise RecipeError(
+                "joint training needs a text encoder that stands still: set lr_text = 0"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, for training.json."""
         return asdict(self)
+
+
+# Settings of older versions whose value would mean something else today.
+_GONE = {
+    "mse_weight": "it was the weight of the mean over dimensions, and eq. (19) is the sum. Write "
+    "norm_weight = mse_weight / D, with D the width of the text features; the paper's is 1"
+}
+
+
+def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
+    """What took the place of every "auto": name of the setting -> value."""
+    leaves = _leaves(asked.to_dict(), resolved.to_dict())
+    return {name: after for name, before, after in leaves if before == "auto"}
+
+
+def _leaves(
+    one: Mapping[str, Any], other: Mapping[str, Any], where: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of two recipes side by side: (dotted name, value, value)."""
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other[key], dict):
+            yield from _leaves(value, other[key], f"{where}{key}.")
+        else:
+            yield f"{where}{key}", value, other[key]
 
 
 def recipe_names() -> list[str]:
@@ -126,6 +191,8 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in table:
+        if key in _GONE:
+            raise RecipeError(f"{where}: {key!r} is not a setting any more: {_GONE[key]}")
         if key not in known:
             raise RecipeError(f"{where}: unknown setting {key!r}.{nearest(key, list(known))}")
     for name, spec in known.items():
@@ -149,6 +216,11 @@ def _value(expected: Any, value: Any, where: str) -> Any:
                 "or describe one in a [schedule] table"
             )
         return SCHEDULE_PRESETS[value]
+    choices = [choice for choice in get_args(expected) if choice is not NoneType]
+    if get_origin(expected) is not dict and choices:  # X | None, or X | "auto"
+        if value == "auto" and Auto in choices:
+            return value
+        expected = choices[0]
     if expected not in (int, float, bool, str):  # a table: of ours, or of somebody else's keys
         if not isinstance(value, dict):
             raise RecipeError(f"{where} must be a table, got {value!r}")
@@ -158,7 +230,8 @@ def _value(expected: Any, value: Any, where: str) -> Any:
     if expected is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not expected:
-        raise RecipeError(f"{where} must be {expected.__name__}, got {value!r}")
+        kind = f'{expected.__name__} or "auto"' if Auto in choices else expected.__name__
+        raise RecipeError(f"{where} must be {kind}, got {value!r}")
     least = 1 if expected is int else 0
     if expected is not bool and isinstance(value, int | float) and not least <= value < math.inf:
         raise RecipeError(f"{where} must be finite and at least {least}, got {value!r}")

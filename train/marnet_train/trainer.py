@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from marnet_sdk.console import say
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory, check_output
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.assemble import (
     build_model,
+    make_images,
     make_preprocess,
     make_tokenizer,
     make_training_set,
@@ -28,24 +29,17 @@ from marnet_train.checkpoint import (
     SAMPLES,
     TRAINING,
     is_checkpoint,
+    write_baseline,
     write_json,
     write_model,
 )
 from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
 from marnet_train.data.imagefolder import write_split
-from marnet_train.data.pixels import PixelStore
-from marnet_train.evaluate import evaluate_baseline, evaluate_marnet, pick_device
-from marnet_train.models.marnet import MARNet
-from marnet_train.phases import (
-    TrainingSet,
-    cache_features,
-    train_alignment,
-    train_baseline,
-    train_fusion,
-    train_refinement,
-)
+from marnet_train.evaluate import label_tensor, pick_device
 from marnet_train.progress import METRICS, Progress, saved_progress
-from marnet_train.recipe import Recipe
+from marnet_train.recipe import Recipe, chosen
+from marnet_train.report import BRANCHES, differences
+from marnet_train.stages import Split, Trained, measure_all, train_all
 
 MAX_SAMPLES = 512
 PACKAGES = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -91,15 +85,21 @@ def fit(
         decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
         with saved_progress(out, decisive, restart=restart) as run:
             tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
-            model, metrics = _train_both(folder, tokenizer, preprocess, recipe, seed, target, run)
+            trained, found = _train(folder, tokenizer, preprocess, recipe, seed, target, run)
             training = {
                 "recipe": name,
                 "seconds": round(run.seconds, 1),
-                "metrics": metrics,
+                "metrics": {
+                    branch: {split: seen["metrics"][branch] for split, seen in found.items()}
+                    for branch in BRANCHES
+                },
+                "differences": {split: seen["differences"] for split, seen in found.items()},
+                "chosen": chosen(recipe, trained.recipe),
                 **decisive,
             }
             with atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
-                write_model(fresh, model, preprocess)
+                write_model(fresh, trained.model, preprocess)
+                write_baseline(fresh, trained.baseline)
                 tokenizer.save_pretrained(fresh)
                 write_json(fresh / TRAINING, training)
                 (fresh / METRICS).write_text(run.log_lines(), "utf-8")
@@ -146,7 +146,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train_both(
+def _train(
     folder: DataSet,
     tokenizer: PreTrainedTokenizerBase,
     preprocess: Preprocess,
@@ -154,48 +154,39 @@ def _train_both(
     seed: int,
     device: torch.device,
     run: Progress,
-) -> tuple[MARNet, dict[str, Any]]:
-    """The image-only baseline, then MARNet from the same initial weights; and both's metrics."""
+) -> tuple[Trained, dict[str, Any]]:
+    """MARNet, its baseline and the control, and how good each is on val and test."""
     # Built first: what is wrong with a recipe should show before every image has been decoded.
-    model = build_model(recipe, folder.labels, tokenizer, seed)
-    training_set = make_training_set(folder, preprocess, tokenizer, recipe)
-    stores = {
-        split: PixelStore(examples, preprocess, split)
+    model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    data = make_training_set(folder, preprocess, tokenizer, recipe)
+    splits = {
+        split: Split(
+            make_images(examples, preprocess, split), label_tensor(examples, folder.labels)
+        )
         for split, examples in folder.splits.items()
         if split != "train"
     }
-
-    def image_only() -> dict[str, Any]:
-        baseline = build_model(recipe, folder.labels, tokenizer, seed).to(device)
-        train_baseline(baseline, training_set, recipe, seed, run)
-        return evaluate_baseline(baseline, folder, stores)
-
-    # Of the baseline only its figures are kept.
-    metrics = {"baseline": run.once("baseline", None, image_only)}
-    say(_line("baseline", metrics["baseline"]))
-    model = model.to(device)
-    train_marnet(model, training_set, recipe, seed, run)
-    metrics |= evaluate_marnet(model, folder, stores)
-    for branch in ("alignment", "refined", "marnet"):
-        say(_line(branch, metrics[branch]))
-    return model, metrics
+    if (
+        recipe.alignment.lr_backbone > 0
+    ):  # what cannot be decoded should show now, and not when it is first needed
+        for images in (data.images, *(split.images for split in splits.values())):
+            images.store()
+    trained = train_all(model, data, splits["val"], recipe, seed, run)
+    found = {
+        split: run.once(
+            f"evaluation on {split}", trained.modules, partial(_evaluate, trained, where)
+        )
+        for split, where in splits.items()
+    }
+    return trained, found
 
 
-def train_marnet(
-    model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress
-) -> None:
-    """Phases A, B and C, in order."""
-    run.once(
-        "alignment", model, lambda: train_alignment(model, data, recipe, seed, run, "alignment")
-    )
-    features = cache_features(model, data, recipe, seed)
-    run.once("refinement", model, lambda: train_refinement(model, features, recipe, seed, run))
-    run.once("fusion", model, lambda: train_fusion(model, features, recipe, seed, run))
-
-
-def _line(branch: str, splits: dict[str, Any]) -> str:
-    parts = [f"{s} top-1 {m['top1']:.2%} top-5 {m['top5']:.2%}" for s, m in splits.items()]
-    return f"{branch:<10} " + ", ".join(parts)
+def _evaluate(trained: Trained, split: Split) -> dict[str, Any]:
+    found = measure_all(trained, split)
+    return {
+        "metrics": {branch: measured.to_dict() for branch, measured in found.items()},
+        "differences": differences(found),
+    }
 
 
 def _write_samples(target: Path, examples: Sequence[Example], seed: int) -> None:

@@ -15,19 +15,31 @@ def cosine_similarity_matrix(a: Tensor, b: Tensor) -> Tensor:
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-def ita_loss(visual: Tensor, semantic: Tensor, temperature: float = 0.07) -> Tensor:
-    """Image-text alignment L_ITA = L_v2s + L_s2v, MARNet eq. (9)-(11).
+def ita_loss(
+    visual: Tensor,
+    semantic: Tensor,
+    temperature: float | Tensor = 0.07,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Image-text alignment L_ITA = L_v2s + L_s2v, MARNet eq. (9)-(11), in float32.
 
     The two directions are summed, each averaged over the batch.
 
     Args:
         visual, semantic: projected features x_v', x_s', [B, D]; row i of both is one pair.
+        groups: [B], equal where two texts are the same: such pairs are no negatives of each other.
     Returns:
-        Scalar; 2 ln B when all similarities are equal.
+        Scalar; 2 ln B when all similarities are equal and `groups` is None.
     """
-    scores = cosine_similarity_matrix(visual, semantic) / temperature  # [B, B]
-    target = torch.arange(scores.shape[0], device=scores.device)
-    return F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
+    with torch.autocast(visual.device.type, enabled=False):  # bf16 / 0.07 is off by up to 0.05
+        wide = torch.promote_types(visual.dtype, torch.float32)
+        scores = cosine_similarity_matrix(visual.to(wide), semantic.to(wide)) / temperature
+        if groups is not None:
+            same = groups[:, None] == groups
+            same.fill_diagonal_(False)
+            scores = scores.masked_fill(same, -torch.inf)
+        target = torch.arange(scores.shape[0], device=scores.device)
+        return F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -35,27 +47,13 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-def alignment_loss(
-    logits: Tensor,
-    labels: Tensor,
-    visual: Tensor,
-    semantic: Tensor,
-    *,
-    ce_weight: float,
-    ita_weight: float,
-    temperature: float,
-) -> Tensor:
-    """L_EMA = alpha_1 L_CE + beta L_ITA, MARNet eq. (13)."""
-    ce = classification_loss(logits, labels)
-    return ce_weight * ce + ita_weight * ita_loss(visual, semantic, temperature)
-
-
 def reconstruction_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """L_MSE, MARNet eq. (19), as the mean over batch and dimensions. [B, D], [B, D] -> scalar.
+    """L_MSE, MARNet eq. (19): the squared norm of the error, averaged over the batch only.
 
-    The paper writes the squared norm, which is D times this; the weight in eq. (20) absorbs it.
+    It is a sum over dimensions, so it is D times `torch.nn.functional.mse_loss`.
+    Shapes: [B, D], [B, D] -> scalar.
     """
-    return F.mse_loss(estimate, target)
+    return F.mse_loss(estimate, target) * target.shape[1]
 
 
 def refinement_loss(
@@ -65,8 +63,8 @@ def refinement_loss(
     target: Tensor,
     *,
     ce_weight: float,
-    mse_weight: float,
+    norm_weight: float,
 ) -> Tensor:
     """L_CDR = alpha_2 L_CE + gamma L_MSE, MARNet eq. (20)."""
     ce = classification_loss(logits, labels)
-    return ce_weight * ce + mse_weight * reconstruction_loss(estimate, target)
+    return ce_weight * ce + norm_weight * reconstruction_loss(estimate, target)

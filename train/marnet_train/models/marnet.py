@@ -7,6 +7,7 @@ Axes: B batch, L tokens, K classes, D_v / D_s widths of x_v / x_s, D width of th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -38,6 +39,7 @@ class MarnetConfig:
     hidden: int = 1024  # width of the denoiser's hidden layers
     time_dim: int = 64
     fusion: str = "concat"
+    samples: int = 1  # K, noise samples whose probabilities are averaged when it is served
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     method: ClassVar[str] = "marnet"
 
@@ -50,6 +52,8 @@ class MarnetConfig:
             raise RecipeError(f"fusion {self.fusion!r} is unknown; choose from {sorted(FUSIONS)}")
         if len(self.labels) < 2:
             raise RecipeError(f"labels must be at least two classes, got {len(self.labels)}")
+        if type(self.samples) is not int or self.samples < 1:
+            raise RecipeError(f"samples must be an integer of at least 1, got {self.samples!r}")
         if self.time_dim < 2 or self.time_dim % 2:
             raise RecipeError(f"time_dim must be even and at least 2, got {self.time_dim}")
 
@@ -87,7 +91,48 @@ def _read_labels(names: Any) -> tuple[str, ...]:
     return tuple(names[key] for key in expected)
 
 
-class MARNet(nn.Module):
+def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What standardises the rows of x, [N, D]: mean and standard deviation, both [D].
+
+    A dimension that never varies carries nothing: its scale is left alone, 1.
+    """
+    std = x.std(dim=0, correction=0)
+    return x.mean(dim=0), torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
+class ImageBranch(nn.Module):
+    """What the image-only baseline and MARNet share: F_v, its projection E_v and a classifier."""
+
+    vision: VisionEncoder
+    project_vision: nn.Linear  # E_v
+    alignment_classifier: nn.Linear
+
+    def align_vision(self, x_v: Tensor) -> Tensor:
+        """x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
+        return F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
+
+    def alignment_logits(self, x_v: Tensor) -> Tensor:
+        """Logits of the classifier on x_v' alone. [B, D_v] -> [B, K]."""
+        return self.alignment_classifier(self.align_vision(x_v))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.project_vision.weight.device
+
+
+class Baseline(ImageBranch):
+    """The image-only peer of a MARNet: the same parts with the same initial weights."""
+
+    def __init__(self, model: MARNet) -> None:
+        """Copy the image branch of `model`."""
+        super().__init__()
+        self.vision = copy.deepcopy(model.vision)
+        self.project_vision = copy.deepcopy(model.project_vision)
+        self.alignment_classifier = copy.deepcopy(model.alignment_classifier)
+
+
+class MARNet(ImageBranch):
     """The whole model, float32, as the paper writes it: the reference for every export."""
 
     config_type = MarnetConfig
@@ -117,17 +162,31 @@ class MARNet(nn.Module):
         fused = config.dim + d_s if config.fusion == "concat" else config.dim
         self.classifier = nn.Linear(fused, classes)
         for name, width in (("vision", d_v), ("text", d_s)):
-            self.register_buffer(f"{name}_mean", torch.zeros(width))
-            self.register_buffer(f"{name}_std", torch.ones(width))
+            self._statistics(name, width)
+        if config.fusion != "concat":  # a linear classifier on both can absorb theirs
+            self._statistics("aligned", config.dim)
+            self._statistics("refined", d_s)
+
+    def _statistics(self, name: str, width: int) -> None:
+        """Buffers for the mean and standard deviation of a vector in training."""
+        self.register_buffer(f"{name}_mean", torch.zeros(width))
+        self.register_buffer(f"{name}_std", torch.ones(width))
+
+    @torch.no_grad()
+    def set_statistics(self, name: str, x: Tensor) -> None:
+        """Store mean and standard deviation of the rows of x, [N, D], as those of `name`."""
+        mean, std = mean_and_scale(x)
+        getattr(self, f"{name}_mean").copy_(mean)
+        getattr(self, f"{name}_std").copy_(std)
 
     vision_mean: Tensor
     vision_std: Tensor
     text_mean: Tensor
     text_std: Tensor
-
-    def align_vision(self, x_v: Tensor) -> Tensor:
-        """x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
-        return F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
+    aligned_mean: Tensor  # these four for element-wise fusions alone
+    aligned_std: Tensor
+    refined_mean: Tensor
+    refined_std: Tensor
 
     def align_text(self, x_s: Tensor) -> Tensor:
         """x_s' = g(E_s(x_s)), eq. (8). [B, D_s] -> [B, D]."""
@@ -163,8 +222,16 @@ class MARNet(nn.Module):
         return self.denoiser.dim
 
     def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
-        """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f]."""
-        return FUSIONS[self.config.fusion](self.align_vision(x_v), x_cdr)
+        """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f].
+
+        Element-wise fusions see both standardised, as their sums and products mean nothing where
+        the scales differ.
+        """
+        aligned = self.align_vision(x_v)
+        if self.config.fusion != "concat":
+            aligned = (aligned - self.aligned_mean) / self.aligned_std
+            x_cdr = (x_cdr - self.refined_mean) / self.refined_std
+        return FUSIONS[self.config.fusion](aligned, x_cdr)
 
     def head(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] and x_f [B, D_f] of refined features, eq. (3)-(4)."""

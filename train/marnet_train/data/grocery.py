@@ -1,0 +1,329 @@
+"""The public Grocery Store data set, photographs with product descriptions, as an image folder.
+
+5,421 pictures that M. Klasson, C. Zhang and H. Kjellström took with a phone in shops ("A
+Hierarchical Grocery Store Image Dataset with Visual and Semantic Labels", WACV 2019). Nothing is
+downloaded here: a checkout is read.
+
+    dataset/classes.csv   81 products: name, number, coarse class, path of the description
+    dataset/train.txt     one picture per line: path, number of the product, of the coarse class
+    dataset/val.txt, dataset/test.txt   the same; the paths of all are relative to dataset/
+
+Every picture gets the description of its product as text, because there is none of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from marnet_sdk.errors import NotFound
+from marnet_sdk.files import atomic_directory
+from marnet_train.data.csvfile import read_csv
+from marnet_train.data.dataset import read_data_set
+from marnet_train.data.examples import (
+    SPLITS,
+    DataSet,
+    Example,
+    Problems,
+    check_classes,
+    read_image,
+)
+from marnet_train.data.grocery_notice import ADDRESS, NOTICE
+from marnet_train.data.image_names import name_fault, quoted
+from marnet_train.data.imagefolder import is_data_set, write_split
+
+OFFICIAL = {"train": 2640, "val": 296, "test": 2485}  # pictures
+NOTICE_FILE = "SOURCE.md"
+CLASSES = "classes.csv"
+NAME, NUMBER = "Class Name (str)", "Class ID (int)"
+COARSE_NAME, COARSE_NUMBER = "Coarse Class Name (str)", "Coarse Class ID (int)"
+DESCRIPTION = "Product Description Path (str)"
+COLUMNS = (NAME, NUMBER, COARSE_NAME, COARSE_NUMBER, DESCRIPTION)
+LINE_EXAMPLE = "train/Fruit/Lime/Lime_001.jpg, 9, 5"
+_RESTORE = f"restore it from {ADDRESS}"
+
+Labels = Literal["fine", "coarse"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One line of classes.csv, with what its description says."""
+
+    name: str
+    coarse_name: str
+    coarse_number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One line of train.txt, val.txt or test.txt."""
+
+    path: str  # relative to the folder dataset
+    number: int  # of the product
+    coarse_number: int
+
+
+def write_grocery(
+    source: Path, out: Path, *, labels: Labels = "fine", overwrite: bool = False
+) -> DataSet:
+    """Write the official splits to `out` as train, val and test, and return them as read back.
+
+    The image files are copied byte for byte.
+
+    Args:
+        source: a checkout of the data set, or its folder `dataset`.
+        out: appears whole or not at all. About 5,400 files, 120 MB.
+        labels: "fine" for the 81 products, "coarse" for their 43 kinds.
+        overwrite: replace the data set at `out`.
+
+    Raises:
+        NotFound: `source` is no such checkout.
+        DataError: all that is wrong with it, each with file and line.
+        OutputExists: `out` exists, and `overwrite` is False or it is no data set.
+        OutputError: no space left, or `out` must not be written to.
+    """
+    root = find_root(source)
+    splits = read_grocery(root, labels=labels)
+    with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
+        for split, examples in splits.items():
+            write_split(fresh / split, _rows(root, split, examples))
+        (fresh / NOTICE_FILE).write_bytes(NOTICE.encode())
+    return read_data_set(out)
+
+
+def unofficial_counts(data: DataSet) -> list[str]:
+    """One sentence for each split that has more or fewer pictures than the official one."""
+    return [
+        f"{split} has {len(data.splits[split]):,} images, the official split has {count:,}; "
+        "results cannot be compared with published ones"
+        for split, count in OFFICIAL.items()
+        if len(data.splits[split]) != count
+    ]
+
+
+def find_root(source: Path) -> Path:
+    """The folder that holds the lists of pictures: `source`, or `dataset` in it.
+
+    Raises:
+        NotFound: none of the files of the data set is in either.
+    """
+    names = (CLASSES, *(f"{split}.txt" for split in SPLITS))
+    for root in (source, source / "dataset"):
+        if any((root / name).is_file() for name in names):
+            return root
+    raise NotFound(
+        f"{source}: no {', '.join(names)} there or in {source / 'dataset'}; expected a checkout of "
+        f"the Grocery Store data set. Get it with: git clone {ADDRESS}"
+    )
+
+
+def read_grocery(root: Path, *, labels: Labels = "fine") -> dict[str, list[Example]]:
+    """The pictures of each split, in the order of the lists.
+
+    Raises:
+        DataError: all that is wrong, each with file and line.
+    """
+    problems = Problems()
+    products = _read_products(root, problems)
+    seen: dict[str, str] = {}
+    splits = {
+        split: _read_list(root / f"{split}.txt", products, labels, seen, problems)
+        for split in SPLITS
+    }
+    if not problems.count:  # else a class could seem new only because its train lines are broken
+        check_classes(splits, problems)
+    problems.raise_if_any(root)
+    return splits
+
+
+def parse_line(line: str) -> Picture | str:
+    """What a line of a list says, or what is wrong with it.
+
+    The path may hold spaces and commas, and may begin with a slash, as those of classes.csv do.
+    """
+    path, *numbers = (part.strip() for part in line.rsplit(",", 2))
+    path = path.removeprefix("/")
+    if path and len(numbers) == 2 and all(_is_number(number) for number in numbers):
+        return Picture(path, int(numbers[0]), int(numbers[1]))
+    return f"got {quoted(line.strip())}, expected a line like {LINE_EXAMPLE!r}; correct it"
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
+def _read_products(root: Path, problems: Problems) -> dict[int, Product | None]:
+    """Number -> product, or None where something is wrong with it, which `problems` then knows."""
+    path = root / CLASSES
+    products: dict[int, Product | None] = {}
+    lines: dict[str, int] = {}  # a name or a number -> where it was first
+    before = problems.count
+    for line, fields in read_csv(path, COLUMNS, problems):
+        row = {column: (fields[column] or "").strip() for column in COLUMNS}
+        faults = _row_faults(row, lines)
+        text = "" if faults else _read_description(root, row[DESCRIPTION], faults)
+        for fault in faults:
+            problems.add(f"{path}:{line}: {fault}")
+        for key in (row[NAME], row[NUMBER]):
+            lines.setdefault(key, line)
+        if _is_number(row[NUMBER]):
+            products.setdefault(int(row[NUMBER]), None if faults else _product(row, text))
+    if not products and problems.count == before:
+        problems.add(f"{path}: no classes, expected one line for each; {_RESTORE}")
+    return products
+
+
+def _row_faults(row: Mapping[str, str], lines: Mapping[str, int]) -> list[str]:
+    """What is wrong with a row of classes.csv; `lines` knows the names and numbers before it."""
+    faults = [f"no {column!r}; fill it in" for column in COLUMNS if not row[column]]
+    for column in (NUMBER, COARSE_NUMBER):
+        if row[column] and not _is_number(row[column]):
+            got = quoted(row[column])
+            faults.append(f"{column!r} is {got}, expected a number like 9; correct it")
+    for column in (NAME, NUMBER):
+        if row[column] and row[column] in lines:
+            where = f"line {lines[row[column]]}"
+            got = quoted(row[column])
+            faults.append(f"{column!r} {got} was already on {where}; keep one of them")
+    return faults
+
+
+def _product(row: Mapping[str, str], text: str) -> Product:
+    """A row without faults."""
+    return Product(row[NAME], row[COARSE_NAME], int(row[COARSE_NUMBER]), text)
+
+
+def _read_description(root: Path, path: str, faults: list[str]) -> str:
+    """The whole description on one line; what is wrong with it goes to `faults`."""
+    path = path.removeprefix("/")
+    if fault := _path_fault(root, path):
+        faults.append(fault)
+        return ""
+    try:
+        text = " ".join((root / path).read_text("utf-8-sig").split())
+    except OSError as error:
+        faults.append(f"{quoted(path)} cannot be read ({error.strerror}); {_RESTORE}")
+        return ""
+    except UnicodeDecodeError as error:
+        faults.append(f"{quoted(path)} is not UTF-8 (byte {error.start + 1}); {_RESTORE}")
+        return ""
+    if not text:
+        faults.append(f"{quoted(path)} is empty, expected a description; {_RESTORE}")
+    return text
+
+
+def _read_list(
+    path: Path,
+    products: Mapping[int, Product | None],
+    labels: Labels,
+    seen: dict[str, str],
+    problems: Problems,
+) -> list[Example]:
+    """The good lines of one list; what is bad goes to `problems`.
+
+    Args:
+        seen: file name to write -> line on which it was, over all lists; is added to.
+    """
+    examples: list[Example] = []
+    before = problems.count
+    lines = list(_read_lines(path, problems))
+    if not lines and problems.count == before:
+        problems.add(f"{path}: no pictures, expected lines like {LINE_EXAMPLE!r}; {_RESTORE}")
+    for origin, line in lines:
+        picture = parse_line(line)
+        if isinstance(picture, str):
+            problems.add(f"{origin}: {picture}")
+            continue
+        for fault in _picture_faults(path.parent, picture, products, seen):
+            problems.add(f"{origin}: {fault}")
+        seen.setdefault(_flat(picture.path), origin)
+        if product := products.get(picture.number):
+            label = product.name if labels == "fine" else product.coarse_name
+            examples.append(Example(path.parent / picture.path, label, product.text, origin))
+    return examples
+
+
+def _read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
+    """("FILE:LINE", text) of every line that is not blank."""
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        problems.add(f"{path}: missing; {_RESTORE}")
+        return
+    except OSError as error:
+        problems.add(f"{path}: cannot be read ({error.strerror}); {_RESTORE}")
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        origin = f"{path}:{number}"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            value = line[error.start]
+            problems.add(f"{origin}: not UTF-8 (byte 0x{value:02x}); save it as UTF-8")
+            continue
+        if text.strip():
+            yield origin, text
+
+
+def _picture_faults(
+    root: Path,
+    picture: Picture,
+    products: Mapping[int, Product | None],
+    seen: Mapping[str, str],
+) -> list[str]:
+    """What is wrong with a line that could be parsed."""
+    faults = []
+    if first := seen.get(_flat(picture.path)):
+        faults.append(f"{quoted(picture.path)} was already on {first}; keep one of them")
+    elif fault := _path_fault(root, picture.path):
+        faults.append(fault)
+    product = products.get(picture.number)
+    if product and product.coarse_number != picture.coarse_number:
+        faults.append(
+            f"coarse class {picture.coarse_number}, but {CLASSES} has {product.coarse_number} for "
+            f"class {picture.number} ({product.name}); correct one of them"
+        )
+    # Without any product, that classes.csv is unusable has been said.
+    if products and picture.number not in products:
+        faults.append(
+            f"class {picture.number} is not in {CLASSES}, expected one of its {len(products)}; "
+            "correct it or add it there"
+        )
+    return faults
+
+
+def _path_fault(root: Path, path: str) -> str | None:
+    """What is wrong with a path that anybody may have written, or None if it is a file in `root`.
+
+    Symbolic links are followed.
+    """
+    base = os.path.realpath(root)
+    if name_fault(path) or not (
+        target := Path(os.path.realpath(os.path.join(base, path)))
+    ).is_relative_to(base):
+        return f"{quoted(path)} leads out of {root} or is no plain path; keep it below that folder"
+    try:
+        present = target.is_file()
+    except OSError:  # a name that is too long
+        present = False
+    return None if present else f"no file {quoted(path)} in {root}; {_RESTORE}"
+
+
+def _flat(path: str) -> str:
+    """A path as one file name, which keeps where the picture comes from."""
+    return path.replace("/", "__")
+
+
+def _rows(
+    root: Path, split: str, examples: Sequence[Example]
+) -> Iterator[tuple[str, bytes, str, str | None]]:
+    """The rows of one split for `write_split`: name, bytes, label, text."""
+    for example in examples:
+        path = Path(str(example.image)).relative_to(root).as_posix()
+        name = _flat(path.removeprefix(f"{split}/"))
+        yield name, read_image(example), example.label, example.text

@@ -1,0 +1,140 @@
+"""Where x_v comes from: an encoder that learns, or features that were computed once and kept.
+
+Axes: V views, N images, B batch, D_v width of x_v.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marnet_sdk.console import say, track
+from marnet_sdk.files import atomic_file
+from marnet_sdk.preprocess import Preprocess
+from marnet_train.data.examples import Example, read_image
+from marnet_train.data.pixels import PixelStore, augment
+from marnet_train.models.backbones import VisionEncoder
+from marnet_train.recipe import Augment
+
+_VERSION = 1  # of what a cached file holds
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """The images of one split; they are decoded when `store` is first called."""
+
+    examples: Sequence[Example]
+    preprocess: Preprocess
+    store: Callable[[], PixelStore]
+
+
+class LearningEncoder:
+    """x_v of freshly augmented images, with a gradient."""
+
+    def __init__(self, vision: VisionEncoder, store: PixelStore, settings: Augment) -> None:
+        self.vision, self.store, self.settings = vision, store, settings
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        """x_v of some images, [B] -> [B, D_v]."""
+        pixels = augment(self.store.batch(rows.numpy()), self.settings, generator)
+        return self.vision(pixels.to(device))
+
+
+class FrozenFeatures:
+    """x_v of a random one of the views of each image that were computed beforehand."""
+
+    def __init__(self, views: Tensor) -> None:
+        self.views = views  # [V, N, D_v]
+
+    def __len__(self) -> int:
+        return self.views.shape[1]
+
+    def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+        """x_v of some images, [B] -> [B, D_v]."""
+        view = torch.randint(len(self.views), (len(rows),), generator=generator)
+        return self.views[view.to(self.views.device), rows.to(self.views.device)].to(device)
+
+
+Source = LearningEncoder | FrozenFeatures
+
+
+@torch.no_grad()
+def compute_views(
+    vision: VisionEncoder, store: PixelStore, settings: Augment, views: int, batch: int = 64
+) -> Tensor:
+    """x_v of every image, as it is and then augmented `views - 1` times, [V, N, D_v].
+
+    The augmentation is the same in every training, so that the features can be kept.
+    """
+    vision.eval()
+    device = next(vision.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for view in range(views):
+        rows = track(range(0, len(store), batch), f"features, view {view + 1} of {views}")
+        chosen = settings if view else Augment()
+        found.append(
+            torch.cat(
+                [
+                    vision(augment(store.batch(slice(i, i + batch)), chosen, generator).to(device))
+                    for i in rows
+                ]
+            )
+        )
+    return torch.stack(found)
+
+
+def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views: int) -> Tensor:
+    """`compute_views` of a frozen encoder, read from the cache if it was computed before.
+
+    The file's name is a hash of all that decides its content: weights, configuration, image
+    bytes, preprocessing and augmentation. On a hit no image is decoded.
+    """
+    path = cache_dir() / f"{_key(vision, images, settings, views)}.safetensors"
+    device = next(vision.parameters()).device
+    if path.is_file():
+        try:
+            return load_file(path)["x_v"].to(device)
+        except (SafetensorError, KeyError) as error:
+            say(f"{path} is damaged ({error}): its features are computed again")
+    found = compute_views(vision, images.store(), settings, views)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as fresh:
+        save_file({"x_v": found.cpu().contiguous()}, fresh)
+    return found
+
+
+def cache_dir() -> Path:
+    """Where features are kept: $MARNET_CACHE/features, or ~/.cache/marnet/features."""
+    root = os.environ.get("MARNET_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "marnet") / "features"
+
+
+def _key(vision: VisionEncoder, images: Images, settings: Augment, views: int) -> str:
+    digest = hashlib.sha256()
+    said = {
+        "version": _VERSION,
+        "encoder": json.loads(vision.backbone.config.to_json_string(use_diff=False)),  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        "preprocess": images.preprocess.to_dict(),
+        "augment": asdict(settings) if views > 1 else None,
+        "views": views,
+    }
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    for name, tensor in sorted(vision.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for example in images.examples:
+        digest.update(hashlib.sha256(read_image(example)).digest())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""What every training loop shares: batches, learning rates, AdamW and the best weights so far."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marnet_sdk.errors import RecipeError
+from marnet_train.models.denoiser import TimeEmbedding
+
+_BEST = "best."
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row indices of one epoch in random order; a last batch of one row is left out, because
+    neither batch normalisation nor a contrastive loss is defined on it."""
+    if min(count, size) < 2:
+        raise RecipeError(f"training needs 2 images and a batch of 2, got {count} and {size}")
+    for rows in torch.randperm(count, generator=generator).split(size):
+        if len(rows) > 1:
+            yield rows
+
+
+def warmup_cosine(step: int, total: int, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up over `warmup * total` steps, then a half cosine to 0."""
+    rise = max(1, int(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a module for AdamW, with their learning rate.
+
+    Only matrices and kernels decay: not biases, norms, temperatures or embeddings (of words,
+    positions, class tokens and time), which a pull towards zero would only distort.
+    """
+    decayed, free = [], []
+    embeddings = tuple(
+        name for name, part in module.named_modules() if isinstance(part, TimeEmbedding)
+    )
+    for name, part in module.named_modules():
+        embeds = isinstance(part, nn.Embedding) or (embeddings and name.startswith(embeddings))
+        for own, parameter in part.named_parameters(recurse=False):
+            is_token = "embed" in own or "token" in own
+            decays = parameter.ndim >= 2 and not embeds and not is_token
+            (decayed if decays else free).append(parameter)
+    groups = ((decayed, weight_decay), (free, 0.0))
+    return [{"params": p, "lr": rate, "weight_decay": d} for p, d in groups if p]
+
+
+class Learner:
+    """What a phase trains: modules, their AdamW and its learning-rate schedule.
+
+    It can remember the weights that scored best on validation, and go back to them.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[nn.Module, float]],
+        weight_decay: float,
+        total: int,
+        warmup: float = 0.1,
+    ) -> None:
+        """Train `parts`, pairs of a module and its learning rate, for `total` steps.
+
+        Args:
+            warmup: share of the steps in which the learning rate rises.
+        """
+        self.modules = nn.ModuleList([module for module, _ in parts])
+        groups = [g for module, rate in parts for g in parameter_groups(module, rate, weight_decay)]
+        self.optimizer = torch.optim.AdamW(groups)
+        self.total, self.warmup = total, warmup
+        self.rates = [group["lr"] for group in groups]
+        self.steps = 0
+        self.score, self.best = -math.inf, dict[str, Tensor]()
+
+    def step(self, loss: Tensor) -> float:
+        """Follow the gradient of the loss once, and return the loss."""
+        factor = warmup_cosine(self.steps, self.total, self.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RecipeError(f"the loss became {value}; lower the learning rates of the recipe")
+        return value
+
+    def consider(self, score: float) -> None:
+        """Remember the weights as they are if they score higher than any before."""
+        if score > self.score:
+            self.score, self.best = score, copy.deepcopy(dict(self.modules.state_dict()))
+
+    def take_best(self) -> None:
+        """Go back to the weights that scored best, if any were considered."""
+        if self.best:
+            self.modules.load_state_dict(self.best)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        state = {f"modules.{name}": value for name, value in self.modules.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        state |= {f"{_BEST}{name}": value for name, value in self.best.items()}
+        score = torch.tensor(self.score, dtype=torch.float64)
+        return state | {"steps": torch.tensor(self.steps), "score": score}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go back to where `state` was taken. Entries with other names are left alone."""
+        self.steps, self.score = int(state["steps"]), float(state["score"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            if name.startswith("optimizer."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.modules.load_state_dict(_below("modules.", state))
+        self.best = _below(_BEST, state)
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}

@@ -1,0 +1,120 @@
+"""What a training says at its end and in its model card: accuracies, and what bought them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from marnet_train.evaluate import Measured
+
+BRANCHES = {
+    "baseline": "image-only baseline",
+    "alignment": "alignment branch",
+    "mlp": "+MLP, one pass",
+    "refined": "refined branch",
+    "marnet": "MARNet",
+}
+PAIRS = (
+    ("alignment", "baseline"),
+    ("mlp", "alignment"),
+    ("refined", "mlp"),
+    ("marnet", "alignment"),
+    ("marnet", "baseline"),
+)
+
+
+def paired_scores_interval(difference: NDArray[np.floating]) -> tuple[float, float, float]:
+    """Mean of paired differences from -1 to 1, [N], and its 95 % interval.
+
+    Agresti and Min 2005 for proportions, written for shares as well: one half is added to each
+    cell of the table of pairs, that is two images, of which one differs.
+    """
+    count = len(difference) + 2
+    mean = float(difference.sum()) / count
+    variance = (float((difference**2).sum()) + 1) / count - mean**2
+    reach = 1.96 * (variance / count) ** 0.5
+    return float(difference.mean()), max(mean - reach, -1.0), min(mean + reach, 1.0)
+
+
+def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
+    """Paired differences of top-1 between branches on the same images, with 95 % intervals."""
+    rows = {}
+    for one, other in PAIRS:
+        mean, low, high = paired_scores_interval(
+            (found[one].correct - found[other].correct).cpu().numpy()
+        )
+        rows[f"{one} - {other}"] = {"mean": mean, "low": low, "high": high}
+    return rows
+
+
+def accuracy_rows(metrics: dict[str, Any], split: str) -> list[tuple[str, ...]]:
+    """Rows (model, top-1 with one sample, with K samples, top-5) of one split."""
+    rows = []
+    for branch, title in BRANCHES.items():
+        if branch not in metrics:  # of a checkpoint of an older version
+            continue
+        seen = metrics[branch][split]
+        one = f"{seen['top1_one_sample']:.2%}" if seen.get("samples") else ""
+        rows.append((title, one, f"{seen['top1']:.2%}", f"{seen['top5']:.2%}"))
+    return rows
+
+
+def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str, str]]:
+    """Rows (pair, difference in points, its interval) of one split."""
+    rows = []
+    for pair, seen in training["differences"][split].items():
+        one, other = (BRANCHES[name] for name in pair.split(" - "))
+        rows.append((f"{one} - {other}", _points(seen["mean"]), _interval(seen)))
+    return rows
+
+
+def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
+    """Two sentences: what the text bought, and what the diffusion bought, on this split."""
+    seen = training["differences"][split]
+    images = training["data"]["images"][split]
+    where = f"on {images} {split} images"
+    text = _verdict("the alignment branch", "the image-only baseline", seen["alignment - baseline"])
+    diffusion = _verdict("MARNet", "its alignment branch alone", seen["marnet - alignment"])
+    against = seen["refined - mlp"]
+    kind = training["settings"]["semantics"]
+    target = "text" if kind == "text" else f'the control "{kind}" in place of text'
+    return (
+        f"What {target} bought {where}: {text}.",
+        f"What the diffusion bought {where}: {diffusion}; its refined branch against one pass of "
+        f"the same network: {_points(against['mean'])} points ({_interval(against)}).",
+    )
+
+
+def test_line(training: dict[str, Any]) -> str:
+    """Accuracy on test images, which chose nothing."""
+    metrics = training["metrics"]
+    parts = [f"{BRANCHES[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
+    seen = training["differences"]["test"]["marnet - baseline"]
+    return (
+        f"On {training['data']['images']['test']} test images, which chose nothing: "
+        f"{', '.join(parts)}; difference {_points(seen['mean'])} points ({_interval(seen)})."
+    )
+
+
+def _verdict(one: str, other: str, seen: dict[str, float]) -> str:
+    if seen["low"] > 0:
+        shown = "so it is shown to help"
+    elif seen["high"] < 0:
+        shown = "so it is shown to harm"
+    else:
+        shown = "so no difference is shown"
+    return (
+        f"{one} has {_points(seen['mean'])} points against {other} "
+        f"(95 % interval {_interval(seen)}), {shown}"
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _interval(seen: dict[str, float]) -> str:
+    return f"{_points(seen['low'])} to {_points(seen['high'])}"

@@ -1,0 +1,390 @@
+"""The order of a training, and what validation chooses in it.
+
+    text phase -> image-only baseline -> A, alignment -> "+MLP" -> B, refinement -> C, heads -> K
+
+Where a recipe says "auto", a few values are tried on copies and the one that is best on validation
+is trained. The baseline is given as many tries, with its learning rate. Test images choose nothing.
+Axes: N images, D_v, D_s feature widths, C classes, K noise samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marnet_sdk.console import say
+from marnet_train.diffusion import sample, sampler_table
+from marnet_train.evaluate import (
+    NOISE_SEEDS,
+    Labelled,
+    Measured,
+    measure,
+    measure_branches,
+    measure_image_branch,
+    refined_features,
+    sample_probabilities,
+)
+from marnet_train.features import (
+    FrozenFeatures,
+    Images,
+    LearningEncoder,
+    Source,
+    cached_views,
+    compute_views,
+)
+from marnet_train.models.backbones import VisionEncoder
+from marnet_train.models.marnet import Baseline, ImageBranch, MARNet
+from marnet_train.phases import (
+    Features,
+    Refiner,
+    Target,
+    TrainingSet,
+    draw_refined,
+    make_features,
+    make_target,
+    train_alignment,
+    train_baseline,
+    train_head,
+    train_refinement,
+    train_text,
+)
+from marnet_train.progress import Progress
+from marnet_train.recipe import Augment, Recipe
+
+ITA_WEIGHTS = (0.1, 0.5, 1.0)  # beta
+BASELINE_RATES = (0.5, 1.0, 2.0)  # factors of both learning rates: as many tries as beta has
+SAMPLES = (1, 2, 4, 8)  # K
+SAMPLES_TOLERANCE = 0.001  # of top-1, for which no more are drawn
+BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the refined branch in the first fusion head
+LOOK_STEPS, LOOK_SAMPLES = 25, 4  # of the chains that phase B is judged by on the way
+
+
+def norm_weights(width: int) -> tuple[float, ...]:
+    """Values of gamma that are tried: the paper's norm, a mean over dimensions, and between.
+
+    The weight of the cross-entropy stays: AdamW sees nothing but the ratio of both.
+    """
+    return (1.0, width**-0.5, 1 / width)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A split that is looked at: its images and class indices [N]."""
+
+    images: Images
+    labels: Tensor
+
+    def seen_by(self, vision: VisionEncoder, *, frozen: bool) -> Labelled:
+        """Features of an encoder in evaluation mode."""
+        if frozen:
+            x_v = cached_views(vision, self.images, Augment(), 1)[0]
+        else:
+            x_v = compute_views(vision, self.images.store(), Augment(), 1)[0]
+        return Labelled(x_v, self.labels.to(x_v.device))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training leaves behind."""
+
+    model: MARNet
+    baseline: Baseline
+    mlp: Refiner  # "+MLP": the denoiser's network as a plain regression, on the model's encoder
+    recipe: Recipe  # with numbers in place of "auto"
+
+    @property
+    def modules(self) -> nn.Module:
+        """All that was trained."""
+        return nn.ModuleDict({"model": self.model, "baseline": self.baseline, "mlp": self.mlp})
+
+
+def train_all(
+    model: MARNet, data: TrainingSet, val: Split, recipe: Recipe, seed: int, run: Progress
+) -> Trained:
+    """All phases, in order; `model` is trained in place."""
+    baseline = Baseline(model).to(model.device)
+    mlp = copy.deepcopy(Refiner.of(model))
+    frozen = recipe.alignment.lr_backbone == 0
+
+    def source(vision: VisionEncoder) -> Source:
+        if frozen:
+            views = recipe.refinement.views
+            return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
+        return LearningEncoder(vision, data.images.store(), recipe.augment)
+
+    def image_score(branch: ImageBranch) -> float:
+        seen = val.seen_by(branch.vision, frozen=frozen)
+        branch.eval()
+        with torch.no_grad():
+            return score(branch.alignment_logits(seen.x_v).softmax(dim=1), seen.labels)
+
+    stage = _Stages(run, Trained(model, baseline, mlp, recipe).modules)
+    if recipe.text_phase is not None:
+        stage.once("text", lambda: train_text(model, data, recipe, seed, run))
+    tries = BASELINE_RATES if recipe.alignment.ita_weight == "auto" else (1.0,)
+    rate = stage.choose(
+        "baseline learning rate",
+        tries,
+        lambda factor, title: image_score(
+            _baseline_try(baseline, data, source, _faster(recipe, factor), seed, run, title)
+        ),
+    )
+    faster = _faster(recipe, rate)
+    stage.once(
+        "baseline",
+        lambda: train_baseline(baseline, data, source(baseline.vision), faster, seed, run),
+    )
+    target = make_target(model, data, recipe, seed)
+    recipe = _choose_alignment(model, data, source, target, recipe, seed, stage, image_score)
+    stage.once(
+        "alignment",
+        lambda: train_alignment(model, data, source(model.vision), target, recipe, seed, run),
+    )
+    features = make_features(model, data, source(model.vision), target, recipe)
+    seen = val.seen_by(model.vision, frozen=frozen)
+    recipe = _refine(model, mlp, features, seen, recipe, seed, stage)
+    stage.once("heads", lambda: _train_heads(model, features, seen, recipe, seed, run))
+    recipe = _choose_samples(model, seen, recipe, seed, stage)
+    assert recipe.samples != "auto"
+    model.config = replace(model.config, samples=recipe.samples)
+    return Trained(model, baseline, mlp, recipe)
+
+
+@torch.no_grad()
+def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
+    """How good the baseline, the control and each branch of the model are on a split."""
+    frozen = trained.recipe.alignment.lr_backbone == 0
+    model, baseline, mlp = trained.model, trained.baseline, trained.mlp
+    seen = split.seen_by(model.vision, frozen=frozen)
+    condition = model.condition(seen.x_v)
+    mlp.eval()
+    one_pass = mlp.classifier(mlp.one_pass(condition))
+    return {
+        "baseline": measure_image_branch(baseline, split.seen_by(baseline.vision, frozen=frozen)),
+        "mlp": measure(one_pass, seen.labels),
+        **measure_branches(model, seen),
+    }
+
+
+class _Stages:
+    """Does each stage once in a run, however often it is interrupted."""
+
+    def __init__(self, run: Progress, kept: nn.Module) -> None:
+        self.run, self.kept = run, kept
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a stage that changes the models, or load what it left."""
+        return self.run.once(name, self.kept, work)
+
+    def choose(self, name: str, values: Sequence[Any], attempt: Callable[[Any, str], float]) -> Any:
+        """The value that scores highest on validation; of equal ones the first."""
+        if len(values) == 1:
+            return values[0]
+        titles = [f"{name} {value:.4g}" for value in values]
+        scores = [
+            self.once(title, lambda v=value, t=title: attempt(v, t))
+            for value, title in zip(values, titles, strict=True)
+        ]
+        best = max(range(len(values)), key=scores.__getitem__)
+        listed = ", ".join(f"{v:.4g}: {s:.4f}" for v, s in zip(values, scores, strict=True))
+        say(f"{name}: {values[best]:.4g}, by validation ({listed})")
+        return values[best]
+
+
+def score(probabilities: Tensor, labels: Tensor) -> float:
+    """What validation chooses by: top-1 accuracy, and between equal ones the log-likelihood."""
+    chosen = probabilities[torch.arange(len(labels)), labels].clamp(min=1e-9)
+    return measure(probabilities, labels).top1 + 1e-3 * float(chosen.log().mean())
+
+
+def _faster(recipe: Recipe, factor: float) -> Recipe:
+    phase = recipe.alignment
+    rates = {"lr_backbone": phase.lr_backbone * factor, "lr_heads": phase.lr_heads * factor}
+    return replace(recipe, alignment=replace(phase, **rates))
+
+
+def _baseline_try(
+    start: Baseline,
+    data: TrainingSet,
+    source: Callable[[VisionEncoder], Source],
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str,
+) -> Baseline:
+    trial = copy.deepcopy(start)
+    train_baseline(trial, data, source(trial.vision), recipe, seed, run, title)
+    return trial
+
+
+def _choose_alignment(
+    model: MARNet,
+    data: TrainingSet,
+    source: Callable[[VisionEncoder], Source],
+    target: Target,
+    recipe: Recipe,
+    seed: int,
+    stage: _Stages,
+    image_score: Callable[[ImageBranch], float],
+) -> Recipe:
+    """beta, if the recipe leaves it open."""
+
+    def chosen(weight: float) -> Recipe:
+        return replace(recipe, alignment=replace(recipe.alignment, ita_weight=weight))
+
+    def attempt(weight: float, title: str) -> float:
+        trial = copy.deepcopy(model)
+        train_alignment(
+            trial, data, source(trial.vision), target, chosen(weight), seed, stage.run, title
+        )
+        return image_score(trial)
+
+    given = recipe.alignment.ita_weight
+    return chosen(stage.choose("beta", ITA_WEIGHTS if given == "auto" else (given,), attempt))
+
+
+def _refine(
+    model: MARNet,
+    mlp: Refiner,
+    features: Features,
+    seen: Labelled,
+    recipe: Recipe,
+    seed: int,
+    stage: _Stages,
+) -> Recipe:
+    """Phase B and its control "+MLP"; gamma, for each, if the recipe leaves it open."""
+    condition, judged = model.condition(features.x_v), model.condition(seen.x_v)
+
+    def chosen(weight: float) -> Recipe:
+        return replace(recipe, refinement=replace(recipe.refinement, norm_weight=weight))
+
+    def train(refiner: Refiner, one_pass: bool, weight: float, title: str) -> float:
+        def look() -> float:
+            found = refiner_probabilities(refiner, judged, recipe, seed, one_pass=one_pass)
+            return score(found, seen.labels)
+
+        return train_refinement(
+            refiner,
+            condition,
+            features,
+            chosen(weight),
+            seed,
+            stage.run,
+            title,
+            look=look,
+            one_pass=one_pass,
+        )
+
+    given = recipe.refinement.norm_weight
+    weights = norm_weights(features.x_s.shape[1]) if given == "auto" else (given,)
+    weight = weights[0]
+    for name, refiner, one_pass in (("+MLP", mlp, True), ("refinement", Refiner.of(model), False)):
+        weight = stage.choose(
+            f"gamma of {name}",
+            weights,
+            lambda w, title, r=refiner, o=one_pass: train(copy.deepcopy(r), o, w, title),
+        )
+        stage.once(name, partial(train, refiner, one_pass, weight, name))
+    return chosen(weight)
+
+
+@torch.no_grad()
+def refiner_probabilities(
+    refiner: Refiner, condition: Tensor, recipe: Recipe, seed: int, *, one_pass: bool
+) -> Tensor:
+    """Of the refined branch alone, [N, C]: in one pass, or the mean over `LOOK_SAMPLES` chains of
+    at most `LOOK_STEPS` steps, each row with noise of its own."""
+    if one_pass:
+        return refiner.classifier(refiner.one_pass(condition)).softmax(dim=1)
+    table = sampler_table(recipe.schedule, "ddpm", min(LOOK_STEPS, recipe.schedule.steps))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(table.timesteps), len(condition), refiner.denoiser.dim)
+    found = []
+    for _ in range(LOOK_SAMPLES):
+        initial = torch.randn(shape[1:], generator=generator).to(condition)
+        noise = torch.randn(shape, generator=generator).to(condition)
+        x = sample(lambda x, t: refiner.denoiser(x, t, condition), table, initial, noise)
+        found.append(refiner.classifier(x).softmax(dim=1))
+    return torch.stack(found).mean(dim=0)
+
+
+def _train_heads(
+    model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, run: Progress
+) -> None:
+    """Phase C: the classifier of x_CDR and the one of the fusion, on ends of whole chains."""
+    drawn = draw_refined(model, features, recipe, seed)  # [draws, V * N, D_s]
+    labels = features.labels.repeat(len(drawn))
+    x_v = features.x_v.repeat(len(drawn), 1)
+    x_cdr = drawn.flatten(0, 1)
+    table = sampler_table(recipe.schedule, "ddpm")
+    judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
+
+    def look(inputs: Sequence[Tensor], head: nn.Linear) -> float:
+        with torch.no_grad():
+            mean = torch.stack([head(x).softmax(dim=1) for x in inputs]).mean(dim=0)
+        return score(mean, seen.labels)
+
+    semantic = partial(look, judged)
+    train_head(
+        model.semantic_classifier, x_cdr, labels, recipe, seed, run, "refined head", semantic
+    )
+    if recipe.fusion != "concat":
+        model.set_statistics("aligned", model.align_vision(x_v))
+        model.set_statistics("refined", x_cdr)
+    with torch.no_grad():
+        fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
+    whole = partial(look, judged)
+    if recipe.fusion == "concat":
+        _blend(model, whole)
+    train_head(model.classifier, fused, labels, recipe, seed, run, "fusion", whole)
+
+
+@torch.no_grad()
+def _blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
+    """Start the concat head as a weighted sum of both branches' logits, the best on validation.
+
+    The sum of log-probabilities of both branches is the blend of one half.
+    """
+    aligned, semantic = model.alignment_classifier, model.semantic_classifier
+
+    def blended(share: float) -> nn.Linear:
+        head = copy.deepcopy(model.classifier)
+        weights = (2 * (1 - share) * aligned.weight, 2 * share * semantic.weight)
+        head.weight.copy_(torch.cat(weights, dim=1))
+        head.bias.copy_(2 * (1 - share) * aligned.bias + 2 * share * semantic.bias)
+        return head
+
+    best = max((blended(share) for share in BLENDS), key=look)
+    model.classifier.load_state_dict(best.state_dict())
+
+
+def _choose_samples(
+    model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: _Stages
+) -> Recipe:
+    """K, if the recipe leaves it open: the fewest within `SAMPLES_TOLERANCE` of the best."""
+    if recipe.samples != "auto":
+        return recipe
+
+    def attempt() -> list[float]:
+        table = sampler_table(recipe.schedule, "ddpm")
+        drawn = [
+            sample_probabilities(model, seen.x_v, table, noise, max(SAMPLES))[1]
+            for noise in NOISE_SEEDS
+        ]
+        return [
+            sum(measure(p[:k].mean(dim=0), seen.labels).top1 for p in drawn) / len(drawn)
+            for k in SAMPLES
+        ]
+
+    found = stage.once("samples", attempt)
+    enough = max(found) - SAMPLES_TOLERANCE
+    samples = next(k for k, top1 in zip(SAMPLES, found, strict=True) if top1 >= enough)
+    listed = ", ".join(f"{k}: {top1:.2%}" for k, top1 in zip(SAMPLES, found, strict=True))
+    say(f"samples: {samples}, by validation ({listed})")
+    return replace(recipe, samples=samples)

@@ -40,6 +40,13 @@ LEAVES = {
     "marnet_sdk/driver.py": {"cuda"},
     "marnet_sdk/text.py": {"tokenizers"},
 }
+# The one file that reads a pickle, and the call: bytes that it has compared with a pinned SHA-256,
+# and nothing but tensors.
+READS_A_PICKLE = {
+    "marnet_train/encoders.py": [
+        "torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)"
+    ]
+}
 PICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
@@ -121,8 +128,13 @@ def test_nothing_is_unpickled(package):
     """Weights are safetensors, everything else is JSON or TOML."""
     for name, tree in sources(package):
         assert not {root(m) for m in imports(tree)} & PICKLERS, name
+        found = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in {"torch.load", "eval", "exec"}, name
                 keywords = {keyword.arg for keyword in node.keywords}
-                assert not keywords & {"weights_only", "allow_pickle"}, name
+                if ast.unparse(node.func) in {"torch.load", "eval", "exec"} or keywords & {
+                    "weights_only",
+                    "allow_pickle",
+                }:
+                    found.append(ast.unparse(node))
+        assert found == READS_A_PICKLE.get(name, []), name

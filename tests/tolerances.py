@@ -71,3 +71,7 @@ COVERED = 0.05
 SIZES_ALIKE = 3.0
 # Share of an image that a rectangle covers: half a pixel at each of the edges, in 300 x 200.
 PIXEL_EDGES = 0.01
+# EfficientNet-Lite0's last map, whose values go up to 6, against the same network written out: the
+# same sums, which another library might add in another order (float32); the sigmoid of 30 is 1e-13
+# from 1, in 16 blocks (float64).
+LITE0 = {"float32": 1e-4, "float64": 1e-9}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +31,12 @@ class PreprocessError(MarnetError):
     exit_code = 2
 
 
+_Size = tuple[int, int] | int  # height and width, or the shortest edge
+_Crop = tuple[int, int] | None
+# The configuration, `size` and `crop_size` as written -> the size and crop that are meant.
+_Resize = Callable[[Mapping[str, Any], _Size, _Crop], tuple[_Size, _Crop]]
+
+
 class _Family(NamedTuple):
     """What transformers assumes for keys that an old `preprocessor_config.json` leaves out."""
 
@@ -40,9 +46,50 @@ class _Family(NamedTuple):
     crop_size: Mapping[str, int] | None
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: _Resize | None = None  # where `size` and `crop_size` are not what they say
+    divides_twice: bool = False  # EfficientNet, for include_top
+
+
+def _resize_convnext(given: Mapping[str, Any], size: _Size, crop: _Crop) -> tuple[_Size, _Crop]:
+    if not isinstance(size, int):
+        raise PreprocessError(
+            f'size: got {size!r}; a ConvNext processor has {{"shortest_edge"}} alone: describe one '
+            "that resizes to a height and width as ViTImageProcessor"
+        )
+    if size >= 384:
+        return (size, size), crop
+    if crop is not None:
+        raise PreprocessError(
+            f"do_center_crop is true, but below 384 a ConvNext processor crops to {size} x {size} "
+            "anyway; leave do_center_crop out"
+        )
+    return int(size / _crop_pct(given, 224 / 256)), (size, size)
+
+
+def _resize_poolformer(given: Mapping[str, Any], size: _Size, crop: _Crop) -> tuple[_Size, _Crop]:
+    if isinstance(size, tuple):
+        if size[0] != size[1]:
+            raise PreprocessError(
+                f"size: got {size}; a PoolFormer processor with crop_pct needs a square here, or "
+                '{"shortest_edge"}'
+            )
+        size = size[0]
+    return int(size / _crop_pct(given, 0.9)), crop
+
+
+def _resize_levit(given: Mapping[str, Any], size: _Size, crop: _Crop) -> tuple[_Size, _Crop]:
+    return (int((256 / 224) * size) if isinstance(size, int) else size), crop
+
+
+def _crop_pct(given: Mapping[str, Any], default: float) -> float:
+    value = given.get("crop_pct", default)
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise PreprocessError(f"crop_pct: got {value!r}; expected a positive number, such as 0.875")
+    return float(value)
 
 
 _SQUARE = {"height": 224, "width": 224}
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 _CLIP = _Family(
     resample=Image.Resampling.BICUBIC,
     size={"shortest_edge": 224},
@@ -50,6 +97,10 @@ _CLIP = _Family(
     crop_size=_SQUARE,
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
+)
+_SMALL = _Family(Image.Resampling.BICUBIC, {"shortest_edge": 224}, False, _SQUARE, *_IMAGENET)
+_MOBILENET = _Family(
+    Image.Resampling.BILINEAR, {"shortest_edge": 256}, square=False, crop_size=_SQUARE
 )
 _FAMILIES = {
     "ViT": _Family(Image.Resampling.BILINEAR, _SQUARE, square=True, crop_size=None),
@@ -59,6 +110,31 @@ _FAMILIES = {
     "Siglip": _Family(Image.Resampling.BICUBIC, _SQUARE, square=False, crop_size=None),
     "CLIP": _CLIP,
     "Bit": _CLIP,  # DINOv2
+    "ChineseCLIP": _CLIP,
+    "Blip": _CLIP._replace(size={"height": 384, "width": 384}, square=True, crop_size=None),
+    "Beit": _Family(Image.Resampling.BICUBIC, _SQUARE, square=True, crop_size=None),
+    "Segformer": _Family(
+        Image.Resampling.BILINEAR, {"height": 512, "width": 512}, True, None, *_IMAGENET
+    ),
+    "Pvt": _Family(Image.Resampling.BICUBIC, _SQUARE, True, None, *_IMAGENET),
+    "MobileNetV1": _MOBILENET,
+    "MobileNetV2": _MOBILENET,
+    "EfficientNet": _Family(
+        Image.Resampling.BICUBIC,
+        {"height": 346, "width": 346},
+        square=True,
+        crop_size=None,
+        divides_twice=True,
+    ),
+    "ConvNext": _Family(  # also ResNet and RegNet
+        Image.Resampling.BICUBIC,
+        {"shortest_edge": 384},
+        square=False,
+        crop_size=None,
+        resize=_resize_convnext,
+    ),
+    "PoolFormer": _SMALL._replace(resize=_resize_poolformer),
+    "Levit": _SMALL._replace(resize=_resize_levit),
 }
 
 
@@ -123,13 +199,17 @@ class Preprocess:
             raise PreprocessError("do_pad is not supported; use a centre crop (do_center_crop)")
         crop = given.get("do_center_crop", family.crop_size is not None)
         size = _edges("size", given.get("size", family.size), square=family.square)
-        crop_size = _edges("crop_size", given.get("crop_size", family.crop_size)) if crop else None
+        crop_size = _exact("crop_size", given.get("crop_size", family.crop_size)) if crop else None
+        if family.resize is not None:
+            size, crop_size = family.resize(given, size, crop_size)
         rescale = given.get("do_rescale", True)
         normalize = given.get("do_normalize", True)
+        if family.divides_twice:
+            _check_efficientnet(given, family.std, rescale)
         return cls(
             size=size if isinstance(size, tuple) else None,
             shortest_edge=None if isinstance(size, tuple) else size,
-            crop_size=crop_size if isinstance(crop_size, tuple) else None,
+            crop_size=crop_size,
             resample=given.get("resample", family.resample),
             rescale_factor=given.get("rescale_factor", 1 / 255) if rescale else 1.0,
             mean=_channels("image_mean", given.get("image_mean", family.mean) if normalize else 0),
@@ -305,23 +385,51 @@ def _family(config: Mapping[str, Any]) -> _Family:
     if family is None:
         raise PreprocessError(
             f"image_processor_type: got {named!r}; its rules may differ from a plain resize and "
-            f"centre crop, which are those of {', '.join(_FAMILIES)}: describe it as one of these"
+            f"centre crop, which are those of {', '.join(_FAMILIES)}: describe it as one of these, "
+            "in [image] of a recipe or in its preprocessor_config.json"
         )
     return family
 
 
-def _edges(key: str, value: Any, *, square: bool = True) -> tuple[int, int] | int:
+def _check_efficientnet(
+    given: Mapping[str, Any], default: tuple[float, float, float], rescale: bool
+) -> None:
+    """Refuse what its processors do beyond normalising, where that changes anything."""
+    if rescale and given.get("rescale_offset"):
+        raise PreprocessError(
+            "rescale_offset is true, which subtracts 1 from the rescaled image; set it to false "
+            "and add 1 to each number of image_mean"
+        )
+    std = _channels("image_std", given.get("image_std", default))
+    if given.get("include_top", True) and std != (1, 1, 1):
+        raise PreprocessError(
+            f"include_top is true (EfficientNet's default), which divides by image_std {list(std)} "
+            f"once more; set it to false and image_std to {[s * s for s in std]}"
+        )
+
+
+def _edges(key: str, value: Any, *, square: bool = True) -> _Size:
     """(height, width), or one number for the shortest edge."""
+    if isinstance(value, Mapping):
+        given = {name: edge for name, edge in value.items() if edge is not None}
+        edge = given.get("shortest_edge")
+        if given.keys() == {"shortest_edge"} and key == "size" and isinstance(edge, int):
+            return edge
+    if isinstance(value, int) and not square:
+        return value
+    return _exact(key, value)
+
+
+def _exact(key: str, value: Any) -> tuple[int, int]:
+    """(height, width)."""
     if isinstance(value, int):
-        return (value, value) if square else value
+        return value, value
     if isinstance(value, (list, tuple)) and len(value) == 2:
         return value[0], value[1]
     if isinstance(value, Mapping):
         given = {name: edge for name, edge in value.items() if edge is not None}
         if given.keys() == {"height", "width"}:
             return given["height"], given["width"]
-        if given.keys() == {"shortest_edge"} and key == "size":
-            return given["shortest_edge"]
     allowed = ' or {"shortest_edge"}' if key == "size" else ""
     raise PreprocessError(f'{key}: got {value!r}; expected {{"height", "width"}}{allowed}')
 

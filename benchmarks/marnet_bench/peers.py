@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from marnet_export.zero_steps import process_table
 from marnet_sdk.bundle import Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
@@ -16,7 +17,6 @@ from marnet_sdk.tables import Floats
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
-from marnet_train.diffusion import sampler_table
 
 
 def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
@@ -43,10 +43,10 @@ class PlainTorch:
         sampling = manifest.sampling
         point = sampling.point
         self.model, self.sampling, self.samples = checkpoint.model, sampling, point.samples
-        self.table = sampler_table(
+        self.table = process_table(
             self.model.config.schedule, point.sampler, len(point.timesteps), point.eta
         )
-        self.shared = [self._noise([k]) for k in range(self.samples)]
+        self.shared = [self._noise([k]) for k in range(self.samples)] if point.timesteps else []
 
     def _noise(self, keys: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
@@ -67,6 +67,10 @@ class PlainTorch:
 
     def logits(self, pixels: Floats) -> Floats:
         """[B, 3, H, W] -> [B, C]."""
+        if not self.table.timesteps:
+            with torch.inference_mode():
+                x_v = self.model.vision(torch.from_numpy(pixels))
+                return self.model.alignment_classifier(self.model.align_vision(x_v)).numpy()
         chains = self.shared
         if self.sampling.noise == "image":
             keys = [pixel_key(row) for row in pixels]

@@ -142,7 +142,7 @@ def diagnose(
             *(built.pixels, payload, Path(folder)),
         )
         encoder = _Encoder(again, reference, built)
-        if encoder.whole.departs:
+        if encoder.whole.departs or not table.timesteps:
             return _explained(encoder)
         loop = _Loop(again, reference, built, table, name)
         if loop.whole.departs:

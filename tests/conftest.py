@@ -91,7 +91,7 @@ def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 @pytest.fixture(scope="session")
 def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three operating points, and a threshold for 2 % of wrong answers."""
+    """Four operating points, and a threshold for each."""
     from marnet_export.pipeline import export_bundle
     from marnet_export.settings import Settings
 
@@ -101,6 +101,24 @@ def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     export_bundle(checkpoint, path, settings)
     return path
+
+
+@pytest.fixture(scope="session")
+def zero_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
+    """backend, precision -> a bundle that answers without the loop, built once per session."""
+    from marnet_export.pipeline import export_bundle
+    from marnet_export.settings import Settings
+
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def make(backend: str, precision: str) -> Path:
+        path = folder / f"zero-{backend}-{precision}.marnet"
+        if not path.exists():
+            settings = Settings(backend, precision, steps=0, min_agreement=0.98, text=False)
+            export_bundle(checkpoint, path, settings)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from marnet_export.zero_steps import process_table
 from marnet_sdk.bundle import Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
@@ -16,7 +17,6 @@ from marnet_sdk.tables import Floats
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
-from marnet_train.diffusion import sampler_table
 
 
 def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
@@ -43,10 +43,10 @@ class PlainTorch:
         sampling = manifest.sampling
         point = sampling.point
         self.model, self.sampling, self.samples = checkpoint.model, sampling, point.samples
-        self.table = sampler_table(
+        self.table = process_table(
             self.model.config.schedule, point.sampler, len(point.timesteps), point.eta
         )
-        self.shared = [self._noise([k]) for k in range(self.samples)]
+        self.shared = [self._noise([k]) for k in range(self.samples)] if point.timesteps else []
 
     def _noise(self, keys: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
@@ -67,6 +67,10 @@ class PlainTorch:
 
     def logits(self, pixels: Floats) -> Floats:
         """[B, 3, H, W] -> [B, C]."""
+        if not self.table.timesteps:
+            with torch.inference_mode():
+                x_v = self.model.vision(torch.from_numpy(pixels))
+                return self.model.alignment_classifier(self.model.align_vision(x_v)).numpy()
         chains = self.shared
         if self.sampling.noise == "image":
             keys = [pixel_key(row) for row in pixels]
@@ -107,8 +111,9 @@ def load_peer(
 def measured_accuracy(training: dict[str, Any], sampling: Sampling) -> dict[str, Any] | None:
     """Accuracy of a checkpoint as far as its training measured it for this reverse process.
 
-    Training measures all T ddpm steps, top-1 at a few noise seeds and top-5 at the first. What was
-    not measured is None: a bundle of another seed or number of steps is another classifier.
+    Training measures all T ddpm steps, top-1 at a few noise seeds and top-5 at the first, and the
+    alignment branch without any. What was not measured is None: a bundle of another seed or number
+    of steps is another classifier.
 
     Returns:
         split, and top1 and top5 of "baseline" and "marnet"; None without metrics.
@@ -123,9 +128,11 @@ def measured_accuracy(training: dict[str, Any], sampling: Sampling) -> dict[str,
     whole = point.sampler == "ddpm" and len(point.timesteps) == sampling.train_steps
     as_trained = whole and point.samples == 1 and sampling.noise == "shared"
     known = as_trained and sampling.seed < len(by_seed)
-    marnet = {
+    marnet: dict[str, Any] = {
         "top1": by_seed[sampling.seed] if known else None,
         "top5": found["top5"] if known and sampling.seed == 0 else None,
     }
+    if not point.timesteps:
+        marnet = {name: metrics["alignment"][split][name] for name in ("top1", "top5")}
     baseline = {name: metrics["baseline"][split][name] for name in ("top1", "top5")}
     return {"split": split, "baseline": baseline, "marnet": marnet}

@@ -42,6 +42,8 @@ from marnet_export.verify import (
     measure_fidelity,
     trajectory_error,
 )
+from marnet_export.zero_steps import alignment_head, answering, process_table
+from marnet_sdk.alignment import read_head
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import (
     PAYLOAD,
@@ -64,7 +66,7 @@ from marnet_sdk.errors import (
 from marnet_sdk.tensorrt_library import read_index
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, find_checkpoint, load_checkpoint
-from marnet_train.diffusion import SamplerTable, sampler_table
+from marnet_train.diffusion import SamplerTable
 
 _TENSORRT = "tensorrt"
 _SAME = 1e-6  # of the largest value: sums in another order, rounded to float32
@@ -140,7 +142,7 @@ def verify_again(
     if found.checks[0].exit_code:
         return found  # its answers mean something else, or its images are prepared differently
     trial = _Trial.of(bundle, checkpoint, images)
-    found.checks += [check_plan(trial), check_receipt(bundle)]
+    found.checks += [check_plan(trial), check_head(trial), check_receipt(bundle)]
     least = fidelity_of(bundle)["min_agreement"] if min_agreement is None else min_agreement
     found.fidelity = trial.measure(least)
     for name, fidelity in found.fidelity.items():
@@ -184,7 +186,7 @@ def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
 def _table(checkpoint: Checkpoint, bundle: Bundle, name: str) -> SamplerTable:
     point = bundle.manifest.sampling.points[name]
     schedule = checkpoint.model.config.schedule
-    return sampler_table(schedule, point.sampler, len(point.timesteps), point.eta)
+    return process_table(schedule, point.sampler, len(point.timesteps), point.eta)
 
 
 def check_plan(trial: _Trial) -> Check:
@@ -194,10 +196,24 @@ def check_plan(trial: _Trial) -> Check:
     if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
         return Check(name, SKIPPED, "this version of marnet rewrites the loop in another way")
     for key, array in want.items():
-        error = float(np.abs(got[key] - array).max())
-        if not error <= _SAME * float(np.abs(array).max()):  # NaN too
+        error = float(np.abs(got[key] - array).max(initial=0))
+        if not error <= _SAME * float(np.abs(array).max(initial=0)):  # NaN too
             return failed(name, f"{key} is off by up to {error:.3g} from the checkpoint's")
     return passed(name, f"its {len(want)} tables are the checkpoint's")
+
+
+def check_head(trial: _Trial) -> Check:
+    """Whether what answers without the loop is the checkpoint's alignment branch, to the bit."""
+    name = "alignment branch"
+    got, want = read_head(trial.bundle.path / PAYLOAD), alignment_head(trial.lowered)
+    if got is None:
+        return Check(name, SKIPPED, "no operating point is without the loop")
+    if want is None:
+        return failed(name, "the checkpoint has none")
+    wrong = [key for key, array in vars(want).items() if not np.array_equal(vars(got)[key], array)]
+    if wrong:
+        return failed(name, f"{', '.join(wrong)} is not the checkpoint's")
+    return passed(name, "it is the checkpoint's")
 
 
 def check_receipt(bundle: Bundle) -> Check:
@@ -215,7 +231,8 @@ def check_receipt(bundle: Bundle) -> Check:
     except EnvironmentMismatch as error:
         return Check(name, SKIPPED, f"it cannot be read here: {error}")
     point = manifest.sampling.point
-    found = receipt(products, len(point.timesteps), point.samples)
+    steps = len(point.timesteps)
+    found = receipt(answering(products, bundle.path / PAYLOAD, steps), steps, point.samples)
     told = manifest.precision.receipt
     flat = [flatten({part: asdict(s) for part, s in x.items()}) for x in (told, found)]
     wrong = differences(*flat)
@@ -337,6 +354,11 @@ class _Trial:
                 options=self._calibration(name),
             )
             return found.sentence
+        if not self.tables[name].timesteps:
+            return (
+                f"features are off by no more than their types explain, by up to {apart:.2g}; what "
+                "departs is the alignment branch's head behind them"
+            )
         bound, steps = BOUNDS[_coarsest(loop)].step, len(self.tables[name].timesteps)
         for row in self.trajectory(name, most=_STEPS):
             if not row["error"] <= bound:
@@ -357,7 +379,8 @@ class _Trial:
             return {}
         if "int8" not in (manifest.precision.asked, manifest.precision.loop):
             return {"calibration": None}
-        tables = self.built.tables(name, self.images.pixels[:1], 1)
+        point = name if self.tables[name].timesteps else self.built.sampling.with_loop
+        tables = self.built.tables(point, self.images.pixels[:1], 1)
         x_v = self.reference.x_v[images].numpy()
         pixels = self.images.pixels[images]
         return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias)}
@@ -419,6 +442,8 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
     }
     if changes.get("backend", settings["backend"]) != settings["backend"]:
         settings |= {"targets": (), "route": ROUTES[0], "device": None}  # those are another's
+    if changes.get("steps") == 0:
+        settings |= {"sampler": None, "eta": 0.0, "samples": None}  # those are of a loop
     try:
         return Settings(**settings | dict(changes))
     except TypeError as error:

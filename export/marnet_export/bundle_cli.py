@@ -392,7 +392,7 @@ def _changes(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--loop-precision", type=Choice([*types, "int8"]), help="Of the loop alone."),
         click.option("--sampler", type=Choice(["ddpm", "ddim", "dpmpp"]), help="Reverse process."),
         click.option("--eta", type=click.FloatRange(0), help="Of ddim."),
-        click.option("--steps", type=click.IntRange(1), help="Sampling steps."),
+        click.option("--steps", type=click.IntRange(0), help="Sampling steps; 0: no loop."),
         click.option("--samples", type=click.IntRange(1), help="Noise samples per image."),
         click.option("--noise", type=Choice(["shared", "image"]), help="One noise, or by image."),
         click.option("--seed", type=click.IntRange(0), help="Noise seed."),

@@ -24,7 +24,7 @@ class Steps(click.IntRange):
     name = "integer or auto"
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__(0)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == "auto" else super().convert(value, param, ctx)
@@ -88,7 +88,9 @@ class Steps(click.IntRange):
     "--steps",
     type=Steps(),
     metavar="INTEGER|auto",
-    help="Sampling steps. Default: as trained. auto: the fewest that keep the accuracy.",
+    help="Sampling steps. Default: as trained. auto: the fewest that keep the accuracy. 0: no "
+    "reverse loop, the alignment branch answers; also what auto serves where the loop is not shown "
+    "to help.",
 )
 @click.option(
     "--max-drop",
@@ -105,7 +107,7 @@ class Steps(click.IntRange):
 @click.option(
     "--samples",
     type=click.IntRange(1),
-    help="Noise samples per image, averaged. Default: 1; with --steps auto, 1 to 8.",
+    help="Noise samples per image, averaged. Default: the checkpoint's; with --steps auto, 1 to 8.",
 )
 @click.option(
     "--noise",

@@ -144,6 +144,13 @@ def diagnose(
         encoder = _Encoder(again, reference, built)
         if encoder.whole.departs:
             return _explained(encoder)
+        if not table.timesteps:
+            note = (
+                "no layer departs by more than its types explain: features are off by up to "
+                f"{encoder.whole.error:.2g} (bound {encoder.whole.bound:g}), and the alignment "
+                "branch behind them is computed in float32"
+            )
+            return replace(encoder.whole, part="none", note=note)
         loop = _Loop(again, reference, built, table, name)
         if loop.whole.departs:
             return _explained(loop)

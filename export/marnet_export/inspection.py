@@ -168,6 +168,8 @@ def check_golden(bundle: Bundle) -> tuple[list[Check], Classifier | None]:
 
 def _point(bundle: Bundle, name: str) -> str:
     point = bundle.manifest.sampling.points[name]
+    if not point.timesteps:
+        return "no loop"
     return f"{len(point.timesteps)} {point.sampler} steps, samples: {point.samples}"
 
 

@@ -7,6 +7,8 @@ that every export is held to (`verify.Reference`); what that needs of it:
     vision(pixels [B, 3, H, W]) -> x_v [B, D_v];  latent_width, D
     refine(x_v, table, initial, noise, watch) -> x_CDR [B, D], the loop as the paper writes it
     head(x_v, x_CDR) -> logits [B, C], features [B, D_f]
+and, if its `Lowered.alignment` has a classifier, what answers without the loop:
+    align_vision(x_v) -> x_EMA [B, D];  alignment_classifier(x_EMA) -> logits [B, C]
 """
 
 from __future__ import annotations
@@ -56,10 +58,12 @@ class Plan(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The projections into the space in which images and texts are compared, eq. (7)-(8)."""
+    """The projections into the space in which images and texts are compared, eq. (7)-(8), and what
+    classifies there."""
 
     vision: tuple[Floats, Floats]  # [D, D_v], [D]
     text: tuple[Floats, Floats]  # [D, D_s], [D]
+    classifier: tuple[Floats, Floats] | None = None  # [C, D], [C]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,11 @@ def lower_marnet(model: MARNet, plan: SamplingPlan | None = None) -> Lowered:
         latent_width=model.latent_width,
         row_width=len(plan.input_weight),
         text=model.text.eval(),
-        alignment=Alignment(_weights(model.project_vision), _weights(model.project_text)),
+        alignment=Alignment(
+            vision=_weights(model.project_vision),
+            text=_weights(model.project_text),
+            classifier=_weights(model.alignment_classifier),
+        ),
     )
 
 

@@ -35,11 +35,12 @@ from marnet_export.class_token import ClassTokenLayer
 from marnet_export.diagnose import diagnose
 from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
-from marnet_export.lower import Lowered, lower
+from marnet_export.lower import Lowered, Plan, lower
 from marnet_export.plots import plot_pareto, plot_risk_coverage
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import check_delivered, receipt
 from marnet_export.selection import (
+    EXACT,
     Candidate,
     Choice,
     choose,
@@ -62,6 +63,13 @@ from marnet_export.verify import (
     settling,
     trajectory_error,
 )
+from marnet_export.zero_steps import (
+    alignment_head,
+    answering,
+    check_branch,
+    process_table,
+    write_head,
+)
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cuda import gpu_name
 from marnet_sdk.bundle import (
@@ -72,6 +80,7 @@ from marnet_sdk.bundle import (
     PLAN,
     SOURCE,
     TEXT,
+    ZERO,
     BuiltFor,
     Precision,
     Sampling,
@@ -93,7 +102,7 @@ from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.tables import Floats, make_tables
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import Checkpoint, copy_files, load_checkpoint, write_json
-from marnet_train.diffusion import SamplerTable, sampler_table
+from marnet_train.diffusion import SamplerTable
 
 GOLDEN = 8  # images that travel with the bundle
 DEFAULT = "default"  # the operating point of a bundle that has one
@@ -158,16 +167,27 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
     compute = settings.compute or ("bf16" if precision == "bf16" else "fp32")
     lowered = lower(checkpoint.model)
     plan = lowered.plan
-    schedule = checkpoint.model.config.schedule
-    sampler = settings.sampler or "ddpm"
-    eta = settings.eta if sampler == "ddim" else 0.0
-    table = sampler_table(schedule, sampler, steps, eta)
-    sentences = [plan.sentence(table, settings.samples or 1)]
-    if settings.noise == "image":
-        sentences.append(plan.noise_cost(table))
+    eta = settings.eta if settings.sampler == "ddim" else 0.0
+    config = checkpoint.model.config
+    table = process_table(config.schedule, settings.sampler, steps, eta)
+    samples = trained_samples(config) if settings.samples is None else settings.samples
+    sentences = about_loop(plan, table, samples, settings.noise)
     if any(isinstance(module, ClassTokenLayer) for module in lowered.encoder.modules()):
         sentences.append("the image encoder's last layer is run for the class token alone")
     return plan.explain(compute), "\n".join(sentences)
+
+
+def about_loop(plan: Plan, table: SamplerTable, samples: int, noise: str) -> list[str]:
+    """What answering with this sampler costs behind the encoder, in a line or two."""
+    if not table.timesteps:
+        return ["no reverse loop: the alignment branch answers"]
+    costs = [plan.noise_cost(table)] if noise == "image" else []
+    return [plan.sentence(table, samples), *costs]
+
+
+def trained_samples(config: Any) -> int:
+    """How many noise samples an image meets in the process as trained."""
+    return getattr(config, "samples", 1)
 
 
 class _Job:
@@ -188,12 +208,28 @@ class _Job:
         """The batch sizes that are built for; empty: any."""
         return tuple(getattr(builder(self.settings.backend), "BUCKETS", ()))
 
-    def table(self) -> SamplerTable:
-        """The sampler that is asked for."""
+    @property
+    def trained_samples(self) -> int:
+        return trained_samples(self.model.config)
+
+    def table(self, steps: int | None = None) -> SamplerTable:
+        """The sampler that is asked for, with so many steps."""
         asked = self.settings
-        assert asked.steps != "auto"
-        schedule = self.model.config.schedule
-        return sampler_table(schedule, asked.sampler or "ddpm", asked.steps, asked.eta)
+        return process_table(self.model.config.schedule, asked.sampler, steps, asked.eta)
+
+    def asked_points(self) -> tuple[dict[str, SamplerTable], dict[str, int], str]:
+        """Samplers and samples of the points where none are swept, and the one that answers.
+
+        Raises:
+            ExportError: no loop is asked for, and the method has nothing else that answers.
+        """
+        asked = self.settings
+        assert asked.steps != AUTO
+        samples = self.trained_samples if asked.samples is None else asked.samples
+        if asked.steps != 0:
+            return {DEFAULT: self.table(asked.steps)}, {DEFAULT: samples}, DEFAULT
+        check_branch(self.lowered, self.model.config.method)
+        return {EXACT: self.table(), ZERO: self.table(0)}, {EXACT: samples, ZERO: 1}, ZERO
 
     def sampling(
         self, tables: Mapping[str, SamplerTable], samples: Mapping[str, int] | int, default: str
@@ -216,11 +252,10 @@ class _Job:
             types, tables, samples, picked = self.pick_points()
         else:
             types = check_types(asked)
-            tables, samples, picked = {DEFAULT: self.table()}, {DEFAULT: asked.samples or 1}, None
-        sampling = self.sampling(tables, samples, picked or DEFAULT)
-        self.say(self.plan.sentence(tables[sampling.default], sampling.point.samples))
-        if asked.noise == "image":
-            self.say(self.plan.noise_cost(tables[sampling.default]))
+            tables, samples, picked = self.asked_points()
+        sampling = self.sampling(tables, samples, picked)
+        for line in about_loop(self.plan, tables[picked], sampling.point.samples, asked.noise):
+            self.say(line)
         self.say(types[0].sentence)
         built = self.build(types, tables, sampling)
         shares = self.read_receipt(types, sampling)
@@ -261,6 +296,8 @@ class _Job:
             route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
             module.build_encoder(self.lowered, example, encoder, payload, **more, **route)
             module.build_refine(self.lowered, loop, payload, **more)
+            if any(not point.timesteps for point in sampling.points.values()):
+                write_head(self.lowered, payload)
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
         asked = self.settings
@@ -281,7 +318,7 @@ class _Job:
     def calibration(self, arrays: dict[str, NDArray], sampling: Sampling) -> Calibration:
         """What ranges of activations are measured on."""
         images = slice(0, CALIBRATION)
-        tables = make_tables(arrays, sampling, sampling.default, seed=sampling.seed, samples=1)
+        tables = make_tables(arrays, sampling, sampling.with_loop, seed=sampling.seed, samples=1)
         return Calibration(
             self.images.pixels[images],
             self.reference.x_v[images].numpy(),
@@ -299,13 +336,15 @@ class _Job:
         module = builder(self.settings.backend)
         products = module.products(self.fresh / PAYLOAD, types[0], shape)
         check_delivered(products, {"encoder": types[0], "loop": types[1]}, self.settings.backend)
-        return receipt(products, len(sampling.point.timesteps), sampling.point.samples)
+        steps = len(sampling.point.timesteps)
+        products = answering(products, self.fresh / PAYLOAD, steps)
+        return receipt(products, steps, sampling.point.samples)
 
     def write_beside(self, built: Built, fidelity: Fidelity) -> None:
         """What travels with the payload: golden answers, ready tables, text encoder, checkpoint."""
         _write_golden(self.fresh, self.images, built, self.checkpoint.preprocess, fidelity)
         sampling = built.sampling
-        if sampling.noise == "shared":
+        if sampling.noise == "shared" and sampling.point.timesteps:
             tables = built.tables(sampling.default, built.pixels[:1], sampling.point.samples)
             arrays = {"coefficients": tables.coefficients, "bias": tables.bias}
             save_file(arrays, self.fresh / TABLES)
@@ -336,8 +375,11 @@ class _Job:
                 "checkpoint does not know; name others with --data"
             )
         tables = swept_processes(self.model.config.schedule, asked.sampler, asked.eta)
-        sampling = self.sampling(tables, 1, next(iter(tables)))
-        exact = mean_logits(self.reference.logits(tables[sampling.default], asked.seed))
+        first, trained = next(iter(tables.items()))
+        exact = mean_logits(self.reference.logits(trained, asked.seed, self.trained_samples))
+        if alignment_head(self.lowered) is not None:
+            tables[ZERO] = self.table(0)
+        sampling = self.sampling(tables, 1, first)
         candidates: dict[str, list[Candidate]] = {}
         for precision in FLOATS if asked.precision == AUTO else (asked.precision,):
             try:
@@ -353,6 +395,7 @@ class _Job:
                 truth,
                 exact.argmax(axis=1),
                 samples=SAMPLES if asked.samples is None else (asked.samples,),
+                trained_samples=self.trained_samples,
                 precision=precision,
                 max_drop=asked.max_drop,
             )
@@ -368,7 +411,7 @@ class _Job:
         (self.fresh / f"sweep-{precision}").rename(self.fresh / PAYLOAD)
         schedule = self.model.config.schedule
         chosen = {
-            name: sampler_table(schedule, c.sampler, c.steps, c.eta or 0.0)
+            name: process_table(schedule, c.sampler, c.steps, c.eta or 0.0)
             for name, c in choice.points.items()
         }
         samples = {name: c.samples for name, c in choice.points.items()}
@@ -431,21 +474,25 @@ class _Job:
             for name, p in sampling.points.items()
         }
         default, table = by_name[sampling.default], tables[sampling.default]
-        error = trajectory_error(self.reference, built, sampling.default, table)
+        more = {
+            "operating_points": {name: f.to_dict() for name, f in by_name.items()},
+            "trajectory": trajectory_error(self.reference, built, sampling.default, table),
+            "latency_ms": _latency(built.run(sampling.default), pixels[:1]),
+        }
+        if table.timesteps:
+            more |= self.noise_matters(built, table)
+        write_json(self.fresh / FIDELITY, default.to_dict() | more)
+        return default
+
+    def noise_matters(self, built: Built, table: SamplerTable) -> dict[str, Any]:
+        """How answers at the default point depend on the noise."""
+        sampling = built.sampling
         floor = instability_floor(self.reference, table, sampling.seed, sampling.point.samples)
         self.say(
             f"instability floor: {floor['share']:.2%} of {floor['images']} images change their "
             f"label over {len(floor['seeds'])} noise seeds, in float32"
         )
-        more = {
-            "operating_points": {name: f.to_dict() for name, f in by_name.items()},
-            "trajectory": error,
-            "instability": floor,
-            "settled": settling(built, sampling.default),
-            "latency_ms": _latency(built.run(sampling.default), pixels[:1]),
-        }
-        write_json(self.fresh / FIDELITY, default.to_dict() | more)
-        return default
+        return {"instability": floor, "settled": settling(built, sampling.default)}
 
     def failure(
         self,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marnet_export.selection import EXACT, RiskCoverage, RiskThreshold, plural
+from marnet_sdk.bundle import NO_LOOP
 from marnet_sdk.errors import requires_extra
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _latency_axis(axes: Axes, latencies: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    axes.set_xlim(min(latencies) / 1.3, max(latencies) * 1.3)
+    axes.set_xlim(min(latencies) / 1.7, max(latencies) * 1.3)  # a name stands over the first
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -205,7 +206,7 @@ def _legend(colours: Mapping[str, str], markers: Mapping[int, str], max_drop: fl
         )
 
     return [
-        *(dot(name, color=colour) for name, colour in colours.items()),
+        *(dot("no loop" if n == NO_LOOP else n, color=colour) for n, colour in colours.items()),
         *(dot(plural(n, "sample"), color="0.35", marker=m) for n, m in markers.items()),
         dot("does not pass", color="0.35", markerfacecolor="white"),
         Line2D([], [], color="0.35", linewidth=1, label="not dominated"),

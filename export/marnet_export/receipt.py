@@ -25,7 +25,7 @@ def receipt(products: Sequence[Product], steps: int, samples: int) -> dict[str, 
         steps, samples: S and K of the operating point that answers.
     """
     # The last step is behind the loop: its estimate is the answer, which the head reads.
-    times = {"encoder": 1, "loop": (steps - 1) * samples, "head": samples}
+    times = {"encoder": 1, "loop": max(steps - 1, 0) * samples, "head": samples}
     parts = {part: [p for p in products if p.part == part] for part, n in times.items() if n}
     found = {part: _share(mine, times) for part, mine in parts.items() if mine}
     return found | {"all": _share(products, times)}

@@ -7,6 +7,9 @@ A *candidate* is a way to run the loop, with what was measured of it. The *exact
 as it was trained; every other is compared with it on the same images. A candidate passes if its
 accuracy is shown, with 95 % confidence, to be at most `max_drop` below the exact one's.
 
+A candidate of no steps runs no loop. It is also what is served, unless a candidate with the loop is
+shown, with the same confidence, to be more accurate than it.
+
 Axes: N images.
 """
 
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from marnet_sdk.bundle import ZERO
 from marnet_sdk.errors import InvalidInput, VerificationFailed, requires_extra
 from marnet_train.measures import paired_interval
 
@@ -57,6 +61,8 @@ class Candidate:
     low: float  # interval of accuracy - accuracy of the exact process
     high: float
     passes: bool
+    # accuracy - the zero-step candidate's, as measured, and its interval; None where there is none
+    over_zero: tuple[float, float, float] | None = None
 
     @property
     def process(self) -> tuple[str, float | None, int, int, str]:
@@ -64,6 +70,8 @@ class Candidate:
         return self.sampler, self.eta, self.steps, self.samples, self.precision
 
     def __str__(self) -> str:
+        if not self.steps:
+            return f"no loop, {self.precision}"
         eta = "" if self.eta is None else f" eta {self.eta:g}"
         counts = f"{plural(self.steps, 'step')}, {plural(self.samples, 'sample')}"
         return f"{self.sampler}{eta}, {counts}, {self.precision}"
@@ -84,6 +92,7 @@ def evaluate_candidate(
     max_drop: float,
     eta: float | None = None,
     precision: str = "fp32",
+    without_loop: ArrayLike | None = None,
     z: float = 1.96,
 ) -> Candidate:
     """Compare a candidate's labels with the exact process's, on the same images.
@@ -93,6 +102,7 @@ def evaluate_candidate(
         reference: by the exact process, [N].
         truth: the true ones, [N].
         max_drop: how much accuracy may be lost, as a share.
+        without_loop: by the zero-step candidate, [N].
 
     Raises:
         InvalidInput: arrays that do not fit, or a number outside its range.
@@ -101,9 +111,11 @@ def evaluate_candidate(
     if not (math.isfinite(latency_ms) and latency_ms > 0):
         raise InvalidInput(f"latency_ms: got {latency_ms}; expected a positive number")
     got, exact, true = _labels(labels, reference, truth)
-    right, reference_right = got == true, exact == true
-    better, worse = int((right & ~reference_right).sum()), int((~right & reference_right).sum())
-    difference, low, high = paired_interval(better, worse, len(true), z)
+    right = got == true
+    difference, low, high = _difference(right, exact == true, z)
+    over_zero = None
+    if without_loop is not None and steps:
+        over_zero = _difference(right, _labels(without_loop, true)[0] == true, z)
     return Candidate(
         sampler=sampler,
         eta=eta,
@@ -118,7 +130,16 @@ def evaluate_candidate(
         low=low,
         high=high,
         passes=low >= -max_drop,
+        over_zero=over_zero,
     )
+
+
+def _difference(
+    right: NDArray[np.bool_], reference: NDArray[np.bool_], z: float
+) -> tuple[float, float, float]:
+    """`paired_interval` of what two processes have right, bool [N] each."""
+    better, worse = int((right & ~reference).sum()), int((~right & reference).sum())
+    return paired_interval(better, worse, len(right), z)
 
 
 def evaluate_exact(labels: ArrayLike, truth: ArrayLike, **settings: Any) -> Candidate:
@@ -148,7 +169,7 @@ def non_dominated(candidates: Iterable[Candidate]) -> list[Candidate]:
 class Choice:
     """The operating points, and the one to serve."""
 
-    points: dict[str, Candidate]  # exact, fast, balanced, and budget if it is none of them
+    points: dict[str, Candidate]  # exact, fast, balanced, zero, and budget if it is none of them
     picked: str  # a name in `points`
     reason: str
     enough_images: bool  # whether any candidate could pass on this many images
@@ -168,8 +189,10 @@ def choose(
     fast: the fastest candidate that passes.
     balanced: the most accurate one among those that pass, are not dominated by another that
         passes, and take at most the geometric mean of the latencies of fast and exact.
+    zero: the candidate of no steps, if there is one, whether it passes or not.
 
-    Picked is fast; with a latency budget, the most accurate candidate within it that passes.
+    Picked is zero, unless a candidate with the loop is shown to be more accurate than it, and then
+    fast; with a latency budget, the most accurate candidate within it that passes.
 
     Args:
         candidates: may include the exact process; whether one passes is judged here, from its
@@ -188,10 +211,15 @@ def choose(
     within = [c for c in non_dominated(passing) if c.latency_ms <= limit]
     balanced = max(within, key=lambda c: c.accuracy, default=fast)
     points = {EXACT: exact, FAST: fast, BALANCED: balanced}
+    zero = _zero_step(others, exact.precision)
+    if zero is not None:
+        points[ZERO] = zero
     enough = exact.images >= needed
     if latency_budget_ms is None:
-        reason = _why_fast(fast, exact, others, max_drop, needed)
-        return Choice(points, FAST, reason, enough, max_drop)
+        picked, reason = FAST, _why_fast(fast, exact, others, max_drop, needed)
+        if zero is not None:
+            picked, reason = _with_or_without([exact, *others], zero, reason, max_drop, needed)
+        return Choice(points, picked, reason, enough, max_drop)
     best = _within_budget(passing, latency_budget_ms)
     picked = next((name for name, c in points.items() if c == best), BUDGET)
     points.setdefault(picked, best)
@@ -354,6 +382,51 @@ def _within_budget(passing: Sequence[Candidate], budget: float) -> Candidate:
             "much, measure candidates with fewer steps or samples, or accept a larger drop"
         )
     return min(within, key=lambda c: (-c.accuracy, _fastest_first(c)))
+
+
+def _zero_step(candidates: Sequence[Candidate], precision: str) -> Candidate | None:
+    """The one without the loop: the fastest that passes, or else that of the exact process's
+    precision."""
+
+    def rank(c: Candidate) -> tuple[Any, ...]:
+        return not c.passes, not c.passes and c.precision != precision, _fastest_first(c)
+
+    return min((c for c in candidates if not c.steps), key=rank, default=None)
+
+
+def _with_or_without(
+    candidates: Sequence[Candidate], zero: Candidate, why_fast: str, max_drop: float, needed: int
+) -> tuple[str, str]:
+    """What is picked of fast and zero, and the sentence that says why."""
+    with_loop = [c for c in candidates if c.over_zero is not None]
+    if not with_loop:
+        return (
+            ZERO,
+            "the zero-step point is served: nothing with the loop was compared with it",
+        )
+    best = min(with_loop, key=lambda c: (-_lead(c)[1], _fastest_first(c)))
+    difference, low, high = _lead(best)
+    figures = (
+        f"the accuracy of the best of {plural(len(with_loop), 'candidate')} with it, {best}, is "
+        f"{difference:+.2%} from that of the zero-step point (95 % interval {low:+.2%} to "
+        f"{high:+.2%}) on {plural(zero.images, 'image')}"
+    )
+    if low > 0:
+        return FAST, f"the loop is shown to help here: {figures}; {why_fast}"
+    served = f"{zero.latency_ms:.3g} ms, accuracy {zero.accuracy:.2%}"
+    if not zero.passes:
+        served += f". It may be {max(-zero.low, 0.0):.2%} below the process as trained"
+        if zero.images < needed:
+            served += f": to show at most {max_drop:.2%}, {needed} images or more are needed"
+    return ZERO, (
+        f"the loop is not shown to help here: {figures}, so the zero-step point is served: {served}"
+    )
+
+
+def _lead(candidate: Candidate) -> tuple[float, float, float]:
+    """Over the zero-step candidate, with its interval."""
+    assert candidate.over_zero is not None
+    return candidate.over_zero
 
 
 def _why_fast(

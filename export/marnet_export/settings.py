@@ -35,9 +35,9 @@ class Settings:
     compute: str | None = None  # None: what the backend does best here
     loop_precision: str | None = None  # None: the same as `precision`
     sampler: str | None = None  # None: ddpm, or all of them where steps are swept
-    steps: int | Literal["auto"] | None = None  # None: T
+    steps: int | Literal["auto"] | None = None  # None: T; 0: the alignment branch answers
     eta: float = 0.0  # of ddim
-    samples: int | None = None  # None: 1, or several where steps are swept
+    samples: int | None = None  # None: the checkpoint's, or several where steps are swept
     noise: str = "shared"
     seed: int = 0  # of the noise
     min_agreement: float | None = None  # None: by precision
@@ -69,6 +69,11 @@ class Settings:
                 )
         if self.latency_budget_ms is not None and self.steps != "auto":
             raise InvalidInput("a latency budget is for choosing steps: add --steps auto")
+        if self.steps == 0 and (self.sampler or self.eta or (self.samples or 1) > 1):
+            raise InvalidInput(
+                f"steps: got 0, so nothing is sampled, with sampler {self.sampler}, eta {self.eta} "
+                f"and samples {self.samples}; leave these out, or choose 1 or more steps"
+            )
         if self.eta and self.sampler != "ddim" and (self.sampler or self.steps != "auto"):
             raise InvalidInput(f"eta: got {self.eta}, but it is for ddim: add --sampler ddim")
         if self.route != ROUTES[0] and self.backend != "tensorrt":

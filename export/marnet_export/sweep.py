@@ -1,14 +1,14 @@
 """Measure every way to run a built loop, so that `selection` can choose among them.
 
-What is swept is steps x sampler x noise samples x precision. One built graph serves all but the
-last, and the encoder runs once for all of them.
+What is swept is steps x sampler x noise samples x precision, and no loop at all. One built graph
+serves all but the precision, and the encoder runs once for all of them.
 Axes: N images, K noise samples, C classes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,6 +67,7 @@ def sweep(
     reference: NDArray[np.int64],
     *,
     samples: Sequence[int],
+    trained_samples: int = 1,
     precision: str,
     max_drop: float,
 ) -> list[Candidate]:
@@ -75,17 +76,20 @@ def sweep(
     Args:
         truth: the true classes [N]. reference: the labels of the float32 checkpoint and its
             process as trained, [N].
+        samples: numbers of noise samples. trained_samples: that of the process as trained.
 
     Returns:
         The process as trained first.
     """
-    names = list(built.sampling.points)
-    latency = _latencies(built, samples)  # encodes the images, too
+    names, points = list(built.sampling.points), built.sampling.points
+    latency = _latencies(built, {*samples, trained_samples})  # encodes the images, too
+    zero = next((name for name in names if not points[name].timesteps), None)
+    without_loop = None if zero is None else built.logits(zero).argmax(axis=1)
     found = []
     for name in track(names, f"sweep {precision}"):
-        point = built.sampling.points[name]
-        # As trained means one sample; more of them come with "ddpm-T".
-        counts = (1,) if name == names[0] else samples
+        point = points[name]
+        # More samples of the process as trained come with "ddpm-T"; without the loop all are alike.
+        counts = (trained_samples,) if name == names[0] else (1,) if name == zero else samples
         logits = built.samples(name, max(counts))  # [N, K, C]
         for count in counts:
             labels = mean_logits(logits[:, :count]).argmax(axis=1)
@@ -97,6 +101,7 @@ def sweep(
                 "precision": precision,
                 "latency_ms": latency[name, count],
                 "max_drop": max_drop,
+                "without_loop": without_loop,
             }
             # In float32 it is the reference itself, and not one more that has to be shown as good.
             same = name == names[0] and precision == "fp32" and (labels == reference).all()
@@ -108,7 +113,7 @@ def sweep(
     return found
 
 
-def _latencies(built: Built, samples: Sequence[int]) -> dict[tuple[str, int], float]:
+def _latencies(built: Built, samples: Iterable[int]) -> dict[tuple[str, int], float]:
     """Milliseconds from an image's pixels to its logits, of every point and number of samples.
 
     Points that do the same work share the time of the first of them. Medians of calls taken in

@@ -124,11 +124,14 @@ class Reference:
     def logits(
         self, table: SamplerTable, seed: int, samples: int = 1, *, limit: int | None = None
     ) -> Floats:
-        """Of every image (or the first `limit`) and noise sample, [N, K, C].
+        """Of every image (or the first `limit`) and noise sample, [N, K, C]; of a table without a
+        step, the alignment branch's, [N, 1, C].
 
         Raises:
             ExportError: a chain leaves the finite numbers; names the step, or the head.
         """
+        if not table.timesteps:
+            return self._without_loop(limit)
         asked = (table.sampler, table.eta, table.timesteps, seed, samples)
         if asked in self._known:
             return self._known[asked][:limit]
@@ -143,6 +146,13 @@ class Reference:
         _check_finite(logits, "head, behind the reverse chain,")
         if limit is None:
             self._known = {asked: logits}
+        return logits
+
+    def _without_loop(self, limit: int | None) -> Floats:
+        """The alignment branch's logits, [N, 1, C]."""
+        aligned = self.model.align_vision(self.x_v[:limit])
+        logits = self.model.alignment_classifier(aligned)[:, None].numpy()
+        _check_finite(logits, "alignment branch")
         return logits
 
     @torch.inference_mode()
@@ -272,8 +282,11 @@ def trajectory_error(
 
     Returns:
         For each step: `step` (1-based), `t`, and `error`, the norm of the difference of the logits
-        that the head makes of the estimate, over the norm of the reference's.
+        that the head makes of the estimate, over the norm of the reference's. Nothing where there
+        is no loop.
     """
+    if not table.timesteps:
+        return []
     pixels, x_v = built.pixels[:images], built.x_v[:images]
     expected = reference.estimates(table, built.sampling.seed, len(pixels))
     tables = built.tables(name, pixels, 1)

@@ -31,6 +31,8 @@ FORMAT_VERSION = 3
 PAYLOAD, TEXT, SOURCE = "payload", "text", "source"
 LAZY = (f"{TEXT}/", f"{SOURCE}/")  # what is not needed to classify
 PLAN = "payload/plan.safetensors"
+ALIGNMENT_HEAD = "payload/alignment.safetensors"
+ZERO, NO_LOOP = "zero", "none"  # the operating point without the loop, and its sampler
 FIDELITY = "fidelity.json"
 GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
 
@@ -58,7 +60,7 @@ class Precision:
 class OperatingPoint:
     """One way to run the reverse process: a trade of accuracy for speed, verified at export."""
 
-    sampler: str
+    sampler: str  # NO_LOOP where there is no step: the alignment branch alone answers
     eta: float  # of ddim
     timesteps: tuple[int, ...]  # S of them, decreasing, 1-based
     samples: int  # K: chains per image, whose probabilities are averaged
@@ -80,6 +82,12 @@ class Sampling:
     def point(self) -> OperatingPoint:
         """The default operating point."""
         return self.points[self.default]
+
+    @property
+    def with_loop(self) -> str:
+        """The operating point that stands for the loop: the default, or the first that has one."""
+        names = (self.default, *self.points)
+        return next((name for name in names if self.points[name].timesteps), self.default)
 
 
 @dataclass(frozen=True)
@@ -283,7 +291,7 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
             for name, point in fields["sampling"]["points"].items()
         }
         fields["sampling"] = Sampling(**{**fields["sampling"], "points": points})
-        _check_sampling(fields["sampling"])
+        _check_sampling(fields["sampling"], fields["files"])
         built_for = fields["built_for"]
         targets = tuple(built_for["targets"])
         fields["built_for"] = BuiltFor(**{**built_for, "targets": targets})
@@ -296,13 +304,17 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
         raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error
 
 
-def _check_sampling(sampling: Sampling) -> None:
+def _check_sampling(sampling: Sampling, files: Mapping[str, Any]) -> None:
     sampling.point  # noqa: B018 - the default must be one of them
     if sampling.noise not in ("shared", "image"):
         raise ValueError(f"noise {sampling.noise!r} is neither shared nor image")
     for name, point in sampling.points.items():
-        if not point.timesteps or not all(1 <= t <= sampling.train_steps for t in point.timesteps):
+        if not all(1 <= t <= sampling.train_steps for t in point.timesteps):
             raise ValueError(f"operating point {name!r} visits steps outside 1 .. T")
+        if bool(point.timesteps) == (point.sampler == NO_LOOP):
+            raise ValueError(f"operating point {name!r} has {len(point.timesteps)} steps")
+        if point.sampler == NO_LOOP and ALIGNMENT_HEAD not in files:
+            raise ValueError(f"operating point {name!r} needs {ALIGNMENT_HEAD}; export it again")
 
 
 def _check_file(

@@ -22,7 +22,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from marnet_sdk.backends import open_backend
-from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, PLAN, read_bundle
+from marnet_sdk.bundle import (
+    GOLDEN_ANSWERS,
+    GOLDEN_IMAGES,
+    PLAN,
+    ZERO,
+    Bundle,
+    OperatingPoint,
+    read_bundle,
+)
 from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
@@ -77,8 +85,9 @@ class Classifier:
         Args:
             operating_point: which of the bundle's trades of accuracy for speed answers
                 (`bundle.manifest.sampling.points`); default: the one that its export picked.
+                "zero", where a bundle has it, is the alignment branch alone: no loop, no noise.
             samples: noise samples per image, whose probabilities are averaged; default: the
-                operating point's.
+                operating point's. More than one needs a point with the loop.
             seed: of the noise; default: the one that the bundle was verified with.
             threads: cores to use; default: the backend's own choice.
             device: "cpu" or "cuda"; default: the one that the bundle was built for.
@@ -100,10 +109,7 @@ class Classifier:
         manifest = bundle.manifest
         sampling = manifest.sampling
         if operating_point is not None and operating_point not in sampling.points:
-            raise InvalidInput(
-                f"operating_point: got {operating_point!r}; {bundle.path} has "
-                f"{', '.join(sampling.points)}. More are made by marnet-export --steps auto"
-            )
+            raise InvalidInput(_no_such_point(bundle, operating_point))
         self.bundle = bundle
         self.labels = manifest.labels
         self.preprocess = manifest.preprocessing
@@ -123,11 +129,8 @@ class Classifier:
         for tested in dict.fromkeys([sampling.default, name]):
             self._use(tested, sampling.points[tested].samples, sampling.seed)
             self._self_test()
-        self._use(
-            name,
-            sampling.points[name].samples if samples is None else _positive("samples", samples),
-            sampling.seed if seed is None else seed,
-        )
+        self._use(name, sampling.points[name].samples, sampling.seed if seed is None else seed)
+        self._samples = self._number_of_samples(samples)
 
     def _use(self, operating_point: str, samples: int, seed: int) -> None:
         """Answer like this from now on."""
@@ -135,6 +138,39 @@ class Classifier:
         # Of one number of samples each; they are large.
         self._shared = lru_cache(maxsize=4)(lambda count: self._make_tables(count))
         self._make_tables(1)  # refuses a bad seed
+
+    @property
+    def _point(self) -> OperatingPoint:
+        return self.bundle.manifest.sampling.points[self._operating_point]
+
+    @property
+    def _by_image(self) -> bool:
+        """Whether each image meets noise of its own; without the loop none meets any."""
+        return self.bundle.manifest.sampling.noise == "image" and bool(self._point.timesteps)
+
+    def _number_of_samples(self, samples: int | None) -> int:
+        """
+        Raises:
+            InvalidInput: no integer, below 1, or several where there is no loop.
+        """
+        if samples is None:
+            return self._samples
+        count = _positive("samples", samples)
+        if count > 1:
+            self._check_loop(f"samples: got {count}")
+        return count
+
+    def _check_loop(self, got: str) -> None:
+        """
+        Raises:
+            InvalidInput: there is no loop; `got` is what asks for one.
+        """
+        if not self._point.timesteps:
+            other = self.bundle.manifest.sampling.with_loop
+            raise InvalidInput(
+                f"{got}, but operating point {self._operating_point!r} has no reverse loop, and so "
+                f"no noise to draw; leave it out, or choose operating_point={other!r}"
+            )
 
     @property
     def operating_point(self) -> str:
@@ -161,12 +197,11 @@ class Classifier:
         return self._backend.report()
 
     def __repr__(self) -> str:
-        manifest = self.bundle.manifest
-        point = manifest.sampling.points[self.operating_point]
+        manifest, point = self.bundle.manifest, self._point
+        steps = f"{len(point.timesteps)} {point.sampler} steps" if point.timesteps else "no loop"
         return (
             f"Classifier({str(self.bundle.path)!r}: {len(self.labels)} classes, "
-            f"{manifest.backend} {manifest.precision.asked}, "
-            f"{len(point.timesteps)} {point.sampler} steps"
+            f"{manifest.backend} {manifest.precision.asked}, {steps}"
             + (f", {self.samples} samples)" if self.samples > 1 else ")")
         )
 
@@ -230,16 +265,19 @@ class Classifier:
 
         Raises:
             ImageError: the one image is not usable. InvalidImages: some of many are not.
-            InvalidInput: a batch_size, top_k or samples that is no integer or below 1, or a `stop`
-                that does not exist or has nothing to stop.
+            InvalidInput: a batch_size, top_k or samples that is no integer or below 1, a `stop`
+                that does not exist or has nothing to stop, or `stop` or several samples at an
+                operating point without the loop.
             InferenceError: the model gives NaN or infinity.
         """
         batch_size, top_k = _positive("batch_size", batch_size), _positive("top_k", top_k)
-        samples = self.samples if samples is None else _positive("samples", samples)
+        samples = self._number_of_samples(samples)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
         if stop not in (None, "settled"):
             raise InvalidInput(f'stop must be "settled" or None, got {stop!r}')
+        if stop:
+            self._check_loop(f"stop: got {stop!r}")
         if stop and len(schedule(samples)) == 1:
             raise InvalidInput(
                 f"stop={stop!r} looks after {schedule(99)[0]} samples for the first time, so it "
@@ -262,6 +300,8 @@ class Classifier:
 
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
         """The fused representation that the final classifier sees, the mean over noise samples.
+
+        At an operating point without the loop, x_EMA of eq. (7), which its classifier sees.
 
         Returns:
             [D_f] for one image, [B, D_f] for many.
@@ -392,7 +432,7 @@ class Classifier:
 
     def _device_logits(self, pixels: Any) -> Floats:
         rows = self._backend.device_rows(pixels)
-        if self.bundle.manifest.sampling.noise == "image":
+        if self._by_image:
             raise InvalidInput(
                 "this bundle keys its noise by the bytes of an image, which must be in the host's "
                 "memory for that; pass a NumPy array"
@@ -411,7 +451,7 @@ class Classifier:
     ) -> _Run:
         """Everything about a batch. `names` are what an error calls the rows."""
         count = self.samples if samples is None else samples
-        if stop is None and self.bundle.manifest.sampling.noise == "shared":
+        if stop is None and not self._by_image:
             return self._run_at_once(pixels, names, count)
         assert isinstance(pixels, np.ndarray)
         x_v = self._backend.encode(pixels)
@@ -450,7 +490,7 @@ class Classifier:
     def _tables(self, pixels: Floats, start: int, end: int, total: int) -> Tables:
         """The loop's tables for samples start .. end of a batch: the same for all of its images, or
         keyed by what the model sees."""
-        if self.bundle.manifest.sampling.noise == "image":
+        if self._by_image:
             return self._make_tables(end - start, start, [pixel_key(row) for row in pixels])
         whole = self._shared(total)
         return whole if (start, end) == (0, total) else whole.samples(start, end)
@@ -482,11 +522,13 @@ class Classifier:
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=(1, 2)))
         rows, steps = active[bad], len(tables.coefficients)
         x_v = features(int(bad[0]))
-        if np.isfinite(x_v).all():
+        if not np.isfinite(x_v).all():
+            where = "from the encoder on"
+        elif not steps:
+            where = "in the alignment branch behind the encoder"
+        else:
             step = self._first_bad_step(x_v, tables.rows(bad[:1]))
             where = f"from step {step} of {steps} of the reverse loop on"
-        else:
-            where = "from the encoder on"
         shown = [str(names[i]) if names else f"row {i}" for i in rows.tolist()]
         raise InferenceError(_not_finite(shown, where))
 
@@ -541,9 +583,9 @@ class Classifier:
 
     def _abstain_below(self, how: _How) -> float | None:
         """The threshold that export found, if it was found for this very way of answering."""
-        sampling = self.bundle.manifest.sampling
-        point = sampling.points[self._operating_point]
-        same = (how.samples, how.stop, self._seed) == (point.samples, None, sampling.seed)
+        point, seed = self._point, self.bundle.manifest.sampling.seed
+        same = (how.samples, how.stop) == (point.samples, None)
+        same = same and (self._seed == seed or not point.timesteps)
         return point.abstain_below if same else None
 
     def _self_test(self) -> None:
@@ -648,6 +690,15 @@ def _positive(name: str, value: int) -> int:
     if number < 1:
         raise InvalidInput(f"{name} must be at least 1, got {number}")
     return number
+
+
+def _no_such_point(bundle: Bundle, name: str) -> str:
+    points = bundle.manifest.sampling.points
+    zero = f" or --steps 0, which add {ZERO!r}" if ZERO not in points else ""
+    return (
+        f"operating_point: got {name!r}; {bundle.path} has {', '.join(points)}. More are made by "
+        f"exporting it again with marnet-export --steps auto{zero}"
+    )
 
 
 def _not_finite(names: Sequence[str], where: str, what: str = "logits") -> str:

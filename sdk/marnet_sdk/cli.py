@@ -34,7 +34,8 @@ Answer = Prediction | ImageError
 @click.option(
     "--operating-point",
     metavar="NAME",
-    help="fast, balanced or exact, where the bundle has them. Default: the one its export picked.",
+    help="fast, balanced, exact or zero (no reverse loop), where the bundle has them. Default: the "
+    "one its export picked.",
 )
 @click.option(
     "--samples",

@@ -26,6 +26,11 @@ class Tables:
     coefficients: Floats  # [S, 3] A, B, C of each step
     bias: Floats  # [S, N, K, H] time, noise and output bias; N is 1 (shared noise) or B
 
+    @property
+    def steps(self) -> int:
+        """S; 0 where no loop is run."""
+        return len(self.coefficients)
+
     def first_steps(self, count: int) -> Tables:
         """The chain cut short: its last step returns the network's estimate, as any last step."""
         return Tables(self.coefficients[:count], self.bias[:count])
@@ -67,8 +72,14 @@ def make_tables(
             `output_bias` [D] and, for each operating point, `coefficients.NAME` [S, 4].
         samples: K, how many chains an image meets. first: the number of the first of them.
         keys: of each image of a batch, where noise is keyed by image; None: one for all.
+
+    Returns:
+        Tables without a step, for an operating point without the loop.
     """
     point = sampling.points[name]
+    if not point.timesteps:
+        width = plan["time_bias"].shape[1]
+        return Tables(np.empty((0, 3), np.float32), np.empty((0, 1, samples, width), np.float32))
     coefficients = plan[f"coefficients.{name}"]
     time_bias = plan["time_bias"][np.array(point.timesteps) - 1]  # [S, H]
     keys = [0] if keys is None else keys

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from marnet_sdk.alignment import project
 from marnet_sdk.backends import TextEncoder, open_text
 from marnet_sdk.bundle import TEXT, Bundle
 from marnet_sdk.errors import (
@@ -36,7 +37,6 @@ from marnet_sdk.tables import Floats, Integers
 
 TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
 GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"
-LEAKY_SLOPE = 0.01  # of g in eq. (7) and (8)
 
 Tokenize = Callable[[Sequence[str]], tuple[Integers, Integers]]  # -> ids and mask [N, L]
 
@@ -80,16 +80,14 @@ class Alignment:
 
     def images(self, x_v: Floats) -> Floats:
         """x_v' = g(E_v(x_v)), eq. (7), of length 1: [B, D_v] -> [B, D]."""
-        return _project(x_v, self.vision_weight, self.vision_bias)
+        return _unit(project(x_v, self.vision_weight, self.vision_bias))
 
     def texts(self, x_s: Floats) -> Floats:
         """x_s' = g(E_s(x_s)), eq. (8), of length 1: [B, D_s] -> [B, D]."""
-        return _project(x_s, self.text_weight, self.text_bias)
+        return _unit(project(x_s, self.text_weight, self.text_bias))
 
 
-def _project(x: Floats, weight: Floats, bias: Floats) -> Floats:
-    y = x @ weight.T + bias
-    y = np.where(y < 0, np.float32(LEAKY_SLOPE) * y, y)
+def _unit(y: Floats) -> Floats:
     return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), np.float32(1e-12))
 
 

@@ -42,9 +42,9 @@ def test_the_peer_gives_the_logits_of_the_float32_bundle(backend, bundle_of, che
 
 
 def test_the_peer_runs_the_operating_point_samples_and_noise_of_the_bundle(
-    noisy_bundle, swept_bundle, checkpoint
+    noisy_bundle, swept_bundle, zero_bundle, checkpoint
 ):
-    for path in (noisy_bundle, swept_bundle):
+    for path in (noisy_bundle, swept_bundle, zero_bundle("onnxruntime", "fp32")):
         classifier = Classifier(path)
         _, peer = load_peer(checkpoint, classifier.bundle.manifest)
         images = sorted((checkpoint / "samples").glob("*.png"))[:9]
@@ -114,3 +114,12 @@ def test_without_a_test_split_the_validation_split_is_named():
     found = measured_accuracy({"metrics": metrics}, sampling_of([1]))
     assert found is not None
     assert found["split"] == "val"
+
+
+def test_without_the_loop_the_accuracy_is_the_alignment_branch_s(checkpoint):
+    training = load_checkpoint(checkpoint).training
+    point = OperatingPoint("none", 0.0, (), 1, None)
+    found = measured_accuracy(training, Sampling({"a": point}, "a", 100, "shared", 9, 1))
+    assert found is not None
+    branch = training["metrics"]["alignment"]["test"]
+    assert found["marnet"] == {"top1": branch["top1"], "top5": branch["top5"]}

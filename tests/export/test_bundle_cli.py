@@ -283,7 +283,7 @@ def test_verify_holds_the_text_encoder_against_the_checkpoint_too(bundle, tmp_pa
     result = bundle_command("verify", copy, "--data", few)
     assert result.exit_code == 3
     assert "golden texts passed" in one_line(result.stdout)
-    assert "fails 1 of 9 checks: agreement, texts: text_weight of" in one_line(result.stderr)
+    assert "fails 1 of 10 checks: agreement, texts: text_weight of" in one_line(result.stderr)
 
 
 def test_verify_refuses_labels_that_are_not_the_checkpoint_s(bundle, tmp_path, few):

@@ -215,11 +215,12 @@ def test_half_precision_errs_along_the_whole_trajectory(bundle_of):
 # --- operating points
 
 
-def test_a_sweep_names_three_points_and_says_all_that_it_measured(swept_bundle):
+def test_a_sweep_names_its_points_and_says_all_that_it_measured(swept_bundle):
     report = json.loads((swept_bundle / "pareto.json").read_text())
     sampling = read_bundle(swept_bundle).manifest.sampling
-    assert sampling.points.keys() == report["points"].keys() == {"exact", "fast", "balanced"}
-    assert sampling.default == report["picked"] == "fast"
+    names = {"exact", "fast", "balanced", "zero"}
+    assert sampling.points.keys() == report["points"].keys() == names
+    assert sampling.default == report["picked"]
     for name, point in sampling.points.items():
         told = report["points"][name]
         assert (point.sampler, len(point.timesteps), point.samples) == (
@@ -230,7 +231,8 @@ def test_a_sweep_names_three_points_and_says_all_that_it_measured(swept_bundle):
     assert len(fast.timesteps) * fast.samples < 20
     measured = {(c["sampler"], c["steps"], c["samples"]) for c in report["candidates"]}
     samplers, steps = ("ddpm", "ddim", "dpmpp"), (1, 2, 5, 10, 20, 50, 100)
-    assert measured == {(s, n, k) for s in samplers for n in steps for k in (1, 2, 4, 8)}
+    with_loop = {(s, n, k) for s in samplers for n in steps for k in (1, 2, 4, 8)}
+    assert measured == {*with_loop, ("none", 0, 1)}
     assert report["images"] == 270
     assert report["enough_images"]
     assert (swept_bundle / "pareto.png").read_bytes()[1:4] == b"PNG"
@@ -239,7 +241,7 @@ def test_a_sweep_names_three_points_and_says_all_that_it_measured(swept_bundle):
 
 def test_every_point_is_verified_against_its_own_float32_process(swept_bundle):
     found = json.loads((swept_bundle / "fidelity.json").read_text())["operating_points"]
-    assert found.keys() == {"exact", "fast", "balanced"}
+    assert found.keys() == {"exact", "fast", "balanced", "zero"}
     assert all(point["top1_agreement"] >= 0.95 for point in found.values())
     assert all(point["row_invariance"]["flips"] == 0 for point in found.values())
 
@@ -257,13 +259,33 @@ def test_the_fast_point_keeps_the_accuracy_on_images_that_chose_nothing(swept_bu
     assert accuracy("fast") >= accuracy("exact") - 0.03
 
 
-def test_a_set_too_small_to_tell_serves_the_process_as_trained_and_says_so(checkpoint, bundles):
+def test_the_zero_step_point_is_served_unless_the_loop_is_shown_to_help(swept_bundle):
+    report = json.loads((swept_bundle / "pareto.json").read_text())
+    rows = report["candidates"]
+    (zero,) = [row for row in rows if row["steps"] == 0]
+    assert zero == report["points"]["zero"] | {"non_dominated": zero["non_dominated"]}
+    best = max(row["over_zero"][1] for row in rows if row["steps"])
+    helps = "is shown to help" if best > 0 else "is not shown to help"
+    assert report["picked"] == ("fast" if best > 0 else "zero")
+    assert f"the loop {helps} here" in report["reason"]
+    assert all(
+        row["over_zero"][0] == pytest.approx(row["accuracy"] - zero["accuracy"])
+        for row in rows
+        if row["steps"]
+    )
+
+
+def test_a_set_too_small_to_tell_says_how_many_images_would_do(checkpoint, bundles):
     said: list[str] = []
     settings = quick(steps="auto", sampler="ddim", samples=1, max_drop=0.001)
     export_bundle(checkpoint, bundles / "b", settings, say=said.append)
     sampling = read_bundle(bundles / "b").manifest.sampling
     assert sampling.points["fast"] == sampling.points["exact"]
-    assert any("270 images cannot show" in line and "or more are needed" in line for line in said)
+    if sampling.default == "zero":
+        need = "to show at most 0.10%, 1958 images or more are needed"
+    else:
+        need = "270 images cannot show"
+    assert any(need in line for line in said)
     assert not json.loads((bundles / "b/pareto.json").read_text())["enough_images"]
 
 

@@ -38,6 +38,8 @@ def measured() -> tuple[list[Candidate], Candidate]:
                 found.append(
                     evaluate_candidate(labels, exact, truth, latency_ms=latency, **process)
                 )
+    zero = {"sampler": "none", "steps": 0, "samples": 1, "latency_ms": 0.1, "max_drop": 0.01}
+    found.append(evaluate_candidate(exact, exact, truth, **zero))
     process = {"sampler": "ddpm", "steps": 100, "samples": 1, "eta": None, "precision": "fp32"}
     return found, evaluate_exact(exact, truth, latency_ms=20.0, max_drop=0.01, **process)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,6 +203,20 @@ def test_a_second_method_is_exported_and_served(backend, gated, tmp_path):
     got = classifier.logits(pixels)
     assert np.abs(got - want).max() <= BUILT["fp32"] * np.abs(want).max()
     assert [answer.index for answer in classifier.predict(images)] == want.argmax(axis=1).tolist()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_method_without_an_alignment_branch_has_no_zero_steps(gated, tmp_path):
+    with pytest.raises(ExportError, match=r"--steps 0 .* 'gated' has none; choose 1 or"):
+        export_bundle(gated, tmp_path / "b", Settings("torchscript", steps=0))
+    swept = Settings("torchscript", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
+    export_bundle(gated, tmp_path / "b", swept)
+    report = json.loads((tmp_path / "b/pareto.json").read_text())
+    assert min(row["steps"] for row in report["candidates"]) == 1
+    assert {row["over_zero"] for row in report["candidates"]} == {None}
+    assert "zero" not in report["points"]
+    assert report["picked"] == "fast"
+    assert not (tmp_path / "b/payload/alignment.safetensors").exists()
 
 
 def test_a_method_that_can_only_be_trained_is_named(gated, tmp_path, monkeypatch):

@@ -183,6 +183,83 @@ def test_a_budget_that_nothing_keeps_is_refused_with_the_fastest_that_passes():
         choose(measured, EXACT, 0.01, 3)
 
 
+ZERO = candidate(1, 0.89, sampler="none", eta=None, steps=0, low=-0.02)
+
+
+@pytest.mark.parametrize("low", [-0.005, 0.0])
+def test_no_loop_is_served_where_none_is_shown_to_help(low):
+    exact = replace(EXACT, over_zero=(0.002, -0.02, 0.03))
+    quick = candidate(4, 0.9, steps=5, over_zero=(0.01, low, 0.02))
+    got = choose([quick, ZERO], exact, 0.01)
+    assert got.points["zero"] == replace(ZERO, passes=False)
+    assert (got.picked, got.points["fast"]) == ("zero", quick)
+    assert got.reason == (
+        "the loop is not shown to help here: the accuracy of the best of 2 candidates with it, "
+        "ddim eta 0, 5 steps, 1 sample, fp32, is +1.00% from that of the zero-step point (95 % "
+        f"interval {low:+.2%} to +2.00%) on 1000 images, so the zero-step point is served: 1 ms, "
+        "accuracy 89.00%. It may be 2.00% below the process as trained"
+    )
+
+
+def test_a_loop_that_is_shown_to_help_is_served_with_the_figures():
+    quick = candidate(4, 0.91, steps=5, over_zero=(0.02, 0.001, 0.04))
+    late = candidate(40, 0.95, steps=50, over_zero=(0.06, -0.001, 0.12))
+    exact = replace(EXACT, over_zero=(0.01, -0.01, 0.03))
+    got = choose([quick, late, ZERO], exact, 0.01)
+    assert got.picked == "fast"
+    assert got.points["fast"] == quick
+    assert got.points["zero"].process == ZERO.process
+    assert got.reason.startswith(
+        "the loop is shown to help here: the accuracy of the best of 3 candidates with it, ddim "
+        "eta 0, 5 steps, 1 sample, fp32, is +2.00% from that of the zero-step point (95 % interval "
+        "+0.10% to +4.00%) on 1000 images; ddim eta 0, 5 steps, 1 sample, fp32 is the fastest of 2 "
+        "candidates that pass"
+    )
+
+
+def test_no_loop_is_a_candidate_like_the_others():
+    passing = replace(ZERO, low=-0.005)
+    quick = candidate(4, 0.895, steps=5, over_zero=(0.005, -0.01, 0.02))
+    got = choose([quick, passing], EXACT, 0.01)
+    assert got.points["fast"] == got.points["zero"] == passing
+    assert got.picked == "zero"
+    assert "It may be" not in got.reason
+    assert str(passing) == "no loop, fp32"
+    for budget, picked in ((2, "fast"), (5, "balanced"), (200, "exact")):
+        assert choose([quick, passing], EXACT, 0.01, budget).picked == picked
+    with pytest.raises(VerificationFailed, match="no candidate that passes takes at most 2 ms"):
+        choose([quick, ZERO], EXACT, 0.01, 2)  # it does not pass
+
+
+def test_few_images_serve_no_loop_and_say_how_many_would_show_its_loss():
+    few = replace(ZERO, images=90, low=-0.03)
+    got = choose([few], replace(EXACT, images=90, over_zero=(0.01, -0.02, 0.04)), 0.01)
+    assert got.picked == "zero"
+    assert "It may be 3.00% below the process as trained: to show at most 1.00%, 194" in got.reason
+    assert not got.enough_images
+
+
+def test_of_several_precisions_no_loop_is_taken_where_it_passes_or_else_as_exact():
+    half = replace(ZERO, precision="bf16", latency_ms=0.5)
+    assert choose([half, ZERO], EXACT, 0.01).points["zero"].precision == "fp32"
+    passing = replace(half, low=-0.001)
+    assert choose([passing, ZERO], EXACT, 0.01).points["zero"] == passing
+
+
+def test_what_has_right_more_often_than_no_loop_is_counted_image_by_image():
+    zero = EXACT_LABELS.copy()
+    zero[:3] = 4  # wrong where the candidate is right
+    zero[9] = 0  # the reverse
+    got = evaluate_candidate(EXACT_LABELS, EXACT_LABELS, TRUTH, **SETTING, without_loop=zero)
+    assert got.over_zero == paired_interval(3, 1, 10)
+    exact = evaluate_exact(EXACT_LABELS, TRUTH, **SETTING, without_loop=zero)
+    assert exact.over_zero == paired_interval(3, 1, 10)
+    none = evaluate_candidate(
+        zero, EXACT_LABELS, TRUTH, **SETTING | {"steps": 0}, without_loop=zero
+    )
+    assert none.over_zero is None
+
+
 @given(candidates(), st.sampled_from([0.004, 0.01, 0.03]), st.none() | st.integers(1, 120))
 def test_what_is_chosen_passes(measured, drop, budget):
     try:

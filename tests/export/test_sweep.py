@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from marnet_export.lower import lower
+from marnet_export.selection import paired_interval
 from marnet_export.sweep import as_points, sweep, swept_processes
 from marnet_export.verify import Built, Reference
+from marnet_export.zero_steps import alignment_head, process_table
+from marnet_sdk.alignment import WithAlignment
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import Bundle, read_bundle
 from marnet_train.checkpoint import load_checkpoint
@@ -97,6 +101,7 @@ def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
         "exact": sampler_table(schedule, "ddpm"),
         "ddim-5": sampler_table(schedule, "ddim", 5),
         "dpmpp-2": sampler_table(schedule, "dpmpp", 2),
+        "zero": process_table(schedule, None, 0),
     }
     reference = Reference(model, pixels)
     labels = {n: reference.logits(t, 0)[:, 0].argmax(axis=1) for n, t in tables.items()}
@@ -104,7 +109,20 @@ def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
     truth[:6] = (truth[:6] + 1) % 10
     built = built_of(bundle, tables, pixels)
     monkeypatch.setattr("marnet_export.sweep.in_turn", by_work)
+    head = alignment_head(lower(model))
+    assert head is not None
+    built.backend = WithAlignment(built.backend, head)
     found = sweep(built, truth, labels["exact"], samples=(1, 2), precision="fp32", max_drop=0.5)
+    zero = found.pop()
+    assert (zero.sampler, zero.steps, zero.samples, zero.over_zero) == ("none", 0, 1, None)
+    right = labels["zero"] == truth
+    assert zero.accuracy == pytest.approx(float(right.mean()))
+    for candidate in (found[0], found[1], found[3]):
+        name = {100: "exact", 5: "ddim-5", 2: "dpmpp-2"}[candidate.steps]
+        better = int(((labels[name] == truth) & ~right).sum())
+        worse = int(((labels[name] != truth) & right).sum())
+        assert candidate.over_zero == paired_interval(better, worse, 60)
+    assert zero.latency_ms <= min(candidate.latency_ms for candidate in found)
     processes = [(c.sampler, c.steps, c.samples) for c in found]
     assert processes == [
         ("ddpm", 100, 1), ("ddim", 5, 1), ("ddim", 5, 2), ("dpmpp", 2, 1), ("dpmpp", 2, 2)

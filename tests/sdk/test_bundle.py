@@ -333,11 +333,23 @@ def test_a_default_that_is_no_operating_point_is_refused(bundle):
         read_bundle(bundle)
 
 
+def point(**changes: Any) -> dict[str, Any]:
+    """A sampling whose only operating point is "exact", with changes."""
+    exact = {"sampler": "ddpm", "eta": 0.0, "timesteps": [3, 2, 1], "samples": 1}
+    return {"points": {"exact": exact | {"abstain_below": None} | changes}, "default": "exact"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"noise": "none"}, "noise 'none' is neither shared nor image"),
         ({"train_steps": 2}, "operating point 'exact' visits steps outside 1 .. T"),
+        (point(timesteps=[]), "operating point 'exact' has 0 steps"),
+        (point(sampler="none"), "operating point 'exact' has 3 steps"),
+        (
+            point(sampler="none", timesteps=[]),
+            r"point 'exact' needs payload/alignment\.safetensors; export it again",
+        ),
     ],
 )
 def test_a_sampling_that_cannot_be_is_refused(bundle, change, message):

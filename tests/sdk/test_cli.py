@@ -7,12 +7,14 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from marnet_sdk import Classifier
+from marnet_sdk.bundle import read_bundle, reseal_bundle
 from marnet_sdk.cli import main
 
 
@@ -167,13 +169,17 @@ def test_operating_points_are_chosen_by_name(swept_bundle, images):
     assert [a["score"] for a in fast] != [a["score"] for a in exact]
     refused = run("--operating-point", "fastest")
     assert refused.exit_code == 2
-    assert "has balanced, exact, fast" in one_line(refused.stderr)
+    assert "has balanced, exact, fast, zero" in one_line(refused.stderr)
 
 
-def test_an_answer_below_the_threshold_of_the_target_risk_is_marked(swept_bundle, digits):
-    images = [str(path) for path in sorted((digits / "test").glob("*.png"))]
-    result = classify(*images, "-m", str(swept_bundle))
-    answers = Classifier(swept_bundle).predict(images)
+def test_an_answer_below_the_threshold_of_the_target_risk_is_marked(bundle, images, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "b")
+    scores = sorted(answer.score for answer in Classifier(copy).predict(images))
+    sampling = read_bundle(copy).manifest.sampling
+    point = replace(sampling.point, abstain_below=scores[2])
+    reseal_bundle(copy, sampling=replace(sampling, points={"default": point}))
+    result = classify(*images, "-m", str(copy))
+    answers = Classifier(copy).predict(images)
     declined = sum(answer.abstain for answer in answers)
     assert 0 < declined < len(images)
     assert result.stdout.count("(abstain)") == declined

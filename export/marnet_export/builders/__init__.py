@@ -37,7 +37,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, TextEncoder, open_backend, open_text, why_unavailable
+from marnet_sdk.backends import (
+    Backend,
+    TextEncoder,
+    open_backend,
+    open_text,
+    why_unavailable,
+    with_alignment,
+)
 from marnet_sdk.backends.torch_cuda import check_cuda
 from marnet_sdk.errors import ExportError, MarnetError, requires_extra
 
@@ -120,7 +127,7 @@ def open_built(backend: str, payload: Path, compute: str, device: str | None = N
     """
     if runs_here(backend):
         return open_backend(backend, payload, compute, None, device)
-    return builder(backend).open_reference(payload, None)
+    return with_alignment(builder(backend).open_reference(payload, None), payload)
 
 
 def open_built_text(

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from marnet_sdk.alignment import WithAlignment, read_head
 from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError, InvalidInput
 from marnet_sdk.tables import Floats, Integers, Tables
@@ -80,7 +81,7 @@ TextEncoder = Callable[[Integers, Integers], Floats]  # ids and mask [B, L] -> x
 def open_backend(
     name: str, payload: Path, compute: str, threads: int | None, device: str | None = None
 ) -> Backend:
-    """Load the built graphs in `payload`.
+    """Load the built graphs in `payload`, and the alignment branch's head if it is there.
 
     Args:
         compute: type of the matrix products, as recorded in the manifest.
@@ -93,7 +94,17 @@ def open_backend(
         BackendUnavailable: it does not run on that device, or not on this machine's.
     """
     leaf = _leaf(name, payload)
-    return leaf.open_payload(payload, compute, threads, *_given(device))
+    return with_alignment(leaf.open_payload(payload, compute, threads, *_given(device)), payload)
+
+
+def with_alignment(backend: Backend, payload: Path) -> Backend:
+    """The same backend, which also answers without the loop where `payload` has the head for it.
+
+    Raises:
+        BundleFormatError: the head is not what it should be.
+    """
+    head = read_head(payload)
+    return backend if head is None else WithAlignment(backend, head)
 
 
 def why_unavailable(name: str) -> str | None:

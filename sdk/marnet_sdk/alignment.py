@@ -1,0 +1,100 @@
+"""The alignment branch, which answers from the encoder's features without the reverse loop.
+
+Two small float32 matrices in NumPy, so that it is the same for every backend.
+Axes: B batch, C classes, D_v encoder features, D of the common space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from marnet_sdk.captured import DeviceRows, RuntimeReport
+from marnet_sdk.errors import BundleFormatError
+from marnet_sdk.tables import Floats, Tables
+
+if TYPE_CHECKING:
+    from marnet_sdk.backends import Backend
+
+HEAD = "alignment.safetensors"  # in a bundle's payload/
+LEAKY_SLOPE = 0.01  # of g in eq. (7) and (8)
+
+
+def project(x: Floats, weight: Floats, bias: Floats) -> Floats:
+    """g(E(x)) of eq. (7) and (8): a linear layer and its leaky ReLU, [B, D_v] -> [B, D]."""
+    y = x @ weight.T + bias
+    return np.where(y < 0, np.float32(LEAKY_SLOPE) * y, y)
+
+
+@dataclass(frozen=True, eq=False)
+class AlignmentHead:
+    """What classifies an image by its aligned features alone."""
+
+    vision_weight: Floats  # [D, D_v]
+    vision_bias: Floats  # [D]
+    classifier_weight: Floats  # [C, D]
+    classifier_bias: Floats  # [C]
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: the shapes do not fit each other.
+        """
+        width, classes = self.vision_bias.shape, self.classifier_bias.shape
+        shapes = self.vision_weight.shape[:1], self.classifier_weight.shape
+        if shapes != (width, (*classes, *width)):
+            raise ValueError(f"the shapes {shapes} do not fit biases {width} and {classes}")
+
+    def __call__(self, x_v: Floats) -> tuple[Floats, Floats]:
+        """x_v [B, D_v] -> logits [B, 1, C] and x_EMA [B, 1, D], as `Backend.refine` has them."""
+        aligned = project(x_v, self.vision_weight, self.vision_bias)
+        logits = aligned @ self.classifier_weight.T + self.classifier_bias
+        return logits[:, None], aligned[:, None]
+
+
+def read_head(payload: Path) -> AlignmentHead | None:
+    """The head in a bundle's payload/, if it has one.
+
+    Raises:
+        BundleFormatError: it is not what it should be.
+    """
+    path = payload / HEAD
+    if not path.exists():
+        return None
+    try:
+        return AlignmentHead(**load_file(path))
+    except (TypeError, ValueError, SafetensorError) as error:
+        raise BundleFormatError(
+            f"{path} lacks what answering without the loop needs: {error}; export the bundle again"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class WithAlignment:
+    """A backend that gives the alignment branch's answer where the tables have no step."""
+
+    backend: Backend
+    head: AlignmentHead
+
+    def encode(self, pixels: Any) -> Floats:
+        return self.backend.encode(pixels)
+
+    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        """As of `Backend`; without a step, one sample, however many the tables are for."""
+        return self.backend.refine(x_v, tables) if tables.steps else self.head(x_v)
+
+    def run(self, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
+        if tables.steps:
+            return self.backend.run(pixels, tables)
+        return self.head(self.backend.encode(pixels))
+
+    def device_rows(self, array: Any) -> DeviceRows:
+        return self.backend.device_rows(array)
+
+    def report(self) -> RuntimeReport | None:
+        return self.backend.report()

@@ -278,7 +278,7 @@ def test_an_encoder_that_hides_random_patches_is_refused() -> None:
         ),
         (
             {**VISION["resnet"], "num_channels": 1},
-            r"\[1, 3, 224, 224\] .*configuration.*pixels and",
+            r"\[1, 3, 64, 64\] .*configuration.*pixels and",
         ),
         (TEXT["bert"], "'bert' encoder cannot run on one image"),
         (

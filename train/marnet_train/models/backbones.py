@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class VisionEncoder(nn.Module):
 
 def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
     """Height and width of images that an encoder certainly takes."""
-    size = getattr(config, "image_size", None) or 224
+    size = getattr(config, "image_size", None) or 64
     return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 
@@ -184,8 +184,7 @@ def _width(encoder: nn.Module, *inputs: Tensor) -> int:
     """d of the features [1, d] that an encoder makes of inputs [1, ...], seen by running it.
 
     Configurations do not tell: some have no width, and that of MobileViT is another layer's. A
-    copy runs, so modes, BatchNorm statistics, caches and the random state stay as they are. Only
-    shapes are computed, unless its code looks at values.
+    copy runs, so modes, BatchNorm statistics and the random state stay as they are.
 
     Raises:
         RecipeError: it cannot run on these inputs, or gives something of another shape.
@@ -214,22 +213,21 @@ def _width(encoder: nn.Module, *inputs: Tensor) -> int:
 
 @torch.no_grad()
 def _shape_of_features(encoder: nn.Module, inputs: Sequence[Tensor]) -> torch.Size:
-    """The shape of what a copy gives, computed without values if the encoder's code allows that."""
-    kind = next((p.dtype for p in encoder.parameters()), torch.float32)
-    inputs = [x.to(kind) if x.is_floating_point() else x for x in inputs]
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                return _copy_for_a_look(encoder, torch.empty_like)(*inputs).shape
-        except Exception:  # whatever an encoder's code raises where there are no values to look at
-            return _copy_for_a_look(encoder, torch.Tensor.to)(*inputs).shape
+    """The shape of what a copy on the CPU gives; of an encoder without values, what it would give.
 
-
-def _copy_for_a_look(encoder: nn.Module, on: Callable[..., Tensor]) -> nn.Module:
-    """A copy on the CPU, in evaluation mode; `on` makes its parameters of the encoder's."""
-    known: dict[int, Any] = {
-        id(p): nn.Parameter(on(p.detach(), device="cpu"), requires_grad=False)
-        for p in encoder.parameters()
-    }
-    known |= {id(b): on(b.detach(), device="cpu").clone() for b in encoder.buffers()}
-    return copy.deepcopy(encoder, known).eval()
+    Not always the latter, which is faster: some encoders keep tensors of theirs in caches that all
+    encoders of their kind share.
+    """
+    first = next(encoder.parameters(), torch.empty(0))
+    device = torch.device("meta" if first.is_meta else "cpu")
+    without_values = FakeTensorMode(allow_non_fake_inputs=True) if first.is_meta else nullcontext()
+    with without_values, device, torch.random.fork_rng(devices=[]):
+        known: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to(device), requires_grad=False)
+            for p in encoder.parameters()
+        }
+        known |= {id(b): b.detach().to(device, copy=True) for b in encoder.buffers()}
+        twin = copy.deepcopy(encoder, known).eval()
+        kinds = [first.dtype if x.is_floating_point() else x.dtype for x in inputs]
+        found = twin(*(x.to(device, kind) for x, kind in zip(inputs, kinds, strict=True)))
+        return found.shape

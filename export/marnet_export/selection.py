@@ -186,7 +186,8 @@ def choose(
     """Name the operating points and pick one.
 
     exact: the process as trained.
-    fast: the fastest candidate that passes.
+    fast: the fastest candidate that passes; where some are shown to be more accurate than the
+        zero-step one, the fastest of those.
     balanced: the most accurate one among those that pass, are not dominated by another that
         passes, and take at most the geometric mean of the latencies of fast and exact.
     zero: the candidate of no steps, if there is one, whether it passes or not.
@@ -206,7 +207,10 @@ def choose(
     exact = _as_exact(exact)
     others = [c for c in _judged(candidates, max_drop) if c.process != exact.process]
     passing = [exact, *(c for c in others if c.passes)]
-    fast = min(passing, key=_fastest_first)
+    helps = [c for c in (exact, *others) if c.over_zero is not None and c.over_zero[1] > 0]
+    # Where the loop is shown to help, a process that is not would give that away again.
+    worth = [c for c in passing if c in helps] or ([exact] if helps else passing)
+    fast = min(worth, key=_fastest_first)
     limit = math.sqrt(fast.latency_ms * exact.latency_ms)
     within = [c for c in non_dominated(passing) if c.latency_ms <= limit]
     balanced = max(within, key=lambda c: c.accuracy, default=fast)

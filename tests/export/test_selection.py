@@ -217,6 +217,15 @@ def test_a_loop_that_is_shown_to_help_is_served_with_the_figures():
     )
 
 
+def test_where_the_loop_helps_fast_is_not_what_gives_that_away_again():
+    passing = replace(ZERO, low=-0.005)
+    one_step = candidate(2, 0.9, steps=1, over_zero=(0.01, -0.002, 0.02))
+    quick = candidate(4, 0.91, steps=5, over_zero=(0.02, 0.001, 0.04))
+    got = choose([passing, one_step, quick], EXACT, 0.01)
+    assert (got.picked, got.points["fast"]) == ("fast", quick)
+    assert choose([passing, one_step, quick], EXACT, 0.01, 3).points["budget"] == one_step
+
+
 def test_no_loop_is_a_candidate_like_the_others():
     passing = replace(ZERO, low=-0.005)
     quick = candidate(4, 0.895, steps=5, over_zero=(0.005, -0.01, 0.02))

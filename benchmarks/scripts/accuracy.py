@@ -1,9 +1,11 @@
 """What MARNet, its parts and its controls are worth on a data set, over training seeds.
 
     python benchmarks/scripts/accuracy.py run --data data/plates --recipe plates --seed 0 --out FILE
+    python benchmarks/scripts/accuracy.py control --data data/plates --kind labels FILE
     python benchmarks/scripts/accuracy.py table FILE...
 
 `run` trains one seed and writes, for every row below, which test images it classifies right.
+`control` trains a control of it and adds its rows to FILE.
 `table` joins the seeds: means, intervals, paired differences to the baseline on the same images.
 Validation chooses everything that is chosen; test images only report. Controls take the settings
 that validation chose for the real training.
@@ -11,10 +13,10 @@ that validation chose for the real training.
 Rows:
     baseline, alignment, +MLP, refined, MARNet      as in the training's own report
     ... steps S, K samples                          the same weights by other reverse processes
-    CE alone                                        +MLP without its semantic target: the baseline
-                                                    with the capacity of the whole
-    +CDR on the baseline                            refined branch on the baseline's encoder
+    CE alone, +CDR on the baseline, gamma, t        phase B once more with other settings
     labels, random, shuffled                        a control in place of the text
+    moving                                          F_s from random weights, taught by ITA alone
+    joint                                           L_CDR added to phase A
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from marnet_train.assemble import Prepared, prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
 from marnet_train.data.pixels import decode_example
 from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import Labelled, sample_probabilities
+from marnet_train.evaluate import Labelled, label_tensor, sample_probabilities
 from marnet_train.measures import (
     accuracy_at_coverage,
     expected_calibration_error,
@@ -62,7 +64,7 @@ from marnet_train.stages import Trained, encoded, refiner_probabilities, score, 
 
 STEPS = (1, 2, 5, 10, 100)  # of the chain; those beyond T are left out
 DRAWS = 8  # noise samples of every chain; K = 1 is the mean accuracy of all of them
-CONTROLS = ("labels", "random", "shuffled")
+CONTROLS = ("labels", "random", "shuffled", "moving", "joint")
 
 
 class Rows:
@@ -146,22 +148,35 @@ def _votes(samples: Tensor) -> NDArray:
 def add_refiner_controls(
     rows: Rows, ready: Prepared, trained: Trained, seed: int, fresh: MARNet
 ) -> None:
-    """Cross-entropy alone through the denoiser's network, and CDR on the baseline's encoder."""
-    model, recipe, frozen = trained.model, trained.recipe, _is_frozen(trained.recipe)
+    """Phase B once more with other settings, or on the baseline's encoder.
+
+    "CE alone" is the denoiser's network without a semantic target: the capacity of the whole
+    without any text.
+    """
+    model, recipe = trained.model, trained.recipe
     target = make_target(model, ready.data, recipe, seed)
-    none = replace(recipe, refinement=replace(recipe.refinement, norm_weight=0.0))
     on_baseline = copy.deepcopy(model)
     on_baseline.vision = trained.baseline.vision
+
+    def other(**settings: float) -> Recipe:
+        return replace(recipe, refinement=replace(recipe.refinement, **settings))
+
     for name, base, settings, one_pass in (
-        ("CE alone", on_baseline, none, True),
+        ("CE alone, on the baseline", on_baseline, other(norm_weight=0.0), True),
         ("+MLP on the baseline", on_baseline, recipe, True),
         ("+CDR on the baseline", on_baseline, recipe, False),
+        ("CE alone", model, other(norm_weight=0.0), True),
+        ("refined, gamma = 1", model, other(norm_weight=1.0), False),
+        ("refined, gamma = 1 / D", model, other(norm_weight=1 / model.latent_width), False),
+        ("refined, t uniform", model, other(pure_noise=0.0), False),
+        ("refined, half of the rows at t = T", model, other(pure_noise=0.5), False),
     ):
-        source = encoded(base.vision, ready.data, recipe)
-        features = make_features(base, ready.data, source, target, recipe)
+        features = make_features(
+            base, ready.data, encoded(base.vision, ready.data, recipe), target, recipe
+        )
         refiner = copy.deepcopy(Refiner.of(fresh))
         val, test = (
-            base.condition(ready.splits[s].seen_by(base.vision, frozen=frozen).x_v)
+            base.condition(ready.splits[s].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v)
             for s in ("val", "test")
         )
 
@@ -169,9 +184,10 @@ def add_refiner_controls(
             found = refiner_probabilities(r, v, recipe, seed, one_pass=o)
             return score(found, ready.splits["val"].labels)
 
+        condition = base.condition(features.x_v)
         train_refinement(
             refiner,
-            base.condition(features.x_v),
+            condition,
             features,
             settings,
             seed,
@@ -183,15 +199,22 @@ def add_refiner_controls(
         rows.add(name, [refiner_probabilities(refiner, test, recipe, seed, one_pass=one_pass)])
 
 
-def add_control(
-    rows: Rows, kind: str, folder: DataSet, recipe: Recipe, seed: int, device: torch.device
-) -> None:
-    """The whole training with something else in place of the text."""
-    control = replace(recipe, semantics=kind)
-    ready = prepare(folder, control, seed, device)
-    trained = train_all(
-        ready.model, ready.data, ready.splits["val"], control, seed, Progress(), with_baseline=False
-    )
+def changed(recipe: Recipe, kind: str) -> Recipe:
+    """The recipe of a control: something else in place of the text, or phase A otherwise."""
+    phase = recipe.alignment
+    if kind == "joint":
+        return replace(recipe, alignment=replace(phase, joint=True))
+    if kind == "moving":  # the text encoder starts from random weights and is taught by ITA alone
+        return replace(recipe, text_phase=None, alignment=replace(phase, lr_text=1e-3))
+    return replace(recipe, semantics=kind)
+
+
+def add_control(rows: Rows, kind: str, folder: DataSet, recipe: Recipe, seed: int) -> None:
+    """The whole training of a control."""
+    recipe = changed(recipe, kind)
+    ready = prepare(folder, recipe, seed, torch.device("cpu"))
+    val, run = ready.splits["val"], Progress()
+    trained = train_all(ready.model, ready.data, val, recipe, seed, run, with_baseline=False)
     model = trained.model
     seen = ready.splits["test"].seen_by(model.vision, frozen=_is_frozen(recipe))
     table = sampler_table(recipe.schedule, "ddpm")
@@ -251,9 +274,9 @@ def main() -> None:
 @click.option("--recipe", required=True)
 @click.option("--seed", type=int, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--controls/--no-controls", default=True, help="The rows of the controls too.")
+@click.option("--again/--not-again", default=True, help="Phase B with other settings, too.")
 @click.option("--corruptions", "damaged", type=int, default=0, help="Images to damage. 0: none.")
-def run(data: Path, recipe: str, seed: int, out: Path, controls: bool, damaged: int) -> None:
+def run(data: Path, recipe: str, seed: int, out: Path, again: bool, damaged: int) -> None:
     """Train one seed and measure every row on the test split."""
     device, started = torch.device("cpu"), time.perf_counter()
     folder, settings = read_data_set(data), load_recipe(recipe)
@@ -269,15 +292,14 @@ def run(data: Path, recipe: str, seed: int, out: Path, controls: bool, damaged: 
     say(f"seed {seed}: { ({k: round(v['top1'], 4) for k, v in rows.found.items()}) }")
     if damaged:
         add_corruptions(rows, ready, trained, folder, damaged)
-    if controls:
+    if again:
         add_refiner_controls(rows, ready, trained, seed, fresh)
-        for kind in CONTROLS:
-            add_control(rows, kind, folder, trained.recipe, seed, device)
     seconds["all"] = round(time.perf_counter() - started, 1)
     found = {
         "recipe": recipe,
         "seed": seed,
         "settings": settings.to_dict(),
+        "resolved": trained.recipe.to_dict(),
         "chosen": chosen(settings, trained.recipe),
         "data_sha256": data_hash(folder),
         "test_images": len(test.labels),
@@ -288,6 +310,23 @@ def run(data: Path, recipe: str, seed: int, out: Path, controls: bool, damaged: 
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--kind", type=click.Choice(CONTROLS), required=True)
+def control(file: Path, data: Path, kind: str) -> None:
+    """Train a control of what FILE measured, and add its rows to FILE."""
+    found = json.loads(file.read_text("utf-8"))
+    folder = read_data_set(data)
+    if data_hash(folder) != found["data_sha256"]:
+        raise click.UsageError(f"{data} is not the data set that {file} was measured on")
+    rows = Rows(label_tensor(folder.splits["test"], folder.labels))
+    add_control(rows, kind, folder, Recipe.from_dict(found["resolved"]), found["seed"])
+    found["rows"] |= rows.found
+    file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    say(f"{kind}: { ({k: round(v['top1'], 4) for k, v in rows.found.items()}) }")
 
 
 def right_answers(runs: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:

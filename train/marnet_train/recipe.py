@@ -130,6 +130,15 @@ class Recipe:
         """The recipe as plain data, for training.json."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "recipe") -> Recipe:
+        """Read what `to_dict` wrote, or the tables of a recipe file.
+
+        Raises:
+            RecipeError: an unknown key or a value of the wrong type; names `where`.
+        """
+        return _build(cls, {k: v for k, v in content.items() if v is not None}, where)
+
 
 # Settings of older versions whose value would mean something else today.
 _GONE = {
@@ -183,7 +192,7 @@ def load_recipe(name: str) -> Recipe:
     # Not only TOMLDecodeError: text that is not UTF-8, numbers of 5,000 digits, endless brackets.
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid TOML: {error}") from error
-    return _build(Recipe, table, name)
+    return Recipe.from_dict(table, name)
 
 
 def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:

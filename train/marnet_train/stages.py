@@ -140,7 +140,7 @@ def train_all(
             return score(branch.alignment_logits(seen.x_v).softmax(dim=1), seen.labels)
 
     stage = _Stages(run, Trained(model, baseline, mlp, recipe).modules)
-    if recipe.text_phase is not None:
+    if recipe.text_phase is not None and recipe.semantics in ("text", "shuffled"):
         stage.once("text", lambda: train_text(model, data, recipe, seed, run))
     if with_baseline:
         _train_baseline(baseline, data, source, recipe, seed, stage, image_score)

@@ -119,6 +119,8 @@ class Recipe:
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
+        if self.alignment.temperature == 0:
+            raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:
             raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
         if self.alignment.joint and self.alignment.lr_text > 0:

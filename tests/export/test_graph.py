@@ -34,6 +34,7 @@ from marnet_train.models.backbones import (
     build_backbone,
 )
 from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.marnet import MARNet
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
 
@@ -125,7 +126,7 @@ def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion):
     """Its statistics are far from doing nothing, and those of the copy are its own."""
-    model = make_model(fusion=fusion, dim=8)
+    model = MARNet(replace(make_model().config, fusion=fusion, dim=8)).eval()
     for name, buffer in model.named_buffers():
         if name.startswith(("aligned_", "refined_")):
             buffer.copy_(torch.randn(8).exp())

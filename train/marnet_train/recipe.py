@@ -201,10 +201,9 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and name not in table:
             raise RecipeError(f"{where}: the setting {name!r} is missing")
+    values = {k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()}
     try:
-        return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()})
-    except RecipeError:
-        raise
+        return cls(**values)
     except MarnetError as error:
         raise RecipeError(f"{where}: {error}") from error
 

@@ -139,7 +139,7 @@ def train_all(
         with torch.no_grad():
             return score(branch.alignment_logits(seen.x_v).softmax(dim=1), seen.labels)
 
-    stage = _Stages(run, Trained(model, baseline, mlp, recipe).modules)
+    stage = Stages(run, Trained(model, baseline, mlp, recipe).modules)
     if recipe.text_phase is not None:
         stage.once("text", lambda: train_text(model, data, recipe, seed, run))
     if with_baseline:
@@ -176,7 +176,7 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
     }
 
 
-class _Stages:
+class Stages:
     """Does each stage once in a run, however often it is interrupted."""
 
     def __init__(self, run: Progress, kept: nn.Module) -> None:
@@ -219,7 +219,7 @@ def _train_baseline(
     source: Callable[[VisionEncoder], Source],
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
     image_score: Callable[[ImageBranch], float],
 ) -> None:
     """The image-only peer. Where beta is chosen, so is its learning rate, from as many values."""
@@ -245,7 +245,7 @@ def _choose_alignment(
     target: Target,
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
     image_score: Callable[[ImageBranch], float],
 ) -> Recipe:
     """beta, if the recipe leaves it open."""
@@ -271,7 +271,7 @@ def _refine(
     seen: Labelled,
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
 ) -> Recipe:
     """Phase B and its control "+MLP"; gamma, for each, if the recipe leaves it open."""
     condition, judged = model.condition(features.x_v), model.condition(seen.x_v)
@@ -330,7 +330,7 @@ def refiner_probabilities(
 
 
 def _train_heads(
-    model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: _Stages
+    model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> None:
     """Phase C: the classifier of x_CDR and the one of the fusion, on ends of whole chains."""
     draws = recipe.fusion_phase.draws
@@ -390,7 +390,7 @@ def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
 
 
 def _choose_samples(
-    model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: _Stages
+    model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> Recipe:
     """K, if the recipe leaves it open: the fewest within `SAMPLES_TOLERANCE` of the best."""
     if recipe.samples != "auto":

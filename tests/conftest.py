@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features are cached in a folder of this session, never in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MARNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits data set. Tests must not change it: copy what you damage."""
@@ -46,16 +54,19 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quick_recipe():
-    """The digits recipe with few epochs: seconds of training, about 90 % accuracy."""
+    """The digits recipe with few epochs and nothing to choose: seconds of training, about 90 %."""
     from marnet_train.recipe import load_recipe
 
     recipe = load_recipe("digits")
+    assert recipe.text_phase is not None
     return replace(
         recipe,
         dim=64,
         hidden=96,
-        alignment=replace(recipe.alignment, epochs=3),
-        refinement=replace(recipe.refinement, epochs=10, views=1),
+        samples=1,
+        text_phase=replace(recipe.text_phase, epochs=2),
+        alignment=replace(recipe.alignment, epochs=3, ita_weight=0.5),
+        refinement=replace(recipe.refinement, epochs=10, views=1, norm_weight=1.0),
         fusion_phase=replace(recipe.fusion_phase, epochs=10, draws=1),
     )
 

@@ -37,6 +37,7 @@ SCRIPTS = Path(sys.executable).parent
 _SMALLER = {
     "dim = 128": "dim = 64",
     "hidden = 192": "hidden = 96",
+    "epochs = 12": "epochs = 2",
     "epochs = 20": "epochs = 4",
     "epochs = 60": "epochs = 12",
     "epochs = 40": "epochs = 12",

@@ -111,9 +111,9 @@ def load_peer(
 def measured_accuracy(training: dict[str, Any], sampling: Sampling) -> dict[str, Any] | None:
     """Accuracy of a checkpoint as far as its training measured it for this reverse process.
 
-    Training measures all T ddpm steps, top-1 at a few noise seeds and top-5 at the first, and the
-    alignment branch without any. What was not measured is None: a bundle of another seed or number
-    of steps is another classifier.
+    Training measures all T ddpm steps with its own number of noise samples (top-1 at a few noise
+    seeds, top-5 as their mean), and the alignment branch without any. What was not measured is
+    None: a bundle of another seed, or of another number of steps or samples, is another classifier.
 
     Returns:
         split, and top1 and top5 of "baseline" and "marnet"; None without metrics.
@@ -126,11 +126,12 @@ def measured_accuracy(training: dict[str, Any], sampling: Sampling) -> dict[str,
     by_seed = found["top1_over_noise_seeds"]
     point = sampling.point
     whole = point.sampler == "ddpm" and len(point.timesteps) == sampling.train_steps
-    as_trained = whole and point.samples == 1 and sampling.noise == "shared"
+    samples = found.get("samples", 1)  # older versions had one, and top-5 of the first seed alone
+    as_trained = whole and point.samples == samples and sampling.noise == "shared"
     known = as_trained and sampling.seed < len(by_seed)
     marnet: dict[str, Any] = {
         "top1": by_seed[sampling.seed] if known else None,
-        "top5": found["top5"] if known and sampling.seed == 0 else None,
+        "top5": found["top5"] if known and ("samples" in found or sampling.seed == 0) else None,
     }
     if not point.timesteps:
         marnet = {name: metrics["alignment"][split][name] for name in ("top1", "top5")}

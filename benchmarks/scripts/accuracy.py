@@ -94,6 +94,7 @@ class Rows:
                 }
             )
         entry: dict[str, Any] = {
+            "images": len(self.labels),
             "top1": float(np.mean(right)),
             "right": [np.packbits(r).tobytes().hex() for r in right],
             **{k: float(np.mean([c[k] for c in calibration])) for k in calibration[0]},
@@ -331,11 +332,12 @@ def control(file: Path, data: Path, kind: str) -> None:
 
 def right_answers(runs: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
     """Share of the answers that are right, of each image, [R, N]."""
+    images = runs[0]["rows"][name]["images"]
     return np.stack(
         [
             np.mean(
                 [
-                    np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))
+                    np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=images)
                     for bits in run["rows"][name]["right"]
                 ],
                 axis=0,
@@ -355,10 +357,12 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         place = name.rpartition(": ")[0]
         peer = f"{place}: baseline" if f"{place}: baseline" in runs[0]["rows"] else "baseline"
         rows = [run["rows"][name] for run in runs]
-        images = runs[0]["test_images"]
-        mine, other = (right_answers(runs, n) for n in (name, peer))
-        seen = paired_difference(mine[:, :images], other[:, :images])
-        figures = {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if k != "right"}
+        seen = paired_difference(right_answers(runs, name), right_answers(runs, peer))
+        figures = {
+            k: float(np.mean([row[k] for row in rows]))
+            for k in rows[0]
+            if k not in ("right", "images")
+        }
         out[name] = {
             **figures,
             "top1_by_seed": [row["top1"] for row in rows],

@@ -353,10 +353,22 @@ class Head(nn.Module):
         self.project_vision = copy.deepcopy(model.project_vision)
         self.classifier = copy.deepcopy(model.classifier)
         self.fusion = FUSIONS[model.config.fusion]
+        self.standardises = model.config.fusion != "concat"
+        if self.standardises:
+            for name in ("aligned_mean", "aligned_std", "refined_mean", "refined_std"):
+                self.register_buffer(name, getattr(model, name).clone())
+
+    aligned_mean: Tensor
+    aligned_std: Tensor
+    refined_mean: Tensor
+    refined_std: Tensor
 
     def forward(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
         """x_v [B, D_v], x_CDR [B, K, D_s] -> logits [B, K, C], fused features [B, K, D_f]."""
         aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE).unsqueeze(1)
+        if self.standardises:
+            aligned = (aligned - self.aligned_mean) / self.aligned_std
+            x_cdr = (x_cdr - self.refined_mean) / self.refined_std
         fused = self.fusion(aligned.expand(-1, x_cdr.shape[1], -1), x_cdr)
         return self.classifier(fused), fused
 

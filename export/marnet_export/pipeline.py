@@ -101,7 +101,7 @@ from marnet_sdk.files import atomic_directory, check_output, exclusive
 from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.tables import Floats, make_tables
 from marnet_sdk.uncertainty import mean_logits, softmax
-from marnet_train.checkpoint import Checkpoint, copy_files, load_checkpoint, write_json
+from marnet_train.checkpoint import BASELINE, Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable
 
 GOLDEN = 8  # images that travel with the bundle
@@ -596,7 +596,7 @@ def add_parts(folder: Path, checkpoint: Checkpoint, lowered: Lowered, settings: 
         found = export_text(checkpoint, lowered, settings.backend, types, folder / TEXT, **where)
         _add_to_report(folder, text=found)
     if settings.source:
-        copy_files(checkpoint.path, folder / SOURCE)
+        copy_files(checkpoint.path, folder / SOURCE, without=[BASELINE])
 
 
 def _add_to_report(folder: Path, **found: Any) -> None:

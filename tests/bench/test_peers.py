@@ -95,10 +95,11 @@ def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_wit
     test = training["metrics"]["marnet"]["test"]
     served = measured_accuracy(training, whole)
     assert served is not None
-    assert served["marnet"] == {"top1": test["top1"], "top5": test["top5"]}
-    other_seed = measured_accuracy(training, replace(whole, seed=3))
+    by_seed = test["top1_over_noise_seeds"]
+    assert served["marnet"] == {"top1": by_seed[0], "top5": test["top5"]}
+    other_seed = measured_accuracy(training, replace(whole, seed=2))
     assert other_seed is not None
-    assert other_seed["marnet"] == {"top1": test["top1_over_noise_seeds"][3], "top5": None}
+    assert other_seed["marnet"] == {"top1": by_seed[2], "top5": test["top5"]}
     others = [{"sampler": "ddim"}, {"samples": 2}, {"timesteps": (100, 50)}]
     unknown_points = [replace(whole, points={"a": replace(whole.point, **o)}) for o in others]
     for unknown in (replace(whole, seed=9), replace(whole, noise="image"), *unknown_points):
@@ -106,6 +107,36 @@ def test_accuracy_is_shown_only_for_the_reverse_process_that_it_was_measured_wit
         assert found is not None
         assert found["marnet"] == {"top1": None, "top5": None}
         assert found["baseline"]["top1"] == training["metrics"]["baseline"]["test"]["top1"]
+
+
+MARNET = {"top1": 0.85, "top5": 0.99, "top1_over_noise_seeds": [0.9, 0.8]}
+
+
+def known(sampling: Sampling, **marnet: object) -> dict[str, object]:
+    """What is known of a model whose training says `marnet` of it."""
+    metrics = {"baseline": {"test": {"top1": 0.8, "top5": 1.0}}, "marnet": {"test": marnet}}
+    found = measured_accuracy({"metrics": metrics}, sampling)
+    assert found is not None
+    return found["marnet"]
+
+
+@pytest.mark.parametrize(("samples", "is_known"), [(1, False), (4, True), (8, False)])
+def test_accuracy_is_shown_only_for_the_number_of_samples_that_it_was_measured_with(
+    samples, is_known
+):
+    whole = sampling_of(range(10, 0, -1))
+    point = replace(whole.point, samples=samples)
+    served = replace(whole, points={"a": point}, seed=1)
+    expected = {"top1": 0.8, "top5": 0.99} if is_known else {"top1": None, "top5": None}
+    assert known(served, **MARNET, samples=4) == expected
+
+
+def test_older_trainings_measured_one_sample_and_top5_of_the_first_seed_alone():
+    whole = sampling_of(range(10, 0, -1))
+    assert known(whole, **MARNET) == {"top1": 0.9, "top5": 0.99}
+    assert known(replace(whole, seed=1), **MARNET) == {"top1": 0.8, "top5": None}
+    two = replace(whole, points={"a": replace(whole.point, samples=2)})
+    assert known(two, **MARNET) == {"top1": None, "top5": None}
 
 
 def test_without_a_test_split_the_validation_split_is_named():

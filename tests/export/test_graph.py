@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tolerances import BF16_LAYER, BUILT, FLOAT32_LOOP
+from tiny import make_model
+from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
 from torch import nn
 
 from marnet_export.builders import TORCH_TYPES, quiet
 from marnet_export.graph import (
+    Head,
     PlanStep,
     RoundedMatrix,
     ScanLoop,
@@ -31,6 +33,8 @@ from marnet_train.models.backbones import (
     backbone_config,
     build_backbone,
 )
+from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.marnet import MARNet
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
 
@@ -117,6 +121,30 @@ def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
     loop = FORMS[form](plan)
     got = run_loop(loop, plan, table, x_v, 1)
     assert np.abs(got - run_loop(loop, plan, first_order, x_v, 1)).max() > 1e-4
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion):
+    """Its statistics are far from doing nothing, and those of the copy are its own."""
+    model = MARNet(replace(make_model().config, fusion=fusion, dim=8)).eval()
+    for name, buffer in model.named_buffers():
+        if name.startswith(("aligned_", "refined_")):
+            buffer.copy_(torch.randn(8).exp())
+    x_v, x_cdr = torch.randn(5, 10), torch.randn(5, 3, 8)
+    head = Head(model).eval()
+    with torch.inference_mode():
+        expected = [model.head(x_v, x_cdr[:, k]) for k in range(3)]
+        logits, fused = head(x_v, x_cdr)
+    assert logits.shape == (5, 3, 3)
+    for k, (want_logits, want_fused) in enumerate(expected):
+        torch.testing.assert_close(
+            logits[:, k], want_logits, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER
+        )
+        torch.testing.assert_close(fused[:, k], want_fused, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
+    for buffer in model.buffers():
+        buffer.zero_()
+    with torch.inference_mode():
+        assert torch.equal(head(x_v, x_cdr)[0], logits)
 
 
 def run_in_bf16(plan: SamplingPlan, x_v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -102,6 +102,15 @@ def test_golden_images_are_of_different_classes(bundle_of):
     assert all(answer.score > 0.5 for answer in answers)  # of clear cases, too
 
 
+def test_the_checkpoint_travels_without_the_baseline_that_no_bundle_needs(checkpoint, bundle_of):
+    source = bundle_of("torchscript", "fp32") / "source"
+    kept = {p.relative_to(source) for p in source.rglob("*") if p.is_file()}
+    written = {p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file()}
+    assert written - kept == {Path("baseline.safetensors")}
+    assert kept < written
+    assert checkpoint_hash(source) == checkpoint_hash(checkpoint)
+
+
 def test_two_exports_of_one_checkpoint_answer_alike(checkpoint, bundles):
     images = sorted((checkpoint / "samples").glob("*.png"))[:20]
     answers = []

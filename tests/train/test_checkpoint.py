@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from safetensors.torch import load_file, save_file
 from marnet_sdk.errors import CheckpointError, NotFound
 from marnet_sdk.trajectory import draw_trajectory
 from marnet_train.checkpoint import (
+    BASELINE,
     checkpoint_hash,
+    copy_files,
     is_checkpoint,
+    load_baseline,
     load_checkpoint,
     newest_checkpoint,
+    write_baseline,
     write_json,
     write_model,
 )
@@ -196,6 +201,117 @@ def test_a_folder_without_model_or_configuration_is_no_checkpoint(copy: Path, na
         match=r"it needs config\.json and model\.safetensors; train one with: marnet-train fit",
     ):
         load_checkpoint(copy)
+
+
+# --- what older versions wrote
+
+
+def test_a_checkpoint_of_an_older_version_gives_the_same_answers(
+    checkpoint: Path, copy: Path
+) -> None:
+    """It had no number of samples and no baseline."""
+    edit_config(copy, lambda content: content.pop("samples"))
+    old = load_checkpoint(copy)
+    assert old.model.config.samples == 1
+    assert torch.equal(logits(old.model), logits(load_checkpoint(checkpoint).model))
+    with pytest.raises(NotFound, match=r"baseline\.safetensors is missing, as it is in .* older"):
+        load_baseline(old)
+
+
+def elementwise(folder: Path) -> MARNet:
+    """A checkpoint in `folder` that fuses element by element; its model."""
+    torch.manual_seed(0)
+    loaded = load_checkpoint(folder)
+    width = loaded.model.text.dim
+    model = MARNet(replace(loaded.model.config, fusion="add", dim=width)).eval()
+    write_model(folder, model, loaded.preprocess)
+    return model
+
+
+def test_an_elementwise_fusion_is_written_and_read_with_its_statistics(copy: Path) -> None:
+    model = elementwise(copy)
+    for name in ("aligned", "refined"):
+        model.set_statistics(name, 3 + torch.randn(20, model.config.dim))
+    write_model(copy, model, load_checkpoint(copy).preprocess)
+    assert torch.equal(logits(load_checkpoint(copy).model), logits(model))
+
+
+def test_an_elementwise_fusion_of_an_older_version_is_refused_with_the_reason(copy: Path) -> None:
+    elementwise(copy)
+
+    def as_before(state: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in state if n.startswith(("aligned_", "refined_"))]:
+            del state[name]
+
+    edit_weights(copy, as_before)
+    with pytest.raises(
+        CheckpointError,
+        match=r"the statistics of its fusion are missing, because older versions did not "
+        r"standardise what an element-wise fusion combines; train again with this version$",
+    ):
+        load_checkpoint(copy)
+
+
+def test_weights_of_another_fusion_are_not_taken_for_old_ones(copy: Path) -> None:
+    width = load_checkpoint(copy).model.text.dim
+    edit_config(copy, lambda content: content.update(fusion="add", dim=width))
+    with pytest.raises(
+        CheckpointError, match=r"size mismatch .*take both from the same checkpoint"
+    ):
+        load_checkpoint(copy)
+
+
+# --- the image-only baseline
+
+
+@torch.no_grad()
+def test_the_baseline_is_read_as_it_was_written(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(checkpoint)
+    baseline = load_baseline(loaded)
+    assert not any(module.training for module in baseline.modules())
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = baseline.alignment_logits(baseline.vision(pixels))
+    own = loaded.model.alignment_logits(loaded.model.vision(pixels))
+    assert not torch.equal(found, own)  # it learned without any text
+    write_model(tmp_path, loaded.model, loaded.preprocess)
+    write_baseline(tmp_path, baseline)
+    again = load_baseline(load_checkpoint(tmp_path))
+    assert torch.equal(again.alignment_logits(again.vision(pixels)), found)
+
+
+def test_the_baseline_travels_with_a_saved_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    path = load_checkpoint(checkpoint).save_pretrained(tmp_path / "again")
+    assert (path / BASELINE).read_bytes() == (checkpoint / BASELINE).read_bytes()
+
+
+def test_the_baseline_is_no_part_of_what_decides_the_answers(checkpoint: Path, copy: Path) -> None:
+    shutil.copy(checkpoint / BASELINE, copy)
+    assert checkpoint_hash(copy) == checkpoint_hash(checkpoint)
+
+
+def test_files_may_be_left_out_of_a_copy(checkpoint: Path, tmp_path: Path) -> None:
+    copy_files(checkpoint, tmp_path / "whole")
+    copy_files(checkpoint, tmp_path / "part", without=[BASELINE, "README.md"])
+    whole, part = (
+        {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+        for root in (tmp_path / "whole", tmp_path / "part")
+    )
+    assert whole - part == {BASELINE, "README.md"}
+    assert part < whole
+
+
+def test_a_damaged_or_foreign_baseline_is_refused_by_name(checkpoint: Path, copy: Path) -> None:
+    (copy / BASELINE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"baseline\.safetensors: damaged \("):
+        load_baseline(load_checkpoint(copy))
+    state = load_file(checkpoint / BASELINE)
+    save_file({**state, "alignment_classifier.bias": torch.zeros(3)}, copy / BASELINE)
+    with pytest.raises(CheckpointError, match=r"baseline\.safetensors does not fit its config"):
+        load_baseline(load_checkpoint(copy))
+    state["project_vision.bias"][0] = float("nan")
+    save_file(state, copy / BASELINE)
+    with pytest.raises(CheckpointError, match=r"baseline\.safetensors: project_vision\.bias holds"):
+        load_baseline(load_checkpoint(copy))
 
 
 def make_run(path: Path, written: int, *, weights: bool = True) -> None:

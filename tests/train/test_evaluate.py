@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
+from tolerances import FLOAT32_TWICE
 
 from marnet_sdk.errors import RecipeError
 from marnet_sdk.trajectory import draw_trajectory
@@ -18,12 +22,20 @@ from marnet_train.data.imagefolder import read_split
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import sampler_table, trajectory_tensors
 from marnet_train.evaluate import (
+    NOISE_SEEDS,
+    Labelled,
     accuracy,
-    evaluate_branches,
+    evaluate_checkpoint,
     label_tensor,
+    measure,
+    measure_branches,
+    measure_sampled,
     refined_features,
-    visual_features,
+    sample_probabilities,
 )
+from marnet_train.features import compute_views
+from marnet_train.models.marnet import MARNet
+from marnet_train.recipe import Augment
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +44,18 @@ def loaded(checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def store(loaded: Checkpoint, digits: Path) -> PixelStore:
-    examples = read_split(digits / "test", needs_text=False)
-    return PixelStore(examples[:7], loaded.preprocess, "test")
+def seen(loaded: Checkpoint, digits: Path) -> Labelled:
+    """Seven test images as the encoder sees them."""
+    examples = read_split(digits / "test", needs_text=False)[:7]
+    store = PixelStore(examples, loaded.preprocess, "test")
+    x_v = compute_views(loaded.model.vision, store, Augment(), 1)[0]
+    return Labelled(x_v, label_tensor(examples, loaded.labels))
+
+
+def with_samples(model: MARNet, samples: int) -> MARNet:
+    other = copy.copy(model)
+    other.config = replace(model.config, samples=samples)
+    return other
 
 
 def test_top1_and_top5_count_the_rank_of_the_label() -> None:
@@ -96,46 +117,93 @@ def test_labels_are_numbered_in_the_order_of_the_model() -> None:
     assert label_tensor(examples, ("c", "b", "a")).tolist() == [1, 0, 2, 1]
 
 
-def test_features_do_not_depend_on_how_images_are_batched(
-    loaded: Checkpoint, store: PixelStore
+@pytest.mark.parametrize("sample", [0, 2])
+def test_every_row_is_refined_on_the_shared_trajectory_of_seed_and_sample(
+    sample: int, loaded: Checkpoint, seen: Labelled
 ) -> None:
-    """A batch norm left in training mode would show here."""
-    whole, pieces = visual_features(loaded.model, store), visual_features(loaded.model, store, 3)
-    torch.testing.assert_close(whole, pieces, rtol=0, atol=FLOAT32_LAYER)
-    assert whole.shape == (7, loaded.model.vision.dim)
-
-
-def test_every_row_is_refined_on_the_shared_trajectory_of_the_seed(
-    loaded: Checkpoint, store: PixelStore
-) -> None:
-    model = loaded.model
+    model, x_v = loaded.model, seen.x_v
     table = sampler_table(model.config.schedule, "ddpm", 10)
-    x_v = visual_features(model, store)
-    refined = refined_features(model, x_v, table, seed=3)
-    noise = draw_trajectory(3, table.timesteps, 100, model.denoiser.dim)
+    refined = refined_features(model, x_v, table, seed=3, sample=sample)
+    noise = draw_trajectory(3, table.timesteps, 100, model.denoiser.dim, trajectory=sample)
     with torch.no_grad():
         alone = model.refine(x_v[4:5], table, *trajectory_tensors(noise, 1, x_v))
     torch.testing.assert_close(refined[4:5], alone, rtol=FLOAT32_TWICE, atol=FLOAT32_TWICE)
-    assert not torch.equal(refined, refined_features(model, x_v, table, seed=4))
+    assert not torch.equal(refined, refined_features(model, x_v, table, seed=4, sample=sample))
+
+
+def test_the_probabilities_of_a_sample_are_those_of_its_own_chain(
+    loaded: Checkpoint, seen: Labelled
+) -> None:
+    model, table = loaded.model, sampler_table(loaded.model.config.schedule, "ddpm", 5)
+    refined, whole = sample_probabilities(model, seen.x_v, table, seed=1, samples=2)
+    assert refined.shape == whole.shape == (2, 7, 10)
+    with torch.no_grad():
+        x_cdr = refined_features(model, seen.x_v, table, seed=1, sample=1)
+        expected = model.head(seen.x_v, x_cdr)[0].softmax(dim=1)
+    assert torch.equal(whole[1], expected)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_a_branch_without_noise_is_measured_once() -> None:
+    found = measure(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), torch.tensor([0, 1, 1]))
+    assert found.to_dict() == {
+        "top1": pytest.approx(2 / 3),
+        "top5": 1.0,
+        "images": 3,
+        "samples": 0,
+        "top1_over_noise_seeds": [pytest.approx(2 / 3)],
+        "top1_one_sample": pytest.approx(2 / 3),
+    }
+    assert found.correct.tolist() == [1, 1, 0]
+
+
+def test_samples_are_averaged_and_noise_seeds_are_not() -> None:
+    """Image 0 of class 0: seed a is sure of it once, doubts it twice; seed b is wrong throughout.
+
+    Image 1 of class 1 is always right."""
+    a = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    b = torch.tensor([[0.1, 0.9]] * 3)
+    sure = torch.tensor([[0.2, 0.8]] * 3)
+    by_seed = [torch.stack([first, sure], dim=1) for first in (a, b)]  # [K = 3, N = 2, C = 2]
+    found = measure_sampled(by_seed, torch.tensor([0, 1]))
+    assert found.samples == 3
+    assert found.top1_over_noise_seeds == [1.0, 0.5]
+    assert found.top1 == 0.75
+    assert found.top1_one_sample == pytest.approx((1 + 0.5 * 5) / 6)
+    assert found.correct.tolist() == [0.5, 1.0]
 
 
 def test_branches_are_measured_once_per_seed_where_noise_is_involved(
-    loaded: Checkpoint, store: PixelStore, digits: Path
+    loaded: Checkpoint, seen: Labelled
 ) -> None:
-    examples = read_split(digits / "test", needs_text=False)[:7]
-    labels = label_tensor(examples, loaded.labels)
-    found = evaluate_branches(loaded.model, visual_features(loaded.model, store), labels, (0, 1, 2))
-    assert {branch: len(rows) for branch, rows in found.items()} == {
-        "alignment": 1,
-        "refined": 3,
-        "marnet": 3,
+    found = measure_branches(with_samples(loaded.model, 2), seen)
+    rows = {branch: (len(m.top1_over_noise_seeds), m.samples) for branch, m in found.items()}
+    assert rows == {"alignment": (1, 0), "refined": (3, 2), "marnet": (3, 2)}
+    table = sampler_table(loaded.model.config.schedule, "ddpm")
+    for seed, top1 in zip(NOISE_SEEDS, found["marnet"].top1_over_noise_seeds, strict=True):
+        whole = sample_probabilities(loaded.model, seen.x_v, table, seed, 2)[1].mean(dim=0)
+        assert top1 == accuracy(whole, seen.labels).top1
+
+
+def test_a_checkpoint_is_measured_with_its_own_number_of_samples(
+    checkpoint: Path, digits: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(checkpoint / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"samples": 2}))
+    found = evaluate_checkpoint(tmp_path, digits, "val", device="cpu")
+    assert {branch: m["samples"] for branch, m in found.items()} == {
+        "alignment": 0,
+        "refined": 2,
+        "marnet": 2,
     }
+    seeds = found["marnet"]["top1_over_noise_seeds"]
+    assert found["marnet"]["top1"] == pytest.approx(sum(seeds) / 3)
 
 
 def test_a_trained_checkpoint_recognises_most_digits(checkpoint: Path, digits: Path) -> None:
     """Chance is 10 %; the recipe of this fixture reaches about 90 %."""
-    from marnet_train.evaluate import evaluate_checkpoint
-
     found = evaluate_checkpoint(checkpoint, digits, "test", device="cpu")
     assert found["alignment"]["top1"] > 0.75
     assert found["refined"]["top1"] > 0.5

@@ -9,11 +9,11 @@ import math
 
 import pytest
 import torch
-from tolerances import FLOAT64, PRINTED
+import torch.nn.functional as F
+from tolerances import BF16_LAYER, FLOAT32_LAYER, FLOAT64, PRINTED
 from torch import Tensor
 
 from marnet_train.losses import (
-    alignment_loss,
     classification_loss,
     cosine_similarity_matrix,
     ita_loss,
@@ -98,6 +98,51 @@ def test_a_step_against_the_gradient_brings_pairs_together(pair: tuple) -> None:
     assert after.mean() > before.mean()
 
 
+def test_pairs_with_the_same_text_are_no_negatives_of_each_other(pair: tuple) -> None:
+    """Rows 0, 2 and 3 share a text, 1 and 4 have their own: each pair stays its own positive."""
+    visual, semantic = pair
+    negatives = {0: (1, 4), 1: (0, 2, 3, 4), 2: (1, 4), 3: (1, 4), 4: (0, 1, 2, 3)}
+    by_hand = 0.0
+    for queries, keys in ((visual, semantic), (semantic, visual)):
+        for i, others in negatives.items():
+            scores = {j: math.exp(similarity(queries[i], keys[j]) / 0.5) for j in (i, *others)}
+            by_hand -= math.log(scores[i] / sum(scores.values())) / 5
+    found = ita_loss(visual, semantic, 0.5, torch.tensor([7, 1, 7, 7, 3]))
+    assert float(found) == pytest.approx(by_hand, rel=FLOAT64)
+
+
+def test_texts_that_all_differ_leave_every_negative(pair: tuple) -> None:
+    assert torch.equal(ita_loss(*pair, groups=torch.arange(5)), ita_loss(*pair))
+
+
+def test_without_any_negative_there_is_nothing_to_align_and_no_nan(pair: tuple) -> None:
+    visual, semantic = pair[0].requires_grad_(), pair[1]
+    loss = ita_loss(visual, semantic, groups=torch.zeros(5))
+    loss.backward()
+    assert loss.item() == 0
+    assert not visual.grad.any()
+
+
+def test_a_temperature_may_be_learned(pair: tuple) -> None:
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(ita_loss(*pair, tau), tau)
+    step = 1e-6
+    higher, lower = (ita_loss(*pair, 0.5 + d).item() for d in (step, -step))
+    assert slope.item() == pytest.approx((higher - lower) / (2 * step), rel=PRINTED)
+
+
+def test_alignment_is_float32_under_bf16_autocast() -> None:
+    """In bf16, a similarity of 1 is known to 2^-8, and divided by 0.07 to 0.05."""
+    visual, semantic = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    expected = ita_loss(visual, visual + 0.3 * semantic)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ita_loss(visual, visual + 0.3 * semantic)
+        rounded = ita_loss(visual.bfloat16(), (visual + 0.3 * semantic).bfloat16())
+    assert found.dtype == rounded.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
+    assert float(rounded) == pytest.approx(float(expected), rel=BF16_LAYER)
+
+
 def test_a_vector_of_zeros_leaves_the_loss_and_its_gradient_finite() -> None:
     visual = torch.zeros(3, 4, requires_grad=True)
     loss = ita_loss(visual, torch.eye(3, 4))
@@ -119,22 +164,25 @@ def test_classification_is_equation_12_averaged_over_rows(classified: tuple) -> 
     )
 
 
-def test_reconstruction_is_the_mean_over_rows_and_dimensions(pair: tuple) -> None:
-    estimate, target = pair
-    by_hand = sum((float(estimate[i, j] - target[i, j])) ** 2 for i in range(5) for j in range(7))
-    assert float(reconstruction_loss(estimate, target)) == pytest.approx(by_hand / 35, rel=FLOAT64)
+def squared_norms(estimate: Tensor, target: Tensor) -> float:
+    """Mean over rows of equation (19)."""
+    rows = zip(estimate.tolist(), target.tolist(), strict=True)
+    return sum((a - b) ** 2 for e, t in rows for a, b in zip(e, t, strict=True)) / len(target)
 
 
-def test_equation_13_weighs_classification_and_alignment(pair: tuple, classified: tuple) -> None:
-    found = alignment_loss(*classified, *pair, ce_weight=2.0, ita_weight=0.3, temperature=0.5)
-    ita = one_direction(*pair, 0.5) + one_direction(*reversed(pair), 0.5)
-    by_hand = 2.0 * cross_entropy(*classified) + 0.3 * ita
-    assert float(found) == pytest.approx(by_hand, rel=FLOAT64)
+def test_reconstruction_is_equation_19_the_sum_over_dimensions(pair: tuple) -> None:
+    found = float(reconstruction_loss(*pair))
+    assert found == pytest.approx(squared_norms(*pair), rel=FLOAT64)
+    assert found == pytest.approx(7 * float(F.mse_loss(*pair)), rel=FLOAT64)
+
+
+def test_an_error_of_one_in_every_dimension_has_the_squared_norm_d() -> None:
+    assert float(reconstruction_loss(torch.ones(3, 768), torch.zeros(3, 768))) == 768
 
 
 def test_equation_20_weighs_classification_and_reconstruction(
     pair: tuple, classified: tuple
 ) -> None:
-    found = refinement_loss(*classified, *pair, ce_weight=2.0, mse_weight=0.3)
-    by_hand = 2.0 * cross_entropy(*classified) + 0.3 * float((pair[0] - pair[1]).pow(2).sum()) / 35
+    found = refinement_loss(*classified, *pair, ce_weight=2.0, norm_weight=0.3)
+    by_hand = 2.0 * cross_entropy(*classified) + 0.3 * squared_norms(*pair)
     assert float(found) == pytest.approx(by_hand, rel=FLOAT64)

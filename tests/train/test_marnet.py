@@ -18,7 +18,7 @@ from marnet_sdk.errors import InvalidInput, RecipeError
 from marnet_train.diffusion import SamplerTable, ScheduleConfig, sampler_table
 from marnet_train.models.backbones import backbone_config
 from marnet_train.models.fusion import FUSIONS
-from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.models.marnet import Baseline, MARNet, MarnetConfig
 
 VISION = {
     "model_type": "resnet",
@@ -65,8 +65,16 @@ def test_a_configuration_survives_its_way_through_json(fusion: str) -> None:
     config = replace(CONFIG, fusion=fusion)
     content = json.loads(json.dumps(config.to_dict()))
     assert content["method"] == "marnet"
+    assert content["samples"] == 1
     assert content["id2label"] == {"0": "cat", "1": "dog", "2": "Apfel ä"}
     assert MarnetConfig.from_dict(content) == config
+
+
+def test_the_number_of_samples_is_one_unless_the_configuration_says_more() -> None:
+    content = CONFIG.to_dict()
+    assert MarnetConfig.from_dict(content | {"samples": 4}).samples == 4
+    del content["samples"]  # as older versions wrote it
+    assert MarnetConfig.from_dict(content) == CONFIG
 
 
 def test_more_than_ten_labels_keep_their_order_in_json() -> None:
@@ -136,9 +144,48 @@ def test_features_are_standardised_with_the_stored_statistics() -> None:
         torch.testing.assert_close(standard.square().mean(dim=0), zeros + 1, rtol=FLOAT64, atol=0)
 
 
+FUSED = {"aligned_mean", "aligned_std", "refined_mean", "refined_std"}
+
+
 def test_the_statistics_travel_with_the_weights() -> None:
     names = set(build().state_dict())
     assert {"vision_mean", "vision_std", "text_mean", "text_std"} <= names
+    assert not FUSED & names
+    assert set(build(replace(CONFIG, fusion="mul")).state_dict()) >= FUSED
+
+
+@pytest.mark.parametrize("fusion", sorted(set(FUSIONS) - {"concat"}))
+@torch.no_grad()
+def test_elementwise_fusions_see_both_branches_standardised(fusion: str) -> None:
+    """So that neither drowns the other: a product or a sum depends on their scales."""
+    model = build(replace(CONFIG, fusion=fusion))
+    x_v, x_cdr = 50 + 30 * draw(40, 8), 0.01 * draw(40, 6, seed=2)
+    aligned = model.align_vision(x_v)
+    model.set_statistics("aligned", aligned)
+    model.set_statistics("refined", x_cdr)
+    standard = [(x - x.mean(dim=0)) / x.std(dim=0, correction=0) for x in (aligned, x_cdr)]
+    expected = FUSIONS[fusion](*standard)
+    torch.testing.assert_close(model.fuse(x_v, x_cdr), expected, rtol=FLOAT64, atol=FLOAT64)
+
+
+@torch.no_grad()
+def test_concat_takes_both_branches_raw() -> None:
+    model, x_v, x_cdr = build(), draw(4, 8), draw(4, 6, seed=2)
+    expected = torch.cat([model.align_vision(x_v), x_cdr], dim=1)
+    assert torch.equal(model.fuse(x_v, x_cdr), expected)
+
+
+@torch.no_grad()
+def test_the_baseline_is_a_copy_of_the_image_branch() -> None:
+    model, x_v = build(), draw(4, 8)
+    baseline = Baseline(model)
+    expected = model.alignment_logits(x_v)
+    assert torch.equal(baseline.alignment_logits(x_v), expected)
+    assert torch.equal(expected, model.alignment_classifier(model.align_vision(x_v)))
+    baseline.project_vision.weight.zero_()
+    assert torch.equal(model.alignment_logits(x_v), expected)
+    parts = {name.split(".")[0] for name in baseline.state_dict()}
+    assert parts == {"vision", "project_vision", "alignment_classifier"}
 
 
 @pytest.mark.parametrize("fusion", sorted(set(FUSIONS) - {"concat"}))
@@ -158,6 +205,11 @@ def test_concat_takes_unequal_widths() -> None:
         ({"fusion": "cat"}, r"fusion 'cat' is unknown; choose from \['add', 'concat', 'hm'"),
         ({"time_dim": 5}, "time_dim must be even and at least 2, got 5"),
         ({"time_dim": 0}, "time_dim must be even and at least 2, got 0"),
+        ({"samples": 0}, "samples must be an integer of at least 1, got 0"),
+        ({"samples": 1.0}, "samples must be an integer of at least 1, got 1.0"),
+        ({"samples": True}, "samples must be an integer of at least 1, got True"),
+        ({"samples": "auto"}, "samples must be an integer of at least 1, got 'auto'"),
+        ({"labels": ("one",)}, "labels must be at least two classes, got 1"),
         ({"vision": {"pretrained": "some/model"}}, "vision must be a whole configuration"),
         ({"text": {"pretrained": "some/model"}}, "text must be a whole configuration"),
     ],

@@ -226,6 +226,23 @@ def test_of_several_runs_mean_and_student_interval_are_those_of_the_differences(
     assert (got.images, got.runs) == (4, 2)
 
 
+def test_shares_of_noise_seeds_are_compared_as_shares():
+    """Of four images, a is right at 2 of 3 seeds where b never is, and the reverse at 1 of 3."""
+    a, b = np.array([[2 / 3, 0, 1, 1]]), np.array([[0, 1 / 3, 1, 1]])
+    got = paired_difference(a, b)
+    assert got.mean == pytest.approx((2 / 3 - 1 / 3) / 4, abs=FLOAT64)
+    centre = (2 / 3 - 1 / 3) / 6
+    reach = 1.96 * math.sqrt(((4 / 9 + 1 / 9 + 1) / 6 - centre**2) / 6)
+    assert got.interval == pytest.approx((centre - reach, centre + reach), abs=FLOAT64)
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 40))
+def test_shares_of_zero_and_one_are_bools(seed, runs, images):
+    a, b = correctness(seed, runs, images)
+    got, again = paired_difference(a, b), paired_difference(a.astype(float), b.astype(np.float32))
+    assert (got.mean, got.interval) == (again.mean, again.interval)
+
+
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (3, 0), (20, 10), (98, 0)])
 def test_runs_that_agree_have_the_interval_of_one_of_them(better, worse):
     a = np.repeat([True, False, True], [better, worse, 98 - better - worse])
@@ -348,7 +365,11 @@ YES = np.ones(3, bool)
         (lambda: paired_interval(0, 0, 0), "at least one image"),
         (lambda: mcnemar_p(YES, YES[:2]), r"got correct_a \(3,\) \(bool\) and correct_b \(2,\)"),
         (lambda: mcnemar_p(YES, YES.astype(int)), r"\(int64\); expected bools, both \[N\]"),
-        (lambda: paired_difference(YES, YES), r"expected bools, both \[R, N\] and at least one"),
+        (lambda: paired_difference(YES, YES), r"expected bools or shares from 0 to 1, both \[R, N"),
+        (lambda: paired_difference(YES[None] * 1.5, YES[None]), "expected bools or shares from 0"),
+        (lambda: paired_difference(YES[None] * -0.5, YES[None]), "expected bools or shares from 0"),
+        (lambda: paired_difference(YES[None] * math.nan, YES[None]), "expected bools or shares"),
+        (lambda: paired_difference(YES[None], YES[None, :2]), r"\(1, 3\) and correct_b \(1, 2\)"),
         (lambda: paired_difference(np.ones((2, 0), bool), np.ones((2, 0), bool)), "at least one"),
     ],
 )

@@ -5,21 +5,29 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_training import TINY, change
 from torch import nn
 
 from marnet_sdk.errors import CheckpointError, OutputBusy, OutputExists
 from marnet_sdk.files import sha256_file
 from marnet_train import progress
-from marnet_train.phases import Learner
+from marnet_train.optimise import Learner
 from marnet_train.progress import EPOCH, METRICS, PHASE, Progress, saved_progress
+from marnet_train.recipe import TextPhase
 from marnet_train.trainer import fit
 
+RECIPE = change(
+    TINY,
+    text_phase=TextPhase(epochs=2),
+    alignment={"epochs": 3, "batch": 64},
+    refinement={"epochs": 6, "batch": 512},
+    fusion_phase={"epochs": 10, "batch": 512},
+)
 SETTINGS = {"seed": 0, "data": {"sha256": "ab"}}
 
 
@@ -46,42 +54,39 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> 
 
 
 def test_a_training_interrupted_in_every_phase_gives_the_same_checkpoint(
-    digits, quick_recipe, tmp_path, every_epoch, monkeypatch, capsys
+    digits, tmp_path, every_epoch, monkeypatch, capsys
 ):
     undisturbed = tmp_path / "undisturbed"
-    expected = fit(digits, quick_recipe, undisturbed, name="digits", threads=1)
+    expected = fit(digits, RECIPE, undisturbed, name="digits", threads=1)
     capsys.readouterr()
     out = tmp_path / "runs/quick"
     partial = tmp_path / "runs/quick.partial"
-    moments = [("baseline", 1), ("alignment", 2), ("refinement", 5), ("fusion", 9)]
+    moments = [("text", 1), ("baseline", 1), ("alignment", 2), ("+MLP", 3), ("refinement", 5)]
+    moments += [("refined head", 4), ("fusion", 9)]
     for phase, epoch in moments:
         with monkeypatch.context() as patch:
             interrupt_after(patch, phase, epoch)
             with pytest.raises(Stop):
-                fit(digits, quick_recipe, out, name="digits", threads=1)
+                fit(digits, RECIPE, out, name="digits", threads=1)
         assert not out.exists()
         assert "run the same command again" in capsys.readouterr().err
-    training = fit(digits, quick_recipe, out, name="digits", threads=1)
+    training = fit(digits, RECIPE, out, name="digits", threads=1)
     told = capsys.readouterr().err
     assert f"going on from {partial}" in told
     assert "fusion epoch 9" in told
     assert not partial.exists()
-    for name in ("model.safetensors", METRICS, "config.json"):
+    for name in ("model.safetensors", "baseline.safetensors", METRICS, "config.json"):
         assert sha256_file(out / name) == sha256_file(undisturbed / name), name
     assert training["metrics"] == expected["metrics"]
     assert training["seconds"] > 0
 
 
 def test_other_settings_are_refused_and_restart_discards(
-    digits, quick_recipe, tmp_path, every_epoch, monkeypatch
+    digits, tmp_path, every_epoch, monkeypatch
 ):
     out = tmp_path / "quick"
-    short = replace(
-        quick_recipe,
-        alignment=replace(quick_recipe.alignment, epochs=1),
-        refinement=replace(quick_recipe.refinement, epochs=1),
-        fusion_phase=replace(quick_recipe.fusion_phase, epochs=1),
-    )
+    one = {"epochs": 1}
+    short = change(RECIPE, text_phase=None, alignment=one, refinement=one, fusion_phase=one)
     with monkeypatch.context() as patch:
         interrupt_after(patch, "alignment", 0)
         with pytest.raises(Stop):
@@ -156,7 +161,7 @@ def test_a_second_process_is_told_who_is_at_work(tmp_path):
 def test_an_epoch_of_a_finished_phase_is_not_gone_back_to(tmp_path):
     """A kill between the end of a phase and the first epoch of the next."""
     out, model = tmp_path / "out", nn.Linear(2, 2)
-    learner = Learner(model, torch.optim.AdamW(model.parameters(), lr=0.1), total=4)
+    learner = Learner([(model, 0.1)], weight_decay=0.01, total=4)
     generator = torch.Generator().manual_seed(0)
 
     def align(run: Progress) -> None:
@@ -178,27 +183,6 @@ def test_an_epoch_of_a_finished_phase_is_not_gone_back_to(tmp_path):
         run.once("alignment", model, lambda: pytest.fail("done already"))
         assert list(run.epochs("refinement", 2, learner, generator)) == [1, 2]
     assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_learner_goes_on_as_if_it_had_not_stopped():
-    def make() -> tuple[nn.Linear, Learner]:
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2)
-        return model, Learner(model, torch.optim.AdamW(model.parameters(), lr=0.1), total=8)
-
-    def go(model: nn.Linear, learner: Learner, steps: int) -> None:
-        for _ in range(steps):
-            learner.step((model(torch.ones(4, 3)) - 1).square().sum())
-
-    straight, learner = make()
-    go(straight, learner, 6)
-    stopped, learner = make()
-    go(stopped, learner, 3)
-    state = {name: value.clone() for name, value in learner.state().items()}
-    resumed, learner = make()
-    learner.load_state(state)
-    go(resumed, learner, 3)
-    assert torch.equal(resumed.weight, straight.weight)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

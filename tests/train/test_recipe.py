@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from marnet_sdk.errors import RecipeError
 from marnet_train.diffusion import ScheduleConfig
-from marnet_train.recipe import Augment, Recipe, load_recipe, recipe_names
+from marnet_train.recipe import (
+    SEMANTICS,
+    Augment,
+    Recipe,
+    TextPhase,
+    chosen,
+    load_recipe,
+    recipe_names,
+)
 
 ENCODERS = '[vision]\nmodel_type = "vit"\n[text]\nmodel_type = "bert"\n'
 
@@ -69,6 +78,48 @@ def test_a_linear_schedule_may_be_described(tmp_path: Path) -> None:
     assert read(tmp_path, text).schedule == ScheduleConfig("linear", 7, last_beta=0.5)
 
 
+def test_what_validation_chooses_is_auto(tmp_path: Path) -> None:
+    text = f'samples = "auto"\n{ENCODERS}[alignment]\nita_weight = "auto"\n'
+    recipe = read(tmp_path, f'{text}[refinement]\nnorm_weight = "auto"\n')
+    assert recipe.samples == recipe.alignment.ita_weight == recipe.refinement.norm_weight == "auto"
+    decided = replace(
+        recipe,
+        samples=4,
+        alignment=replace(recipe.alignment, ita_weight=0.1),
+        refinement=replace(recipe.refinement, norm_weight=0.04),
+    )
+    assert chosen(recipe, decided) == {
+        "samples": 4,
+        "alignment.ita_weight": 0.1,
+        "refinement.norm_weight": 0.04,
+    }
+    assert chosen(decided, decided) == {}
+
+
+def test_numbers_may_stand_where_auto_may(tmp_path: Path) -> None:
+    text = f"samples = 8\n{ENCODERS}[alignment]\nita_weight = 1\n[refinement]\nnorm_weight = 0.5\n"
+    recipe = read(tmp_path, text)
+    found = (recipe.samples, recipe.alignment.ita_weight, recipe.refinement.norm_weight)
+    assert found == (8, 1.0, 0.5)
+    assert type(recipe.alignment.ita_weight) is float
+
+
+def test_a_text_phase_is_there_only_if_the_recipe_has_the_table(tmp_path: Path) -> None:
+    assert read(tmp_path, ENCODERS).text_phase is None
+    recipe = read(tmp_path, f"{ENCODERS}[text_phase]\nepochs = 3\n")
+    assert recipe.text_phase == TextPhase(epochs=3)
+    assert json.loads(json.dumps(recipe.to_dict()))["text_phase"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("kind", SEMANTICS)
+def test_every_kind_of_semantics_may_be_asked_for(kind: str, tmp_path: Path) -> None:
+    assert read(tmp_path, f'semantics = "{kind}"\n{ENCODERS}').semantics == kind
+
+
+def test_joint_training_takes_a_text_encoder_that_stands_still(tmp_path: Path) -> None:
+    assert read(tmp_path, f"{ENCODERS}[alignment]\njoint = true\n").alignment.joint
+
+
 def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
     lr = read(tmp_path, f"{ENCODERS}[refinement]\nlr = 1\n").refinement.lr
     assert (lr, type(lr)) == (1.0, float)
@@ -116,6 +167,41 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
             f"{ENCODERS}[schedule]\nfirst_beta = 0.5\n",
             "schedule: .* 0 < first_beta <= last_beta < 1, got first_beta 0.5 and last_beta 0.02",
         ),
+        (f'dim = "auto"\n{ENCODERS}', "dim must be int, got 'auto'"),
+        (f'samples = "Auto"\n{ENCODERS}', """samples must be int or "auto", got 'Auto'"""),
+        (f"samples = 0\n{ENCODERS}", "samples must be finite and at least 1, got 0"),
+        (f"samples = 1.5\n{ENCODERS}", 'samples must be int or "auto", got 1.5'),
+        (f"samples = true\n{ENCODERS}", 'samples must be int or "auto", got True'),
+        (
+            f'{ENCODERS}[alignment]\nita_weight = "best"\n',
+            """alignment: ita_weight must be float or "auto", got 'best'""",
+        ),
+        (f'{ENCODERS}[alignment]\ntemperature = "auto"\n', "must be float, got 'auto'"),
+        (f'{ENCODERS}[refinement]\nlr = "auto"\n', "lr must be float, got 'auto'"),
+        (f"{ENCODERS}[refinement]\nnorm_weight = -1\n", "norm_weight must be finite and at least"),
+        (
+            f"{ENCODERS}[refinement]\nmse_weight = 1.0\n",
+            r"mine\.toml: refinement: 'mse_weight' is not a setting any more: it was the weight of "
+            r"the mean over dimensions, and eq\. \(19\) is the sum\. Write norm_weight = ",
+        ),
+        (
+            f'semantics = "shufled"\n{ENCODERS}',
+            r"mine\.toml: semantics 'shufled' is unknown\. Did you mean 'shuffled'\? Choose from "
+            "text, labels, random, shuffled",
+        ),
+        (f"{ENCODERS}[alignment]\ndropout = 1.0\n", "dropout must be below 1, got 1.0"),
+        (f"{ENCODERS}[refinement]\ndropout = 1.5\n", "dropout must be below 1, got 1.5"),
+        (f"{ENCODERS}[refinement]\npure_noise = 1.1\n", "pure_noise must be at most 1, got 1.1"),
+        (f"{ENCODERS}[alignment]\ntemperature = 0\n", "temperature must be above 0, got 0.0"),
+        (
+            f"{ENCODERS}[alignment]\njoint = true\nlr_text = 1e-5\n",
+            "joint training needs a text encoder that stands still: set lr_text = 0",
+        ),
+        (
+            f"{ENCODERS}[text_phase]\nepoch = 3\n",
+            r"text_phase: unknown setting 'epoch'\. Did you mean 'epochs'\?",
+        ),
+        (f"text_phase = 3\n{ENCODERS}", "text_phase must be a table, got 3"),
         ("dim = \n", r"mine\.toml: not valid TOML: .*line 1"),
         (b"\xff\xfe\x00d", "not valid TOML: .*utf-8"),
         ("dim = " + "9" * 5000, "not valid TOML: .*4300 digits"),
@@ -152,7 +238,9 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=2),
     max_leaves=4,
 )
-NAMES = st.sampled_from(["vision", "text", "dim", "image", "schedule", "alignment", "augment"])
+NAMES = st.sampled_from(
+    ["vision", "text", "dim", "image", "schedule", "alignment", "augment", "samples", "text_phase"]
+)
 
 
 @given(st.text(max_size=60) | st.text("[]=.\"'{}\n# dimvsoext0123", max_size=60))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FLOAT32_LAYER
 
 from marnet_sdk.errors import (
     DataError,
@@ -44,6 +45,7 @@ def recipe(quick_recipe: Recipe) -> Recipe:
         vision=quick_recipe.vision | {"embedding_size": 4, "hidden_sizes": [4, 8, 8]},
         text=quick_recipe.text | {"hidden_size": 8, "intermediate_size": 16},
         schedule=ScheduleConfig(steps=10),
+        text_phase=replace(quick_recipe.text_phase, epochs=2),
         alignment=replace(quick_recipe.alignment, epochs=2),
         refinement=replace(quick_recipe.refinement, epochs=2),
         fusion_phase=replace(quick_recipe.fusion_phase, epochs=2),
@@ -77,6 +79,7 @@ def training(run: Path) -> dict[str, Any]:
 def test_a_checkpoint_folder_holds_what_its_documentation_names(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
         "README.md",
+        "baseline.safetensors",
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
@@ -107,7 +110,7 @@ def test_training_json_says_how_the_model_came_to_be(
 
 def test_baseline_and_every_branch_are_measured_on_val_and_test(training: dict[str, Any]) -> None:
     metrics = training["metrics"]
-    assert set(metrics) == {"baseline", "alignment", "refined", "marnet"}
+    assert set(metrics) == {"baseline", "alignment", "mlp", "refined", "marnet"}
     for branch, splits in metrics.items():
         assert {split: found["images"] for split, found in splits.items()} == {
             "val": 40,
@@ -115,17 +118,33 @@ def test_baseline_and_every_branch_are_measured_on_val_and_test(training: dict[s
         }
         for found in splits.values():
             assert 0 <= found["top1"] <= found["top5"] <= 1
-            if branch != "baseline":
-                assert found["top1_over_noise_seeds"][0] == found["top1"]
-    assert len(metrics["marnet"]["val"]["top1_over_noise_seeds"]) == 5
+            by_seed = found["top1_over_noise_seeds"]
+            assert found["top1"] == pytest.approx(sum(by_seed) / len(by_seed))
+            noisy = branch in ("refined", "marnet")
+            assert (len(by_seed), found["samples"]) == ((3, 1) if noisy else (1, 0))
+
+
+def test_differences_between_branches_come_with_intervals(training: dict[str, Any]) -> None:
+    assert training["chosen"] == {}
+    for split, found in training["differences"].items():
+        assert list(found) == [
+            "alignment - baseline",
+            "mlp - alignment",
+            "refined - mlp",
+            "marnet - alignment",
+            "marnet - baseline",
+        ]
+        for pair, seen in found.items():
+            one, other = (training["metrics"][name][split]["top1"] for name in pair.split(" - "))
+            assert seen["mean"] == pytest.approx(one - other, abs=FLOAT32_LAYER)
+            assert seen["low"] <= seen["mean"] <= seen["high"]
 
 
 def test_there_is_one_line_of_metrics_per_epoch_of_each_phase(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    phases = ("text", "baseline", "alignment", "+MLP", "refinement", "refined head", "fusion")
     assert [(line["phase"], line["epoch"]) for line in lines] == [
-        (phase, epoch)
-        for phase in ("baseline", "alignment", "refinement", "fusion")
-        for epoch in (1, 2)
+        (phase, epoch) for phase in phases for epoch in (1, 2)
     ]
 
 
@@ -160,13 +179,13 @@ def test_the_number_of_threads_is_used_recorded_and_put_back(
     data: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    train = trainer.train_marnet
+    train = trainer.train_all
 
-    def spy(*arguments: Any) -> None:
+    def spy(*arguments: Any) -> Any:
         used.append(torch.get_num_threads())
-        train(*arguments)
+        return train(*arguments)
 
-    monkeypatch.setattr(trainer, "train_marnet", spy)
+    monkeypatch.setattr(trainer, "train_all", spy)
     before = torch.get_num_threads()
     training = fit(data, recipe, tmp_path / "run", threads=before + 1, device="cpu")
     assert used == [training["machine"]["threads"]] == [before + 1]
@@ -174,16 +193,26 @@ def test_the_number_of_threads_is_used_recorded_and_put_back(
     assert torch.get_num_threads() == before
 
 
-def test_another_seed_gives_other_weights_and_test_and_samples_may_be_left_out(
+def test_test_images_choose_nothing_and_may_be_left_out(
     run: Path, data: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
+    """Without them the weights are the same."""
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "test")
     out = tmp_path / "other"
-    training = fit(tmp_path / "data", recipe, out, seed=1, keep_samples=False)
+    training = fit(tmp_path / "data", recipe, out)
+    for name in ("model.safetensors", "baseline.safetensors", "config.json", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (run / name).read_bytes(), name
+    assert list(training["metrics"]["marnet"]) == list(training["differences"]) == ["val"]
+
+
+def test_another_seed_gives_other_weights_and_samples_may_be_left_out(
+    run: Path, data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    fit(data, recipe, out, seed=1, keep_samples=False)
     assert (out / "model.safetensors").read_bytes() != (run / "model.safetensors").read_bytes()
     assert (out / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
-    assert list(training["metrics"]["marnet"]) == ["val"]
     assert not (out / "samples").exists()
 
 
@@ -193,6 +222,7 @@ def test_baseline_and_model_start_from_the_same_weights(
     """Without any epoch, the baseline and the alignment branch are one model."""
     untrained = replace(
         recipe,
+        text_phase=None,
         alignment=replace(recipe.alignment, epochs=0),
         refinement=replace(recipe.refinement, epochs=0),
         fusion_phase=replace(recipe.fusion_phase, epochs=0),
@@ -220,6 +250,7 @@ def test_pretrained_encoders_are_needed_to_train_but_not_to_load(
         vision={"pretrained": str(tmp_path / "vision")},
         text={"pretrained": str(tmp_path / "text")},
         image=None,
+        text_phase=None,
         alignment=replace(recipe.alignment, epochs=1, lr_text=0.0),
     )
     training = fit(data, pretrained, tmp_path / "run")

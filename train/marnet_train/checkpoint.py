@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,9 @@ def checkpoint_hash(path: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy everything that a checkpoint is made of."""
-    for name in files_of(source):
+def copy_files(source: Path, target: Path, without: Collection[str] = ()) -> None:
+    """Copy everything that a checkpoint is made of, but for the files named in `without`."""
+    for name in sorted({*files_of(source)} - {*without}):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
@@ -216,12 +217,15 @@ def load_baseline(checkpoint: Checkpoint) -> Baseline:
     """The image-only baseline that was trained beside a model, in evaluation mode on the CPU.
 
     Raises:
-        NotFound: the checkpoint has none: older versions did not keep it.
+        NotFound: the checkpoint has none: older versions and bundles do not keep it.
         CheckpointError: the file is damaged, or does not fit the configuration.
     """
     path = checkpoint.path / BASELINE
     if not path.is_file():
-        raise NotFound(f"{path} is missing: train again with this version to have the baseline")
+        raise NotFound(
+            f"{path} is missing, as it is in bundles and in checkpoints of older versions; load "
+            "the checkpoint that training wrote, or train again"
+        )
     baseline = Baseline(checkpoint.model)
     _load_weights(baseline, path)
     return baseline.eval()
@@ -271,8 +275,7 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} does not fit its {CONFIG}: {_why_unfit(model, state, error)}; take both from "
-            "the same checkpoint"
+            f"{path} does not fit its {CONFIG}: {_why_unfit(model, state, error)}"
         ) from error
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -280,12 +283,19 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def _why_unfit(model: torch.nn.Module, state: dict[str, torch.Tensor], error: RuntimeError) -> str:
-    """What torch says, of hundreds of weights maybe; or that a label was added or removed."""
-    name = "classifier.bias"
-    expected, got = model.state_dict().get(name), state.get(name)
-    if expected is not None and got is not None and len(expected) != len(got):
-        return f"id2label names {len(expected)} classes, the weights have {len(got)}"
-    return " ".join(str(error).split())[:600]
+    """What torch says, of hundreds of weights maybe, or a cause that is known; and a way out."""
+    expected = model.state_dict()
+    unfit = [n for n, x in expected.items() if n not in state or state[n].shape != x.shape]
+    if unfit and all(name.startswith(("aligned_", "refined_")) for name in unfit):
+        return (
+            "the statistics of its fusion are missing, because older versions did not standardise "
+            "what an element-wise fusion combines; train again with this version"
+        )
+    name, advice = "classifier.bias", "take both from the same checkpoint"
+    if name in unfit and name in state:
+        own, found = len(expected[name]), len(state[name])
+        return f"id2label names {own} classes, the weights have {found}; {advice}"
+    return f"{' '.join(str(error).split())[:600]}; {advice}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marnet_sdk.console import say, track
+from marnet_sdk.environment import versions
 from marnet_sdk.files import atomic_file
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.data.examples import Example, read_image
@@ -26,6 +28,7 @@ from marnet_train.models.backbones import VisionEncoder
 from marnet_train.recipe import Augment
 
 _VERSION = 1  # of what a cached file holds
+_PACKAGES = ("torch", "transformers", "pillow", "numpy")  # their versions may move the last bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,14 @@ class Images:
     examples: Sequence[Example]
     preprocess: Preprocess
     store: Callable[[], PixelStore]
+
+    @cached_property
+    def sha256(self) -> bytes:
+        """Of the bytes of every image file, in order; read once."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(hashlib.sha256(read_image(example)).digest())
+        return digest.digest()
 
 
 class LearningEncoder:
@@ -100,7 +111,8 @@ def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views
     """`compute_views` of a frozen encoder, read from the cache if it was computed before.
 
     The file's name is a hash of all that decides its content: weights, configuration, image
-    bytes, preprocessing and augmentation. On a hit no image is decoded.
+    bytes, preprocessing and augmentation; and, for the last bits, versions and threads. On a hit
+    no image is decoded.
     """
     path = cache_dir() / f"{_key(vision, images, settings, views)}.safetensors"
     device = next(vision.parameters()).device
@@ -126,6 +138,8 @@ def _key(vision: VisionEncoder, images: Images, settings: Augment, views: int) -
     digest = hashlib.sha256()
     said = {
         "version": _VERSION,
+        "packages": versions(_PACKAGES),
+        "machine": [next(vision.parameters()).device.type, torch.get_num_threads()],
         "encoder": json.loads(vision.backbone.config.to_json_string(use_diff=False)),  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         "preprocess": images.preprocess.to_dict(),
         "augment": asdict(settings) if views > 1 else None,
@@ -134,7 +148,6 @@ def _key(vision: VisionEncoder, images: Images, settings: Augment, views: int) -
     digest.update(json.dumps(said, sort_keys=True).encode())
     for name, tensor in sorted(vision.state_dict().items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    for example in images.examples:
-        digest.update(hashlib.sha256(read_image(example)).digest())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(images.sha256)
     return digest.hexdigest()

@@ -47,7 +47,7 @@ def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> lis
     for name, part in module.named_modules():
         embeds = isinstance(part, nn.Embedding) or (embeddings and name.startswith(embeddings))
         for own, parameter in part.named_parameters(recurse=False):
-            is_token = "embed" in own or "token" in own
+            is_token = any(word in own for word in ("embed", "token", "bias"))  # tables of them too
             decays = parameter.ndim >= 2 and not embeds and not is_token
             (decayed if decays else free).append(parameter)
     groups = ((decayed, weight_decay), (free, 0.0))

@@ -29,7 +29,7 @@ from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, Recipe
 from marnet_train.semantics import semantic_vectors
 
-LOOKS = 12  # at validation, in phases B and C
+LOOKS = 12  # at validation, in phases B and C: at least, and fewer than twice as many
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Target:
     """What ITA aligns images with: x_s of every image, or the text encoder while it learns."""
 
     x_s: Tensor | None  # [N, D_s], standardised; None: F_s learns, and x_s moves
-    groups: Tensor  # [N], equal where two texts are the same
+    groups: Tensor  # [N], equal where two texts, or what plays them, are the same
 
 
 @torch.no_grad()
@@ -108,16 +108,15 @@ def make_target(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int) -> 
 
     Their mean and standard deviation go to the model's buffers.
     """
-    _, groups = torch.unique(data.input_ids, dim=0, return_inverse=True)
     device = model.text_mean.device
     if recipe.alignment.lr_text > 0 and recipe.semantics == "text":
+        _, groups = torch.unique(data.input_ids, dim=0, return_inverse=True)
         return Target(None, groups.to(device))
     texts, labels = text_features(model, data), data.labels.to(device)
     x_s = semantic_vectors(recipe.semantics, texts, labels, len(model.config.labels), seed)
-    if recipe.semantics in ("labels", "random"):
-        groups = data.labels
+    _, groups = torch.unique(x_s, dim=0, return_inverse=True)
     model.set_statistics("text", x_s)
-    return Target(model.standardise_text(x_s), groups.to(device))
+    return Target(model.standardise_text(x_s), groups)
 
 
 @torch.no_grad()
@@ -128,13 +127,15 @@ def fold(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
 
 
 class _Temperature(nn.Module):
-    """tau of ITA: as the recipe has it, or learned from there; 1 / tau stays at most 100."""
+    """tau of ITA: as the recipe has it, or learned from there; then 1 / tau stays at most 100."""
 
     def __init__(self, start: float, *, learned: bool) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(-math.log(start)), requires_grad=learned)
 
     def forward(self) -> Tensor:
+        if not self.log_scale.requires_grad:
+            return torch.exp(-self.log_scale)
         return torch.exp(-self.log_scale.clamp(max=math.log(100)))
 
 
@@ -333,7 +334,7 @@ def train_refinement(
 
     Args:
         condition: standardised x_v, [V * N, D_v].
-        look: the score of the refiner as it is, higher is better; asked `LOOKS` times.
+        look: the score of the refiner as it is, higher is better; asked `LOOKS` times or more.
         one_pass: train the same network as a plain regression, without noise or steps: the
             control "+MLP".
     Returns:
@@ -381,7 +382,7 @@ def train_refinement(
 
 
 def _is_look(epoch: int, epochs: int) -> bool:
-    """Whether validation is looked at after this epoch: `LOOKS` times, the last one included."""
+    """Whether validation is looked at after this epoch; after the last one it always is."""
     return (epochs - epoch) % max(1, epochs // LOOKS) == 0
 
 

@@ -119,6 +119,8 @@ class Recipe:
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
+        if self.alignment.temperature == 0:
+            raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:
             raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
         if self.alignment.joint and self.alignment.lr_text > 0:
@@ -208,10 +210,9 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and name not in table:
             raise RecipeError(f"{where}: the setting {name!r} is missing")
+    values = {k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()}
     try:
-        return cls(**{k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()})
-    except RecipeError:
-        raise
+        return cls(**values)
     except MarnetError as error:
         raise RecipeError(f"{where}: {error}") from error
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def train_all(
         with torch.no_grad():
             return score(branch.alignment_logits(seen.x_v).softmax(dim=1), seen.labels)
 
-    stage = _Stages(run, Trained(model, baseline, mlp, recipe).modules)
+    stage = Stages(run, Trained(model, baseline, mlp, recipe).modules)
     if recipe.text_phase is not None and recipe.semantics in ("text", "shuffled"):
         stage.once("text", lambda: train_text(model, data, recipe, seed, run))
     if with_baseline:
@@ -153,7 +153,7 @@ def train_all(
     features = make_features(model, data, source(model.vision), target, recipe)
     seen = val.seen_by(model.vision, frozen=frozen)
     recipe = _refine(model, mlp, features, seen, recipe, seed, stage)
-    stage.once("heads", lambda: _train_heads(model, features, seen, recipe, seed, run))
+    _train_heads(model, features, seen, recipe, seed, stage)
     recipe = _choose_samples(model, seen, recipe, seed, stage)
     assert recipe.samples != "auto"
     model.config = replace(model.config, samples=recipe.samples)
@@ -176,7 +176,7 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
     }
 
 
-class _Stages:
+class Stages:
     """Does each stage once in a run, however often it is interrupted."""
 
     def __init__(self, run: Progress, kept: nn.Module) -> None:
@@ -219,7 +219,7 @@ def _train_baseline(
     source: Callable[[VisionEncoder], Source],
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
     image_score: Callable[[ImageBranch], float],
 ) -> None:
     """The image-only peer. Where beta is chosen, so is its learning rate, from as many values."""
@@ -245,7 +245,7 @@ def _choose_alignment(
     target: Target,
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
     image_score: Callable[[ImageBranch], float],
 ) -> Recipe:
     """beta, if the recipe leaves it open."""
@@ -271,7 +271,7 @@ def _refine(
     seen: Labelled,
     recipe: Recipe,
     seed: int,
-    stage: _Stages,
+    stage: Stages,
 ) -> Recipe:
     """Phase B and its control "+MLP"; gamma, for each, if the recipe leaves it open."""
     condition, judged = model.condition(features.x_v), model.condition(seen.x_v)
@@ -330,38 +330,48 @@ def refiner_probabilities(
 
 
 def _train_heads(
-    model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, run: Progress
+    model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> None:
     """Phase C: the classifier of x_CDR and the one of the fusion, on ends of whole chains."""
-    drawn = draw_refined(model, features, recipe, seed)  # [draws, V * N, D_s]
-    labels = features.labels.repeat(len(drawn))
-    x_v = features.x_v.repeat(len(drawn), 1)
-    x_cdr = drawn.flatten(0, 1)
-    table = sampler_table(recipe.schedule, "ddpm")
-    judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
+    draws = recipe.fusion_phase.draws
+    labels, x_v = features.labels.repeat(draws), features.x_v.repeat(draws, 1)
+
+    @cache  # no head changes them, and where both have learned nobody asks
+    def drawn() -> tuple[Tensor, list[Tensor]]:
+        """x_CDR of the rows to learn from, [draws * V * N, D_s], and of those to judge by."""
+        table = sampler_table(recipe.schedule, "ddpm")
+        judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
+        return draw_refined(model, features, recipe, seed).flatten(0, 1), judged
 
     def look(inputs: Sequence[Tensor], head: nn.Linear) -> float:
         with torch.no_grad():
             mean = torch.stack([head(x).softmax(dim=1) for x in inputs]).mean(dim=0)
         return score(mean, seen.labels)
 
-    semantic = partial(look, judged)
-    train_head(
-        model.semantic_classifier, x_cdr, labels, recipe, seed, run, "refined head", semantic
-    )
-    if recipe.fusion != "concat":
-        model.set_statistics("aligned", model.align_vision(x_v))
-        model.set_statistics("refined", x_cdr)
-    with torch.no_grad():
-        fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
-    whole = partial(look, judged)
-    if recipe.fusion == "concat":
-        _blend(model, whole)
-    train_head(model.classifier, fused, labels, recipe, seed, run, "fusion", whole)
+    def train(head: nn.Linear, inputs: Tensor, judged: Sequence[Tensor], title: str) -> None:
+        train_head(head, inputs, labels, recipe, seed, stage.run, title, look=partial(look, judged))
+
+    def train_refined() -> None:
+        x_cdr, judged = drawn()
+        train(model.semantic_classifier, x_cdr, judged, "refined head")
+
+    def train_fusion() -> None:
+        x_cdr, judged = drawn()
+        if recipe.fusion != "concat":
+            model.set_statistics("aligned", model.align_vision(x_v))
+            model.set_statistics("refined", x_cdr)
+        with torch.no_grad():
+            fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
+        if recipe.fusion == "concat":
+            blend(model, partial(look, judged))
+        train(model.classifier, fused, judged, "fusion")
+
+    stage.once("refined head", train_refined)
+    stage.once("fusion", train_fusion)
 
 
 @torch.no_grad()
-def _blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
+def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
     """Start the concat head as a weighted sum of both branches' logits, the best on validation.
 
     The sum of log-probabilities of both branches is the blend of one half.
@@ -380,7 +390,7 @@ def _blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
 
 
 def _choose_samples(
-    model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: _Stages
+    model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> Recipe:
     """K, if the recipe leaves it open: the fewest within `SAMPLES_TOLERANCE` of the best."""
     if recipe.samples != "auto":

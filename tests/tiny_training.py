@@ -1,0 +1,76 @@
+"""A training so small that a test can have one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marnet_train.assemble import Prepared, prepare
+from marnet_train.data.examples import DataSet
+from marnet_train.data.imagefolder import read_split
+from marnet_train.diffusion import ScheduleConfig
+from marnet_train.recipe import AlignmentPhase, Augment, FusionPhase, Recipe, RefinementPhase
+
+LABELS = tuple("0123456789")
+CPU = torch.device("cpu")
+
+TINY = Recipe(
+    vision={
+        "model_type": "resnet",
+        "embedding_size": 4,
+        "hidden_sizes": [4, 8],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
+    text={
+        "model_type": "bert",
+        "hidden_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    },
+    dim=12,
+    hidden=16,
+    time_dim=4,
+    max_tokens=48,
+    image={"size": {"height": 8, "width": 8}, "image_mean": [0.3] * 3, "image_std": [0.35] * 3},
+    schedule=ScheduleConfig(steps=8),
+    augment=Augment(rotate=12, shift=0.08, scale=0.12),
+    alignment=AlignmentPhase(epochs=2, batch=16, lr_backbone=1e-2, lr_heads=1e-2),
+    refinement=RefinementPhase(epochs=2, batch=49, lr=1e-2, views=2),
+    fusion_phase=FusionPhase(epochs=2, batch=49, draws=2),
+)
+
+
+def change(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with other settings; those of a phase are given as a dictionary."""
+    return replace(
+        recipe,
+        **{
+            name: replace(getattr(recipe, name), **value)
+            if isinstance(value, Mapping) and name not in ("vision", "text", "image")
+            else value
+            for name, value in settings.items()
+        },
+    )
+
+
+def small_data(digits: Path, **counts: int) -> DataSet:
+    """The first images of each split of the digits: 49, 30 and 20 unless asked otherwise."""
+    counts = {"train": 49, "val": 30, "test": 20} | counts
+    splits = {
+        split: tuple(read_split(digits / split, needs_text=True)[:count])
+        for split, count in counts.items()
+        if count
+    }
+    return DataSet(digits, LABELS, splits)
+
+
+def make_ready(digits: Path, recipe: Recipe = TINY, seed: int = 0, **counts: int) -> Prepared:
+    """A training of the small data that can begin."""
+    return prepare(small_data(digits, **counts), recipe, seed, CPU)

@@ -60,7 +60,7 @@ class LearningEncoder:
     def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
         """x_v of some images, [B] -> [B, D_v]."""
         pixels = augment(self.store.batch(rows.numpy()), self.settings, generator)
-        return self.vision(pixels.to(device))
+        return self.vision(_for_convolutions(pixels).to(device))
 
 
 class FrozenFeatures:
@@ -83,7 +83,7 @@ Source = LearningEncoder | FrozenFeatures
 
 @torch.no_grad()
 def compute_views(
-    vision: VisionEncoder, store: PixelStore, settings: Augment, views: int, batch: int = 64
+    vision: VisionEncoder, store: PixelStore, settings: Augment, views: int, batch: int = 16
 ) -> Tensor:
     """x_v of every image, as it is and then augmented `views - 1` times, [V, N, D_v].
 
@@ -94,17 +94,19 @@ def compute_views(
     generator = torch.Generator().manual_seed(0)
     found = []
     for view in range(views):
-        rows = track(range(0, len(store), batch), f"features, view {view + 1} of {views}")
         chosen = settings if view else Augment()
-        found.append(
-            torch.cat(
-                [
-                    vision(augment(store.batch(slice(i, i + batch)), chosen, generator).to(device))
-                    for i in rows
-                ]
-            )
-        )
+        rows = []
+        for i in track(range(0, len(store), batch), f"features, view {view + 1} of {views}"):
+            pixels = augment(store.batch(slice(i, i + batch)), chosen, generator)
+            rows.append(vision(_for_convolutions(pixels).to(device)))
+        found.append(torch.cat(rows))
     return torch.stack(found)
+
+
+def _for_convolutions(pixels: Tensor) -> Tensor:
+    """The same pixels with channels last in memory: with small batches, EfficientNet-Lite0 on a CPU
+    takes half of the time. [B, 3, H, W]."""
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views: int) -> Tensor:

@@ -197,6 +197,22 @@ def test_a_damaged_file_is_said_and_computed_again(
     assert path.read_bytes() == whole
 
 
+def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
+    vision: VisionEncoder,
+    images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "file"))
+    found = cached_views(vision, images, SHIFT, 2)
+    assert torch.equal(found, compute_views(vision, images.store(), SHIFT, 2))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "features cannot be kept there (" in said
+    assert "set MARNET_CACHE elsewhere" in said
+
+
 def test_the_cache_lies_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

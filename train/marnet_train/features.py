@@ -20,6 +20,7 @@ from torch import Tensor
 
 from marnet_sdk.console import say, track
 from marnet_sdk.environment import versions
+from marnet_sdk.errors import MarnetError
 from marnet_sdk.files import atomic_file
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.data.examples import Example, read_image
@@ -124,9 +125,12 @@ def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views
         except (SafetensorError, KeyError) as error:
             say(f"{path} is damaged ({error}): its features are computed again")
     found = compute_views(vision, images.store(), settings, views)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as fresh:
-        save_file({"x_v": found.cpu().contiguous()}, fresh)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as fresh:
+            save_file({"x_v": found.cpu().contiguous()}, fresh)
+    except (OSError, SafetensorError, MarnetError) as error:
+        say(f"{path.parent}: features cannot be kept there ({error}); set MARNET_CACHE elsewhere")
     return found
 
 

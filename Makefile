@@ -13,6 +13,7 @@ SOURCE ?=
 # Two thirds of the plates are classified right, so many answers are close calls, and fp16 turns one
 # or two of the 512 that are compared: less than 99.9 % agreement, the default of marnet-export.
 EXPORT_plates := --min-agreement 0.99
+EXPORT_grocery := --min-agreement 0.99
 DATA_grocery = --source "$(SOURCE)"
 # The recipe for the groceries starts from pretrained encoders, which this command downloads.
 ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force

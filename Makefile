@@ -15,7 +15,7 @@ SOURCE ?=
 EXPORT_plates := --min-agreement 0.99
 EXPORT_grocery := --min-agreement 0.99
 DATA_grocery = --source "$(SOURCE)"
-# The recipe for the groceries starts from pretrained encoders, which this command downloads.
+# The recipe for the groceries starts from pretrained encoders, which this command writes.
 ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 
 BIN := .venv/bin

@@ -186,7 +186,11 @@ def encoders(out: Path, force: bool) -> None:
 
 @main.command()
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
-@click.option("--recipe", required=True, help="digits, plates, vit_b16_bert, or a .toml file.")
+@click.option(
+    "--recipe",
+    required=True,
+    help="digits, plates, grocery, grocery_finetune, vit_b16_bert, or a .toml file.",
+)
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option(
     "--seed",

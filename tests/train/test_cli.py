@@ -136,7 +136,7 @@ def test_fit_prints_accuracies_differences_and_what_they_bought(
     training = json.loads((out / "training.json").read_text())
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "validation: 30 images" in lines
-    assert "model top-1, 1 sample top-1, 1 top-5" in lines
+    assert "model top-1 top-5" in lines
     rows = {
         "image-only baseline": "baseline",
         "alignment branch": "alignment",

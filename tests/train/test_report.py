@@ -14,7 +14,7 @@ from marnet_train.card import model_card
 from marnet_train.evaluate import Measured
 from marnet_train.measures import paired_interval
 from marnet_train.report import (
-    accuracy_rows,
+    accuracy_table,
     difference_rows,
     differences,
     verdicts,
@@ -113,7 +113,9 @@ def test_branches_are_compared_image_by_image() -> None:
 
 
 def test_every_branch_has_a_row_and_those_with_noise_say_what_one_sample_gives(training) -> None:
-    assert accuracy_rows(training["metrics"], "val") == [
+    columns, rows = accuracy_table(training["metrics"], "val")
+    assert columns == ("model", "top-1, K = 1", "top-1, K = 4", "top-5")
+    assert rows == [
         ("image-only baseline", "", "80.00%", "99.00%"),
         ("alignment branch", "", "84.00%", "99.00%"),
         ("+MLP, one pass", "", "83.00%", "99.00%"),
@@ -125,11 +127,9 @@ def test_every_branch_has_a_row_and_those_with_noise_say_what_one_sample_gives(t
 def test_metrics_of_an_older_version_have_rows_too() -> None:
     """It had no control, and neither samples nor what one of them gives."""
     old = {"top1": 0.8, "top5": 0.9, "images": 9, "top1_over_noise_seeds": [0.8]}
-    rows = accuracy_rows({"baseline": {"val": old}, "marnet": {"val": old}}, "val")
-    assert rows == [
-        ("image-only baseline", "", "80.00%", "90.00%"),
-        ("MARNet", "", "80.00%", "90.00%"),
-    ]
+    columns, rows = accuracy_table({"baseline": {"val": old}, "marnet": {"val": old}}, "val")
+    assert columns == ("model", "top-1", "top-5")
+    assert rows == [("image-only baseline", "80.00%", "90.00%"), ("MARNet", "80.00%", "90.00%")]
 
 
 def test_differences_are_points_with_their_interval(training) -> None:

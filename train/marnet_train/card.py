@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marnet_train.report import accuracy_rows, difference_rows, verdicts
+from marnet_train.report import accuracy_table, difference_rows, verdicts
 
 
 def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> str:
@@ -45,9 +45,9 @@ that was trained with text. Text is not needed to classify.
 {" ".join(verdicts(training, "val"))} Validation also chose {settings or "the epochs"}, so its
 figures are a little optimistic; test images chose nothing.
 
-"1 sample" is one run of the reverse process, and the figures beside it average the probabilities of
-{samples}. The process starts from noise, so its seed is part of the model: {last} top-1 at
-{len(seeds)} noise seeds is {by_seed}.
+A figure averages the probabilities of K runs of the reverse process, here {samples}. The process
+starts from noise, so its seed is part of the model: {last} top-1 at {len(seeds)} noise seeds is
+{by_seed}.
 
 `samples/` holds validation images with their labels; an export is verified on them.
 
@@ -69,11 +69,12 @@ Versions: {versions}.
 
 def _table(training: dict[str, Any], split: str) -> str:
     images = training["data"]["images"][split]
+    columns, accuracies = accuracy_table(training["metrics"], split)
     rows = [
         f"{split}, {images} images:\n",
-        "| model | top-1, 1 sample | top-1 | top-5 |",
-        "|---|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in accuracy_rows(training["metrics"], split)),
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+        *(f"| {' | '.join(row)} |" for row in accuracies),
         "",
         "| the same images | points | 95 % interval |",
         "|---|---|---|",

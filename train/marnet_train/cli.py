@@ -242,12 +242,10 @@ def fit(
 
 
 def _print_training(training: dict[str, Any]) -> None:
-    from marnet_train.report import accuracy_rows, difference_rows, test_line, verdicts
+    from marnet_train.report import accuracy_table, difference_rows, test_line, verdicts
 
-    samples = training["metrics"]["marnet"]["val"]["samples"]
-    columns = ("model", "top-1, 1 sample", f"top-1, {samples}", "top-5")
     images = training["data"]["images"]["val"]
-    print_table(f"validation: {images} images", columns, accuracy_rows(training["metrics"], "val"))
+    print_table(f"validation: {images} images", *accuracy_table(training["metrics"], "val"))
     columns = ("the same images", "points", "95 % interval")
     print_table("differences", columns, difference_rows(training, "val"))
     for sentence in verdicts(training, "val"):

@@ -35,16 +35,22 @@ def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def accuracy_rows(metrics: dict[str, Any], split: str) -> list[tuple[str, ...]]:
-    """Rows (model, top-1 with one sample, with K samples, top-5) of one split."""
+def accuracy_table(
+    metrics: dict[str, Any], split: str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of one split: model, top-1 with one noise sample, with the K that serve,
+    and top-5; one column of top-1 where K is 1."""
+    samples = metrics["marnet"][split].get("samples", 1)
     rows = []
     for branch, title in BRANCHES.items():
         if branch not in metrics:  # of a checkpoint of an older version
             continue
         seen = metrics[branch][split]
         one = f"{seen['top1_one_sample']:.2%}" if seen.get("samples") else ""
-        rows.append((title, one, f"{seen['top1']:.2%}", f"{seen['top5']:.2%}"))
-    return rows
+        served = (one,) if samples > 1 else ()
+        rows.append((title, *served, f"{seen['top1']:.2%}", f"{seen['top5']:.2%}"))
+    served = ("top-1, K = 1", f"top-1, K = {samples}") if samples > 1 else ("top-1",)
+    return ("model", *served, "top-5"), rows
 
 
 def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str, str]]:

@@ -98,14 +98,9 @@ def whole(script: ModuleType, folder: Path) -> dict[str, Any]:
     return measure(script, folder, "learning", 0, "--corruptions", "10")
 
 
-def test_one_seed_has_a_row_for_every_part_control_and_corruption(whole) -> None:
+def test_one_seed_has_a_row_for_every_part_and_corruption(whole) -> None:
     steps = [f"{n}, {s} steps, K = {k}" for s in (1, 2, 5, 6) for n in ("refined", "MARNet")
              for k in (1, 8)]  # fmt: skip
-    controls = [
-        f"{kind}: {name}"
-        for kind in ("labels", "random", "shuffled")
-        for name in ("alignment", "+MLP", "refined", "MARNet")
-    ]
     damaged = [
         f"{kind} {strength}: {name}"
         for kind in KINDS
@@ -114,8 +109,11 @@ def test_one_seed_has_a_row_for_every_part_control_and_corruption(whole) -> None
     ]
     assert set(whole["rows"]) == {
         *("baseline", "alignment", "+MLP", "refined", "MARNet"),
-        *("CE alone", "+MLP on the baseline", "+CDR on the baseline"),
-        *(*steps, *controls, *damaged),
+        *("CE alone", "CE alone, on the baseline"),
+        *("+MLP on the baseline", "+CDR on the baseline"),
+        *("refined, gamma = 1", "refined, gamma = 1 / D"),
+        *("refined, t uniform", "refined, half of the rows at t = T"),
+        *(*steps, *damaged),
     }
     assert {row["images"] for name, row in whole["rows"].items() if name not in damaged} == {30}
     assert {whole["rows"][name]["images"] for name in damaged} == {10}
@@ -124,28 +122,27 @@ def test_one_seed_has_a_row_for_every_part_control_and_corruption(whole) -> None
     assert whole["seconds"]["all"] > whole["seconds"]["training"] > 0
 
 
-def test_rows_hold_which_images_are_right_at_each_noise_seed(script, whole) -> None:
+def test_rows_hold_which_images_each_answer_has_right(script, whole) -> None:
     for name, row in whole["rows"].items():
         right = script.right_answers([whole], name)
         assert right.shape == (1, row["images"])
         assert right.mean() == pytest.approx(row["top1"])
         assert 0 <= row["ece"] <= 1
         assert row["at_80"] >= 0
-    assert len(whole["rows"]["MARNet"]["right"]) == 3
+    assert len(whole["rows"]["MARNet"]["right"]) == 4  # 8 noise samples, 2 in each answer
+    assert len(whole["rows"]["MARNet, 6 steps, K = 1"]["right"]) == 8
     assert len(whole["rows"]["alignment"]["right"]) == 1
     assert "at_80_by_votes" in whole["rows"]["MARNet, 6 steps, K = 8"]
 
 
-def test_a_frozen_encoder_is_measured_without_controls_if_none_are_asked_for(
-    script, folder
-) -> None:
-    rows = measure(script, folder, "frozen", 0, "--no-controls")["rows"]
+def test_a_frozen_encoder_is_measured_without_what_is_not_asked_for(script, folder) -> None:
+    rows = measure(script, folder, "frozen", 0, "--not-again")["rows"]
     assert len(rows) == 5 + 16
     assert not any(":" in name or name.startswith("CE") for name in rows)
 
 
 def test_seeds_are_joined_into_a_table(script, folder, whole) -> None:
-    other = measure(script, folder, "learning", 1, "--no-controls")
+    other = measure(script, folder, "learning", 1, "--not-again")
     first = folder / "results/learning-0.json"
     (folder / "few.json").write_text(
         json.dumps({**whole, "rows": {name: whole["rows"][name] for name in other["rows"]}})
@@ -177,8 +174,28 @@ def test_a_damaged_image_is_compared_with_the_baseline_on_the_same_one(script, w
         assert found[name]["minus_baseline"] == pytest.approx(expected)
         one, other = (script.right_answers([whole], n) for n in (name, peer))
         assert tuple(found[name]["interval"]) == paired_difference(one, other).interval
-    expected = rows["labels: MARNet"]["top1"] - rows["baseline"]["top1"]
-    assert found["labels: MARNet"]["minus_baseline"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["labels", "moving", "joint"])
+def test_a_control_is_added_to_the_file_of_its_seed(script, folder, whole, kind: str) -> None:
+    file = folder / f"{kind}.json"
+    file.write_text(json.dumps(whole))
+    call(script, "control", "--data", folder / "data", "--kind", kind, file)
+    added = json.loads(file.read_text())
+    names = {f"{kind}: {part}" for part in ("alignment", "+MLP", "refined", "MARNet")}
+    assert set(added["rows"]) - set(whole["rows"]) == names
+    found = script.summarise([added])
+    expected = added["rows"][f"{kind}: MARNet"]["top1"] - added["rows"]["baseline"]["top1"]
+    assert found[f"{kind}: MARNet"]["minus_baseline"] == pytest.approx(expected)
+
+
+def test_a_control_on_other_data_is_refused(script, folder, digits, whole) -> None:
+    file = folder / "other.json"
+    file.write_text(json.dumps(whole))
+    words = ["control", "--data", str(digits), "--kind", "labels", str(file)]
+    result = CliRunner().invoke(script.main, words)
+    assert result.exit_code == 2
+    assert "is not the data set that" in result.output
 
 
 def test_figures_of_a_row_by_hand(script) -> None:

@@ -41,8 +41,14 @@ def test_every_recipe_of_the_package_is_read(name: str) -> None:
     assert set(recipe.text) & {"model_type", "pretrained"}
 
 
-def test_the_package_has_a_small_recipe_and_the_papers() -> None:
-    assert recipe_names() == ["digits", "plates", "vit_b16_bert"]
+def test_the_package_has_small_recipes_and_the_papers() -> None:
+    assert recipe_names() == [
+        "digits",
+        "grocery",
+        "grocery_finetune",
+        "plates",
+        "vit_b16_bert",
+    ]
     paper = load_recipe("vit_b16_bert")
     assert paper.vision == {"pretrained": "google/vit-base-patch16-224-in21k"}
     assert (paper.dim, paper.hidden, paper.time_dim) == (768, 1024, 64)

@@ -207,7 +207,7 @@ def test_the_card_says_what_the_model_is_and_how_good(training, tmp_path: Path) 
     for sentence in verdicts(training, "val"):
         assert sentence in plain
     assert "Validation also chose samples = 4, refinement.norm_weight = 0.08839, so its" in plain
-    assert "average the probabilities of 4." in plain
+    assert "averages the probabilities of K runs of the reverse process, here 4." in plain
     assert "test top-1 at 3 noise seeds is 84.00%, 85.00%, 86.00%." in plain
     assert f"marnet-export --checkpoint '{tmp_path}/my run' --precision fp16" in card
     assert "Versions: python 3.11, torch 2.9." in card

@@ -28,6 +28,7 @@ _OF_THE_MACHINE = [
         (r"^python \d.*; load", "VERSIONS; load"),
         (r"[\d.]+ times the speed of plain PyTorch", "COMPARED"),
         (r"no difference from plain PyTorch can be told", "COMPARED"),
+        (r"so (it is shown to (help|harm)|no difference is shown)", "VERDICT"),
         (_BACKEND, "BACKEND"),
         (r"[0-9.,]+(e[-+][0-9]+)?", " "),
         (r"^(BACKEND: .*\n)\1+", r"\1"),  # one line for each backend: as many as there are

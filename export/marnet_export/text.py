@@ -195,7 +195,7 @@ def max_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> in
         return trained
     # The tokenizer's limit is smaller where positions start behind the padding's, as RoBERTa's.
     limit = checkpoint.model.config.text.get("max_position_embeddings")
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1: none
         raise ExportError(
             f"{checkpoint.path}: neither training.json (settings.max_tokens) nor the text encoder "
             f"(max_position_embeddings) says how long a text may be; train it again, or {WITHOUT}"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from tolerances import BUILT
+from tolerances import BUILT, FLOAT32_LAYER
 
 import marnet_sdk.classifier
 from marnet_sdk import Classifier, ImageError, InvalidImages
@@ -455,7 +455,8 @@ def test_settled_images_draw_no_more_and_keep_their_labels(classifier, digits, m
     # The samples of an image are the first ones of all of them.
     for whole, part in zip(full, early, strict=True):
         if part.samples == 16:
-            assert part == whole
+            assert (part.label, part.vote_share) == (whole.label, whole.vote_share)
+            assert part.score == pytest.approx(whole.score, abs=FLOAT32_LAYER)
 
 
 def test_stopping_does_not_depend_on_the_batch(classifier, paths):

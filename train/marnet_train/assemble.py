@@ -62,7 +62,7 @@ def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
         RecipeError: none can be loaded, it does not know the texts, or max_tokens is too large.
     """
     limit = getattr(backbone_config(recipe.text), "max_position_embeddings", recipe.max_tokens)
-    if recipe.max_tokens > limit:
+    if 0 < limit < recipe.max_tokens:  # XLNet says -1: none
         raise RecipeError(
             f"max_tokens is {recipe.max_tokens}, but the text encoder has "
             f"max_position_embeddings = {limit}"

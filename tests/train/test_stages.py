@@ -31,6 +31,7 @@ from marnet_train.stages import (
     measure_all,
     norm_weights,
     score,
+    temper,
     train_all,
 )
 
@@ -265,18 +266,17 @@ def test_a_blend_of_one_branch_answers_as_that_branch(
 
 
 @torch.no_grad()
-def test_half_a_blend_adds_the_log_probabilities_of_both_branches(
+def test_half_a_blend_is_the_geometric_mean_of_both_branches(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_ready(digits).model.eval()
     monkeypatch.setattr(stages, "BLENDS", (0.5,))
     blend(model, lambda _: 0.0)
     x_v, x_cdr = torch.randn(9, 8), torch.randn(9, 12)
-    both = model.alignment_logits(x_v).log_softmax(1) + model.semantic_classifier(
-        x_cdr
-    ).log_softmax(1)
-    found = model.head(x_v, x_cdr)[0].log_softmax(dim=1)
-    torch.testing.assert_close(found, both.log_softmax(1), rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
+    both = model.alignment_logits(x_v).softmax(1) * model.semantic_classifier(x_cdr).softmax(1)
+    mean = both.sqrt() / both.sqrt().sum(dim=1, keepdim=True)
+    found = model.head(x_v, x_cdr)[0].softmax(dim=1)
+    torch.testing.assert_close(found, mean, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
 
 
 @pytest.mark.parametrize("best", range(len(stages.BLENDS)))
@@ -305,6 +305,76 @@ def test_every_fusion_is_trained_on_ends_of_whole_chains(fusion: str, digits: Pa
         for name in ("aligned", "refined"):
             assert getattr(model, f"{name}_mean").any()
             assert not torch.equal(getattr(model, f"{name}_std"), torch.ones(12))
+
+
+# --- temperature
+
+
+def overconfident(scale: float) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A head whose logits are `scale` times those that the labels were drawn from."""
+    generator = torch.Generator().manual_seed(3)
+    head = nn.Linear(6, 4)
+    x = torch.randn(4000, 6, generator=generator)
+    with torch.no_grad():
+        labels = torch.multinomial(head(x).softmax(dim=1), 1, generator=generator)[:, 0]
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+    return head, x, labels
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 5.0])
+@torch.no_grad()
+def test_a_temperature_undoes_too_much_and_too_little_confidence(scale: float) -> None:
+    torch.manual_seed(0)
+    head, x, labels = overconfident(scale)
+    before = copy.deepcopy(head)
+    temper(head, [x], labels)
+    assert float(before.weight[0, 0] / head.weight[0, 0]) == pytest.approx(scale, rel=0.15)
+    assert torch.equal(head(x).argmax(dim=1), before(x).argmax(dim=1))
+    sure, right = head(x).softmax(dim=1).max(dim=1)
+    assert float(sure.mean()) == pytest.approx(float((right == labels).float().mean()), abs=0.03)
+
+
+@torch.no_grad()
+def test_the_temperature_suits_the_mean_over_noise_samples() -> None:
+    """Of samples that disagree the mean is less sure than each, so each may be surer."""
+    torch.manual_seed(0)
+    head, x, labels = overconfident(1.0)
+    alone = copy.deepcopy(head)
+    noisy = [x + torch.randn_like(x) for _ in range(4)]
+    temper(alone, noisy[:1], labels)
+    temper(head, noisy, labels)
+    assert head.weight.norm() > alone.weight.norm()
+
+
+def test_every_classifier_of_a_training_is_as_sure_as_validation_allows(digits: Path) -> None:
+    """Tempered once more, none of them would change by more than a step of the search."""
+    trained = train(digits, FROZEN)
+    seen = make_ready(digits, FROZEN).splits["val"].seen_by(trained.model.vision, frozen=True)
+    table = sampler_table(FROZEN.schedule, "ddpm")
+    with torch.no_grad():
+        chains = [
+            refined_features(trained.model, seen.x_v, table, 0, k)
+            for k in range(stages.LOOK_SAMPLES)
+        ]
+        estimate = trained.mlp.eval().one_pass(trained.model.condition(seen.x_v))
+        heads = {
+            "baseline": (
+                trained.baseline.alignment_classifier,
+                [trained.baseline.align_vision(seen.x_v)],
+            ),
+            "alignment": (
+                trained.model.alignment_classifier,
+                [trained.model.align_vision(seen.x_v)],
+            ),
+            "+MLP": (trained.mlp.classifier, [estimate]),
+            "refined": (trained.model.semantic_classifier, chains),
+            "MARNet": (trained.model.classifier, [trained.model.fuse(seen.x_v, x) for x in chains]),
+        }
+    for name, (head, inputs) in heads.items():
+        before = float(head.weight.detach().norm())
+        temper(head, inputs, seen.labels)
+        assert float(head.weight.detach().norm()) == pytest.approx(before, rel=0.07), name
 
 
 # --- K

@@ -11,6 +11,7 @@ import click
 
 from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
 from marnet_sdk.errors import requires_extra
+from marnet_train.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from marnet_train.data.check import Report
@@ -224,6 +225,7 @@ def fit(
     with requires_extra(*_NEEDS):
         from marnet_train.recipe import load_recipe
         from marnet_train.trainer import fit as run_fit
+    keep_freed_memory()
     training = run_fit(
         data_dir,
         load_recipe(recipe),

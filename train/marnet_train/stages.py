@@ -3,7 +3,8 @@
     text phase -> image-only baseline -> A, alignment -> "+MLP" -> B, refinement -> C, heads -> K
 
 Where a recipe says "auto", a few values are tried on copies and the one that is best on validation
-is trained. The baseline is given as many tries, with its learning rate. Test images choose nothing.
+is trained. The baseline is given as many tries, with its learning rate. Every classifier is scaled
+by a temperature, so that its probabilities can be trusted. Test images choose nothing.
 Axes: N images, D_v, D_s feature widths, C classes, K noise samples.
 """
 
@@ -63,6 +64,7 @@ SAMPLES = (1, 2, 4, 8)  # K
 SAMPLES_TOLERANCE = 0.001  # of top-1, for which no more are drawn
 BLENDS = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the refined branch in the first fusion head
 LOOK_STEPS, LOOK_SAMPLES = 25, 4  # of the chains that phase B is judged by on the way
+TEMPERATURES = torch.logspace(-1, 1, 81).tolist()  # of a classifier; each 6 % above the last
 
 
 def norm_weights(width: int) -> tuple[float, ...]:
@@ -133,23 +135,28 @@ def train_all(
 
     source = partial(encoded, data=data, recipe=recipe)
 
-    def image_score(branch: ImageBranch) -> float:
+    def judge(branch: ImageBranch) -> float:
+        """Temper its classifier; its score on validation."""
         seen = val.seen_by(branch.vision, frozen=frozen)
         branch.eval()
         with torch.no_grad():
-            return score(branch.alignment_logits(seen.x_v).softmax(dim=1), seen.labels)
+            visual = branch.align_vision(seen.x_v)
+            temper(branch.alignment_classifier, [visual], seen.labels)
+            return score(branch.alignment_classifier(visual).softmax(dim=1), seen.labels)
 
     stage = Stages(run, Trained(model, baseline, mlp, recipe).modules)
     if recipe.text_phase is not None and recipe.semantics in ("text", "shuffled"):
         stage.once("text", lambda: train_text(model, data, recipe, seed, run))
     if with_baseline:
-        _train_baseline(baseline, data, source, recipe, seed, stage, image_score)
+        _train_baseline(baseline, data, source, recipe, seed, stage, judge)
     target = make_target(model, data, recipe, seed)
-    recipe = _choose_alignment(model, data, source, target, recipe, seed, stage, image_score)
-    stage.once(
-        "alignment",
-        lambda: train_alignment(model, data, source(model.vision), target, recipe, seed, run),
-    )
+    recipe = _choose_alignment(model, data, source, target, recipe, seed, stage, judge)
+
+    def align() -> None:
+        train_alignment(model, data, source(model.vision), target, recipe, seed, run)
+        judge(model)
+
+    stage.once("alignment", align)
     features = make_features(model, data, source(model.vision), target, recipe)
     seen = val.seen_by(model.vision, frozen=frozen)
     recipe = _refine(model, mlp, features, seen, recipe, seed, stage)
@@ -208,6 +215,27 @@ def score(probabilities: Tensor, labels: Tensor) -> float:
     return measure(probabilities, labels).top1 + float(chosen.log().mean()) / (21 * count)
 
 
+@torch.no_grad()
+def temper(head: nn.Linear, inputs: Sequence[Tensor], labels: Tensor) -> None:
+    """Divide a classifier's logits by the temperature at which validation's labels are likeliest.
+
+    No answer changes, but its probability becomes one that can be trusted: Guo, Pleiss, Sun and
+    Weinberger, "On calibration of modern neural networks", ICML 2017.
+
+    Args:
+        inputs: [N, D_f] for each noise sample, whose probabilities are averaged.
+    """
+    logits, rows = torch.stack([head(x) for x in inputs]), torch.arange(len(labels))
+
+    def likelihood(temperature: float) -> float:
+        mean = (logits / temperature).softmax(dim=2).mean(dim=0)
+        return float(mean[rows, labels].clamp(min=1e-9).log().sum())
+
+    temperature = max(TEMPERATURES, key=likelihood)
+    head.weight.div_(temperature)
+    head.bias.div_(temperature)
+
+
 def _faster(recipe: Recipe, factor: float) -> Recipe:
     phase = recipe.alignment
     rates = {"lr_backbone": phase.lr_backbone * factor, "lr_heads": phase.lr_heads * factor}
@@ -221,18 +249,17 @@ def _train_baseline(
     recipe: Recipe,
     seed: int,
     stage: Stages,
-    image_score: Callable[[ImageBranch], float],
+    judge: Callable[[ImageBranch], float],
 ) -> None:
     """The image-only peer. Where beta is chosen, so is its learning rate, from as many values."""
 
-    def train(branch: Baseline, factor: float, title: str) -> None:
+    def train(branch: Baseline, factor: float, title: str) -> float:
         faster = _faster(recipe, factor)
         train_baseline(branch, data, source(branch.vision), faster, seed, stage.run, title)
+        return judge(branch)
 
     def attempt(factor: float, title: str) -> float:
-        trial = copy.deepcopy(baseline)
-        train(trial, factor, title)
-        return image_score(trial)
+        return train(copy.deepcopy(baseline), factor, title)
 
     tries = BASELINE_RATES if recipe.alignment.ita_weight == "auto" else (1.0,)
     factor = stage.choose("learning rate of the baseline, times", tries, attempt)
@@ -247,7 +274,7 @@ def _choose_alignment(
     recipe: Recipe,
     seed: int,
     stage: Stages,
-    image_score: Callable[[ImageBranch], float],
+    judge: Callable[[ImageBranch], float],
 ) -> Recipe:
     """beta, if the recipe leaves it open."""
 
@@ -259,7 +286,7 @@ def _choose_alignment(
         train_alignment(
             trial, data, source(trial.vision), target, chosen(weight), seed, stage.run, title
         )
-        return image_score(trial)
+        return judge(trial)
 
     given = recipe.alignment.ita_weight
     return chosen(stage.choose("beta", ITA_WEIGHTS if given == "auto" else (given,), attempt))
@@ -285,7 +312,7 @@ def _refine(
             found = refiner_probabilities(refiner, judged, recipe, seed, one_pass=one_pass)
             return score(found, seen.labels)
 
-        return train_refinement(
+        best = train_refinement(
             refiner,
             condition,
             features,
@@ -296,6 +323,10 @@ def _refine(
             look=look,
             one_pass=one_pass,
         )
+        if one_pass:  # the other's classifier is the head that phase C trains
+            with torch.no_grad():
+                temper(refiner.classifier, [refiner.one_pass(judged)], seen.labels)
+        return best
 
     given = recipe.refinement.norm_weight
     weights = norm_weights(features.x_s.shape[1]) if given == "auto" else (given,)
@@ -364,6 +395,7 @@ def _train_heads(
     def train_refined() -> None:
         x_cdr, judged = drawn()
         train(model.semantic_classifier, x_cdr, judged, "refined head")
+        temper(model.semantic_classifier, judged, seen.labels)
 
     def train_fusion() -> None:
         x_cdr, judged = drawn()
@@ -375,6 +407,7 @@ def _train_heads(
         if recipe.fusion == "concat":
             blend(model, partial(look, judged))
         train(model.classifier, fused, judged, "fusion")
+        temper(model.classifier, judged, seen.labels)
 
     stage.once("refined head", train_refined)
     stage.once("fusion", train_fusion)
@@ -384,15 +417,15 @@ def _train_heads(
 def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
     """Start the concat head as a weighted sum of both branches' logits, the best on validation.
 
-    The sum of log-probabilities of both branches is the blend of one half.
+    A blend of logits is a geometric mean of both branches' probabilities.
     """
     aligned, semantic = model.alignment_classifier, model.semantic_classifier
 
     def blended(share: float) -> nn.Linear:
         head = copy.deepcopy(model.classifier)
-        weights = (2 * (1 - share) * aligned.weight, 2 * share * semantic.weight)
+        weights = ((1 - share) * aligned.weight, share * semantic.weight)
         head.weight.copy_(torch.cat(weights, dim=1))
-        head.bias.copy_(2 * (1 - share) * aligned.bias + 2 * share * semantic.bias)
+        head.bias.copy_((1 - share) * aligned.bias + share * semantic.bias)
         return head
 
     best = max((blended(share) for share in BLENDS), key=look)

@@ -55,6 +55,7 @@ from marnet_train.measures import (
     risk_coverage,
     student_interval,
 )
+from marnet_train.memory import keep_freed_memory
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import Baseline, MARNet
 from marnet_train.phases import Refiner, make_features, make_target, train_refinement
@@ -162,30 +163,39 @@ def add_refiner_controls(
     def other(**settings: float) -> Recipe:
         return replace(recipe, refinement=replace(recipe.refinement, **settings))
 
-    for name, base, settings, one_pass in (
-        ("CE alone, on the baseline", on_baseline, other(norm_weight=0.0), True),
-        ("+MLP on the baseline", on_baseline, recipe, True),
-        ("+CDR on the baseline", on_baseline, recipe, False),
-        ("CE alone", model, other(norm_weight=0.0), True),
-        ("refined, gamma = 1", model, other(norm_weight=1.0), False),
-        ("refined, gamma = 1 / D", model, other(norm_weight=1 / model.latent_width), False),
-        ("refined, t uniform", model, other(pure_noise=0.0), False),
-        ("refined, half of the rows at t = T", model, other(pure_noise=0.5), False),
-    ):
+    bases = {}
+    for where, base in (("model", model), ("baseline", on_baseline)):
         features = make_features(
             base, ready.data, encoded(base.vision, ready.data, recipe), target, recipe
         )
-        refiner = copy.deepcopy(Refiner.of(fresh))
-        val, test = (
-            base.condition(ready.splits[s].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v)
-            for s in ("val", "test")
+        bases[where] = (
+            features,
+            *(
+                base.condition(x_v)
+                for x_v in (
+                    features.x_v,
+                    ready.splits["val"].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v,
+                    ready.splits["test"].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v,
+                )
+            ),
         )
+    for name, where, settings, one_pass in (
+        ("CE alone, on the baseline", "baseline", other(norm_weight=0.0), True),
+        ("+MLP on the baseline", "baseline", recipe, True),
+        ("+CDR on the baseline", "baseline", recipe, False),
+        ("CE alone", "model", other(norm_weight=0.0), True),
+        ("refined, gamma = 1", "model", other(norm_weight=1.0), False),
+        ("refined, gamma = 1 / D", "model", other(norm_weight=1 / model.latent_width), False),
+        ("refined, t uniform", "model", other(pure_noise=0.0), False),
+        ("refined, half of the rows at t = T", "model", other(pure_noise=0.5), False),
+    ):
+        features, condition, val, test = bases[where]
+        refiner = copy.deepcopy(Refiner.of(fresh))
 
         def look(r: Refiner = refiner, v: Tensor = val, o: bool = one_pass) -> float:
             found = refiner_probabilities(r, v, recipe, seed, one_pass=o)
             return score(found, ready.splits["val"].labels)
 
-        condition = base.condition(features.x_v)
         train_refinement(
             refiner,
             condition,
@@ -279,6 +289,7 @@ def main() -> None:
 @click.option("--corruptions", "damaged", type=int, default=0, help="Images to damage. 0: none.")
 def run(data: Path, recipe: str, seed: int, out: Path, again: bool, damaged: int) -> None:
     """Train one seed and measure every row on the test split."""
+    keep_freed_memory()
     device, started = torch.device("cpu"), time.perf_counter()
     folder, settings = read_data_set(data), load_recipe(recipe)
     ready = prepare(folder, settings, seed, device)
@@ -319,6 +330,7 @@ def run(data: Path, recipe: str, seed: int, out: Path, again: bool, damaged: int
 @click.option("--kind", type=click.Choice(CONTROLS), required=True)
 def control(file: Path, data: Path, kind: str) -> None:
     """Train a control of what FILE measured, and add its rows to FILE."""
+    keep_freed_memory()
     found = json.loads(file.read_text("utf-8"))
     folder = read_data_set(data)
     if data_hash(folder) != found["data_sha256"]:

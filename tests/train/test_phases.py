@@ -175,6 +175,35 @@ def test_phase_a_with_frozen_encoders_trains_the_heads_alone(ready: Prepared) ->
     assert parts == {*HEADS, "text_mean", "text_std"}
 
 
+@pytest.mark.parametrize("kind", ["model", "baseline"])
+def test_frozen_layers_stay_as_they_were_and_the_others_learn(kind: str, ready: Prepared) -> None:
+    """To the last bit, statistics of batch norms included; then they may learn again."""
+    recipe = change(
+        RECIPE, alignment={"frozen_layers": r"embedder|encoder\.stages\.0", "epochs": 2}
+    )
+    branch = ready.model if kind == "model" else Baseline(ready.model)
+    before = {name: value.clone() for name, value in branch.vision.backbone.state_dict().items()}
+    if kind == "model":
+        align(ready, recipe)
+    else:
+        source = encoded(branch.vision, ready.data, recipe)
+        train_baseline(branch, ready.data, source, recipe, 0, Progress())
+    after = branch.vision.backbone.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {n for n in before if n.startswith(("embedder.", "encoder.stages.0."))}
+    assert all(parameter.requires_grad for parameter in branch.vision.parameters())
+
+
+def test_frozen_layers_that_do_not_exist_are_refused_with_some_that_do(ready: Prepared) -> None:
+    recipe = change(RECIPE, alignment={"frozen_layers": "stages.0"})
+    with pytest.raises(
+        RecipeError,
+        match=r"frozen_layers = 'stages\.0' is the whole name of no layer of the image encoder; "
+        r"its first layers are embedder, .*encoder\.stages",
+    ):
+        align(ready, recipe)
+
+
 @pytest.mark.parametrize("recipe", [RECIPE, FROZEN], ids=["learning", "frozen"])
 def test_the_baseline_never_sees_a_text_and_leaves_the_model_alone(
     recipe: Recipe, ready: Prepared

@@ -209,7 +209,7 @@ def frozen_layers(backbone: nn.Module, pattern: str) -> list[nn.Module]:
     layers = dict(backbone.named_modules())
     found = [layer for name, layer in layers.items() if name and re.fullmatch(pattern, name)]
     if not found:
-        names = ", ".join([name for name in layers if 0 < len(name) and name.count(".") < 3][:12])
+        names = ", ".join([name for name in layers if len(name) > 0 and name.count(".") < 3][:12])
         raise RecipeError(
             f"frozen_layers = {pattern!r} is the whole name of no layer of the image encoder; its "
             f"first layers are {names}"
@@ -238,7 +238,9 @@ def _train_image_branch(
         mean, std = mean_and_scale(source.views.flatten(0, 1))
     still = frozen_layers(model.vision.backbone, phase.frozen_layers)
     for layer in still:
-        layer.requires_grad_(False)  # no gradient goes through the layers before the first that learns
+        layer.requires_grad_(
+            False
+        )  # no gradient goes through the layers before the first that learns
     heads = nn.ModuleList([model.project_vision, model.alignment_classifier])
     parts = [
         *([] if frozen else [(model.vision, phase.lr_backbone)]),

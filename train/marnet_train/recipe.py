@@ -50,7 +50,9 @@ class AlignmentPhase:
     epochs: int = 10
     batch: int = 64
     lr_backbone: float = 5e-5  # 0 keeps the image encoder frozen: its features are computed once
-    frozen_layers: str = ""  # regular expression: layers of F_v of these whole names stay as they are
+    frozen_layers: str = (
+        ""  # regular expression: layers of F_v of these whole names stay as they are
+    )
     lr_heads: float = 5e-4
     lr_text: float = 0.0  # 0 keeps the text encoder frozen
     weight_decay: float = 0.05

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marnet_sdk.console import track
-from marnet_sdk.errors import RecipeError
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
-from marnet_train.features import FrozenFeatures, Images, Source, compute_views
+from marnet_train.features import FrozenFeatures, Images, Source
 from marnet_train.losses import classification_loss, ita_loss, refinement_loss
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import ImageBranch, MARNet, mean_and_scale
@@ -198,25 +196,6 @@ def train_baseline(
     _train_image_branch(model, data, source, recipe.alignment, seed, run, title, [], None)
 
 
-def frozen_layers(backbone: nn.Module, pattern: str) -> list[nn.Module]:
-    """The layers of an encoder whose whole name matches `pattern`; none for an empty one.
-
-    Raises:
-        RecipeError: no layer has such a name.
-    """
-    if not pattern:
-        return []
-    layers = dict(backbone.named_modules())
-    found = [layer for name, layer in layers.items() if name and re.fullmatch(pattern, name)]
-    if not found:
-        names = ", ".join([name for name in layers if len(name) > 0 and name.count(".") < 3][:12])
-        raise RecipeError(
-            f"frozen_layers = {pattern!r} is the whole name of no layer of the image encoder; its "
-            f"first layers are {names}"
-        )
-    return found
-
-
 def _train_image_branch(
     model: ImageBranch,
     data: TrainingSet,
@@ -236,11 +215,6 @@ def _train_image_branch(
     mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)
     if isinstance(source, FrozenFeatures):
         mean, std = mean_and_scale(source.views.flatten(0, 1))
-    still = frozen_layers(model.vision.backbone, phase.frozen_layers)
-    for layer in still:
-        layer.requires_grad_(
-            False
-        )  # no gradient goes through the layers before the first that learns
     heads = nn.ModuleList([model.project_vision, model.alignment_classifier])
     parts = [
         *([] if frozen else [(model.vision, phase.lr_backbone)]),
@@ -251,8 +225,6 @@ def _train_image_branch(
     learner = Learner(parts, phase.weight_decay, steps, phase.warmup)
     for epoch in run.epochs(title, phase.epochs, learner, generator):
         model.train()
-        for layer in still:
-            layer.eval()
         losses = []
         for rows in batches(len(source), phase.batch, generator):
             labels = data.labels[rows].to(device)
@@ -266,8 +238,6 @@ def _train_image_branch(
                     loss = loss + text_loss(x_v, visual, rows, labels)
             losses.append(learner.step(loss))
         run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
-    for layer in still:
-        layer.requires_grad_(True)
     if frozen:
         fold(model.project_vision, mean, std)
 
@@ -317,10 +287,7 @@ def make_features(
 
     Stores the mean and standard deviation of both in the model's buffers.
     """
-    if isinstance(source, FrozenFeatures):
-        views = source.views
-    else:
-        views = compute_views(model.vision, source.store, recipe.augment, recipe.refinement.views)
+    views = source.features()
     x_v = views.flatten(0, 1)  # [V * N, D_v]
     model.set_statistics("vision", x_v)
     if target.x_s is None:

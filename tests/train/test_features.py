@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_training import TINY, make_ready
-from tolerances import FLOAT32_LAYER
 from torch import Tensor
 
-from marnet_sdk.errors import RecipeError
 from marnet_sdk.preprocess import Preprocess
 from marnet_train.data.examples import Example
 from marnet_train.data.pixels import PixelStore
@@ -24,12 +20,11 @@ from marnet_train.features import (
     FrozenFeatures,
     Images,
     LearningEncoder,
-    LowerLayers,
     cache_dir,
     cached_views,
     compute_views,
 )
-from marnet_train.models.backbones import VisionEncoder, load_backbone
+from marnet_train.models.backbones import VisionEncoder
 from marnet_train.recipe import Augment
 
 SHIFT = Augment(shift=0.2)
@@ -94,96 +89,6 @@ def test_views_are_of_an_encoder_in_evaluation_mode(vision: VisionEncoder, image
     before = {name: value.clone() for name, value in vision.state_dict().items()}
     assert torch.equal(compute_views(vision.train(), images.store(), Augment(), 1), expected)
     assert all(torch.equal(before[name], value) for name, value in vision.state_dict().items())
-
-
-# --- layers that stand still
-
-LAYERS = r"embedder|encoder\.stages\.0"
-
-
-def test_lower_and_upper_layers_are_the_whole_encoder(
-    vision: VisionEncoder, images: Images
-) -> None:
-    lower = LowerLayers(vision, LAYERS, images.preprocess.output_shape)
-    pixels = images.store().batch(slice(None))
-    with torch.no_grad():
-        activations = lower(pixels)
-        assert activations.shape[0] == 20
-        assert activations.ndim == 4
-        found, whole = lower.upper(activations), vision(pixels)  # nothing is left in its way
-        torch.testing.assert_close(found, whole, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
-
-
-@pytest.mark.parametrize(
-    "description",
-    [
-        {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "intermediate_size": 8, "image_size": 16, "patch_size": 8},
-        {"model_type": "dinov2", "hidden_size": 8, "num_hidden_layers": 3,
-         "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
-        {"model_type": "efficientnet", "width_coefficient": 0.1, "depth_coefficient": 0.1,
-         "image_size": 32, "hidden_dim": 128},
-        {"model_type": "convnext", "hidden_sizes": [4, 8], "depths": [1, 1], "num_stages": 2},
-    ],
-    ids=lambda description: description["model_type"],
-)  # fmt: skip
-def test_encoders_of_several_families_can_be_cut(description: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    vision = VisionEncoder(load_backbone(description)).eval()
-    names = [name for name, _ in vision.backbone.named_modules()]
-    start = next(name for name in ("embeddings", "embedder") if name in names)
-    first = next(
-        name for name in names if re.fullmatch(r"(encoder\.)?(layers?|blocks|stages)\.0", name)
-    )
-    shape = (3, 32, 32) if description["model_type"] != "vit" else (3, 16, 16)
-    lower = LowerLayers(vision, f"{start}|{first}", shape)
-    pixels = torch.rand(2, *shape)
-    with torch.no_grad():
-        found = lower.upper(lower(pixels))
-        torch.testing.assert_close(found, vision(pixels), rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
-
-
-def test_layers_that_do_not_exist_are_refused_with_some_that_do(
-    vision: VisionEncoder, images: Images
-) -> None:
-    with pytest.raises(
-        RecipeError,
-        match=r"frozen_layers = 'stages\\\.0' is the whole name of no layer of the image encoder; "
-        r"its first layers are embedder, .*encoder\.stages",
-    ):
-        LowerLayers(vision, r"stages\.0", images.preprocess.output_shape)
-
-
-@pytest.mark.parametrize("layers", [r"encoder\.stages\.0", r"encoder\.stages\.1"])
-def test_layers_that_leave_one_out_before_them_are_refused(
-    layers: str, vision: VisionEncoder, images: Images
-) -> None:
-    with pytest.raises(
-        RecipeError,
-        match=r"the layers of the image encoder after 'encoder\.stages\..' need more than its "
-        r"output \(.*\); name all from the first to the last",
-    ):
-        LowerLayers(vision, layers, images.preprocess.output_shape)
-
-
-def test_activations_are_kept_for_every_training_that_has_the_same_lower_layers(
-    vision: VisionEncoder, images: Images, root: Path
-) -> None:
-    """What the upper layers have learned makes no difference; other weights or layers do."""
-    shape = images.preprocess.output_shape
-    lower = LowerLayers(vision, LAYERS, shape)
-    first = cached_views(lower, images, SHIFT, 2)
-    with torch.no_grad():
-        for parameter in vision.backbone.get_submodule("encoder.stages.1").parameters():
-            parameter.add_(0.1)
-    again = cached_views(LowerLayers(vision, LAYERS, shape), images, SHIFT, 2)
-    assert torch.equal(again, first)
-    assert len(files(root)) == 1
-    cached_views(LowerLayers(vision, "embedder", shape), images, SHIFT, 2)
-    assert len(files(root)) == 2
-    other_weight(vision, images)
-    cached_views(LowerLayers(vision, LAYERS, shape), images, SHIFT, 2)
-    assert len(files(root)) == 3
 
 
 # --- the cache
@@ -328,13 +233,13 @@ def rows_of(source: LearningEncoder | FrozenFeatures, seed: int = 0) -> Tensor:
 def test_an_encoder_that_learns_sees_fresh_augmentations_and_has_a_gradient(
     vision: VisionEncoder, images: Images
 ) -> None:
-    source = LearningEncoder(vision, images.store(), SHIFT, 2)
+    source = LearningEncoder(vision, images.store(), SHIFT)
     assert len(source) == 20
     first = rows_of(source)
     assert first.requires_grad
     assert torch.equal(first, rows_of(source))
     assert not torch.equal(first, rows_of(source, seed=1))
-    plain = rows_of(LearningEncoder(vision, images.store(), Augment(), 2))
+    plain = rows_of(LearningEncoder(vision, images.store(), Augment()))
     with torch.no_grad():
         expected = vision(images.store().batch(slice(None)))[[4, 0, 7]]
     torch.testing.assert_close(plain.detach(), expected)

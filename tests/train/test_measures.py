@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from tolerances import BOOTSTRAP, COVERED, FLOAT64
 
 from marnet_sdk.errors import InvalidInput
 from marnet_train.measures import (
     accuracy_at_coverage,
     expected_calibration_error,
-    mcnemar_p,
     paired_difference,
     paired_interval,
     risk_coverage,
@@ -171,26 +169,6 @@ def test_intervals_cover_the_truth_in_95_of_100_sets():
     intervals = [paired_interval(int(b), int(c), 300) for b, c, _ in cells]
     covered = np.mean([low <= 0.02 - 0.04 <= high for _, low, high in intervals])
     assert 0.94 <= covered <= 0.98  # four standard errors of a share of 2,000 are 0.02
-
-
-@pytest.mark.parametrize(
-    ("only_a", "only_b", "expected"),
-    [(5, 0, 2 / 32), (1, 8, 2 * (1 + 9) / 512), (3, 3, 1.0), (0, 0, 1.0), (0, 1, 1.0)],
-)
-def test_mcnemars_test_by_hand(only_a, only_b, expected):
-    a = np.repeat([True, False, True, False], [only_a, only_b, 4, 2])
-    b = np.repeat([False, True, True, False], [only_a, only_b, 4, 2])
-    assert mcnemar_p(a, b) == pytest.approx(expected, abs=FLOAT64)
-
-
-@given(SEEDS, st.integers(1, 60))
-def test_mcnemars_test_is_the_binomial_one_and_has_no_direction(seed, images):
-    (a,), (b,) = correctness(seed, 1, images)
-    p = mcnemar_p(a, b)
-    assert p == mcnemar_p(b, a) == mcnemar_p(a[::-1], b[::-1])
-    if differ := int((a != b).sum()):
-        expected = binomtest(int((a & ~b).sum()), differ).pvalue
-        assert p == pytest.approx(expected, abs=FLOAT64)
 
 
 # --- intervals over runs
@@ -363,8 +341,6 @@ YES = np.ones(3, bool)
         (lambda: paired_interval(-1, 0, 5), "got -1 better and 0 worse of 5 images; expected"),
         (lambda: paired_interval(3, 3, 5), "got 3 better and 3 worse of 5"),
         (lambda: paired_interval(0, 0, 0), "at least one image"),
-        (lambda: mcnemar_p(YES, YES[:2]), r"got correct_a \(3,\) \(bool\) and correct_b \(2,\)"),
-        (lambda: mcnemar_p(YES, YES.astype(int)), r"\(int64\); expected bools, both \[N\]"),
         (lambda: paired_difference(YES, YES), r"expected bools or shares from 0 to 1, both \[R, N"),
         (lambda: paired_difference(YES[None] * 1.5, YES[None]), "expected bools or shares from 0"),
         (lambda: paired_difference(YES[None] * -0.5, YES[None]), "expected bools or shares from 0"),

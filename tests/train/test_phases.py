@@ -175,40 +175,6 @@ def test_phase_a_with_frozen_encoders_trains_the_heads_alone(ready: Prepared) ->
     assert parts == {*HEADS, "text_mean", "text_std"}
 
 
-LOWER = r"embedder|encoder\.stages\.0"
-
-
-@pytest.mark.parametrize("kind", ["model", "baseline"])
-def test_frozen_layers_stay_as_they_were_and_the_others_learn(kind: str, ready: Prepared) -> None:
-    """To the last bit, statistics of batch norms included."""
-    recipe = change(RECIPE, alignment={"frozen_layers": LOWER, "epochs": 2})
-    branch = ready.model if kind == "model" else Baseline(ready.model)
-    before = {name: value.clone() for name, value in branch.vision.backbone.state_dict().items()}
-    if kind == "model":
-        align(ready, recipe)
-    else:
-        source = encoded(branch.vision, ready.data, recipe)
-        train_baseline(branch, ready.data, source, recipe, 0, Progress())
-    after = branch.vision.backbone.state_dict()
-    same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same == {n for n in before if n.startswith(("embedder.", "encoder.stages.0."))}
-
-
-def test_features_after_frozen_layers_are_those_of_the_whole_encoder(ready: Prepared) -> None:
-    """Of the first view of each image, when the later layers have learned."""
-    recipe = change(RECIPE, alignment={"frozen_layers": LOWER, "epochs": 2})
-    target = align(ready, recipe)
-    vision = ready.model.vision
-    found = make_features(
-        ready.model, ready.data, encoded(vision, ready.data, recipe), target, recipe
-    )
-    whole = compute_views(vision, ready.data.images.store(), Augment(), 1)[0]
-    torch.testing.assert_close(
-        found.x_v[: len(whole)], whole, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER
-    )
-    assert len(found.x_v) == recipe.refinement.views * len(whole)
-
-
 @pytest.mark.parametrize("recipe", [RECIPE, FROZEN], ids=["learning", "frozen"])
 def test_the_baseline_never_sees_a_text_and_leaves_the_model_alone(
     recipe: Recipe, ready: Prepared

@@ -151,29 +151,6 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
 
 
-def mcnemar_p(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
-    """P-value of "neither model is right more often", the exact two-sided test of McNemar.
-
-    p = min(1, 2 P(X <= min(b, c))), X binomial of b + c with probability 1 / 2, where only a is
-    right on b images and only b on c: McNemar, "Note on the sampling error of the difference
-    between correlated proportions or percentages", Psychometrika 12, 1947, with the binomial tail
-    in place of his chi-square. It is 1 where the models never differ.
-
-    It speaks of these two sets of weights on images like these, not of other training seeds.
-
-    Args:
-        correct_a, correct_b: whether each model's answer to each image is right, bool [N].
-
-    Raises:
-        InvalidInput: arrays that do not fit.
-    """
-    a, b = _pair(correct_a, correct_b)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    with requires_extra("train", "scipy"):
-        from scipy.stats import binom
-    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
 @dataclass(frozen=True)
 class PairedDifference:
     """Accuracy of a minus accuracy of b on the same images, with 95 % intervals."""
@@ -276,18 +253,6 @@ def _right_among_surest(score: ArrayLike, correct: ArrayLike) -> NDArray[np.floa
         np.append(0, ends),
         np.append(0, np.cumsum(np.bincount(group, right))),
     )
-
-
-def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Two bool arrays [N]."""
-    first, second = np.asarray(a), np.asarray(b)
-    fits = first.shape == second.shape and first.ndim == 1 and first.size
-    if not fits or first.dtype != bool or second.dtype != bool:
-        raise InvalidInput(
-            f"got correct_a {first.shape} ({first.dtype}) and correct_b {second.shape} "
-            f"({second.dtype}); expected bools, both [N] and at least one image"
-        )
-    return first, second
 
 
 def _shares(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from marnet_sdk.console import track
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
-from marnet_train.features import FrozenFeatures, Images, Source
+from marnet_train.features import FrozenFeatures, Images, Source, compute_views
 from marnet_train.losses import classification_loss, ita_loss, refinement_loss
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import ImageBranch, MARNet, mean_and_scale
@@ -287,7 +287,10 @@ def make_features(
 
     Stores the mean and standard deviation of both in the model's buffers.
     """
-    views = source.features()
+    if isinstance(source, FrozenFeatures):
+        views = source.views
+    else:
+        views = compute_views(model.vision, source.store, recipe.augment, recipe.refinement.views)
     x_v = views.flatten(0, 1)  # [V * N, D_v]
     model.set_statistics("vision", x_v)
     if target.x_s is None:

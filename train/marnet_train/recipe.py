@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -50,9 +49,6 @@ class AlignmentPhase:
     epochs: int = 10
     batch: int = 64
     lr_backbone: float = 5e-5  # 0 keeps the image encoder frozen: its features are computed once
-    frozen_layers: str = (
-        ""  # regular expression: layers of F_v of these whole names stay as they are
-    )
     lr_heads: float = 5e-4
     lr_text: float = 0.0  # 0 keeps the text encoder frozen
     weight_decay: float = 0.05
@@ -123,13 +119,6 @@ class Recipe:
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
-        try:
-            re.compile(self.alignment.frozen_layers)
-        except re.error as error:
-            raise RecipeError(
-                f"frozen_layers must be a regular expression, got "
-                f"{self.alignment.frozen_layers!r}: {error}"
-            ) from error
         if self.alignment.temperature == 0:
             raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:

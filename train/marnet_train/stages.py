@@ -35,9 +35,7 @@ from marnet_train.features import (
     FrozenFeatures,
     Images,
     LearningEncoder,
-    LowerLayers,
     Source,
-    UpperLayers,
     cached_views,
     compute_views,
 )
@@ -109,14 +107,11 @@ class Trained:
 
 
 def encoded(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> Source:
-    """Where phase A takes x_v from: the encoder itself, or what was kept of its frozen layers."""
-    phase, views = recipe.alignment, recipe.refinement.views
-    if phase.lr_backbone == 0:
+    """Where phase A takes x_v from: the encoder itself, or its cached features if it is frozen."""
+    if recipe.alignment.lr_backbone == 0:
+        views = recipe.refinement.views
         return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
-    if phase.frozen_layers:
-        lower = LowerLayers(vision, phase.frozen_layers, data.images.preprocess.output_shape)
-        return UpperLayers(lower, cached_views(lower, data.images, recipe.augment, views))
-    return LearningEncoder(vision, data.images.store(), recipe.augment, views)
+    return LearningEncoder(vision, data.images.store(), recipe.augment)
 
 
 def train_all(

@@ -59,6 +59,14 @@ def test_the_blocks_give_the_first_layer_in_parts(small: Denoiser) -> None:
     torch.testing.assert_close(parts, whole, rtol=FLOAT64, atol=FLOAT64)
 
 
+@pytest.mark.parametrize("t", [1, 40, 100])
+def test_the_steps_of_one_condition_are_those_of_the_whole_network(t: int, small: Denoiser) -> None:
+    x, _, condition = inputs()
+    steps = torch.full((3,), t)
+    found = small.given(condition)(x, steps)
+    torch.testing.assert_close(found, small(x, steps, condition), rtol=FLOAT64, atol=FLOAT64)
+
+
 def test_every_input_matters(small: Denoiser) -> None:
     x, t, condition = inputs()
     out = small(x, t, condition)

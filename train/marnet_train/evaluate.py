@@ -102,7 +102,10 @@ def refined_features(
     width = model.denoiser.dim
     drawn = draw_trajectory(seed, table.timesteps, table.train_steps, width, trajectory=sample)
     return torch.cat(
-        [model.refine(x, table, *trajectory_tensors(drawn, len(x), x)) for x in x_v.split(batch)]
+        [
+            model.refine_in_parts(x, table, *trajectory_tensors(drawn, len(x), x))
+            for x in x_v.split(batch)
+        ]
     )
 
 

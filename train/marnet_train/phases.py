@@ -410,7 +410,7 @@ def draw_refined(model: MARNet, features: Features, recipe: Recipe, seed: int) -
         for x_v in track(chunks, "draw x_CDR"):
             initial = torch.randn(len(x_v), shape[2], generator=generator).to(x_v)
             noise = torch.randn(shape, generator=generator).to(x_v)[:, : len(x_v)]
-            found.append(model.refine(x_v, table, initial, noise))
+            found.append(model.refine_in_parts(x_v, table, initial, noise))
         draws.append(torch.cat(found))
     return torch.stack(draws)
 

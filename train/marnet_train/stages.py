@@ -361,11 +361,11 @@ def _chain_probabilities(
 ) -> Tensor:
     """Mean over `LOOK_SAMPLES` chains of every row, [B, C]."""
     shape = (len(table.timesteps), len(condition), refiner.denoiser.dim)
-    total = torch.zeros((), device=condition.device)
+    total, denoise = torch.zeros((), device=condition.device), refiner.denoiser.given(condition)
     for _ in range(LOOK_SAMPLES):
         initial = torch.randn(shape[1:], generator=generator).to(condition)
         noise = torch.randn(shape, generator=generator).to(condition)
-        x = sample(lambda x, t: refiner.denoiser(x, t, condition), table, initial, noise)
+        x = sample(denoise, table, initial, noise)
         total = total + refiner.classifier(x).softmax(dim=1)
     return total / LOOK_SAMPLES
 

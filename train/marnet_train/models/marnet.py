@@ -216,6 +216,12 @@ class MARNet(ImageBranch):
 
         return sample(denoise, table, initial, noise, watch)
 
+    def refine_in_parts(
+        self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
+    ) -> Tensor:
+        """`refine`, with the condition's share of the steps computed once for all of them."""
+        return sample(self.denoiser.given(self.condition(x_v)), table, initial, noise)
+
     @property
     def latent_width(self) -> int:
         """D_s: of what the reverse process works on, and so of one noise vector."""

@@ -337,6 +337,7 @@ def control(file: Path, data: Path, kind: str) -> None:
         raise click.UsageError(f"{data} is not the data set that {file} was measured on")
     rows = Rows(label_tensor(folder.splits["test"], folder.labels))
     add_control(rows, kind, folder, Recipe.from_dict(found["resolved"]), found["seed"])
+    found = json.loads(file.read_text("utf-8"))  # another control may have written by now
     found["rows"] |= rows.found
     file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     say(f"{kind}: { ({k: round(v['top1'], 4) for k, v in rows.found.items()}) }")

@@ -65,6 +65,18 @@ from marnet_train.stages import Trained, encoded, refiner_probabilities, score, 
 
 STEPS = (1, 2, 5, 10, 100)  # of the chain; those beyond T are left out
 DRAWS = 8  # noise samples of every chain; K = 1 is the mean accuracy of all of them
+PAIRS = (  # a minus b on the same images
+    ("MARNet", "alignment"),
+    ("MARNet", "+MLP"),
+    ("refined", "alignment"),
+    ("refined", "+MLP"),
+    ("+MLP", "CE alone"),
+    *(
+        (row, f"{kind}: {row}")
+        for kind in ("labels", "random", "shuffled", "moving", "joint")
+        for row in ("alignment", "+MLP", "refined", "MARNet")
+    ),
+)
 CONTROLS = ("labels", "random", "shuffled", "moving", "joint")
 
 
@@ -361,16 +373,17 @@ def right_answers(runs: Sequence[dict[str, Any]], name: str) -> NDArray[np.float
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Row -> its figures over the seeds, and its paired difference to the baseline.
+    """Row -> its figures over the seeds that have it, and its paired difference to the baseline.
 
     A row of a corruption is compared with the baseline on the same damaged images.
     """
     out = {}
-    for name in runs[0]["rows"]:
+    for name in dict.fromkeys(name for run in runs for name in run["rows"]):
+        having = [run for run in runs if name in run["rows"]]
         place = name.rpartition(": ")[0]
-        peer = f"{place}: baseline" if f"{place}: baseline" in runs[0]["rows"] else "baseline"
-        rows = [run["rows"][name] for run in runs]
-        seen = paired_difference(right_answers(runs, name), right_answers(runs, peer))
+        peer = f"{place}: baseline" if f"{place}: baseline" in having[0]["rows"] else "baseline"
+        rows = [run["rows"][name] for run in having]
+        seen = paired_difference(right_answers(having, name), right_answers(having, peer))
         figures = {
             k: float(np.mean([row[k] for row in rows]))
             for k in rows[0]
@@ -378,6 +391,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         out[name] = {
             **figures,
+            "seeds": [run["seed"] for run in having],
             "top1_by_seed": [row["top1"] for row in rows],
             "top1_interval": student_interval([row["top1"] for row in rows]),
             "minus_baseline": seen.mean,
@@ -387,17 +401,34 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return out
 
 
+def compare(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """ "a - b" -> paired difference of two rows over the seeds that have both, for `PAIRS`."""
+    out = {}
+    for a, b in PAIRS:
+        having = [run for run in runs if a in run["rows"] and b in run["rows"]]
+        if having:
+            seen = paired_difference(right_answers(having, a), right_answers(having, b))
+            out[f"{a} - {b}"] = {
+                "seeds": [run["seed"] for run in having],
+                "mean": seen.mean,
+                "interval": seen.interval,
+                "interval_over_seeds": seen.over_runs,
+            }
+    return out
+
+
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write what is joined, as JSON.")
 def table(files: Sequence[Path], out: Path | None) -> None:
     """Join seeds: accuracy, and points above the baseline on the same images, with intervals."""
     runs = [json.loads(file.read_text("utf-8")) for file in files]
-    found = summarise(runs)
-    columns = ("row", "top-1", "over seeds", "minus baseline", "95 % interval", "over seeds")
+    found, pairs = summarise(runs), compare(runs)
+    columns = ("row", "seeds", "top-1", "over seeds", "minus baseline", "95 %", "over seeds")
     rows = [
         (
             name,
+            str(len(r["seeds"])),
             f"{r['top1']:.2%}",
             "{:.1%} to {:.1%}".format(*r["top1_interval"]),
             f"{100 * r['minus_baseline']:+.2f}",
@@ -410,9 +441,20 @@ def table(files: Sequence[Path], out: Path | None) -> None:
     more = ("ece", "risk_coverage", "at_80", "risk_coverage_by_votes", "at_80_by_votes", "log_loss")
     rows = [(n, *(f"{r[k]:.4f}" if k in r else "" for k in more)) for n, r in found.items()]
     print_table("calibration and selective prediction", ("row", *more), rows)
+    rows = [
+        (
+            name,
+            str(len(p["seeds"])),
+            f"{100 * p['mean']:+.2f}",
+            "{:+.1f} to {:+.1f}".format(*(100 * x for x in p["interval"])),
+            "{:+.1f} to {:+.1f}".format(*(100 * x for x in p["interval_over_seeds"])),
+        )
+        for name, p in pairs.items()
+    ]
+    print_table("differences", ("rows", "seeds", "points", "95 %", "over seeds"), rows)
     if out is not None:
         same = {k: runs[0][k] for k in ("recipe", "settings", "data_sha256", "test_images")}
-        content = {"what": __doc__, **same, "summary": found, "runs": runs}
+        content = {"what": __doc__, **same, "summary": found, "pairs": pairs, "runs": runs}
         out.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 

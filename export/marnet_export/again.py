@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_export.builders import Calibration, Types, builder
+from marnet_export.builders import Calibration, Types, Unread, builder
 from marnet_export.diagnose import BOUNDS, diagnose, relative_errors
 from marnet_export.fastest import export_fastest
 from marnet_export.images import Images, load_images
@@ -31,7 +31,7 @@ from marnet_export.inspection import (
 )
 from marnet_export.lower import Lowered, lower
 from marnet_export.pipeline import CALIBRATION, at_work, export_bundle
-from marnet_export.receipt import receipt
+from marnet_export.receipt import NOT_READ, receipt
 from marnet_export.settings import AUTO, ROUTES, Say, Settings
 from marnet_export.tensorrt_engines import BUCKETS, add_engines
 from marnet_export.text import verify_text
@@ -230,6 +230,8 @@ def check_receipt(bundle: Bundle) -> Check:
         products = module.products(bundle.path / PAYLOAD, types, shape)
     except EnvironmentMismatch as error:
         return Check(name, SKIPPED, f"it cannot be read here: {error}")
+    except Unread as error:
+        return Check(name, SKIPPED, f"{NOT_READ}: {error}")
     point = manifest.sampling.point
     steps = len(point.timesteps)
     found = receipt(answering(products, bundle.path / PAYLOAD, steps), steps, point.samples)

@@ -13,6 +13,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from marnet_export import pipeline
+from marnet_export.again import check_receipt
+from marnet_export.builders import Unread, builder
+from marnet_export.inspection import SKIPPED
 from marnet_export.pipeline import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
@@ -79,6 +82,30 @@ def test_the_manifest_says_what_was_asked_and_what_was_built(checkpoint, bundles
     assert manifest.built_for.device == "cpu"
     assert {"python", "torch", "numpy"} <= manifest.built_for.packages.keys()
     assert Classifier(bundles / "b").preprocess.output_shape == (3, 32, 32)
+
+
+def test_a_receipt_that_cannot_be_read_stops_no_export_that_is_right(
+    checkpoint, bundles, monkeypatch
+):
+    """It says so, as do the manifest, `inspect` and `verify`; the answers are compared as ever."""
+
+    def unread(*_):
+        raise Unread("it calls _new_kernel, which this version cannot count")
+
+    export_bundle(checkpoint, bundles / "read", quick(steps=3))
+    monkeypatch.setattr(builder("torchscript"), "products", unread)
+    said: list[str] = []
+    fidelity = export_bundle(checkpoint, bundles / "b", quick(steps=3), say=said.append)
+    assert fidelity.top1_agreement >= 0.98
+    assert any("not read back: it calls _new_kernel" in line for line in said)
+    read, not_read = (
+        read_bundle(bundles / name).manifest.precision.receipt for name in ("read", "b")
+    )
+    for part, share in not_read.items():
+        assert share.storage == share.compute == {"not read back": 1.0}
+        assert share.multiply_adds == read[part].multiply_adds
+    check = check_receipt(read_bundle(bundles / "b"))
+    assert (check.outcome, check.detail[:32]) == (SKIPPED, "not read back: it calls _new_ker")
 
 
 def test_fidelity_travels_with_the_bundle(checkpoint, bundles):

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import make_model
-from torch import nn
+from torch import Tensor, nn
 
-from marnet_export.builders import Product, Types, quiet
+from marnet_export.builders import Product, Types, Unread, quiet
 from marnet_export.builders.torchscript import build_encoder, build_refine, products
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
-from marnet_sdk.errors import ExportError
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 HOW = [("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]
@@ -96,7 +95,7 @@ def test_types_are_read_from_the_file_and_not_from_what_was_asked(vit_payload):
     assert lied == products(vit_payload, Types("bf16", "bf16"), SHAPE)
 
 
-def test_weights_that_cannot_be_told_apart_are_an_error(tmp_path):
+def test_weights_that_cannot_be_told_apart_are_not_guessed(tmp_path):
     """Two layers of one size in two types: nothing says which of them is multiplied."""
     lowered, types = lower_marnet(make_model(hidden=48, dim=32)), Types("fp32", "fp32")
     build_encoder(lowered, torch.rand(2, *SHAPE), types, tmp_path)
@@ -106,5 +105,24 @@ def test_weights_that_cannot_be_told_apart_are_an_error(tmp_path):
         layer = module.loop.step.hidden2.matrix
         layer.data = layer.data.bfloat16()
         torch.jit.save(module, str(tmp_path / "refine.pt"))
-    with pytest.raises(ExportError, match=r"a weight \[48, 48\] may be any of .*hidden2.matrix"):
+    with pytest.raises(Unread, match=r"a weight \[48, 48\] may be any of .*hidden2.matrix"):
         products(tmp_path, types, SHAPE)
+
+
+class Padded(nn.Module):
+    """A convolution whose padding is a word, as MobileNet's and EfficientNet's in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, padding="same", bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.convolution(pixels).mean(dim=(2, 3))
+
+
+def test_a_convolution_whose_padding_is_a_word_is_counted(tmp_path):
+    lowered, types = lower_marnet(make_model(condition=8)), Types("fp32", "fp32")
+    build_encoder(replace(lowered, encoder=Padded()), torch.rand(2, *SHAPE), types, tmp_path)
+    build_refine(lowered, types, tmp_path)
+    encoder = part(products(tmp_path, types, SHAPE), "encoder")
+    assert [(p.multiply_adds, p.storage) for p in encoder] == [(32 * 32 * 8 * 3 * 9, "fp32")]

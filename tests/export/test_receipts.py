@@ -16,7 +16,9 @@ from marnet_export.builders import Product, Types, builder
 from marnet_export.class_token import for_class_token
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
+from marnet_export.receipt import NOT_READ, check_delivered, count_products
 from marnet_sdk.backends.openvino import load_openvino
+from marnet_sdk.errors import VerificationFailed
 from marnet_train.models.marnet import MARNet
 
 SHAPE = (3, 32, 32)
@@ -163,3 +165,24 @@ def test_what_is_done_once_per_image_stays_float_in_int8(backend, built):
     once = plan.condition_weight.size + plan.output[0].size
     once += model.project_vision.weight.numel() + model.classifier.weight.numel()
     assert found["fp32", "fp32"] == once
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_what_cannot_be_read_back_is_counted_on_the_model(kind, built):
+    """As many multiply-adds of weights as are read from a graph that was built of it."""
+    types = Types("fp32", "fp32")
+    model, receipt = built("onnxruntime", types, types, kind=kind)
+    found = count_products(lower_marnet(model, make_plan(model, "hidden")), SHAPE)
+    assert {(p.storage, p.compute) for p in found} == {("not read back", "not read back")}
+    read = {part: sum(p.multiply_adds for p in receipt if p.part == part) for part in
+            ("encoder", "loop", "head")}  # fmt: skip
+    assert {p.part: p.multiply_adds for p in found} == read
+
+
+def test_what_cannot_be_read_back_is_no_reason_to_refuse():
+    unread = [Product(part, part, 7, NOT_READ, NOT_READ) for part in ("encoder", "loop", "head")]
+    fp16 = Types("fp16", "fp32")
+    check_delivered(unread, {"encoder": fp16, "loop": fp16}, "torchscript")
+    wrong = [Product("encoder", "layer", 7, "fp32", "fp32"), *unread[1:]]
+    with pytest.raises(VerificationFailed, match="the encoder was asked to be stored in fp16"):
+        check_delivered(wrong, {"encoder": fp16, "loop": fp16}, "torchscript")

@@ -4,7 +4,8 @@ STORAGE, COMPUTE            types it can store matrices in, and multiply the oth
 build_encoder(lowered, pixels, types, payload)   pixels [B >= 2, 3, H, W] is the example to trace
 build_refine(lowered, types, payload)            the loop and the head
 build_text(lowered, types, payload)              the text encoder
-products(payload, types, shape)                  every matrix product of what was built
+products(payload, types, shape)                  every matrix product of what was built; raises
+                                                 `Unread` where that cannot be told
 
 The first two take `calibration` where STORAGE has int8. A backend that builds for other machines
 than this one also has
@@ -49,6 +50,11 @@ from marnet_sdk.backends.torch_cuda import check_cuda
 from marnet_sdk.errors import ExportError, MarnetError, requires_extra
 
 Floats = NDArray[np.float32]
+
+
+class Unread(ExportError):
+    """What a backend built is right as far as anybody knows, but its products cannot be read."""
+
 
 BUILDERS = {
     "aotinductor": "marnet_export.builders.aotinductor",

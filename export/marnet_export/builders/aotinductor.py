@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from marnet_export.builders import TORCH_TYPES, Product, Types, example_texts, quiet
+from marnet_export.builders import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
 from marnet_export.graph import Step, on_device
 from marnet_export.lower import Lowered
 from marnet_sdk.backends.aotinductor import (
@@ -304,13 +304,13 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
         types, shape: not needed; the source says both.
 
     Raises:
-        ExportError: the source is not like any that torch was known to write.
+        Unread: the source is not like any that torch was known to write.
     """
     files = ((ENCODER, "encoder"), (REFINE, "head"))
     try:
         return [p for name, once in files for p in _Source(payload / name).products(once)]
     except (LookupError, ValueError) as error:
-        raise ExportError(
+        raise Unread(
             f"the source in {payload} is not as known versions of torch write it, so what was "
             f"built cannot be told: {error!r}"
         ) from error
@@ -455,7 +455,7 @@ class _Source:
     def _launch(self, kernel: str, text: str) -> None:
         """A kernel of a GPU."""
         if "triton_tem_" in kernel:  # of torch's templates, which are for products
-            raise ExportError(f"{self.path.name} calls {kernel}, a product that is not counted yet")
+            raise Unread(f"{self.path.name} calls {kernel}, a product that is not counted yet")
         roles = self.kernels[kernel]
         read, written = [], []
         for role, argument in zip(roles, _arguments(text), strict=False):
@@ -495,7 +495,7 @@ class _Source:
                 # The first of what it gives is the answer; the others are for training.
                 self._define(next(a for a in arguments if a.strip().endswith("_handle")), query)
             case _ if _PRODUCT.search(function):
-                raise ExportError(f"{self.path.name} calls {function}, which is not counted yet")
+                raise Unread(f"{self.path.name} calls {function}, which is not counted yet")
 
     def _convolve(self, looping: bool, arguments: list[str]) -> None:
         image, weight = map(self._operand, arguments[:2])
@@ -528,7 +528,7 @@ class _Source:
     def _count(self, index: int, part: str, called: _Called) -> Product:
         right, number = called.right, f"{called.function} {index}"
         if called.multiply_adds <= 0 or right.dtype not in _TYPES:
-            raise ExportError(f"{self.path.name}: the sizes of product {number} cannot be read")
+            raise Unread(f"{self.path.name}: the sizes of product {number} cannot be read")
         compute = _TYPES[right.dtype]
         # One kernel may cast and lay out several constants, and compute activations beside; what
         # became of a constant has its sizes, in this or another order.
@@ -542,7 +542,7 @@ class _Source:
             return Product(part, number, called.multiply_adds, "activation", compute)
         storage = {self.arrays[name].dtype for name in fitting}
         if len(storage) != 1:
-            raise ExportError(
+            raise Unread(
                 f"{self.path.name}: the weight of product {number} cannot be told from "
                 f"{', '.join(sorted(right.weights))}"
             )

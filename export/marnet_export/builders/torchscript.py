@@ -20,14 +20,13 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marnet_export.builders import TORCH_TYPES, Product, Types, example_texts, quiet
+from marnet_export.builders import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
 from marnet_export.graph import Refine, ScriptedLoop, on_device
 from marnet_export.lower import Lowered
 from marnet_sdk.backends.torch_cuda import exact_float32
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
 from marnet_sdk.backends.torchscript import _module as open_module
 from marnet_sdk.bundle import PLAN
-from marnet_sdk.errors import ExportError
 
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")
@@ -102,8 +101,8 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
         shape: of an image, (3, H, W).
 
     Raises:
-        ExportError: a kernel that is not known, or a weight that cannot be told from others, which
-            are stored in another type.
+        Unread: a kernel that is not known, or a weight that cannot be told from others, which are
+            stored in another type.
     """
     device, width = traced_on(payload / ENCODER), _row_width(payload)
     with quiet(), torch.inference_mode():
@@ -149,7 +148,7 @@ def _executed(
     with torch.autocast(device, enabled=False), _Recorder(stored, constants) as recorder:
         out = module(*given)
     if recorder.problems:
-        raise ExportError(f"{path.name}: {recorder.problems[0]}")
+        raise Unread(f"{path.name}: {recorder.problems[0]}")
     return recorder.found, out[0] if isinstance(out, tuple) else out
 
 
@@ -172,7 +171,7 @@ class _Recorder(TorchDispatchMode):
                 self._note(name, out.numel() * args[2].shape[-2], args[2])
             case "linear":
                 self._note(name, out.numel() * args[1].shape[-1], args[1])
-            case "convolution" | "_convolution" | "mkldnn_convolution":
+            case "convolution" | "_convolution" | "_convolution_mode" | "mkldnn_convolution":
                 self._note(name, out.shape[2:].numel() * out.shape[0] * args[1].numel(), args[1])
             case _ if "scaled_dot_product" in name:
                 self._note("attention", 2 * args[0].numel() * args[1].shape[-2], args[1])

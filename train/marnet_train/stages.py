@@ -208,11 +208,16 @@ class Stages:
         return values[best]
 
 
+def likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean log-probability of the labels; one of zero counts as 1e-9, so it is above -21."""
+    rows = torch.arange(len(labels))
+    return float(probabilities[rows, labels].clamp(min=1e-9).log().mean())
+
+
 def score(probabilities: Tensor, labels: Tensor) -> float:
     """What validation chooses by: top-1 accuracy, and between equal ones the log-likelihood."""
-    count = len(labels)
-    chosen = probabilities[torch.arange(count), labels].clamp(min=1e-9)  # so its log is above -21
-    return measure(probabilities, labels).top1 + float(chosen.log().mean()) / (21 * count)
+    tie = likelihood(probabilities, labels) / (21 * len(labels))
+    return measure(probabilities, labels).top1 + tie
 
 
 @torch.no_grad()
@@ -225,13 +230,10 @@ def temper(head: nn.Linear, inputs: Sequence[Tensor], labels: Tensor) -> None:
     Args:
         inputs: [N, D_f] for each noise sample, whose probabilities are averaged.
     """
-    logits, rows = torch.stack([head(x) for x in inputs]), torch.arange(len(labels))
-
-    def likelihood(temperature: float) -> float:
-        mean = (logits / temperature).softmax(dim=2).mean(dim=0)
-        return float(mean[rows, labels].clamp(min=1e-9).log().sum())
-
-    temperature = max(TEMPERATURES, key=likelihood)
+    logits = torch.stack([head(x) for x in inputs])
+    temperature = max(
+        TEMPERATURES, key=lambda t: likelihood((logits / t).softmax(dim=2).mean(dim=0), labels)
+    )
     head.weight.div_(temperature)
     head.bias.div_(temperature)
 
@@ -384,10 +386,14 @@ def _train_heads(
         judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
         return draw_refined(model, features, recipe, seed).flatten(0, 1), judged
 
-    def look(inputs: Sequence[Tensor], head: nn.Linear) -> float:
+    def look(
+        inputs: Sequence[Tensor],
+        head: nn.Linear,
+        by: Callable[[Tensor, Tensor], float] = score,
+    ) -> float:
         with torch.no_grad():
             mean = torch.stack([head(x).softmax(dim=1) for x in inputs]).mean(dim=0)
-        return score(mean, seen.labels)
+        return by(mean, seen.labels)
 
     def train(head: nn.Linear, inputs: Tensor, judged: Sequence[Tensor], title: str) -> None:
         train_head(head, inputs, labels, recipe, seed, stage.run, title, look=partial(look, judged))
@@ -405,7 +411,7 @@ def _train_heads(
         with torch.no_grad():
             fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
         if recipe.fusion == "concat":
-            blend(model, partial(look, judged))
+            blend(model, partial(look, judged, by=likelihood))
         train(model.classifier, fused, judged, "fusion")
         temper(model.classifier, judged, seen.labels)
 
@@ -415,7 +421,7 @@ def _train_heads(
 
 @torch.no_grad()
 def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
-    """Start the concat head as a weighted sum of both branches' logits, the best on validation.
+    """Start the concat head as a weighted sum of both branches' logits, the best by `look`.
 
     A blend of logits is a geometric mean of both branches' probabilities.
     """

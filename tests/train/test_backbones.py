@@ -243,6 +243,10 @@ def test_pickled_weights_beside_safetensors_are_not_read(tmp_path: Path) -> None
         ({"model_type": "bert", "hidden_size": "wide"}, "hidden_size.*expected int, got str"),
         ({**TEXT["bert"], "hidden_size": 15}, "15.* not a multiple of the number of attention"),
         ({"model_type": "resnet", "layer_type": "odd"}, "layer_type=odd is not one of"),
+        (
+            {"model_type": "cvt", "depth": [1, 1, 1]},
+            r"cvt.*transformers could not build it \(IndexError: .*\); compare its sizes with the",
+        ),
     ],
 )
 def test_a_description_that_makes_no_encoder_is_refused(

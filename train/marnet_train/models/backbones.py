@@ -51,11 +51,17 @@ def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
 
 @contextmanager
 def _described(description: dict[str, Any]) -> Iterator[None]:
-    """Say which encoder `transformers` could not make; it raises all of these."""
+    """Say which encoder `transformers` could not make."""
     try:
         yield
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         raise RecipeError(f"encoder {description}: {error}") from error
+    except Exception as error:  # sizes that do not fit each other fail wherever they meet
+        raise RecipeError(
+            f"encoder {description}: transformers could not build it "
+            f"({type(error).__name__}: {error}); compare its sizes with the defaults of its "
+            "configuration class"
+        ) from error
 
 
 def load_backbone(description: dict[str, Any]) -> nn.Module:

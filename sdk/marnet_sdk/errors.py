@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,9 +19,22 @@ if TYPE_CHECKING:
 
 
 class MarnetError(Exception):
-    """Base of every error raised on purpose by marnet."""
+    """Base of every error raised on purpose by marnet.
+
+    Copies and pickles keep its type, message and fields, so it arrives whole from another process.
+    """
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[MarnetError], args: tuple[Any, ...], fields: dict[str, Any]) -> MarnetError:
+    """An error as it was. Its constructor, whose arguments are not the message, is not called."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class ImageError(MarnetError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import multiprocessing
+import pickle
 import pkgutil
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -14,7 +18,16 @@ import marnet_kernels
 import marnet_sdk
 import marnet_train
 from marnet_sdk import errors
-from marnet_sdk.errors import ImageError, InvalidImages, MarnetError, MissingExtra, requires_extra
+from marnet_sdk.errors import (
+    ImageError,
+    ImageTooLarge,
+    InvalidImages,
+    MarnetError,
+    MissingExtra,
+    NotFound,
+    requires_extra,
+)
+from marnet_sdk.prediction import Prediction, Score
 
 
 def public_errors() -> list[type[Exception]]:
@@ -48,6 +61,49 @@ def test_the_kernels_know_nothing_of_our_errors():
 def test_exit_codes_are_the_documented_ones_and_each_class_is_explained(error):
     assert 1 <= error.exit_code <= 6
     assert error.__doc__.endswith(".") or "\n" in error.__doc__
+
+
+def example(kind: type[MarnetError]) -> MarnetError:
+    """One of a kind, with all that it carries."""
+    if issubclass(kind, ImageError):
+        error: MarnetError = kind("image 3", "truncated; send the whole file")
+    elif issubclass(kind, InvalidImages):
+        answer = Prediction("cat", 1, 0.75, (Score("cat", 1, 0.75),))
+        error = kind({0: ImageTooLarge("image 0", "too large")}, [None, answer])
+    else:
+        error = kind("got 1, expected 2")
+    error.add_note("while answering request 7")
+    return error
+
+
+@pytest.mark.parametrize("error", public_errors(), ids=lambda error: error.__name__)
+@pytest.mark.parametrize("carry", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
+def test_an_error_arrives_whole_from_another_process(carry, error):
+    sent = example(error)
+    got = carry(sent)
+    assert type(got) is type(sent)
+    assert (str(got), got.args) == (str(sent), sent.args)
+    fields = vars(sent).keys()
+    assert vars(got).keys() == fields
+    for name in fields - {"errors"}:
+        assert vars(got)[name] == vars(sent)[name]
+    if isinstance(got, InvalidImages):
+        assert {i: (type(e), str(e)) for i, e in got.errors.items()} == {
+            0: (ImageTooLarge, "image 0: too large")
+        }
+
+
+def raise_one(kind: type[MarnetError]) -> None:
+    raise example(kind)
+
+
+@pytest.mark.parametrize("kind", [ImageError, InvalidImages, NotFound])
+def test_a_pool_gives_the_error_and_goes_on(kind):
+    """A process pool that cannot unpickle an error breaks, or waits for ever."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.raises(kind, match=str(example(kind))[:12]):
+            pool.submit(raise_one, kind).result(timeout=120)
+        assert pool.submit(abs, -1).result(timeout=120) == 1
 
 
 def test_an_image_error_names_its_source():

@@ -345,6 +345,15 @@ def test_a_changed_byte_in_any_file_is_noticed_by_the_first_text_and_can_be_repa
     assert clf.match(paths, TEXTS).shape == (5, 5)  # it is read once
 
 
+def test_the_process_may_change_its_directory_before_the_first_text(copy, paths, monkeypatch):
+    """As a daemon does after it has opened a bundle by a relative path."""
+    expected = Classifier(copy).match(paths, TEXTS)
+    monkeypatch.chdir(copy.parent)
+    clf = Classifier(copy.name)
+    monkeypatch.chdir("/")
+    assert np.array_equal(clf.match(paths, TEXTS), expected)
+
+
 def test_many_threads_that_meet_at_the_first_text_load_it_once(bundle_of, paths, monkeypatch):
     opened = []
     real = marnet_sdk.classifier.open_text_part

@@ -84,6 +84,12 @@ def test_blank_lines_and_line_ends_do_not_matter(tmp_path: Path) -> None:
     assert len(read_split(split, needs_text=True)) == 2
 
 
+def test_a_byte_order_mark_as_editors_on_windows_write_it_does_not_matter(tmp_path: Path) -> None:
+    first, second = json.dumps(GOOD), json.dumps(GOOD | {"file_name": "b.png"})
+    split = make_split(tmp_path / "train", f"\ufeff{first}\r\n{second}\r\n")
+    assert len(read_split(split, needs_text=True)) == 2
+
+
 def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
     text = "one\u2028two\x85three"  # line ends for str.splitlines
     line = json.dumps(GOOD | {"text": text}, ensure_ascii=False)

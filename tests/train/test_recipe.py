@@ -231,6 +231,10 @@ def test_a_file_that_is_not_there_is_no_recipe(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "nowhere.toml"))
 
 
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    assert read(tmp_path, f"\ufeffdim = 32\n{ENCODERS}").dim == 32
+
+
 def test_only_files_that_end_in_toml_are_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text(ENCODERS)

@@ -190,7 +190,7 @@ def load_recipe(name: str) -> Recipe:
             f"{', '.join(recipe_names())}; or give the path of a .toml file"
         )
     try:
-        table = tomllib.loads(content.decode("utf-8"))
+        table = tomllib.loads(content.decode("utf-8-sig"))
     # Not only TOMLDecodeError: text that is not UTF-8, numbers of 5,000 digits, endless brackets.
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid TOML: {error}") from error

@@ -13,6 +13,7 @@ Other keys and columns are ignored. Blank lines are allowed. val/ may be called 
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def _json_lines(metadata: Path, problems: Problems) -> Iterator[tuple[int, dict[
     try:
         with metadata.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:  # Windows' editors begin a file with a byte-order mark
+                    line = line.removeprefix(BOM_UTF8)
                 if not line.strip():
                     continue
                 record = parse_line(line)

@@ -9,7 +9,7 @@ import hashlib
 import operator
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -41,7 +41,7 @@ from marnet_sdk.errors import (
     InvalidInput,
     SelfTestFailed,
 )
-from marnet_sdk.images import Buffer, ImageInput, decode
+from marnet_sdk.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
 from marnet_sdk.prediction import Prediction, Score
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
@@ -79,6 +79,7 @@ class Classifier:
         seed: int | None = None,
         threads: int | None = None,
         device: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Open a bundle.
 
@@ -91,6 +92,7 @@ class Classifier:
             seed: of the noise; default: the one that the bundle was verified with.
             threads: cores to use; default: the backend's own choice.
             device: "cpu" or "cuda"; default: the one that the bundle was built for.
+            limits: larger images are refused before they are decoded.
 
         Raises:
             InvalidInput: an argument of the wrong type or range.
@@ -111,6 +113,7 @@ class Classifier:
         if operating_point is not None and operating_point not in sampling.points:
             raise InvalidInput(_no_such_point(bundle, operating_point))
         self.bundle = bundle
+        self.limits = limits
         self.labels = manifest.labels
         self.preprocess = manifest.preprocessing
         plan = bundle.file(PLAN)
@@ -285,7 +288,7 @@ class Classifier:
             )
         how = _How(top_k, samples, stop)
         if _is_single(images):
-            pixels = self.preprocess.pixels([cast(ImageInput, images)])
+            pixels = self._pixels([cast(ImageInput, images)])
             return self._predictions(self._run(pixels, samples=samples, stop=stop), how)[0]
         answers: list[Prediction | ImageError] = []
         for chunk in _chunks(images, batch_size):
@@ -312,12 +315,12 @@ class Classifier:
         """
         batch_size = _positive("batch_size", batch_size)
         if _is_single(images):
-            return self._run(self.preprocess.pixels([cast(ImageInput, images)])).features[0]
+            return self._run(self._pixels([cast(ImageInput, images)])).features[0]
         parts: list[Floats] = []
         start = 0
         for chunk in _chunks(images, batch_size):
             names = _names(chunk, start)
-            parts.append(self._run(self.preprocess.pixels(chunk, names=names), names).features)
+            parts.append(self._run(self._pixels(chunk, names), names).features)
             start += len(chunk)
         return np.concatenate(parts or [np.empty((0, self._feature_width), np.float32)])
 
@@ -394,9 +397,12 @@ class Classifier:
                 )
             return self._text
 
+    def _pixels(self, images: Sequence[ImageInput], names: Sequence[str] | None = None) -> Floats:
+        return self.preprocess.pixels(images, names=names, limits=self.limits)
+
     def _image_features(self, images: Sequence[ImageInput], names: Sequence[str] | None) -> Floats:
         """x_v [B, D_v] of one batch."""
-        x_v = self._backend.encode(self.preprocess.pixels(images, names=names))
+        x_v = self._backend.encode(self._pixels(images, names))
         if len(bad := np.flatnonzero(~np.isfinite(x_v).all(axis=1))):
             shown = [names[i] for i in bad.tolist()] if names else ["the image"]
             raise InferenceError(_not_finite(shown, "from the encoder on", "features"))
@@ -551,7 +557,9 @@ class Classifier:
         names = _names(chunk, start)
         for i, (image, name) in enumerate(zip(chunk, names, strict=True)):
             try:
-                self.preprocess(decode(image, name=name), out=pixels[len(good)], name=name)
+                decoded = decode(image, name=name, limits=self.limits)
+                out = pixels[len(good)]
+                self.preprocess(decoded, out=out, name=name, limits=self.limits)
                 good.append(i)
             except ImageError as error:
                 answers[i] = error
@@ -714,9 +722,10 @@ def _is_single(images: ImageInput | Iterable[ImageInput]) -> bool:
     """Whether it is one image and not many. What is neither is left for decoding to refuse."""
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return False  # [B, H, W, 3] is many
-    one = isinstance(images, str | os.PathLike | Buffer | Image.Image | np.ndarray)
-    # An open file is an iterable too, of lines.
-    return one or hasattr(images, "read") or not isinstance(images, Iterable)
+    one = isinstance(images, str | os.PathLike | Buffer | Image.Image | np.ndarray | Mapping)
+    # An open file is an iterable too, of lines, and a tensor one of rows.
+    alike = hasattr(images, "read") or hasattr(images, "__dlpack__")
+    return one or alike or not isinstance(images, Iterable)
 
 
 def _chunks(images: ImageInput | Iterable[ImageInput], size: int) -> Iterator[list[ImageInput]]:
@@ -736,7 +745,7 @@ def _is_on_device(pixels: Any) -> bool:
 def _names(chunk: Sequence[ImageInput], start: int) -> list[str]:
     """How errors call the inputs: their position, and their path if they have one."""
     return [
-        f"image {start + i} ({os.fsdecode(image)})"
+        f"image {start + i} ({shown(image)})"
         if isinstance(image, str | os.PathLike)
         else f"image {start + i}"
         for i, image in enumerate(chunk)

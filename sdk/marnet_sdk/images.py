@@ -22,14 +22,16 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +47,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 
 Buffer = bytes | bytearray | memoryview
-ImageInput = str | os.PathLike[str] | Buffer | Image.Image | NDArray[np.uint8]
+ImageInput = str | os.PathLike[str] | Buffer | IO[bytes] | Image.Image | NDArray[np.uint8]
+_SHOWN = 200  # characters of an input that a message repeats
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def decode(
     An upright RGB image from PIL is returned as it is, not copied.
 
     Args:
-        image: a path, the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, a PIL image, or a
-            uint8 array: [H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA.
+        image: a path, the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file, such a file opened in
+            binary mode (read from where it stands), a PIL image, or a uint8 array: [H, W] grey,
+            [H, W, 3] RGB or [H, W, 4] RGBA.
         name: how errors call this input, for example "image 3"; by default its path or "image".
         limits: refused beyond these, before any pixel is decoded.
 
@@ -86,7 +90,7 @@ def decode(
         ImageTooLarge: more bytes or pixels than `limits` allow.
         ImageError: anything else that is not a usable image.
     """
-    source = os.fsdecode(image) if isinstance(image, (str, os.PathLike)) else "image"
+    source = shown(image) if isinstance(image, (str, os.PathLike)) else "image"
     source = source if name is None else name
     try:
         return _decode(image, source, limits)
@@ -112,17 +116,15 @@ def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
         image, exif = _open(_read(image, source, limits), source, limits)
     elif isinstance(image, Buffer):
         image, exif = _open(bytes(image), source, limits)
+    elif isinstance(image, Image.Image):
+        pass
     elif hasattr(image, "read"):
+        image, exif = _open(_read_open(image, source, limits), source, limits)
+    else:
         raise ImageError(
             source,
-            f"got a file object ({type(image).__name__}); expected its content or its path: pass "
-            "what .read() of the file, opened in binary mode, returns",
-        )
-    elif not isinstance(image, Image.Image):
-        raise ImageError(
-            source,
-            f"got {type(image).__name__}; expected a path, bytes, a PIL image or a uint8 array "
-            "[H, W, 3]",
+            f"got {type(image).__name__}; expected a path, bytes, a file opened in binary mode, a "
+            f"PIL image or a uint8 array [H, W, 3]{_hint(image)}",
         )
     _check_pixels(image.width, image.height, source, limits)
     with _quiet(type(image)):
@@ -137,16 +139,56 @@ def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
     return rgb
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as messages show it. Somebody may have passed a whole file's text for one."""
+    text = os.fsdecode(path)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _hint(image: object) -> str:
+    """What to do with something of another library."""
+    if isinstance(image, Mapping):
+        return ": of a row of a data set pass the image alone, such as row['image']"
+    if hasattr(image, "__dlpack__"):
+        return ": of a tensor [3, H, W] pass x.permute(1, 2, 0).numpy(), with values 0 .. 255"
+    return ""
+
+
 def _read(path: str | os.PathLike[str], source: str, limits: Limits) -> bytes:
     try:
+        # A pipe or a device would let us wait for ever.
+        mode = Path(path).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ImageError(source, "not a file but a pipe or a device; pass its bytes")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size or limits.max_bytes  # 0 for a pipe
+            size = os.fstat(file.fileno()).st_size or limits.max_bytes  # 0 in /proc
             return file.read(min(size, limits.max_bytes) + 1)  # one more than allowed tells
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        is_url = re.match(r"[a-z]+://", os.fsdecode(path))
-        hint = "; URLs are not fetched: download it and pass its bytes" if is_url else ""
+        text = os.fsdecode(path)
+        hint = ""
+        if text.startswith("data:"):
+            hint = "; it is a data URI: pass base64.b64decode() of what stands after its comma"
+        elif re.match(r"[a-z]+://", text):
+            hint = "; URLs are not fetched: download it and pass its bytes"
         raise ImageError(source, f"cannot be read: {reason}{hint}") from error
+
+
+def _read_open(file: Any, source: str, limits: Limits) -> bytes:
+    """What is left in a file that somebody opened, and one byte more than allowed at most."""
+    try:
+        data = file.read(limits.max_bytes + 1)
+    except UnicodeDecodeError:  # it was opened as text
+        data = ""
+    if not isinstance(data, bytes):
+        if hasattr(data, "close"):
+            data.close()  # a coroutine that nobody will wait for
+        raise ImageError(
+            source,
+            f"read() of the {type(file).__name__} gave {type(data).__name__}, expected bytes: open "
+            'it in binary mode, open(path, "rb"), or await what is read and pass that',
+        )
+    return data
 
 
 def _from_array(array: NDArray[Any], source: str) -> Image.Image:

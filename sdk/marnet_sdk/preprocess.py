@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, MarnetError
-from marnet_sdk.images import DEFAULT_LIMITS, ImageInput, Limits, decode
+from marnet_sdk.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
 
 
 class PreprocessError(MarnetError):
@@ -284,7 +284,7 @@ class Preprocess:
                 name = names[i]
             else:
                 is_path = isinstance(image, (str, os.PathLike))
-                name = os.fsdecode(image) if is_path else f"image {i}"
+                name = shown(image) if is_path else f"image {i}"
             decoded = decode(image, name=name, limits=limits)
             self(decoded, out=batch[i], name=name, limits=limits)
         return batch

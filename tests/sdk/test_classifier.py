@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,11 +28,13 @@ from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import (
     BackendUnavailable,
     BundleFormatError,
+    ImageTooLarge,
     InferenceError,
     InvalidInput,
     MarnetError,
     SelfTestFailed,
 )
+from marnet_sdk.images import Limits
 from marnet_train.checkpoint import load_checkpoint
 
 
@@ -290,12 +293,30 @@ def test_a_classifier_of_nothing_is_refused():
         Classifier(None)  # pyright: ignore[reportArgumentType]
 
 
-def test_an_open_file_is_one_input_that_is_refused_and_not_many_lines(classifier, paths):
+def test_an_open_file_is_one_image_and_not_many_lines(classifier, paths):
+    expected = classifier.predict(paths[0])
     with paths[0].open("rb") as file:
-        with pytest.raises(ImageError, match=r"got a file object .*pass what \.read\(\)"):
-            classifier.predict(file)
-        with pytest.raises(InvalidImages, match=r"1 of 2 inputs .*image 1: got a file object"):
-            classifier.predict([paths[1], file])
+        assert classifier.predict(file) == expected
+    with paths[0].open("rb") as file:
+        assert classifier.predict([paths[1], file]) == classifier.predict([paths[1], paths[0]])
+    with paths[0].open() as file, pytest.raises(ImageError, match="open it in binary mode"):
+        classifier.predict(file)
+
+
+def test_a_row_or_a_tensor_is_one_input_that_is_refused(classifier):
+    for wrong, kind in (({"image": 1}, "dict"), (torch.zeros(2, 3, 8, 8), "Tensor")):
+        with pytest.raises(ImageError, match=f"got {kind}; expected a path"):
+            classifier.predict(wrong)
+
+
+def test_the_limits_of_images_can_be_set(bundle_of, paths):
+    classifier = Classifier(bundle_of("torchscript", "fp32"), limits=Limits(max_pixels=63))
+    with pytest.raises(ImageTooLarge, match="got 8 x 8 pixels; at most 63 are accepted"):
+        classifier.predict(paths[0])
+    answers = classifier.predict(paths[:2], on_error="return")
+    assert [type(answer) for answer in answers] == [ImageTooLarge, ImageTooLarge]
+    with pytest.raises(ImageTooLarge):
+        classifier.embed(paths[:2])
 
 
 class Spoiling(InTwoCalls):

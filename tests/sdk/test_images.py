@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tempfile
 import threading
 import warnings
 import zlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encode, make_picture, to_array
@@ -65,15 +67,46 @@ def test_any_buffer_is_the_content_of_one_file(kind: Callable[[bytes], Any]) -> 
         decode(every_other)
 
 
-def test_an_open_file_is_told_from_its_content(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encode(make_picture(), "PNG"))
+def test_an_open_file_is_read_from_where_it_stands(tmp_path: Path) -> None:
+    data = encode(make_picture(), "PNG")
+    (tmp_path / "a.bin").write_bytes(b"header" + data)
+    expected = to_array(decode(data))
+    with (tmp_path / "a.bin").open("rb") as file:
+        file.seek(6)
+        assert np.array_equal(to_array(decode(file)), expected)
+    assert np.array_equal(to_array(decode(io.BytesIO(data))), expected)
+    with tempfile.SpooledTemporaryFile() as file:  # as web frameworks hand uploads over
+        file.write(data)
+        file.seek(0)
+        assert np.array_equal(to_array(decode(file)), expected)
+
+
+def test_an_open_file_of_too_many_bytes_is_not_read_whole() -> None:
+    file = io.BytesIO(bytes(1000))
+    with pytest.raises(ImageTooLarge, match="99"):
+        decode(file, limits=Limits(max_bytes=99))
+    assert file.tell() == 100
+
+
+class Upload:
+    """A file of an asynchronous framework."""
+
+    async def read(self, size: int = -1) -> bytes:
+        return b""
+
+
+def test_an_open_file_that_gives_no_bytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("no picture")
     with (
-        (tmp_path / "a.png").open("rb") as file,
+        (tmp_path / "a.txt").open() as file,
         pytest.raises(
-            ImageError, match=r"got a file object \(BufferedReader\).*path: .*\.read\(\)"
+            ImageError,
+            match=r"read\(\) of the TextIOWrapper gave str, expected bytes: open it in binary",
         ),
     ):
         decode(file)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ImageError, match=r"read\(\) of the Upload gave coroutine, .*or await"):
+        decode(Upload())  # pyright: ignore[reportArgumentType]
 
 
 def test_every_kind_of_input_gives_the_same_pixels(tmp_path: Path) -> None:
@@ -250,17 +283,30 @@ def test_arrays_of_one_three_and_four_channels(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(to_array(decode(array)), np.full((5, 7, 3), 90))
 
 
-@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd on this platform")
-def test_a_pipe_is_read_like_a_file() -> None:
-    reader, writer = os.pipe()
-    os.write(writer, LOSSLESS["PNG"](make_picture()))
-    os.close(writer)
-    try:
-        np.testing.assert_array_equal(
-            to_array(decode(f"/dev/fd/{reader}")), to_array(make_picture())
-        )
-    finally:
-        os.close(reader)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
+def test_a_pipe_or_a_device_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes to it
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ImageError, match="not a file but a pipe or a device; pass its bytes"):
+            decode(path)
+
+
+def test_what_is_not_one_of_our_inputs_gets_a_way_to_make_it_one() -> None:
+    row = {"image": make_picture(), "label": 3}
+    with pytest.raises(ImageError, match=r"got dict; expected a path, .*such as row\['image'\]"):
+        decode(row)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ImageError, match=r"got Tensor; expected a path, .*permute\(1, 2, 0\)"):
+        decode(torch.zeros(3, 8, 8))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_data_uri_is_recognised_and_no_message_repeats_it_whole() -> None:
+    uri = "data:image/png;base64," + "A" * 100_000
+    with pytest.raises(ImageError, match=r"data URI: pass base64\.b64decode\(\)") as refused:
+        decode(uri)
+    assert len(str(refused.value)) < 500
+    with pytest.raises(ImageError) as refused:
+        decode("/no/such/" + "x" * 100_000)
+    assert len(str(refused.value)) < 500
 
 
 def test_decoding_leaves_the_callers_image_as_it_was() -> None:
@@ -352,7 +398,7 @@ def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
         ("https://example.com/a.jpg", "URLs are not fetched: download it and pass its bytes"),
         ("nul\0byte.jpg", "cannot be read: .*null"),
         (Path(), "cannot be read: Is a directory"),
-        (17, "image: got int; expected a path, bytes, a PIL image or a uint8 array"),
+        (17, "image: got int; expected a path, bytes, a file opened in binary mode, a PIL image"),
         (None, "image: got NoneType; expected a path"),
         (
             np.zeros((4, 4, 3)),

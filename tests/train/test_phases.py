@@ -522,7 +522,7 @@ def test_every_row_and_draw_of_phase_c_has_its_own_noise(
         noises.append(noise.transpose(0, 1).flatten(1))  # [B, S * D]
         return chain(x_v, table, initial, noise)
 
-    monkeypatch.setattr(model, "refine", remember)
+    monkeypatch.setattr(model, "refine_in_parts", remember)
     equal = replace(features, x_v=features.x_v[:1].repeat(98, 1))
     refined = draw_refined(model, equal, RECIPE, seed=0)
     assert refined.shape == (2, 98, 12)

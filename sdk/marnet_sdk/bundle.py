@@ -236,7 +236,7 @@ def read_bundle(path: str | Path, *, lazily: bool = False) -> Bundle:
         manifest = _parse(path / MANIFEST)
         for name, expected in manifest.files.items():
             _check_file(path, name, expected, content=not (lazily and name.startswith(LAZY)))
-    return Bundle(path.absolute(), manifest)  # files are opened later, perhaps from elsewhere
+    return Bundle(path, manifest)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import operator
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -112,6 +112,8 @@ class Classifier:
         sampling = manifest.sampling
         if operating_point is not None and operating_point not in sampling.points:
             raise InvalidInput(_no_such_point(bundle, operating_point))
+        # Files are opened later, too, perhaps from another working directory.
+        bundle = replace(bundle, path=bundle.path.absolute())
         self.bundle = bundle
         self.limits = limits
         self.labels = manifest.labels

@@ -177,7 +177,7 @@ def _read(path: str | os.PathLike[str], source: str, limits: Limits) -> bytes:
 def _read_open(file: Any, source: str, limits: Limits) -> bytes:
     """What is left in a file that somebody opened, and one byte more than allowed at most."""
     try:
-        data = file.read(limits.max_bytes + 1)
+        data: Any = file.read(limits.max_bytes + 1)
     except UnicodeDecodeError:  # it was opened as text
         data = ""
     if not isinstance(data, bytes):

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from marnet_export.builders import Product, Types
 from marnet_export.graph import Refine, ScriptedLoop
@@ -62,6 +60,8 @@ def count_products(lowered: Lowered, shape: tuple[int, int, int]) -> list[Produc
     Args:
         shape: of an image, (3, H, W).
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # only where something cannot be read
+    from torch.utils.flop_counter import FlopCounterMode
 
     def multiply_adds(module: nn.Module, *given: Tensor) -> int:
         # The counter does not know the CPU's own kernel of attention.

@@ -21,7 +21,7 @@ ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup source demo test lint format readme cubins clean
+.PHONY: help setup source demo test lint format readme cubins native clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
@@ -31,6 +31,7 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make readme  run the README's main job and write what it prints into the page"
 	@echo "make cubins  compile the CUDA kernels that a wheel ships; before building one"
+	@echo "make native  compile the loop for CPUs that a wheel ships; before building one"
 	@echo "make setup   the shared first step: .venv with this package in it"
 	@echo "make clean   remove .venv and everything that demo wrote"
 
@@ -84,6 +85,9 @@ readme: .venv/.dev
 
 cubins: .venv/.dev
 	$(BIN)/python -m marnet_kernels.ship
+
+native: .venv/.installed
+	$(BIN)/python -m marnet_kernels.native
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

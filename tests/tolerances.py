@@ -75,3 +75,7 @@ PIXEL_EDGES = 0.01
 # same sums, which another library might add in another order (float32); the sigmoid of 30 is 1e-13
 # from 1, in 16 blocks (float64).
 LITE0 = {"float32": 1e-4, "float64": 1e-9}
+# The native loop in int8 behind float32 products against its twin, relative to the largest value: the
+# condition's last bits differ, and an activation next to a tie may take the other level, 0.03 in the
+# tests, times a weight of order 0.1.
+NATIVE_LEVEL = 2e-2

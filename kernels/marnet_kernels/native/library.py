@@ -1,0 +1,144 @@
+"""The compiled loop: shipped with the package, or kept in the user's cache, or compiled now.
+
+It is one shared library without Python's ABI, loaded with ctypes. Its name holds a hash of what it
+was compiled from, so a changed source is never answered with old code. `python -m
+marnet_kernels.native.library` compiles the one that a wheel ships.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+
+SHIPPED = Path(__file__).parent
+"""Where `make native` puts the library; absent in a source tree and in some wheels."""
+
+_SOURCES = ("reverse_loop.cpp", "products.h")
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    # Sums are rounded as they are written, so that a row has the same bits in any batch.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+)
+_lock = Lock()
+_loaded: ctypes.CDLL | None = None
+
+
+def library(*, compile_it: bool = False) -> ctypes.CDLL:
+    """The library, loaded once a process.
+
+    Args:
+        compile_it: compile it into the cache where it is not there yet.
+
+    Raises:
+        RuntimeError: it is not there, or cannot be compiled or loaded; says what to do.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = _load(_find(compile_it=compile_it))
+        return _loaded
+
+
+def why_missing() -> str | None:
+    """Why the library cannot be loaded here, or None where it can."""
+    try:
+        library()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def build(folder: Path, flags: Sequence[str] = ()) -> Path:
+    """Compile the library into a folder.
+
+    Args:
+        flags: of the compiler, beside the usual ones.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses. OSError: the folder is not writable.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"the native loop is compiled with {compiler}, which is not installed; install a "
+            "compiler of C++ (Debian, Ubuntu: sudo apt install g++), or name one in CXX"
+        )
+    path = folder / file_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    source = str(SHIPPED / _SOURCES[0])
+    command = [compiler, *_FLAGS, *flags, source, "-o", str(temporary)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(
+                f"{compiler} refuses the native loop: got exit code {done.returncode}, expected 0; "
+                f"try another compiler in CXX:\n{done.stderr.strip()[:2000]}"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def cache_dir() -> Path:
+    """$MARNET_CACHE/native, or ~/.cache/marnet/native."""
+    root = os.environ.get("MARNET_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "marnet") / "native"
+
+
+def file_name() -> str:
+    """Of the library that this version compiles for this kind of machine."""
+    sources = [(SHIPPED / name).read_text("utf-8") for name in _SOURCES]
+    parts = json.dumps([sources, _FLAGS, platform.machine(), sys.platform])
+    return f"libmarnet_loop-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
+
+
+def _find(*, compile_it: bool) -> Path:
+    """
+    Raises:
+        RuntimeError: there is none, and it is not to be compiled, or cannot be.
+    """
+    name = file_name()
+    for folder in (SHIPPED, cache_dir()):
+        if (folder / name).is_file():
+            return folder / name
+    if not compile_it:
+        raise RuntimeError(
+            f"the native loop is not compiled: no {name} in {SHIPPED} or {cache_dir()}; in a "
+            "checkout run: make native"
+        )
+    try:
+        return build(cache_dir())
+    except OSError as error:
+        raise RuntimeError(
+            f"the native loop cannot be kept in {cache_dir()} ({error}); set MARNET_CACHE to a "
+            "writable folder"
+        ) from error
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """
+    Raises:
+        RuntimeError: the system refuses it.
+    """
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"the native loop cannot be loaded ({error}); delete {path}, and compile it again with:"
+            " make native"
+        ) from error
+    found.marnet_loop_set.restype = ctypes.c_char_p
+    return found

@@ -21,7 +21,17 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).parent.parent
 ROOTS = {"marnet_sdk": "sdk", "marnet_kernels": "kernels", "marnet_train": "train",
          "marnet_export": "export", "marnet_bench": "benchmarks"}  # fmt: skip
-SUFFIXES = {".py", ".toml", ".cu", ".cuh", ".cubin", ".typed"}  # of files that packages may hold
+SUFFIXES = {
+    ".py",
+    ".toml",
+    ".cu",
+    ".cuh",
+    ".cubin",
+    ".cpp",
+    ".h",
+    ".so",
+    ".typed",
+}  # of files that packages may hold
 # extra -> what can be imported with it: names with a star are packages with all their modules.
 PROMISES = {
     "onnxruntime": ("onnxruntime", "marnet_sdk.*"),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_export.builders import BUILDERS, Calibration, Types, builder
 from marnet_export.lower import lower_marnet
+from marnet_export.native import why_not, write_native
 from marnet_export.plan import SamplingPlan, make_plan
-from marnet_sdk.backends import open_backend
+from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
 from marnet_sdk.errors import BackendUnavailable
@@ -41,6 +43,9 @@ from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet, MarnetConfig
 
 OURS = "marnet"  # what the names of our candidates begin with
+# Its weights are in the precision of its line; what is not int8 is multiplied in float32.
+NATIVE = f"{OURS} native"
+_AROUND_NATIVE = "onnxruntime"
 SAME_LABELS = 0.995  # agreement with float32 from which a precision counts as the same classifier
 CHECKED = 256  # random x_v that every candidate answers before it is timed
 _CHUNK = 64  # of them at a time
@@ -125,7 +130,11 @@ def run_loop(
         limits = measure_limits(_sizes(plan), threads)
         payloads = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("opening every candidate")
-        opened = [*_open_ours(problem, plan, payloads, threads), *_open_peers(problem, threads)]
+        opened = [
+            *_open_ours(problem, plan, payloads, threads),
+            *_open_native(problem, plan, payloads, threads),
+            *_open_peers(problem, threads),
+        ]
         x_v = _random_features(model, max(CHECKED, *batches))
         candidates, checks, missing = _check(opened, reference(problem), x_v, batches)
         groups = {}
@@ -224,6 +233,33 @@ def _open_ours(
                 yield Missing(name, precision, _reason(error))
 
 
+def _open_native(
+    problem: Problem, plan: SamplingPlan, folder: Path, threads: int
+) -> Iterator[Candidate | Missing]:
+    """The native loop with weights of every type, before ONNX Runtime's graph of the head."""
+    tables, module = _our_tables(problem, plan), builder(_AROUND_NATIVE)
+    lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
+    pixels, x_v = torch.zeros(2, 3, 8, 8), _random_features(problem.model, CHECKED)
+    calibration = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
+    for precision in PRECISIONS:
+        types = Types(precision, "fp32")
+        try:
+            if reason := why_not(module, lowered):
+                raise BackendUnavailable(reason)
+            payload = folder / f"native-{precision}"
+            payload.mkdir()
+            module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
+            write_native(module, lowered, (types, types), payload, calibration)
+            leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
+            yield Candidate(NATIVE, precision, partial(_first_sample, leaf, tables))
+        except Exception as error:  # whatever a framework raises is why it is missing
+            yield Missing(NATIVE, precision, _reason(error))
+
+
+def _first_sample(leaf: Backend, tables: Tables, x_v: Floats) -> Floats:
+    return leaf.refine(x_v, tables)[0][:, 0]
+
+
 def _open_backend(
     problem: Problem,
     plan: SamplingPlan,
@@ -244,7 +280,7 @@ def _open_backend(
         more["calibration"] = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
     module.build_refine(lowered, Types(precision, compute), payload, **more)
     leaf = open_backend(backend, payload, compute, threads)
-    return lambda x_v: leaf.refine(x_v, tables)[0][:, 0]
+    return partial(_first_sample, leaf, tables)
 
 
 def _multiplies(backend: str, precision: str) -> bool:

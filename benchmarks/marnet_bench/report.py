@@ -27,6 +27,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"{machine['processor']}, {machine['threads']} threads"
     )
     print_table(title, COLUMNS, rows)
+    say(f"reverse loop: {report['loop']}")
     fidelity = report["fidelity"]
     low, high = fidelity["top1_interval"]
     say(

@@ -67,12 +67,24 @@ def run_batches(
         "operating_point": asdict(manifest.sampling.point),
         "steps": len(manifest.sampling.point.timesteps),
         "batch": batch,
+        "loop": _loop(classifier),
         "lines": lines,
         "speedups": ratios,
         "fidelity": json.loads(bundle.file(FIDELITY).read_text("utf-8")),
         "accuracy": accuracy,
         "machine": describe_machine(),
     }
+
+
+def _loop(classifier: Classifier) -> str:
+    """What ran the reverse loop."""
+    point, manifest = classifier.operating_point, classifier.bundle.manifest
+    if not manifest.sampling.points[point].timesteps:
+        return "none: the alignment branch answers"
+    if classifier.runtime is not None:
+        return classifier.runtime.loop
+    missing = manifest.loop == "native"
+    return "graph" + ("; the native loop's library is missing: make native" if missing else "")
 
 
 def golden_images(classifier: Classifier, count: int) -> list[bytes]:

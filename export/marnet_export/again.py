@@ -30,12 +30,14 @@ from marnet_export.inspection import (
     passed,
 )
 from marnet_export.lower import Lowered, lower
+from marnet_export.native import loop_products
 from marnet_export.pipeline import CALIBRATION, at_work, export_bundle
 from marnet_export.receipt import NOT_READ, receipt
 from marnet_export.settings import AUTO, ROUTES, Say, Settings
 from marnet_export.tensorrt_engines import BUCKETS, add_engines
 from marnet_export.text import verify_text
 from marnet_export.verify import (
+    BATCH,
     Built,
     Fidelity,
     Reference,
@@ -63,6 +65,7 @@ from marnet_sdk.errors import (
     NotFound,
     VerificationFailed,
 )
+from marnet_sdk.native_loop import NATIVE
 from marnet_sdk.tensorrt_library import read_index
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, find_checkpoint, load_checkpoint
@@ -228,6 +231,7 @@ def check_receipt(bundle: Bundle) -> Check:
         module = builder(manifest.backend)
         shape = manifest.preprocessing.output_shape
         products = module.products(bundle.path / PAYLOAD, types, shape)
+        products = loop_products(module, bundle.path / PAYLOAD, types, products)
     except EnvironmentMismatch as error:
         return Check(name, SKIPPED, f"it cannot be read here: {error}")
     except Unread as error:
@@ -301,7 +305,13 @@ class _Trial:
             bundle,
             images,
             Reference(checkpoint.model, images.pixels, by_image=by_image),
-            Built(backend, load_file(bundle.file(PLAN)), sampling, images.pixels),
+            Built(
+                backend,
+                load_file(bundle.file(PLAN)),
+                sampling,
+                images.pixels,
+                batch=1 if manifest.loop == NATIVE else BATCH,  # of many rows, the graph answers
+            ),
             {name: _table(checkpoint, bundle, name) for name in sampling.points},
         )
 
@@ -443,7 +453,8 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
         for name, value in bundle.manifest.settings.items()
     }
     if changes.get("backend", settings["backend"]) != settings["backend"]:
-        settings |= {"targets": (), "route": ROUTES[0], "device": None}  # those are another's
+        # Those are another's.
+        settings |= {"targets": (), "route": ROUTES[0], "device": None, "loop": AUTO}
     if changes.get("steps") == 0:
         settings |= {"sampler": None, "eta": 0.0, "samples": None}  # those are of a loop
     try:

@@ -112,6 +112,7 @@ def _print_overview(found: Mapping[str, Any]) -> None:
         ("method", found["method"]),
         ("labels", f"{len(labels)}: {first}"),
         ("backend", found["backend"]),
+        ("reverse loop", found["loop"]),
         ("precision asked", f"{precision['asked']}, loop {precision['loop']}"),
         ("other products in", precision["compute"]),
         ("noise", f"{sampling['noise']}, seed {sampling['seed']}"),
@@ -390,6 +391,9 @@ def _changes(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--compute", type=Choice(types), help="Type of products that are not int8."),
         click.option("--device", type=Choice(["cpu", "cuda"]), help="What torch bundles run on."),
         click.option("--loop-precision", type=Choice([*types, "int8"]), help="Of the loop alone."),
+        click.option(
+            "--loop", type=Choice(["auto", "native", "graph"]), help="What runs the loop."
+        ),
         click.option("--sampler", type=Choice(["ddpm", "ddim", "dpmpp"]), help="Reverse process."),
         click.option("--eta", type=click.FloatRange(0), help="Of ddim."),
         click.option("--steps", type=click.IntRange(0), help="Sampling steps; 0: no loop."),

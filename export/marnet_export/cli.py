@@ -79,6 +79,14 @@ class Steps(click.IntRange):
     help="The same for the reverse loop alone. Default: as --precision.",
 )
 @click.option(
+    "--loop",
+    type=Choice(["auto", "native", "graph"]),
+    default="auto",
+    show_default=True,
+    help="What runs the reverse loop on a CPU: native, a compiled kernel, in bundles of "
+    "onnxruntime and openvino; graph, the backend itself. auto: whichever is faster here.",
+)
+@click.option(
     "--sampler",
     type=Choice(["ddpm", "ddim", "dpmpp"]),
     help="Reverse process. Default: ddpm, as trained; with --steps auto, all of them.",
@@ -172,6 +180,7 @@ def main(
     compute: str | None,
     device: str | None,
     loop_precision: str | None,
+    loop: str,
     sampler: str | None,
     eta: float,
     steps: int | Literal["auto"] | None,
@@ -214,6 +223,7 @@ def main(
         precision=precision,
         compute=compute,
         loop_precision=loop_precision,
+        loop=loop,
         sampler=sampler,
         steps=steps,
         eta=eta,

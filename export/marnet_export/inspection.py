@@ -68,6 +68,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         **{name: content[name] for name in fields},
+        "loop": manifest.loop,
         "golden": {"images": len(golden), "tolerance": manifest.golden_tolerance},
         "fidelity": fidelity_of(bundle),
         "built_for": content["built_for"],

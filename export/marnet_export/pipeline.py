@@ -37,6 +37,21 @@ from marnet_export.diagnose import diagnose
 from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
 from marnet_export.lower import Lowered, Plan, lower
+from marnet_export.native import (
+    MOST_ROWS,
+    check_alike,
+    delivered,
+    faster_up_to,
+    loop_products,
+    refused,
+    remove_native,
+    set_most_rows,
+    shown,
+    time_loops,
+    why_not,
+    write_native,
+)
+from marnet_export.native import about as loop_about
 from marnet_export.plots import plot_pareto, plot_risk_coverage
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
@@ -99,8 +114,9 @@ from marnet_sdk.errors import (
     VerificationFailed,
 )
 from marnet_sdk.files import atomic_directory, check_output, exclusive
+from marnet_sdk.native_loop import GRAPH, LAYERS, NATIVE
 from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tables import Floats, make_tables
+from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import BASELINE, Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable
@@ -261,6 +277,9 @@ class _Job:
         built = self.build(types, tables, sampling)
         shares = self.read_receipt(types, sampling)
         fidelity = self.verify(built, types, tables)
+        if native := self.native_loop(built, types, tables):
+            built, fidelity = native
+            shares = self.read_receipt(types, sampling)
         sampling = self.with_thresholds(built)
         self.write_beside(built, fidelity)
         fields = self.manifest_fields(types, shares, sampling, fidelity)
@@ -301,8 +320,18 @@ class _Job:
                 write_head(self.lowered, payload)
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
+        return self.opened(arrays, sampling, types, payload)
+
+    def opened(
+        self,
+        arrays: dict[str, NDArray],
+        sampling: Sampling,
+        types: tuple[Types, Types],
+        payload: Path,
+    ) -> Built:
+        """A payload as the SDK opens it."""
         asked = self.settings
-        backend = open_built(asked.backend, payload, encoder.compute, asked.device)
+        backend = open_built(asked.backend, payload, types[0].compute, asked.device)
         return Built(backend, arrays, sampling, self.images.pixels)
 
     def check_steps(self, sampling: Sampling) -> None:
@@ -340,7 +369,11 @@ class _Job:
         except Unread as error:
             self.say(f"{NOT_READ}: {error}; the receipt says so, and the answers are the proof")
             products = count_products(self.lowered, shape)
-        check_delivered(products, {"encoder": types[0], "loop": types[1]}, self.settings.backend)
+        asked = {"encoder": types[0], "loop": types[1]}
+        if self.loop == NATIVE:
+            products = loop_products(module, self.fresh / PAYLOAD, types[0], products)
+            asked["loop"] = delivered(types[1])
+        check_delivered(products, asked, self.settings.backend)
         steps = len(sampling.point.timesteps)
         products = answering(products, self.fresh / PAYLOAD, steps)
         return receipt(products, steps, sampling.point.samples)
@@ -451,43 +484,132 @@ class _Job:
         Raises:
             VerificationFailed: one does not agree.
         """
+        found: dict[str, Fidelity] = {}
+        for name, fidelity in self.measure(built, types, tables):
+            if problems := fidelity.problems():
+                raise self.failure(problems, built, types, tables[name], name)
+            found[name] = fidelity
+        default, table = built.sampling.default, tables[built.sampling.default]
+        more = self.noise_matters(built, table) if table.timesteps else {}
+        self.report(built, found, table, **more)
+        return found[default]
+
+    def measure(
+        self, built: Built, types: tuple[Types, Types], tables: dict[str, SamplerTable]
+    ) -> Iterator[tuple[str, Fidelity]]:
+        """Hold the operating points against the reference, one by one."""
         asked, pixels, sampling = self.settings, self.images.pixels, built.sampling
         storages = {t.storage for t in types}
         minimum = asked.min_agreement
         if minimum is None:
             minimum = min(MIN_AGREEMENT[storage] for storage in storages)
-        found: dict[tuple, Fidelity] = {}
+        known: dict[tuple, Fidelity] = {}
         for name, point in sampling.points.items():
             key = (point.sampler, point.eta, point.timesteps, point.samples)
-            if key in found:
-                continue  # another name for the same
-            logits = self.reference.logits(tables[name], sampling.seed, point.samples)
-            found[key] = measure_fidelity(
-                built.run(name),
-                pixels,
-                built.logits(name),
-                mean_logits(logits),
-                self.images.labels,
-                min_agreement=minimum,
-                row_tolerance=ROW_TOLERANCE["int8" if "int8" in storages else types[0].compute],
-                buckets=self.buckets,
+            if key not in known:  # else another name for the same
+                logits = self.reference.logits(tables[name], sampling.seed, point.samples)
+                known[key] = measure_fidelity(
+                    built.run(name),
+                    pixels,
+                    built.logits(name),
+                    mean_logits(logits),
+                    self.images.labels,
+                    min_agreement=minimum,
+                    row_tolerance=ROW_TOLERANCE["int8" if "int8" in storages else types[0].compute],
+                    buckets=self.buckets,
+                )
+            yield name, known[key]
+
+    def report(
+        self, built: Built, found: Mapping[str, Fidelity], table: SamplerTable, **more: Any
+    ) -> None:
+        """Put what was measured, of each operating point, into fidelity.json.
+
+        Args:
+            table: of the default point.
+        """
+        default = built.sampling.default
+        _add_to_report(
+            self.fresh,
+            **found[default].to_dict(),
+            operating_points={name: f.to_dict() for name, f in found.items()},
+            trajectory=trajectory_error(self.reference, built, default, table),
+            latency_ms=_latency(built.run(default), self.images.pixels[:1]),
+            **more,
+        )
+
+    @property
+    def loop(self) -> str:
+        """What runs the loop of what is built by now: `NATIVE` or `GRAPH`."""
+        return NATIVE if (self.fresh / PAYLOAD / LAYERS).exists() else GRAPH
+
+    def native_loop(
+        self, graph: Built, types: tuple[Types, Types], tables: dict[str, SamplerTable]
+    ) -> tuple[Built, Fidelity] | None:
+        """Put the native loop beside a graph that is verified, where it passes too and is faster.
+
+        Returns:
+            What was built then, and its fidelity; None where the graph alone runs the loop.
+
+        Raises:
+            ExportError, VerificationFailed: it is asked for, and cannot be had.
+        """
+        asked, module = self.settings.loop, builder(self.settings.backend)
+        insists = asked == NATIVE
+        if asked == GRAPH or not (tables[graph.sampling.default].timesteps or insists):
+            return None
+        if reason := why_not(module, self.lowered):
+            if insists:
+                raise refused(reason)
+            if hasattr(module, "build_head"):
+                self.say(f"the graph runs the loop: {reason}")
+            return None
+        payload = self.fresh / PAYLOAD
+        calibration = self.calibration(graph.plan, graph.sampling)
+        write_native(module, self.lowered, types, payload, calibration)
+        native = self.opened(graph.plan, graph.sampling, types, payload)
+        found = dict(self.measure(native, types, tables))
+        problems = [p for name in found for p in self.native_problems(name, native, graph, found)]
+        taken = {} if problems else self.time_loops(native, graph)
+        images = faster_up_to(taken)
+        samples = graph.sampling.points[graph.sampling.with_loop].samples
+        if problems and insists:
+            raise VerificationFailed(
+                f"the native loop: {'; '.join(problems)}. No bundle was written; try --loop graph"
             )
-            if problems := found[key].problems():
-                raise self.failure(problems, built, types, tables[name], name)
-        by_name = {
-            name: found[(p.sampler, p.eta, p.timesteps, p.samples)]
-            for name, p in sampling.points.items()
-        }
-        default, table = by_name[sampling.default], tables[sampling.default]
-        more = {
-            "operating_points": {name: f.to_dict() for name, f in by_name.items()},
-            "trajectory": trajectory_error(self.reference, built, sampling.default, table),
-            "latency_ms": _latency(built.run(sampling.default), pixels[:1]),
-        }
-        if table.timesteps:
-            more |= self.noise_matters(built, table)
-        write_json(self.fresh / FIDELITY, default.to_dict() | more)
-        return default
+        if not images and not insists:
+            why = "; ".join(problems) or f"the native loop is no faster here ({shown(taken)})"
+            self.say(f"the graph runs the loop: {why}")
+            remove_native(payload)
+            return None
+        most_rows = max(images * samples, MOST_ROWS if insists else 0)
+        set_most_rows(payload, most_rows)
+        self.say(f"the native loop runs up to {most_rows} rows at once: {shown(taken)}")
+        served = self.opened(graph.plan, graph.sampling, types, payload)
+        about = {"loop": loop_about(taken, most_rows)}
+        self.report(served, found, tables[graph.sampling.default], **about)
+        return served, found[graph.sampling.default]
+
+    def native_problems(
+        self, name: str, native: Built, graph: Built, found: Mapping[str, Fidelity]
+    ) -> list[str]:
+        """Why the native loop must not answer at an operating point; empty if it may."""
+        fidelity = found[name]
+        bound = fidelity.row_tolerance * fidelity.largest_logit
+        alike = check_alike(native.logits(name), graph.logits(name), bound)
+        return [f"{name}: {problem}" for problem in (*fidelity.problems(), *alike)]
+
+    def time_loops(self, native: Built, graph: Built) -> dict[int, dict[str, float]]:
+        """Milliseconds of both loops at the point that answers, by images in a call."""
+        sampling = graph.sampling
+        name = sampling.with_loop
+        count = sampling.points[name].samples
+
+        def tables(images: int) -> Tables:
+            pixels = self.images.pixels
+            return graph.tables(name, np.resize(pixels, (images, *pixels.shape[1:])), count)
+
+        return time_loops(native.backend, graph.backend, graph.x_v, tables)
 
     def noise_matters(self, built: Built, table: SamplerTable) -> dict[str, Any]:
         """How answers at the default point depend on the noise."""
@@ -550,6 +672,7 @@ class _Job:
             "settings": asdict(self.settings),
             "checkpoint_sha256": checkpoint.sha256,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "loop": self.loop,
         }
 
     def with_thresholds(self, built: Built) -> Sampling:
@@ -607,7 +730,8 @@ def add_parts(folder: Path, checkpoint: Checkpoint, lowered: Lowered, settings: 
 def _add_to_report(folder: Path, **found: Any) -> None:
     """Put more into the folder's fidelity.json."""
     path = folder / FIDELITY
-    write_json(path, json.loads(path.read_text("utf-8")) | found)
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    write_json(path, known | found)
 
 
 def _latency(run: Callable[[Floats], Floats], pixel: Floats, calls: int = 5) -> float:

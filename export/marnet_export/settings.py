@@ -24,6 +24,7 @@ NOISES = ("shared", "image")
 ROUTES = ("onnx", "torch-tensorrt")
 FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 DEVICES = ("cpu", "cuda")
+LOOPS = (AUTO, "native", "graph")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Settings:
     text: bool = True  # with the text encoder, for matching
     source: bool = True  # with the checkpoint, for verifying and rebuilding elsewhere
     device: str | None = None  # None: the one that the backend builds for when it is not told
+    loop: str = AUTO  # what runs the reverse loop; auto: whichever is faster here
 
     def __post_init__(self) -> None:
         auto = ("auto",) if self.steps == "auto" else ()
@@ -61,6 +63,7 @@ class Settings:
             ("noise", self.noise, NOISES),
             ("route", self.route, ROUTES),
             ("device", self.device or "cpu", DEVICES),
+            ("loop", self.loop, LOOPS),
         ):
             if value not in choices:
                 near = nearest(value, choices)

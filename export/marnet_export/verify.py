@@ -38,6 +38,7 @@ MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995, "int8": 0.995}
 ROW_TOLERANCE = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.15, "int8": 0.15}
 # What the instability floor and settling may each cost: seconds for the paper's network.
 CHAIN_STEPS = 200_000
+BATCH = 64  # images that are measured together
 BATCHES = (1, 2, 3, 7, 8, 16, 33, 64)  # sizes that are run, whatever a bundle is built for
 
 
@@ -213,16 +214,22 @@ class Built:
     of a verification."""
 
     def __init__(
-        self, backend: Backend, plan: dict[str, NDArray], sampling: Sampling, pixels: Floats
+        self,
+        backend: Backend,
+        plan: dict[str, NDArray],
+        sampling: Sampling,
+        pixels: Floats,
+        batch: int = BATCH,
     ) -> None:
-        """pixels: [N, 3, H, W]."""
+        """pixels: [N, 3, H, W]. batch: images that go through the loop together."""
         self.backend, self.plan, self.sampling, self.pixels = backend, plan, sampling, pixels
+        self.batch = batch
 
     @cached_property
     def x_v(self) -> Floats:
         """The images, encoded once for all that is measured behind the encoder: [N, D_v]."""
-        starts = track(range(0, len(self.pixels), 64), "encode")
-        return np.concatenate([self.backend.encode(self.pixels[i : i + 64]) for i in starts])
+        starts = track(range(0, len(self.pixels), BATCH), "encode")
+        return np.concatenate([self.backend.encode(self.pixels[i : i + BATCH]) for i in starts])
 
     def tables(self, name: str, pixels: Floats, samples: int, seed: int | None = None) -> Tables:
         """The tables of a batch [B, 3, H, W] at an operating point."""
@@ -241,8 +248,8 @@ class Built:
         pixels, x_v = self.pixels[:limit], self.x_v[:limit]
         shared = self.tables(name, pixels[:1], count) if self.sampling.noise == "shared" else None
         out = []
-        for start in range(0, len(pixels), 64):
-            rows = slice(start, start + 64)
+        for start in range(0, len(pixels), self.batch):
+            rows = slice(start, start + self.batch)
             tables = shared or self.tables(name, pixels[rows], count)
             out.append(self.backend.refine(x_v[rows], tables)[0])
         return np.concatenate(out)

@@ -32,6 +32,7 @@ PAYLOAD, TEXT, SOURCE = "payload", "text", "source"
 LAZY = (f"{TEXT}/", f"{SOURCE}/")  # what is not needed to classify
 PLAN = "payload/plan.safetensors"
 ALIGNMENT_HEAD = "payload/alignment.safetensors"
+NATIVE_LAYERS = "payload/native_loop.safetensors"
 ZERO, NO_LOOP = "zero", "none"  # the operating point without the loop, and its sampler
 FIDELITY = "fidelity.json"
 GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
@@ -117,6 +118,7 @@ class Manifest:
     checkpoint_sha256: str
     created: str
     files: dict[str, dict[str, Any]]
+    loop: str = "graph"  # what runs the reverse loop: "graph", or "native"
 
     @property
     def preprocessing(self) -> Preprocess:
@@ -299,6 +301,7 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
             name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
             for name, entry in fields["files"].items()
         }
+        _check_loop(fields.get("loop", "graph"), fields["files"])
         return Manifest(**fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error
@@ -315,6 +318,13 @@ def _check_sampling(sampling: Sampling, files: Mapping[str, Any]) -> None:
             raise ValueError(f"operating point {name!r} has {len(point.timesteps)} steps")
         if point.sampler == NO_LOOP and ALIGNMENT_HEAD not in files:
             raise ValueError(f"operating point {name!r} needs {ALIGNMENT_HEAD}; export it again")
+
+
+def _check_loop(loop: str, files: Mapping[str, Any]) -> None:
+    if loop not in ("graph", "native"):
+        raise ValueError(f"loop {loop!r} is neither graph nor native; upgrade marnet")
+    if (loop == "native") != (NATIVE_LAYERS in files):
+        raise ValueError(f"loop {loop!r} does not go with {NATIVE_LAYERS}; export it again")
 
 
 def _check_file(

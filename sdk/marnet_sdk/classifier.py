@@ -197,7 +197,7 @@ class Classifier:
         """How the backend runs: the device, what is captured there and how much memory it takes,
         how often it was replayed, and what had to run otherwise, and why.
 
-        None for a backend that just calls its graphs, as all do on a CPU.
+        None for a backend that just calls its graphs, as on a CPU all do without a native loop.
         """
         return self._backend.report()
 

@@ -1,4 +1,4 @@
-"""Every error that a user of marnet meets. All derive from `MarnetError`.
+"""Every error that a user of marnet meets. All derive from `MarnetError`; warnings do not.
 
 A message says what was got, what was expected and what to do next. `exit_code` is what the
 command line ends with: 1 other error, 2 usage, 3 verification failed, 4 measurement unstable,
@@ -151,6 +151,10 @@ class MissingExtra(EnvironmentMismatch):
 
 class BackendUnavailable(EnvironmentMismatch):
     """The bundle's backend cannot run here."""
+
+
+class NativeLoopMissing(RuntimeWarning):
+    """A bundle runs its loop as a graph, because the native loop's library is not here."""
 
 
 class VerificationFailed(MarnetError):

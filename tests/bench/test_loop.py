@@ -84,7 +84,8 @@ def test_the_report_says_what_was_measured_on_what(report, checkpoint):
 
 
 def test_every_way_is_measured_at_every_batch_size_or_missing_with_a_reason(report):
-    asked = {(f"marnet {backend}", p) for backend in BUILDERS for p in PRECISIONS}
+    ours = (*BUILDERS, "native")
+    asked = {(f"marnet {backend}", p) for backend in ours for p in PRECISIONS}
     asked |= {(name, p) for name, peer in PEERS.items() for p in peer.precisions}
     measured = {(line["model"], line["precision"], line["batch"]) for line in report["lines"]}
     missing = {(m["model"], m["precision"]): m["reason"] for m in report["missing"]}

@@ -145,7 +145,7 @@ def test_the_twin_of_a_layer_says_what_int8_means():
     weight = np.array([[127, -1, 3]], np.int8)
     layer = LoopLayer("int8", weight, np.float32([0.5]), np.float32([2]), step=0.5, zero=10)
     x = np.float32([[1.25, -100, 3]])  # 2 (a tie), the lowest level is -10, 6
-    want = 2 * (2 * 127 - 10 * -1 + 6 * 3) + 0.5
+    want = 2 * 0.5 * (2 * 127 - 10 * -1 + 6 * 3) + 0.5
     assert layer_reference(layer, x).tolist() == [[want]]
 
 

@@ -16,6 +16,11 @@ targets(payload)            what the native code in a payload was compiled for
 open_reference(payload, threads), open_text_reference(payload, threads)
                             the graphs that were compiled, run here by something else
 
+One whose loop the native kernel can stand in for, on a CPU, also has
+
+build_head(lowered, types, payload), head_products(payload, types)
+                            the graph of the head alone, and its products
+
 One that builds for this machine's processor or its GPU also has
 
 CUDA_COMPUTE                as COMPUTE, on a GPU

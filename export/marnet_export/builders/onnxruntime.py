@@ -40,6 +40,7 @@ from marnet_export.quantise import (
 )
 from marnet_sdk.backends.onnxruntime import (
     ENCODER,
+    HEAD,
     REFINE,
     TEXT,
     load_onnxruntime,
@@ -116,6 +117,15 @@ def build_refine(
     shapes = ({0: batch}, {0: length}, {0: length, 1: batch, 2: samples})
     inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
     _export(module, (x_v, *tables), shapes, inputs, outputs, types, payload / REFINE)
+
+
+def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/head.onnx, for behind the native loop."""
+    example = (torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width))
+    batch, samples = (torch.export.Dim(n, min=1, max=1 << 20) for n in ("batch", "samples"))
+    shapes = ({0: batch}, {0: batch, 1: samples})
+    inputs, outputs = ["x_v", "x_cdr"], ["logits", "features"]
+    _export(lowered.head, example, shapes, inputs, outputs, types, payload / HEAD)
 
 
 def _quantise_encoder(path: Path, images: Floats) -> None:
@@ -297,7 +307,8 @@ def _store(proto: onnx.ModelProto, storage: str) -> None:
 
 _INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger"}
 _FLOAT = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
-_ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1)}  # a step in the loop, one behind it
+# Sizes of inputs: a step in the loop, one behind it.
+_ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1), "x_cdr": (1, 1)}
 _NAMES: dict[int, str] = {
     **{kind: name for name, kind in _ONNX_TYPES.items()},
     TensorProto.INT8: "int8",
@@ -316,20 +327,28 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
         shape: of an image, (3, H, W).
     """
     encoder = _executed(payload / ENCODER, {"pixels": np.zeros((1, *shape), np.float32)})
-    widths = {
-        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in onnx.load(payload / REFINE, load_external_data=False).graph.input
-    }
-    feed = {
-        name: np.zeros((*sizes, *widths[name][len(sizes) :]), np.float32)
-        for name, sizes in _ONE.items()
-    }
-    refine = _executed(payload / REFINE, feed)
+    refine = _executed(payload / REFINE, _zeros(payload / REFINE))
     return [
         *(_product("encoder", run) for run in encoder),
         *(_product("loop", run) for run in refine if run.inside),
         *(_product("head", run) for run in refine if not run.inside),
     ]
+
+
+def head_products(payload: Path, types: Types) -> list[Product]:
+    """The same of head.onnx."""
+    path = payload / HEAD
+    return [_product("head", run) for run in _executed(path, _zeros(path))]
+
+
+def _zeros(path: Path) -> dict[str, Floats]:
+    """Inputs of a graph behind the encoder, for one image and one sample."""
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    widths = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inputs}
+    return {
+        name: np.zeros((*_ONE[name], *sizes[len(_ONE[name]) :]), np.float32)
+        for name, sizes in widths.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from marnet_export.quantise import (
 from marnet_sdk.backends.openvino import (
     ENCODER,
     FIRST_ORDER,
+    HEAD,
     OUTPUTS,
     REFINE,
     TEXT,
@@ -126,6 +127,13 @@ def build_refine(
     graph = ov.Model(outputs, [x_v, coefficients, bias], "refine")
     inputs = ("x_v", "coefficients", "bias")
     _save(graph, inputs, (*OUTPUTS, *FIRST_ORDER), types.storage, payload / REFINE)
+
+
+def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/head.xml and .bin, for behind the native loop."""
+    x_v, x_cdr = _parameter((-1, lowered.image_width)), _parameter((-1, -1, lowered.latent_width))
+    graph = ov.Model(_head(lowered, x_v, x_cdr), [x_v, x_cdr], "head")
+    _save(graph, ("x_v", "x_cdr"), OUTPUTS, types.storage, payload / HEAD)
 
 
 def _quantise_encoder(graph: Any, images: Floats) -> Any:
@@ -446,12 +454,7 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
     encoder.reshape([1, *shape])
     results = [refine.output(name).get_node() for name in FIRST_ORDER]
     refine = ov.Model(results, refine.get_parameters(), "refine")
-    free = {"x_v": (1,), "coefficients": (2,), "bias": (2, 1, 1)}  # one image, one sample
-    for port in refine.inputs:
-        sizes = free[port.any_name]
-        widths = [size.get_length() for size in list(port.partial_shape)[len(sizes) :]]
-        port.get_node().set_partial_shape(ov.PartialShape([*sizes, *widths]))
-    refine.validate_nodes_and_infer_types()
+    _for_one_image(refine)
     loop = next(node for node in refine.get_ops() if node.get_type_name() == "TensorIterator")
     parts = {"encoder": encoder, "loop": loop.get_function().clone(), "head": refine}
     return [
@@ -459,6 +462,24 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
         for part, graph in parts.items()
         for product in _products_of(part, graph, _executed(core, graph, types.compute))
     ]
+
+
+def head_products(payload: Path, types: Types) -> list[Product]:
+    """The same of head.xml."""
+    core = ov.Core()
+    graph = core.read_model(payload / HEAD)
+    _for_one_image(graph)
+    return list(_products_of("head", graph, _executed(core, graph, types.compute)))
+
+
+def _for_one_image(graph: Any) -> None:
+    """Fix the sizes of a graph behind the encoder, for one image and one sample."""
+    free = {"x_v": (1,), "coefficients": (2,), "bias": (2, 1, 1), "x_cdr": (1, 1)}
+    for port in graph.inputs:
+        sizes = free[port.any_name]
+        widths = [size.get_length() for size in list(port.partial_shape)[len(sizes) :]]
+        port.get_node().set_partial_shape(ov.PartialShape([*sizes, *widths]))
+    graph.validate_nodes_and_infer_types()
 
 
 def _executed(core: Any, graph: Any, compute: str) -> list[Any]:

@@ -50,10 +50,10 @@ def library(*, compile_it: bool = False) -> ctypes.CDLL:
         return _loaded
 
 
-def why_missing() -> str | None:
-    """Why the library cannot be loaded here, or None where it can."""
+def why_missing(*, compile_it: bool = False) -> str | None:
+    """Why the library cannot be loaded here, or None where it can; as `library`."""
     try:
-        library()
+        library(compile_it=compile_it)
     except RuntimeError as error:
         return str(error)
     return None

@@ -15,10 +15,11 @@ a(v) = LeakyReLU(v) and p and g_previous = 0, [R, W]:
         p, g_previous = (A[i] p + B[i] g) + C[i] g_previous, g
 
 Every layer has weights of a type of its own. Those in int8 are multiplied in int8: the input is
-put on 256 levels, `round(x / step) + zero` between 0 and 255, with ties to even, and the sums are
-exact; the rest is float32. Those in fp16, bf16 and fp32 are multiplied in float32, input by input
-in order, with one rounding for each where the processor can. So a row has the same bits in every
-batch and with any number of threads; but not with every instruction set, unless all is int8.
+put on 256 levels, `round(x / step) + zero` between 0 and 255, with ties to even, the sums are
+exact, and times `scale * step` they are the product; the rest is float32. Those in fp16, bf16 and
+fp32 are multiplied in float32, input by input in order, with one rounding for each where the
+processor can. So a row has the same bits in every batch and with any number of threads; but not
+with every instruction set, unless all is int8.
 
 Widths are padded with zeros to multiples of 64, and weights are packed by 64 outputs, which are
 what one thread computes at least: int8 [O / 64][I / 4][64][4], the others [O / 64][I][64].
@@ -59,7 +60,7 @@ class LoopLayer:
     kind: Kind
     weight: NDArray  # [O, I]: float32; the bits of fp16 or bf16 as uint16; int8
     bias: Floats | None = None  # [O]
-    scale: Floats | None = None  # [O], of int8
+    scale: Floats | None = None  # [O], of the weights, of int8
     step: float = 1.0  # between two levels of the input, of int8
     zero: int = 0  # the level that stands for 0
 
@@ -88,6 +89,12 @@ class LoopLayer:
                 f"int8 layer: got {self.weight.shape[1]} inputs, expected at most {MOST_INPUTS}, "
                 "or sums overflow; use 16 bits"
             )
+
+    @property
+    def factors(self) -> Floats:
+        """Of the sums of an int8 layer, [O]."""
+        assert self.scale is not None
+        return self.scale.astype(np.float32) * np.float32(self.step)
 
     @property
     def inverse(self) -> np.float32:
@@ -239,7 +246,7 @@ class NativeLoop:
         size = len(layer.weight)
         bias[:size] = 0 if layer.bias is None else layer.bias
         if layer.kind == "int8":
-            scale[:size] = layer.scale
+            scale[:size] = layer.factors
             correction[:size] = layer.zero * layer.weight.sum(axis=1, dtype=np.int32)
         arrays = [_aligned(array) for array in (pack(layer), bias, scale, correction)]
         self._kept += arrays

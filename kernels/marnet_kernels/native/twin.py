@@ -27,10 +27,10 @@ def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: 
 def layer_reference(layer: LoopLayer, x: Floats) -> Floats:
     """x [..., I] -> [..., O]."""
     bias = np.float32(0) if layer.bias is None else layer.bias
-    if layer.kind == "int8" and layer.scale is not None:
+    if layer.kind == "int8":
         levels = np.rint(x * layer.inverse).clip(-layer.zero, LEVELS - 1 - layer.zero)
         sums = levels.astype(np.int64) @ layer.weight.T.astype(np.int64)
-        return sums.astype(np.float32) * layer.scale + bias
+        return sums.astype(np.float32) * layer.factors + bias
     return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
 
 

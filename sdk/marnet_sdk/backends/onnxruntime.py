@@ -1,4 +1,7 @@
-"""ONNX Runtime: payload/encoder.onnx and payload/refine.onnx, the loop as one `Scan`. No torch."""
+"""ONNX Runtime: payload/encoder.onnx and payload/refine.onnx, the loop as one `Scan`. No torch.
+
+Where the payload holds the native loop, it runs instead, and payload/head.onnx behind it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
+from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import BackendUnavailable, requires_extra
+from marnet_sdk.native_loop import Head, Refine, loop_report, open_refine
 from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
+HEAD = "head.onnx"
 _IMPORT, _NO_TELEMETRY = Lock(), "ORT_DISABLE_TELEMETRY"
 
 
@@ -24,7 +30,14 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         BackendUnavailable: the installed onnxruntime cannot run the graph.
     """
     check_device("onnxruntime", device, "cpu")
-    encoder, refine = (_session(payload / name, compute, threads) for name in (ENCODER, REFINE))
+
+    def opened(name: str) -> Any:
+        return _session(payload / name, compute, threads)
+
+    encoder = opened(ENCODER)
+    refine = open_refine(
+        payload, threads, lambda: _refine(opened(REFINE)), lambda: _head(opened(HEAD))
+    )
     return _OnnxRuntime(encoder, refine)
 
 
@@ -105,8 +118,26 @@ def _session(path: Path, compute: str, threads: int | None) -> Any:
         ) from error
 
 
+def _refine(session: Any) -> Refine:
+    def run(x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        tables = tables.at_least_two_steps()  # a Scan of length 0 is refused
+        feed = {"x_v": x_v, "coefficients": tables.coefficients, "bias": tables.bias}
+        logits, features = session.run(["logits", "features"], feed)
+        return logits, features
+
+    return run
+
+
+def _head(session: Any) -> Head:
+    def run(x_v: Floats, x_cdr: Floats) -> tuple[Floats, Floats]:
+        logits, features = session.run(["logits", "features"], {"x_v": x_v, "x_cdr": x_cdr})
+        return logits, features
+
+    return run
+
+
 class _OnnxRuntime(InTwoCalls):
-    def __init__(self, encoder: Any, refine: Any) -> None:
+    def __init__(self, encoder: Any, refine: Refine) -> None:
         self._encoder, self._refine = encoder, refine
 
     def encode(self, pixels: Floats) -> Floats:
@@ -114,7 +145,7 @@ class _OnnxRuntime(InTwoCalls):
         return x_v
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        tables = tables.at_least_two_steps()  # a Scan of length 0 is refused
-        feed = {"x_v": x_v, "coefficients": tables.coefficients, "bias": tables.bias}
-        logits, features = self._refine.run(["logits", "features"], feed)
-        return logits, features
+        return self._refine(x_v, tables)
+
+    def report(self) -> RuntimeReport | None:
+        return loop_report(self._refine)

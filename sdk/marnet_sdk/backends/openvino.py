@@ -1,4 +1,7 @@
-"""OpenVINO: payload/encoder.xml and payload/refine.xml, the loop a `TensorIterator`. No torch."""
+"""OpenVINO: payload/encoder.xml and payload/refine.xml, the loop a `TensorIterator`. No torch.
+
+Where the payload holds the native loop, it runs instead, and payload/head.xml behind it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
+from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import BackendUnavailable, requires_extra
+from marnet_sdk.native_loop import Head, Refine, loop_report, open_refine
 from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
+HEAD = "head.xml"
 # refine.xml computes the same twice, with different outputs: the second ones ignore the coefficient
 # of the estimate before, which is faster where it is zero in every step.
 OUTPUTS = ("logits", "features")
@@ -37,8 +43,13 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
     """
     check_device("openvino", device, "cpu")
     (encoder,) = _compiled(payload / ENCODER, compute, threads, ("x_v",))
-    refine, first_order = _compiled(payload / REFINE, compute, threads, OUTPUTS, FIRST_ORDER)
-    return _OpenVino(encoder, refine, first_order)
+    refine = open_refine(
+        payload,
+        threads,
+        lambda: _refine(*_compiled(payload / REFINE, compute, threads, OUTPUTS, FIRST_ORDER)),
+        lambda: _head(*_compiled(payload / HEAD, compute, threads, OUTPUTS)),
+    )
+    return _OpenVino(encoder, refine)
 
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
@@ -170,17 +181,35 @@ class _Graph:
         return list(results.values())
 
 
+def _refine(whole: _Graph, first_order: _Graph) -> Refine:
+    def run(x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        tables = tables.at_least_two_steps()  # a TensorIterator runs at least once
+        coefficients = tables.coefficients
+        graph = whole if coefficients[:, 2].any() else first_order
+        logits, features = graph(x_v=x_v, coefficients=coefficients, bias=tables.bias)
+        return logits, features
+
+    return run
+
+
+def _head(graph: _Graph) -> Head:
+    def run(x_v: Floats, x_cdr: Floats) -> tuple[Floats, Floats]:
+        logits, features = graph(x_v=x_v, x_cdr=x_cdr)
+        return logits, features
+
+    return run
+
+
 class _OpenVino(InTwoCalls):
-    def __init__(self, encoder: _Graph, refine: _Graph, first_order: _Graph) -> None:
-        self._encoder, self._refine, self._first_order = encoder, refine, first_order
+    def __init__(self, encoder: _Graph, refine: Refine) -> None:
+        self._encoder, self._refine = encoder, refine
 
     def encode(self, pixels: Floats) -> Floats:
         (x_v,) = self._encoder(pixels=pixels)
         return x_v
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        tables = tables.at_least_two_steps()  # a TensorIterator runs at least once
-        coefficients = tables.coefficients
-        graph = self._refine if coefficients[:, 2].any() else self._first_order
-        logits, features = graph(x_v=x_v, coefficients=coefficients, bias=tables.bias)
-        return logits, features
+        return self._refine(x_v, tables)
+
+    def report(self) -> RuntimeReport | None:
+        return loop_report(self._refine)

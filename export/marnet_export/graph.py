@@ -352,6 +352,10 @@ class Head(nn.Module):
         super().__init__()
         self.project_vision = copy.deepcopy(model.project_vision)
         self.classifier = copy.deepcopy(model.classifier)
+        self.of_logits = model.config.fusion_level == "logit"
+        if self.of_logits:
+            self.alignment_classifier = copy.deepcopy(model.alignment_classifier)
+            self.semantic_classifier = copy.deepcopy(model.semantic_classifier)
         self.fusion = FUSIONS[model.config.fusion]
         self.standardises = model.config.fusion != "concat"
         if self.standardises:
@@ -366,6 +370,8 @@ class Head(nn.Module):
     def forward(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
         """x_v [B, D_v], x_CDR [B, K, D_s] -> logits [B, K, C], fused features [B, K, D_f]."""
         aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE).unsqueeze(1)
+        if self.of_logits:
+            aligned, x_cdr = self.alignment_classifier(aligned), self.semantic_classifier(x_cdr)
         if self.standardises:
             aligned = (aligned - self.aligned_mean) / self.aligned_std
             x_cdr = (x_cdr - self.refined_mean) / self.refined_std

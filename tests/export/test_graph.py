@@ -33,7 +33,7 @@ from marnet_train.models.backbones import (
     backbone_config,
     build_backbone,
 )
-from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.fusion import FUSION_LEVELS, FUSIONS
 from marnet_train.models.marnet import MARNet
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
@@ -123,13 +123,15 @@ def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
     assert np.abs(got - run_loop(loop, plan, first_order, x_v, 1)).max() > 1e-4
 
 
+@pytest.mark.parametrize("level", FUSION_LEVELS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion):
+def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion, level):
     """Its statistics are far from doing nothing, and those of the copy are its own."""
-    model = MARNet(replace(make_model().config, fusion=fusion, dim=8)).eval()
+    config = replace(make_model().config, fusion=fusion, fusion_level=level, dim=8)
+    model = MARNet(config).eval()
     for name, buffer in model.named_buffers():
         if name.startswith(("aligned_", "refined_")):
-            buffer.copy_(torch.randn(8).exp())
+            buffer.copy_(torch.randn(len(buffer)).exp())
     x_v, x_cdr = torch.randn(5, 10), torch.randn(5, 3, 8)
     head = Head(model).eval()
     with torch.inference_mode():

@@ -293,9 +293,14 @@ def test_the_blend_that_validation_likes_best_is_taken(best: int, digits: Path) 
     assert same(model.classifier, seen[best])
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_is_trained_on_ends_of_whole_chains(fusion: str, digits: Path) -> None:
-    recipe = replace(TINY, fusion=fusion)
+@pytest.mark.parametrize(
+    ("fusion", "level"),
+    [*((fusion, "feature") for fusion in FUSIONS), ("concat", "logit"), ("hm", "logit")],
+)
+def test_every_fusion_is_trained_on_ends_of_whole_chains(
+    fusion: str, level: str, digits: Path
+) -> None:
+    recipe = replace(TINY, fusion=fusion, fusion_level=level)
     ready = make_ready(digits, recipe)
     trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, 0, Progress())
     model = trained.model
@@ -304,7 +309,8 @@ def test_every_fusion_is_trained_on_ends_of_whole_chains(fusion: str, digits: Pa
     if fusion != "concat":  # standardised by what the head was trained on
         for name in ("aligned", "refined"):
             assert getattr(model, f"{name}_mean").any()
-            assert not torch.equal(getattr(model, f"{name}_std"), torch.ones(12))
+            std = getattr(model, f"{name}_std")
+            assert not torch.equal(std, torch.ones(len(std)))
 
 
 # --- temperature

@@ -356,7 +356,7 @@ class _Encoder:
 
     def _departure(self, layer: _Layer, seen: _Seen, before: tuple[str, float]) -> Departure:
         parameters = self.module.get_submodule(layer.module).parameters(recurse=False)
-        weights = [float(p.detach().abs().max()) for p in parameters if p.ndim > 1]
+        weights = [float(p.detach().abs().max()) for p in parameters if p.ndim > 1 and p.numel()]
         found = Departure(
             "encoder", str(layer), seen.error, seen.median, self.whole.bound, len(self.pixels)
         )

@@ -47,7 +47,7 @@ def _weights(lowered: Lowered) -> Iterator[tuple[str, float]]:
     parts = {"encoder": lowered.encoder, "head": lowered.head, "text": lowered.text}
     for part, module in parts.items():
         for name, tensor in module.named_parameters() if module is not None else ():
-            if tensor.ndim >= 2:
+            if tensor.ndim >= 2 and tensor.numel():  # DINOv3 without registers has an empty one
                 yield f"{part}.{name}", float(tensor.detach().abs().max())
     for name, matrix in lowered.plan.matrices().items():
         yield f"loop.{name}", float(abs(matrix).max())

@@ -97,7 +97,7 @@ def loop() -> str:
 
 
 def labels(row: dict[str, Any], images: int = 32) -> str:
-    """On how many images a bundle gives the checkpoint's label."""
+    """Say on how many images a bundle gives the checkpoint's label."""
     return f"{row['agreement'] * images:.0f} of {images}"
 
 
@@ -136,7 +136,7 @@ def over_peers(model: str) -> str:
 
 
 def auto() -> str:
-    """What `marnet-export` without --backend keeps, and what it leaves."""
+    """List what `marnet-export` without --backend keeps, and what it leaves."""
     rows = []
     for row in read("cpu-real-size-vit-b16-auto")["rows"]:
         raced = [
@@ -240,7 +240,7 @@ def branches(found: dict[str, Any]) -> str:
 
 
 def chains(found: dict[str, Any]) -> str:
-    """The same weights by other reverse processes."""
+    """Compare other reverse processes of the same weights."""
     counts = sorted({int(n.split()[1]) for n in found if re.match(r"MARNet, \d+ steps", n)})
     kinds = [(name, draws) for name in ("refined", "MARNet") for draws in (1, 8)]
     rows = [["0, the alignment branch", percent(found["alignment"]["top1"]), "", "", ""]]

@@ -64,7 +64,9 @@ class Variant:
             )
 
     def options(self, layout: Layout) -> tuple[str, ...]:
-        """For compile_cubin. Raises ValueError where the kernel cannot be built like that."""
+        """Return the options for `compile_cubin`; ValueError where the kernel cannot be built like
+        that.
+        """
         self._check(layout)
         macros = {
             "HP": layout.padded,
@@ -80,7 +82,7 @@ class Variant:
         return (*(f"-D{name}={value}" for name, value in macros.items()), "--fmad=false")
 
     def blocks(self, layout: Layout) -> int:
-        """Of one group."""
+        """Count the blocks of one group."""
         return layout.ctas // self.tiles
 
     def grid(self, layout: Layout) -> tuple[int, int]:
@@ -89,7 +91,9 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: two places for the partial sums of 8 warps, and what its threads keep."""
+        """Count the shared memory of a block: two places for the partial sums of 8 warps, and what
+        its threads keep.
+        """
         chunk = min(self.rows, _CHUNK[self.tiles])
         partial = 2 * 8 * chunk * (_FEATURES * self.tiles + 4)  # rows padded against conflicts
         return 4 * partial + 8 * 256 * (2 + 4 * (self.rows // chunk))
@@ -117,7 +121,9 @@ class Variant:
         )
 
     def _weight_registers(self, layout: Layout) -> int:
-        """Of a thread: operands of mma for 16 features, whether a block has 16 or 8."""
+        """Count a thread's registers for weights: operands of mma for 16 features, whether a block
+        has 16 or 8.
+        """
         widths = 3 * layout.padded + (layout.noise if self.noise else 0)
         return 8 * max(1, self.tiles // 2) * widths // 256
 
@@ -167,7 +173,7 @@ def choose_variant(
 def _variant(
     layout: Layout, rows: int, device: DeviceInfo, noise: bool, tiles: int
 ) -> Variant | None:
-    """With so many tiles, or None where that cannot be."""
+    """Return the variant with so many tiles, or None where there can be none."""
     blocks = layout.ctas // tiles
     groups = min(device.multiprocessors // blocks, -(-rows // _ROWS[0]), ROW_GROUPS)
     if not groups:
@@ -190,8 +196,8 @@ def _variant(
 
 
 def shipped_options() -> list[tuple[str, ...]]:
-    """Of the variants that a wheel carries compiled: those chosen for fp16 and bf16 operands at the
-    usual width, with noise in tables.
+    """Return the options of the variants that a wheel carries compiled: those chosen for fp16 and
+    bf16 operands at the usual width, with noise in tables.
     """
     kinds = [*((rows, 2) for rows in _ROWS), (_CROWDED_ROWS, 4)]
     epoch = [Variant(rows, tiles, "epoch", copies=COPIES) for rows, tiles in (kinds[0], kinds[-1])]
@@ -265,7 +271,7 @@ class ReverseSamplerArguments:
 
     @property
     def noise(self) -> bool:
-        """Whether the kernel makes the noise."""
+        """Tell whether the kernel makes the noise."""
         return any(getattr(self, name) for name in NOISE_POINTERS)
 
     def _check_address(self, name: str, alignment: int) -> None:
@@ -316,7 +322,7 @@ def cleared(
 
 @dataclass(frozen=True)
 class Resources:
-    """What the kernel takes of the device."""
+    """These are the resources of the device that the kernel takes."""
 
     registers: int  # a thread
     spill_bytes: int

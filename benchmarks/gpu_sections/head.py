@@ -85,9 +85,7 @@ def _measure(
 
 
 def _again_and_again(call: Callable[[], Tensor]) -> Tensor:
-    """Repeat a call, for one graph: a launch of its own would cost more than the work, which is
-    part of a whole.
-    """
+    """As one graph: a launch of its own would cost more than the work, which is part of a whole."""
     for _ in range(REPEATS - 1):
         call()
     return call()

@@ -269,7 +269,7 @@ class Chain:
 
     @cached_property
     def _update_tables(self) -> tuple[Tensor, Tensor]:
-        """Return coefficients [S, 4] without noise, and the numbers of the steps, int32 [S]."""
+        """coefficients [S, 4] without noise, and the numbers of the steps, int32 [S]."""
         coefficients = F.pad(self.tables[0], (0, 1)).contiguous()
         return coefficients, torch.arange(self.steps, dtype=torch.int32, device=self.device)
 

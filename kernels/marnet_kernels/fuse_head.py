@@ -277,7 +277,7 @@ def fuse_reference(
 
 
 def condition_reference(packed: PackedCondition, x_v: NDArray[Any]) -> NDArray[np.float64]:
-    """Compute q [B, Hp] of x_v [B, D_v], in float64."""
+    """q [B, Hp] in float64, of x_v [B, D_v]."""
     plan = packed.layout
     weights = from_bits(packed.weights, plan.dtype)[:, : plan.vision].astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -292,7 +292,7 @@ class HeadVariant:
     dtype: Operand
 
     def options(self) -> tuple[str, ...]:
-        """Return the compiler's options for `compile_cubin`."""
+        """For compile_cubin."""
         return f"-DROWS={self.rows}", f"-DOPERAND={self.dtype}"
 
 
@@ -350,7 +350,7 @@ class FuseHeadArguments:
             _check_address(name, getattr(self, name), 128 if name == "counter" else 16)
 
     def parameters(self) -> ctypes.Structure:
-        """Return the structure of parameters that the kernel takes."""
+        """What the kernel takes."""
         plan = self.layout
         addresses = (getattr(self, name) for name in POINTERS)
         widths = plan.vision, plan.padded, plan.aligned, plan.semantic, plan.classes
@@ -367,7 +367,7 @@ class FuseHeadArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionArguments:
-    """This holds what one launch of the condition kernel takes."""
+    """The same for the condition."""
 
     layout: ConditionLayout
     images: int
@@ -382,7 +382,7 @@ class ConditionArguments:
             _check_address(name, getattr(self, name), 16)
 
     def parameters(self) -> ctypes.Structure:
-        """Return the structure of parameters that the kernel takes."""
+        """What the kernel takes."""
         addresses = (getattr(self, name) for name in CONDITION_POINTERS)
         return _ConditionParameters(
             *addresses, self.images, self.layout.vision, self.layout.shape[0]

@@ -121,9 +121,7 @@ class Variant:
         )
 
     def _weight_registers(self, layout: Layout) -> int:
-        """Count a thread's registers for weights: operands of mma for 16 features, whether a block
-        has 16 or 8.
-        """
+        """Of a thread: operands of mma for 16 features, whether a block has 16 or 8."""
         widths = 3 * layout.padded + (layout.noise if self.noise else 0)
         return 8 * max(1, self.tiles // 2) * widths // 256
 
@@ -173,7 +171,7 @@ def choose_variant(
 def _variant(
     layout: Layout, rows: int, device: DeviceInfo, noise: bool, tiles: int
 ) -> Variant | None:
-    """Return the variant with so many tiles, or None where there can be none."""
+    """With so many tiles, or None where that cannot be."""
     blocks = layout.ctas // tiles
     groups = min(device.multiprocessors // blocks, -(-rows // _ROWS[0]), ROW_GROUPS)
     if not groups:
@@ -196,8 +194,8 @@ def _variant(
 
 
 def shipped_options() -> list[tuple[str, ...]]:
-    """Return the options of the variants that a wheel carries compiled: those chosen for fp16 and
-    bf16 operands at the usual width, with noise in tables.
+    """Of the variants that a wheel carries compiled: those chosen for fp16 and bf16 operands at the
+    usual width, with noise in tables.
     """
     kinds = [*((rows, 2) for rows in _ROWS), (_CROWDED_ROWS, 4)]
     epoch = [Variant(rows, tiles, "epoch", copies=COPIES) for rows, tiles in (kinds[0], kinds[-1])]
@@ -271,7 +269,7 @@ class ReverseSamplerArguments:
 
     @property
     def noise(self) -> bool:
-        """Tell whether the kernel makes the noise."""
+        """Whether the kernel makes the noise."""
         return any(getattr(self, name) for name in NOISE_POINTERS)
 
     def _check_address(self, name: str, alignment: int) -> None:

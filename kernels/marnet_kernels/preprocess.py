@@ -95,8 +95,7 @@ _NAMES = "0 nearest, 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming"
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """This says what is done to every image: the fields of marnet_sdk.preprocess.Preprocess, as
-    numbers.
+    """What is done to every image: the fields of marnet_sdk.preprocess.Preprocess, as numbers.
 
     Exactly one of `size` and `shortest_edge` is set, the latter with `crop_size`.
 
@@ -154,7 +153,7 @@ class PreprocessSpec:
         return (edge, scaled) if height <= width else (scaled, edge)
 
     def down_first(self, here: tuple[int, int], there: tuple[int, int]) -> bool:
-        """Tell whether (height, width) `here` becomes `there` by resizing rows before columns.
+        """Whether (height, width) `here` becomes `there` by resizing rows before columns.
 
         Up to version 12, Pillow resizes columns first; from 13 on, rows where they lose more than
         twice as many as columns (python-pillow/Pillow pull request 9549).
@@ -163,18 +162,14 @@ class PreprocessSpec:
         return self.pillow >= 13 and rows > max(0, 2 * columns)
 
     def lookup(self) -> NDArray[np.float32]:
-        """Return float32 [3, 256]: (v * rescale_factor - mean) / std, rounded where transformers
-        does.
-        """
+        """float32 [3, 256]: (v * rescale_factor - mean) / std, rounded where transformers does."""
         rescaled = (np.arange(256.0) * self.rescale_factor).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return (rescaled - mean) / std
 
 
 def preprocess_reference(image: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
-    """Turn one image, uint8 [h, w, 3], into float32 [3, H, W]; the whole of it is resized before
-    the crop.
-    """
+    """uint8 [h, w, 3] -> float32 [3, H, W], one image, the whole of it resized before the crop."""
     height, width, _ = image.shape
     size = spec.resized_size(height, width)
     down_first = spec.down_first((height, width), size)
@@ -192,9 +187,7 @@ def preprocess_reference(image: NDArray[np.uint8], spec: PreprocessSpec) -> NDAr
 def resize_reference(
     image: NDArray[np.uint8], size: tuple[int, int], resample: int, down_first: bool = False
 ) -> NDArray[np.uint8]:
-    """Resize uint8 [h, w, 3] to [*size, 3] as Image.resize does: over columns, then over rows, or
-    reversed.
-    """
+    """uint8 [h, w, 3] -> [*size, 3], as Image.resize: over columns, then over rows, or reversed."""
     if down_first:
         turned = resize_reference(image.transpose(1, 0, 2), (size[1], size[0]), resample)
         return turned.transpose(1, 0, 2)
@@ -299,7 +292,7 @@ _IMAGE = np.dtype(  # `struct Image` of csrc/preprocess.cu
 
 
 class PreprocessPlan:
-    """This says where everything of one batch is, before any memory is touched.
+    """Where everything of one batch is, known before any memory is touched.
 
     Attributes:
         shape: (B, 3, H, W) of the output.
@@ -315,7 +308,7 @@ class PreprocessPlan:
     def __init__(
         self, sizes: Sequence[tuple[int, int]], spec: PreprocessSpec, output: Output = "fp32"
     ) -> None:
-        """`sizes` has the (height, width) of each image."""
+        """sizes: (height, width) of each image."""
         if output not in _BYTES:
             raise ValueError(f"output: got {output!r}, expected 'fp32', 'fp16' or 'bf16'")
         self.sizes, self.spec = tuple(sizes), spec
@@ -461,7 +454,7 @@ class PreprocessArguments:
                 )
 
     def parameters(self) -> ctypes.Structure:
-        """Return the structure of parameters that both kernels take."""
+        """What both kernels take."""
         addresses = (getattr(self, name) for name in BUFFERS)
         images, _, height, width = self.plan.shape
         return _Parameters(*addresses, images, height, width, self.plan.stride)

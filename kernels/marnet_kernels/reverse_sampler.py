@@ -165,7 +165,7 @@ class Layout:
 
     @property
     def noise_shape(self) -> tuple[int, int, int, int, int]:
-        """Return the shape of the packed Wx: [CTA, warp, group, lane, half]."""
+        """Of the packed Wx: [CTA, warp, group, lane, half]."""
         return self.ctas, self.warps, self.noise // (self.warps * _GROUP), _LANES, _HALVES
 
     @property
@@ -246,7 +246,7 @@ class PackedLoop:
 
 
 def layout(hidden: int, dtype: Operand = "fp16", noise: int = 0) -> Layout:
-    """Lay out a loop of this hidden width H, with operands of this type.
+    """For a loop of this hidden width H, with operands of this type.
 
     noise: width D of the noise that the kernel makes for each image; 0 where it comes in tables.
     """
@@ -346,7 +346,7 @@ def draws(
     noisy: ArrayLike,
     width: int,
 ) -> NDArray[np.float32]:
-    """Draw x_T and z of a launch, [S, B, K, width]: row 0 is x_T, row i + 1 the noise of step i.
+    """x_T and z of a launch [S, B, K, width]: row 0 is x_T, row i + 1 the noise of step i.
 
     The last step has none, and that of a step where `noisy` [S] is false is left at zero.
     """

@@ -8,12 +8,12 @@ from importlib.resources import files
 
 
 def source(name: str) -> str:
-    """Return csrc/NAME.cu after csrc/device.cuh and csrc/philox.cuh, as NVRTC compiles it."""
+    """csrc/NAME.cu after csrc/device.cuh and csrc/philox.cuh, as NVRTC compiles it."""
     return _text("device.cuh") + portable_source(name)
 
 
 def portable_source(name: str) -> str:
-    """Return the source without csrc/device.cuh, which holds all that is written in PTX."""
+    """The same without csrc/device.cuh, which holds all that is written in PTX."""
     return _text("philox.cuh") + _text(f"{name}.cu")
 
 

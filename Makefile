@@ -30,6 +30,7 @@ help:
 	@echo "             COVERAGE=1: and tell which lines it ran, about a third slower"
 	@echo "make lint    ruff and pyright"
 	@echo "make readme  run the README's main job and write what it prints into the page"
+	@echo "make docs    build the pages and the API reference into ./site"
 	@echo "make cubins  compile the CUDA kernels that a wheel ships; before building one"
 	@echo "make setup   the shared first step: .venv with this package in it"
 	@echo "make clean   remove .venv and everything that demo wrote"
@@ -81,6 +82,14 @@ lint: .venv/.dev
 
 readme: .venv/.dev
 	$(BIN)/python tests/readme.py
+
+.PHONY: docs
+.venv/.docs: .venv/.created pyproject.toml constraints.txt
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cubins: .venv/.dev
 	$(BIN)/python -m marnet_kernels.ship

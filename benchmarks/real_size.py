@@ -169,7 +169,7 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
 
 
 def choose(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:
-    """What `marnet-export` picks when nobody names a backend, and how it ranked the others."""
+    """Return what `marnet-export` picks if nobody names a backend, and how it ranked the others."""
     started = time.perf_counter()
     options = ["--checkpoint", checkpoint, "--output", output, "--precision", precision]
     options += ["--min-agreement", "0", "--no-text", "--no-source"]
@@ -285,7 +285,7 @@ def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[
 
 
 def run_auto(name: str, train_steps: int, precisions: Sequence[str]) -> dict[str, Any]:
-    """What is picked for one model."""
+    """Report what is picked for one model."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / name
         write_checkpoint(checkpoint, name, train_steps)

@@ -39,6 +39,7 @@ PROMISES = {
 }  # fmt: skip
 FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
 NOT_HERE = {"tensorrt", "torch-tensorrt"}  # from NVIDIA's index, and only beside a CUDA torch
+COMMANDS = {"all", "dev", "docs"}  # what the Makefile installs
 IMPORT = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -209,7 +210,7 @@ def test_data_files_are_found_where_the_wheel_put_them(plain: Path, tmp_path: Pa
 
 
 def test_every_extra_has_a_promise_here(described: Message) -> None:
-    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, "all", "dev"}
+    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, *COMMANDS}
 
 
 def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described: Message) -> None:

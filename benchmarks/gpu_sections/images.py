@@ -1,4 +1,5 @@
-"""From photographs to pixels: resizing and normalising on the GPU and on the CPU, and decoding.
+"""Measure the way from photographs to pixels: resizing and normalising on the GPU and on the CPU,
+and decoding.
 
 What every way gives is held to Pillow's answer, in grey levels: the model was trained on that.
 """
@@ -126,7 +127,7 @@ def _kernel(
 
 
 def _planes(machine: Machine, arrays: list[NDArray[np.uint8]]) -> Tensor:
-    """uint8 [B, 3, h, w] on the device."""
+    """Copy arrays to the device as uint8 [B, 3, h, w]."""
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().to(machine.device)
 
 

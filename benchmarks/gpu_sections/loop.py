@@ -109,7 +109,7 @@ def _measure(job: Job, chain: Chain, batch: int, wanted: Tensor) -> None:
 
 
 class Forms:
-    """What the loops of all lengths share: the model, its rewrite, and what was compiled."""
+    """The loops of all lengths share these: the model, its rewrite, and what was compiled."""
 
     def __init__(self, machine: Machine, model: MARNet) -> None:
         self.machine, self.model = machine, model
@@ -172,14 +172,14 @@ class Chain:
         yield from self.persistent_forms(x_v)
 
     def features(self, batch: int) -> Tensor:
-        """x_v [B, D_v]: the first rows of the same random ones."""
+        """Return x_v [B, D_v], the first rows of the same random ones."""
         width = self.shared.model.vision.dim
         rows = np.random.default_rng(0).standard_normal((batch, width)).astype(np.float32)
         return torch.from_numpy(rows).to(self.device)
 
     @torch.no_grad()
     def reference(self, x_v: Tensor) -> Tensor:
-        """x_CDR [B, D] of the loop as the paper writes it, in float64."""
+        """Compute x_CDR [B, D] by the loop as the paper writes it, in float64."""
         problem = self.problem
         initial = problem.initial.double().to(self.device).expand(len(x_v), -1)
         noise = problem.noise.double().to(self.device)
@@ -211,7 +211,7 @@ class Chain:
 
     @cached_property
     def host_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """coefficients [S, 3] and bias [S, 1, 1, H], as the SDK makes them."""
+        """Return coefficients [S, 3] and bias [S, 1, 1, H], as the SDK makes them."""
         table, problem = self.problem.table, self.problem
         point = OperatingPoint(table.sampler, table.eta, table.timesteps, 1, None)
         width = self.shared.model.denoiser.dim
@@ -346,7 +346,7 @@ class Chain:
     def _launch(
         self, rows: int, packed: PackedLoop, variant: Variant | None
     ) -> Callable[[Tensor], Tensor]:
-        """q [rows, Hp] -> h3 [rows, Hp], with memory of its own."""
+        """Return a function q [rows, Hp] -> h3 [rows, Hp], with memory of its own."""
         tables = pack_tables(*self.host_tables)
         if variant is None:
             twin = partial(reverse_sampler_reference, packed, slope=LEAKY_SLOPE)

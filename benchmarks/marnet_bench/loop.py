@@ -194,7 +194,7 @@ def _load(source: MARNet | Path | None) -> tuple[MARNet, dict[str, Any]]:
 
 
 def _random_features(model: MARNet, count: int) -> Floats:
-    """x_v [count, D_v] with the mean and the deviation that the model was trained with."""
+    """Draw x_v [count, D_v] with the mean and the deviation that the model was trained with."""
     normal = np.random.default_rng(0).standard_normal((count, model.vision.dim))
     mean, std = model.vision_mean.numpy(), model.vision_std.numpy()
     return (normal * std + mean).astype(np.float32)
@@ -248,7 +248,7 @@ def _open_backend(
 
 
 def _multiplies(backend: str, precision: str) -> bool:
-    """int8 is a way to store matrices, in which they are then multiplied."""
+    """Tell whether a backend multiplies in a precision; matrices stored in int8 are."""
     module = builder(backend)
     return precision in (module.STORAGE if precision == "int8" else module.COMPUTE)
 

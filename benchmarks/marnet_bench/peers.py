@@ -1,4 +1,4 @@
-"""What a bundle is measured against: the same checkpoint in plain, eager PyTorch."""
+"""A bundle is measured against this peer: the same checkpoint in plain, eager PyTorch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PlainTorch:
         self.shared = [self._noise([k]) for k in range(self.samples)] if point.timesteps else []
 
     def _noise(self, keys: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
+        """Draw x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
         sampling, table = self.sampling, self.table
         drawn = [
             draw_trajectory(

@@ -110,7 +110,7 @@ def source_of(bundle: Bundle, named: str | None) -> Path:
 
 @dataclass
 class Verification:
-    """What came out of holding a bundle against its checkpoint on this machine."""
+    """This is what came out of comparing a bundle with its checkpoint on this machine."""
 
     checks: list[Check] = field(default_factory=list)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)  # operating point -> measured here
@@ -156,7 +156,7 @@ def verify_again(
 
 
 def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
-    """Whether labels, preprocessing and loop are the checkpoint's."""
+    """Tell whether labels, preprocessing and loop are the checkpoint's."""
     manifest, config = bundle.manifest, checkpoint.model.config
     sampling = manifest.sampling
     told = {
@@ -190,7 +190,7 @@ def _table(checkpoint: Checkpoint, bundle: Bundle, name: str) -> SamplerTable:
 
 
 def check_plan(trial: _Trial) -> Check:
-    """Whether the loop's tables are the checkpoint's: computed in float64, so nearly exactly."""
+    """Tell whether the loop's tables are the checkpoint's, up to rounding in float64."""
     name = "sampling plan"
     got, want = trial.built.plan, trial.lowered.plan.tensors(trial.tables)
     if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
@@ -203,7 +203,7 @@ def check_plan(trial: _Trial) -> Check:
 
 
 def check_head(trial: _Trial) -> Check:
-    """Whether what answers without the loop is the checkpoint's alignment branch, to the bit."""
+    """Tell whether the branch that answers without the loop is the checkpoint's, to the bit."""
     name = "alignment branch"
     got, want = read_head(trial.bundle.path / PAYLOAD), alignment_head(trial.lowered)
     if got is None:
@@ -306,7 +306,7 @@ class _Trial:
         )
 
     def measure(self, min_agreement: float) -> dict[str, Fidelity]:
-        """Of every operating point."""
+        """Measure the fidelity of every operating point."""
         sampling = self.bundle.manifest.sampling
         known: dict[tuple, Fidelity] = {}
         out = {}
@@ -335,7 +335,7 @@ class _Trial:
         return trajectory_error(self.reference, self.built, name, self.tables[name], most=most)
 
     def departure(self, name: str) -> str:
-        """Where the payload leaves the reference at an operating point, in one line.
+        """Say in one line where the payload departs from the reference at an operating point.
 
         The layers of its encoder cannot be seen, so they are built again. The steps of its loop
         can: a chain that is cut short returns the estimate of its last step.
@@ -375,7 +375,7 @@ class _Trial:
         )
 
     def _calibration(self, name: str) -> dict[str, Calibration | None]:
-        """What the builder asks for besides, as a keyword: nothing, where it has no int8."""
+        """Return the builder's keyword for calibration; empty where the builder has no int8."""
         manifest, images = self.bundle.manifest, slice(0, CALIBRATION)
         if "int8" not in builder(manifest.backend).STORAGE:
             return {}
@@ -393,7 +393,7 @@ def _coarsest(types: Types) -> str:
 
 
 def _types(bundle: Bundle) -> tuple[Types, Types]:
-    """Of encoder and loop."""
+    """Return the types of encoder and loop."""
     precision = bundle.manifest.precision
     return Types(precision.asked, precision.compute), Types(precision.loop, precision.compute)
 

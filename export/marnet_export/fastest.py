@@ -43,7 +43,7 @@ _SETTLE = 0.05  # seconds; a deployed process has one runtime, here they share t
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of one backend."""
+    """This is what became of one backend."""
 
     backend: str
     outcome: str  # passed, refused, crashed, unavailable
@@ -173,7 +173,7 @@ def _build_apart(
 
 
 def _cause(done: subprocess.CompletedProcess[str]) -> str:
-    """How a process ended, and the last thing that it said."""
+    """Say how a process ended, and the last thing that it said."""
     number = done.returncode
     how = f"signal {signal.Signals(-number).name}" if number < 0 else f"exit code {number}"
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What a bundle is, whether it is sound, and how it differs from another.
+"""Describe a bundle, check whether it is sound, and compare it with another.
 
 Needs the SDK, and to run a bundle its backend; neither torch nor the export extra.
 """
@@ -84,7 +84,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def fidelity_of(bundle: Bundle) -> dict[str, Any]:
-    """What the export measured, as it wrote it."""
+    """Read the fidelity that the export measured, as it wrote it."""
     return json.loads(bundle.file(FIDELITY).read_text("utf-8"))
 
 
@@ -121,7 +121,7 @@ def sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def sentence(fidelity: Mapping[str, Any]) -> str:
-    """fidelity.json in one line."""
+    """Say in one line what fidelity.json holds."""
     low, high = fidelity["top1_interval"]
     return (
         f"verified on {fidelity['images']} images: top-1 agreement "
@@ -134,7 +134,8 @@ def sentence(fidelity: Mapping[str, Any]) -> str:
 
 
 def check_here(bundle: Bundle) -> list[Check]:
-    """Whether a bundle whose bytes are right runs on this machine, as far as it can tell itself.
+    """Check whether a bundle whose bytes are right runs on this machine, as far as it can tell
+    itself.
 
     Raises:
         MissingExtra, BackendUnavailable, BundleFormatError: it cannot be opened at all.
@@ -225,7 +226,7 @@ def check_second_process(bundle: Bundle, classifier: Classifier | None) -> Check
 
 @dataclass(frozen=True)
 class Answers:
-    """What two bundles say to the same images."""
+    """These are the answers of two bundles to the same images."""
 
     images: int
     differ: list[tuple[str, str, str]]  # image, label of the first, of the second
@@ -244,14 +245,14 @@ def manifest_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
 
 
 def receipt_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """The same of the receipts."""
+    """List the shares in which the receipts of two bundles differ."""
     receipts = [x.manifest.precision.receipt for x in (a, b)]
     flat = [flatten({part: asdict(share) for part, share in r.items()}) for r in receipts]
     return differences(*flat)
 
 
 def fidelity_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """The same of what the exports measured."""
+    """List the figures in which the measurements of two exports differ."""
     flat = []
     for bundle in (a, b):
         content = fidelity_of(bundle)

@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified bundle.
+"""Turn a checkpoint into a verified bundle.
 
 Everything is built in a temporary folder beside the target, which is renamed into place last: an
 export that fails or is killed leaves nothing half-written.
@@ -161,7 +161,7 @@ def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, str, str]], str]:
-    """What the rewrites save, without building anything: rows for a table, and a sentence."""
+    """Tell what the rewrites save, without building anything: rows for a table, and a sentence."""
     checkpoint = load_checkpoint(checkpoint_path)
     steps = None if settings.steps == "auto" else settings.steps
     precision = "fp32" if settings.precision == "auto" else settings.precision
@@ -179,7 +179,7 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
 
 
 def about_loop(plan: Plan, table: SamplerTable, samples: int, noise: str) -> list[str]:
-    """What answering with this sampler costs behind the encoder, in a line or two."""
+    """Say in a line or two what answering with this sampler costs behind the encoder."""
     if not table.timesteps:
         return ["no reverse loop: the alignment branch answers"]
     costs = [plan.noise_cost(table)] if noise == "image" else []
@@ -187,7 +187,7 @@ def about_loop(plan: Plan, table: SamplerTable, samples: int, noise: str) -> lis
 
 
 def trained_samples(config: Any) -> int:
-    """How many noise samples an image meets in the process as trained."""
+    """Count the noise samples that an image meets in the process as trained."""
     return getattr(config, "samples", 1)
 
 
@@ -317,7 +317,7 @@ class _Job:
             )
 
     def calibration(self, arrays: dict[str, NDArray], sampling: Sampling) -> Calibration:
-        """What ranges of activations are measured on."""
+        """Return the arrays that ranges of activations are measured on."""
         images = slice(0, CALIBRATION)
         tables = make_tables(arrays, sampling, sampling.with_loop, seed=sampling.seed, samples=1)
         return Calibration(
@@ -328,7 +328,7 @@ class _Job:
         )
 
     def read_receipt(self, types: tuple[Types, Types], sampling: Sampling) -> dict[str, Share]:
-        """What was built, in which types; see `receipt`.
+        """Read the types of what was built; see `receipt`.
 
         Raises:
             VerificationFailed: it is not what was asked for.
@@ -346,7 +346,9 @@ class _Job:
         return receipt(products, steps, sampling.point.samples)
 
     def write_beside(self, built: Built, fidelity: Fidelity) -> None:
-        """What travels with the payload: golden answers, ready tables, text encoder, checkpoint."""
+        """Write what travels with the payload: golden answers, ready tables, text encoder,
+        checkpoint.
+        """
         _write_golden(self.fresh, self.images, built, self.checkpoint.preprocess, fidelity)
         sampling = built.sampling
         if sampling.noise == "shared" and sampling.point.timesteps:
@@ -490,7 +492,7 @@ class _Job:
         return default
 
     def noise_matters(self, built: Built, table: SamplerTable) -> dict[str, Any]:
-        """How answers at the default point depend on the noise."""
+        """Measure how answers at the default point depend on the noise."""
         sampling = built.sampling
         floor = instability_floor(self.reference, table, sampling.seed, sampling.point.samples)
         self.say(
@@ -523,7 +525,7 @@ class _Job:
         )
 
     def options(self, arrays: dict[str, NDArray], sampling: Sampling) -> dict[str, Any]:
-        """What the builder takes beside model and types."""
+        """Return the keywords that the builder takes besides model and types."""
         module = builder(self.settings.backend)
         calibration = self.calibration(arrays, sampling)
         more = {"calibration": calibration} if "int8" in module.STORAGE else {}

@@ -1,4 +1,4 @@
-"""int8 by post-training quantisation: what the backends share.
+"""Quantise to int8 after training: what the backends share.
 
 A product is int8 times int8: its weights have a scale for each output, its activations one scale
 and zero point. These are static and come from calibration images, so no answer depends on the other
@@ -129,7 +129,7 @@ def loop_ranges(lowered: Lowered, calibration: Calibration) -> dict[str, Range]:
 
 @contextmanager
 def _watched(step: Step) -> Iterator[tuple[dict[str, tuple[float, float]], set[str]]]:
-    """What each `Matrix` of a step meets inside, and which of them `gain` uses."""
+    """Record the range of values that each `Matrix` of a step meets, and which `gain` uses."""
     seen: dict[str, tuple[float, float]] = {}
     repeated: set[str] = set()
     gain, gaining = step.gain, False

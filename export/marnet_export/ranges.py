@@ -64,11 +64,11 @@ class Headroom:
 
     @property
     def is_tight(self) -> bool:
-        """Whether images that were not tried might well go beyond the limit."""
+        """Tell whether images that were not tried might well go beyond the limit."""
         return self.largest * MARGIN > self.limit
 
     def sentence(self) -> str:
-        """What `marnet-export` says about it, in one line."""
+        """Say in one line how much headroom there is, for `marnet-export`."""
         found = (
             f"largest activation on {self.images} images: {self.largest:.4g} at {self.layer}; "
             f"fp16 holds up to {self.limit:,.0f}"

@@ -64,7 +64,9 @@ class Variant:
             )
 
     def options(self, layout: Layout) -> tuple[str, ...]:
-        """For compile_cubin. Raises ValueError where the kernel cannot be built like that."""
+        """Return the options for `compile_cubin`; ValueError where the kernel cannot be built like
+        that.
+        """
         self._check(layout)
         macros = {
             "HP": layout.padded,
@@ -80,7 +82,7 @@ class Variant:
         return (*(f"-D{name}={value}" for name, value in macros.items()), "--fmad=false")
 
     def blocks(self, layout: Layout) -> int:
-        """Of one group."""
+        """Count the blocks of one group."""
         return layout.ctas // self.tiles
 
     def grid(self, layout: Layout) -> tuple[int, int]:
@@ -89,7 +91,9 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: two places for the partial sums of 8 warps, and what its threads keep."""
+        """Count the shared memory of a block: two places for the partial sums of 8 warps, and what
+        its threads keep.
+        """
         chunk = min(self.rows, _CHUNK[self.tiles])
         partial = 2 * 8 * chunk * (_FEATURES * self.tiles + 4)  # rows padded against conflicts
         return 4 * partial + 8 * 256 * (2 + 4 * (self.rows // chunk))
@@ -316,7 +320,7 @@ def cleared(
 
 @dataclass(frozen=True)
 class Resources:
-    """What the kernel takes of the device."""
+    """These are the resources of the device that the kernel takes."""
 
     registers: int  # a thread
     spill_bytes: int

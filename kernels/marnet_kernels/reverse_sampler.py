@@ -150,7 +150,7 @@ class Layout:
 
     @property
     def threads(self) -> int:
-        """Of a CTA."""
+        """Count the threads of a CTA."""
         return self.warps * _LANES
 
     @property
@@ -220,7 +220,7 @@ class Layout:
         return sizes
 
     def total_bytes(self, images: int, samples: int, noises: int, steps: int) -> int:
-        """Of all buffers of one launch."""
+        """Count the bytes of all buffers of one launch."""
         return sum(self.buffers(images, samples, noises, steps).values())
 
 
@@ -327,7 +327,7 @@ def pack_tables(
 
 
 def pack_condition(q: ArrayLike) -> NDArray[np.float32]:
-    """q [B, H] -> [B, Hp]."""
+    """Pad q [B, H] to [B, Hp]."""
     rows = _float32("q", q)
     if rows.ndim != 2 or not rows.size:
         raise ValueError(
@@ -370,7 +370,8 @@ def reverse_sampler_reference(
     exchange: Exchange = "counter",
     noise: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """h3 of the last step [B, K, H], from the packed arrays: q [B, Hp], [S, 4], [S, N, K, Hp].
+    """Compute h3 of the last step [B, K, H], from the packed arrays: q [B, Hp], [S, 4],
+    [S, N, K, Hp].
 
     noise: `draws` of width Dp, where the kernel makes the noise; bias is [S, 1, 1, Hp] then.
 
@@ -433,7 +434,7 @@ def noise_reference(
 
 
 def to_bits(values: NDArray[np.float32], dtype: Operand) -> NDArray[np.uint16]:
-    """float32 -> bits of fp16 or bf16, to nearest with ties to even; beyond the range is inf."""
+    """Round float32 to bits of fp16 or bf16, ties to even; beyond the range is inf."""
     if dtype == "fp16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint16)
@@ -518,7 +519,7 @@ def _last_hidden(
     slope: float,
     exchange: Exchange,
 ) -> NDArray[np.float32]:
-    """h3 [B, K, Hp] of one step, from state [B, K, Hp], q [B, Hp] and bias [N, K, Hp]."""
+    """Compute h3 [B, K, Hp] of one step, from state [B, K, Hp], q [B, Hp] and bias [N, K, Hp]."""
     h1 = _leaky(state + q[:, None] + bias, slope)
     h2 = layer_reference(packed, "hidden2", h1, slope, exchange=exchange)
     return layer_reference(packed, "hidden3", h2, slope, exchange=exchange)

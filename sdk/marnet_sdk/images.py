@@ -146,7 +146,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def _hint(image: object) -> str:
-    """What to do with something of another library."""
+    """Say what to do with an object of another library; the hint is empty for any other input."""
     if isinstance(image, Mapping):
         return ": of a row of a data set pass the image alone, such as row['image']"
     if hasattr(image, "__dlpack__"):
@@ -175,7 +175,7 @@ def _read(path: str | os.PathLike[str], source: str, limits: Limits) -> bytes:
 
 
 def _read_open(file: Any, source: str, limits: Limits) -> bytes:
-    """What is left in a file that somebody opened, and one byte more than allowed at most."""
+    """Read what is left in a file that somebody opened, at most one byte more than allowed."""
     try:
         data: Any = file.read(limits.max_bytes + 1)
     except UnicodeDecodeError:  # it was opened as text

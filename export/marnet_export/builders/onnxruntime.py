@@ -172,7 +172,9 @@ def _silent_root_logger() -> Iterator[None]:
 
 @torch.library.custom_op("marnet::matmul_int8", mutates_args=())
 def _matmul_int8(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    """x [..., I] on steps of its range, times stored int8 [I, O] with scale [O] -> [..., O]"""
+    """Multiply x [..., I], on steps of its range, with stored int8 [I, O] of scale [O]; returns
+    [..., O].
+    """
     on_steps = (torch.round(x / step) + zero).clamp(0, LEVELS - 1) - zero
     return (on_steps * step) @ (stored.float() * scale)
 
@@ -385,7 +387,9 @@ def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
 
 
 def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
-    """In which type everything that is made of stored values alone is stored, by its name."""
+    """Map the name of everything that is made of stored values alone to the type in which it is
+    stored.
+    """
     largest = {
         tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
         for tensor in _initializers(graph)

@@ -129,7 +129,7 @@ def build_refine(
 
 
 def _quantise_encoder(graph: Any, images: Floats) -> Any:
-    """The same graph with products in int8; images [N, 3, H, W].
+    """Return the graph with its products in int8; images [N, 3, H, W].
 
     NNCF's mode for transformers keeps residual sums float and spreads outlying channels over
     activations and weights (SmoothQuant); on ResNets it is more accurate too. Some settings are not
@@ -193,7 +193,7 @@ class _Loop:
         raise NotImplementedError
 
     def refined(self, x_v: Any, coefficients: Any, bias: Any) -> list[Any]:
-        """x_v [B, D_v], coefficients [S, 3], bias [S, N, K, R] -> x_CDR [B, K, D].
+        """Map x_v [B, D_v], coefficients [S, 3] and bias [S, N, K, R] to x_CDR [B, K, D].
 
         Twice: with the term of the estimate before, and without.
         """
@@ -236,7 +236,7 @@ class _PlanLoop(_Loop):
     """The sampling plan, operator by operator."""
 
     def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range]) -> None:
-        """ranges: of the inputs of the products that are int8, by their names in `PlanStep`."""
+        """`ranges` are those of the inputs of the int8 products, by their names in `PlanStep`."""
         self.plan, self.ranges = plan, ranges
         self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
 
@@ -253,7 +253,8 @@ class _PlanLoop(_Loop):
         return self.linear("output", self.hidden(state, q, row, place="last "), *self.plan.output)
 
     def hidden(self, state: Any, condition: Any, bias: Any, *, place: str = "") -> Any:
-        """h3 of one step. state [B, K, W], condition [B, 1, H], bias [N, K, H] -> [B, K, H]
+        """Compute h3 [B, K, H] of one step, from state [B, K, W], condition [B, 1, H] and bias [N,
+        K, H].
 
         place: in the graph; begins the names of the products, which must differ.
         """
@@ -267,7 +268,7 @@ class _PlanLoop(_Loop):
     def linear(
         self, name: str, x: Any, weight: NDArray, bias: NDArray | None = None, *, place: str = ""
     ) -> Any:
-        """x [..., I], weight [O, I], bias [O] -> [..., O]."""
+        """Map x [..., I] with weight [O, I] and bias [O] to [..., O]."""
         if name in self.ranges:
             x, factor = _on_steps(x, self.ranges[name]), _quantised(weight)
         else:
@@ -325,7 +326,7 @@ def _inlined(
 
 
 def _on_steps(x: Any, values: Range) -> Any:
-    """x on the steps of its range: what the runtime turns into uint8."""
+    """Put x on the steps of its range, which the runtime turns into uint8."""
     low, high = map(_constant, values.ends)
     return op.fake_quantize(x, low, high, low, high, LEVELS)
 
@@ -361,7 +362,9 @@ def _keep_float32(node: Any) -> Any:
 
 
 def _head(lowered: Lowered, x_v: Any, x_cdr: Any) -> list[Any]:
-    """logits [B, K, C] and fused features [B, K, D_f] from x_v [B, D_v] and x_CDR [B, K, D]."""
+    """Compute logits [B, K, C] and fused features [B, K, D_f] from x_v [B, D_v] and x_CDR
+    [B, K, D].
+    """
     example = torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width)
     graph = _convert(lowered.head, *example)
     for node in graph.get_ordered_ops():
@@ -489,8 +492,9 @@ def _products_of(part: str, graph: Any, executed: Sequence[Any]) -> Iterator[Pro
 
 
 def _matched(nodes: Sequence[Any], executed: Sequence[Any]) -> list[Any]:
-    """What runs for each node of a graph: by its name, or where a rewrite has lost that, the first
-    of the same sizes that runs for no other."""
+    """Map each node of a graph to what runs for it: by its name, or where a rewrite has lost that,
+    the first of the same sizes that runs for no other.
+    """
     ran: dict[str, int] = {}
     sums: dict[str, int] = {}  # a product with a bias may run under the name of their sum
     for i, run in enumerate(executed):

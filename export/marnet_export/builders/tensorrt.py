@@ -69,7 +69,7 @@ _OPSET = 23  # the first with an operator for attention, which TensorRT runs as 
 
 
 def targets(payload: Path) -> list[str]:
-    """Which libraries and GPUs the payload has engines for."""
+    """List the libraries and GPUs that the payload has engines for."""
     return [str(engines) for engines in read_index(payload)]
 
 
@@ -320,7 +320,7 @@ def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
 
 
 class _Images(CalibrationDataReader):
-    """What the quantiser asks for inputs, a batch at a time."""
+    """This hands images to the quantiser, a batch at a time."""
 
     def __init__(self, pixels: Floats, batch: int = 16) -> None:
         self._batches = iter(np.array_split(pixels, -(-len(pixels) // batch)))
@@ -372,7 +372,7 @@ def open_reference(payload: Path, threads: int | None) -> Backend:
 
 
 def open_text_reference(payload: Path, threads: int | None) -> TextEncoder:
-    """The same for the text encoder."""
+    """Open the graph that the text encoder's engine was compiled from, in ONNX Runtime."""
     session = _session(payload / TEXT, threads)
 
     def encode(ids: Integers, mask: Integers) -> Floats:

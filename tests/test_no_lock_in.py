@@ -51,11 +51,12 @@ def program(backend: str) -> str:
         [
             ("onnxruntime", "fp32"),
             ("onnxruntime", "fp16"),
+            ("openvino", "fp32"),
             ("openvino", "fp16"),
             ("torchscript", "fp16"),
             ("aotinductor", "fp32"),
         ],
-        {("onnxruntime", "fp32"), ("openvino", "fp16"), ("torchscript", "fp16")},
+        {("onnxruntime", "fp32"), ("openvino", "fp32"), ("torchscript", "fp16")},
         many=True,
     ),
 )

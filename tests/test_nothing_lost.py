@@ -36,11 +36,11 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(digits, recipe
     assert [path.name for path in out.parent.iterdir() if "partial" in path.name] == []
 
 
-@pytest.mark.parametrize("kills", kept([1, 3], {1}))
-def test_a_killed_export_leaves_the_previous_bundle(kills, checkpoint, tmp_path):
+@pytest.mark.slow
+def test_a_killed_export_leaves_the_previous_bundle(checkpoint, tmp_path):
     out = tmp_path / "bundles/quick.marnet"
     target = Target(export_command(checkpoint, out), out, answers, tmp_path / "log")
-    torment(target, kills, rng=random.Random(1))
+    torment(target, kills=2, rng=random.Random(1))
 
 
 _EVERY_EVENT = """
@@ -132,7 +132,7 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_once_there_is_space(
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of util-linux")
 @pytest.mark.parametrize(
-    "backend", kept(["onnxruntime", "openvino", "torchscript"], {"onnxruntime"})
+    "backend", kept(["onnxruntime", "openvino", "torchscript"], {"torchscript"})
 )
 def test_an_export_on_a_full_disk_leaves_the_previous_bundle(
     backend, bundle_of, checkpoint, tmp_path

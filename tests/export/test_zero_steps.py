@@ -143,6 +143,7 @@ def test_the_receipt_counts_the_encoder_and_the_two_matrices(zero, bundle_of):
     assert found["all"].multiply_adds == own + plain["encoder"].multiply_adds
 
 
+@pytest.mark.slow
 def test_the_head_is_float32_whatever_the_precision(zero_bundle):
     arrays = load_file(zero_bundle("torchscript", "fp16") / "payload/alignment.safetensors")
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from readme import README, ROOT, WALKTHROUGH, blocks, main_job, run, run_each, words, written_output
 
 PAGES = [
@@ -18,6 +22,47 @@ _LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
+COMMANDS = [
+    line
+    for kind, text in [*blocks(README), *blocks(WALKTHROUGH)]
+    if kind == "bash"
+    for line in text.splitlines()
+]
+LONG = ("marnet-train data digits", "marnet-train fit", "marnet-export", "marnet-bench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_has_these_options(command: str) -> None:
+    name, *words = shlex.split(command)
+    (script,) = entry_points(group="console_scripts", name=name)
+    result = CliRunner().invoke(script.load(), [*words, "--help"])
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.fixture
+def finished(tmp_path: Path, digits, checkpoint, bundle_of, swept_bundle) -> Path:
+    """A folder in which the long commands of the README have run, on a quick training."""
+    made = {
+        "data/digits": digits,
+        "runs/digits": checkpoint,
+        "bundles/digits-fp16.marnet": bundle_of("torchscript", "fp16"),
+        "bundles/digits-onnxruntime-fp16.marnet": bundle_of("onnxruntime", "fp16"),
+        "bundles/digits-openvino-fp32.marnet": swept_bundle,  # of another backend
+    }
+    for name, source in made.items():
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path
+
+
+def test_what_is_not_long_in_the_readme_runs_in_order(finished: Path) -> None:
+    for kind, text in [*blocks(README), *blocks(WALKTHROUGH)]:
+        if kind == "bash":
+            lines = text.splitlines()
+            text = "\n".join(line for line in lines if not line.startswith(LONG))
+        run(kind, text, finished)
+
+
+@pytest.mark.slow
 def test_every_block_of_readme_and_walkthrough_runs_in_order(tmp_path: Path) -> None:
     printed = run_each(main_job(), tmp_path)
     (program,) = (run(k, text, tmp_path) for k, text in blocks(README) if k == "python")

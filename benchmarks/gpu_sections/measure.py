@@ -188,20 +188,6 @@ class Memory(dict[str, Tensor]):
         return {name: tensor.data_ptr() for name, tensor in self.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """A kernel that writes `out`, with the memory that must live as long."""
-
-    machine: Machine
-    enqueue: Callable[[int], None]  # on a stream
-    out: Tensor
-    memory: Memory
-
-    def __call__(self) -> Tensor:
-        self.enqueue(self.machine.stream)
-        return self.out
-
-
 def spread(values: Values) -> dict[str, float]:
     """Median, 10th, 90th and 99th percentile, and the number of samples."""
     names, found = ("p10", "median", "p90", "p99"), np.percentile(values, (10, 50, 90, 99))

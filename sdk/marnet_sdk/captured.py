@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from marnet_sdk.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
 Batch = tuple[int, int]  # of a profile: least and most rows
-Rows = TypeVar("Rows", bound="NDArray[Any] | DeviceRows")
 
 # Each shape holds memory on the GPU for as long as it is kept, once for each worker.
 MOST_CAPTURES, MOST_LANES = 16, 2

@@ -42,7 +42,7 @@ def test_the_fastest_bundle_is_held_to_the_fastest_peer_of_its_precision(script)
     assert found == [("marnet a bf16", "y bf16", 2.0), ("marnet c int8", "y bf16", 4.0)]
 
 
-@pytest.mark.slow
+@pytest.mark.hour
 @pytest.mark.parametrize("model", ["vit-b16", "swin-t", "resnet-50"])
 def test_a_model_of_real_size_is_exported_and_measured_in_every_form(model):
     day = datetime.now(UTC).date().isoformat()

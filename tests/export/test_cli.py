@@ -42,6 +42,7 @@ LENIENT = ("--min-agreement", "0.98", "--no-text")
 TORCHSCRIPT = ("--backend", "torchscript", *LENIENT)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_becomes_a_bundle_of_the_fastest_backend(workplace, monkeypatch):
     backends = ("onnxruntime", "tensorrt", "torchscript")
     chosen = {name: fastest.BUILDERS[name] for name in backends}
@@ -74,6 +75,7 @@ def test_the_newest_checkpoint_becomes_a_bundle_named_after_it(workplace):
     assert next_line in said
 
 
+@pytest.mark.slow
 def test_the_bundle_of_the_last_export_is_replaced_by_the_next(workplace):
     """The default name is of our own choosing; a name that was given is protected, see below."""
     for seed in ("1", "2"):
@@ -92,6 +94,7 @@ def test_backend_precision_steps_and_seed_reach_the_bundle(workplace):
     assert (len(manifest.sampling.point.timesteps), manifest.sampling.seed) == (5, 11)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_called_dot_still_names_its_bundle_after_its_folder(workplace, monkeypatch):
     monkeypatch.chdir(workplace / "runs/older")
     assert export("--checkpoint", ".", *TORCHSCRIPT).exit_code == 0
@@ -143,6 +146,7 @@ def test_a_type_that_the_backend_cannot_compute_in_is_refused_with_one_that_can(
     assert not Path("bundles").exists()
 
 
+@pytest.mark.slow
 def test_an_existing_bundle_of_a_given_name_is_replaced_only_by_force(workplace):
     assert export("-o", "b", *TORCHSCRIPT).exit_code == 0
     refused = export("-o", "b", "--seed", "1", *TORCHSCRIPT)

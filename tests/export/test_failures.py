@@ -309,6 +309,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_is_stopped_while_it_builds_leaves_nothing_that_is_seen(small, tmp_path):
     command = [sys.executable, "-c", _STOPPED, str(tmp_path), str(small)]
     one = os.environ | {"OMP_NUM_THREADS": "1"}  # no child finds libgomp's threads after a fork
@@ -329,6 +330,7 @@ def test_an_export_that_is_stopped_while_it_builds_leaves_nothing_that_is_seen(s
     assert [entry.name for entry in killed.iterdir()] == ["b"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_search_for_the_fastest_leaves_goes_with_the_next_export(
     small, out, monkeypatch
 ):

@@ -58,6 +58,7 @@ def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(chec
     assert [entry.name for entry in path.parent.iterdir()] == ["auto.marnet"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_backends")
 def test_a_builder_that_crashes_is_a_line_of_the_report(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()

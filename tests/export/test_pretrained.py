@@ -25,6 +25,7 @@ from marnet_train.encoders import TEXT, VISION, write_encoders
 from marnet_train.recipe import load_recipe
 from marnet_train.trainer import fit
 
+pytestmark = pytest.mark.slow  # three trainings and an export of encoders of real size
 RECIPE = """
 dim = 16
 hidden = 32

@@ -16,6 +16,7 @@ import torch
 from calibration import calibrate
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import FLOAT32_TWICE, INT8
 
@@ -223,7 +224,9 @@ def test_a_trained_model_gives_the_same_labels_in_int8(backend, opened, trained)
     assert 1e-4 < np.abs(got - want).max() / np.abs(want).max() < INT8
 
 
-@pytest.mark.parametrize(("steps", "samples"), [(1, 1), (1, 2), (2, 1), (20, 2)])
+@pytest.mark.parametrize(
+    ("steps", "samples"), kept([(1, 1), (1, 2), (2, 1), (20, 2)], {(1, 1), (20, 2)}, many=True)
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_int8_file_serves_every_batch_number_of_steps_and_samples(
     backend, steps, samples, opened, trained
@@ -257,6 +260,7 @@ def test_an_int8_answer_does_not_depend_on_the_other_images(backend, opened, tra
         np.testing.assert_allclose(answer(images)[:1], alone, rtol=FLOAT32_TWICE, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_images_give_the_same_int8_weights_and_scales(backend, built, trained, tmp_path):
     model, pixels = trained
@@ -273,6 +277,7 @@ def weights_of(path: Path) -> list[bytes]:
     return [tensor.SerializeToString() for tensor in onnx.load(path).graph.initializer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_encoder_and_a_loop_may_have_types_of_their_own(backend, trained, tmp_path):
     model, pixels = trained
@@ -308,6 +313,7 @@ def test_without_nncf_the_pip_line_is_named(monkeypatch, tmp_path):
         build("openvino", lower(model), calibrate(model, steps=3), tmp_path / "p", INT8_TYPES)
 
 
+@pytest.mark.slow
 def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
     """NNCF has telemetry, a progress bar and a logger; ONNX Runtime's tools have loggers."""
     code = (

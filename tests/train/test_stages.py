@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import kept
 from tiny_training import TINY, change, make_ready
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from torch import Tensor, nn
@@ -165,10 +166,11 @@ class Stop(KeyboardInterrupt):
     """What Ctrl-C raises, told apart from a real one."""
 
 
-@pytest.mark.parametrize(
-    "moment", ["text", "learning rate of the baseline, times 2", "beta 0.5", "gamma of +MLP 1",
-               "gamma of refinement 0.08333", "refinement", "refined head", "fusion"],
-)  # fmt: skip
+MOMENTS = ["text", "learning rate of the baseline, times 2", "beta 0.5", "gamma of +MLP 1",
+           "gamma of refinement 0.08333", "refinement", "refined head", "fusion"]  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", kept(MOMENTS, {"beta 0.5", "refinement"}))
 def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(
     moment: str,
     searched: tuple[Trained, Progress],

@@ -215,7 +215,7 @@ class Built:
     def __init__(
         self, backend: Backend, plan: dict[str, NDArray], sampling: Sampling, pixels: Floats
     ) -> None:
-        """`pixels` are [N, 3, H, W]."""
+        """pixels: [N, 3, H, W]."""
         self.backend, self.plan, self.sampling, self.pixels = backend, plan, sampling, pixels
 
     @cached_property

@@ -129,7 +129,7 @@ def build_refine(
 
 
 def _quantise_encoder(graph: Any, images: Floats) -> Any:
-    """Return the graph with its products in int8; images [N, 3, H, W].
+    """The same graph with products in int8; images [N, 3, H, W].
 
     NNCF's mode for transformers keeps residual sums float and spreads outlying channels over
     activations and weights (SmoothQuant); on ResNets it is more accurate too. Some settings are not

@@ -177,7 +177,8 @@ def test_everything_but_products_is_float32(built, storage, compute):
     assert seen[kinds.RECURRENCE] == 2  # the state and the estimate before
 
 
-@pytest.mark.parametrize("compute", kept(["fp16", "bf16"], {"fp16"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_the_loop_s_state_is_summed_in_float32(compute, built, tmp_path):
     """2,000 steps of 2^-10 each: a sum in bfloat16 would stop growing at 1 / 4, in fp16 at 2."""
     width, one = 16, np.eye(16)

@@ -220,8 +220,9 @@ _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0-7, SOI: markers without a p
 _JPEG_DROPPED = {0xFE, *range(0xE1, 0xEE), 0xEF}  # COM, APP1-13, APP15; colour needs APP0 and 14
 _JPEG_END = b"\xff\xd9"
 _NO_JPEG_END = "the JPEG file ends before its image"
-# More than any decoder holds back, with all restart markers, so that it is not skipped.
-_JPEG_PAD = b"".join(bytes(range(17 + n, 33 + n)) + bytes((0xFF, 0xD0 + n)) for n in range(8))
+# More than the blocks that are decoded together can take, with each restart marker in turn.
+_JPEG_BLOCKS = bytes(i * 37 % 251 for i in range(10 * 64 * 27 // 8))  # of at most 27 bits a value
+_JPEG_PAD = _JPEG_BLOCKS + b"".join(bytes((0xFF, 0xD0 + n)) + _JPEG_BLOCKS for n in range(8))
 
 
 def _strip_jpeg(data: bytes) -> tuple[bytes, bytes, bool]:

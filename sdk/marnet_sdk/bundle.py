@@ -22,7 +22,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marnet_sdk.errors import BundleCorrupt, BundleError, BundleFormatError, InvalidInput, NotFound
+from marnet_sdk.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleFormatError,
+    InvalidInput,
+    NotFound,
+    brief,
+)
 from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.preprocess import Preprocess
 
@@ -226,7 +233,8 @@ def read_bundle(path: str | Path, *, lazily: bool = False) -> Bundle:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(
-            f"got {path!r} ({type(path).__name__}) as a bundle; expected the path of its folder"
+            f"got {brief(path)} ({type(path).__name__}) as a bundle; expected the path "
+            "of its folder"
         )
     path = Path(path)
     with _readable(path):

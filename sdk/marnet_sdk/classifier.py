@@ -40,6 +40,7 @@ from marnet_sdk.errors import (
     InvalidImages,
     InvalidInput,
     SelfTestFailed,
+    brief,
 )
 from marnet_sdk.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
 from marnet_sdk.prediction import Prediction, Score
@@ -104,8 +105,8 @@ class Classifier:
             threads = _positive("threads", threads)
         if device not in (None, *_DEVICES):
             raise InvalidInput(
-                f"device: got {device!r}, expected {' or '.join(_DEVICES)}; leave it out for the "
-                "device that the bundle was built for"
+                f"device: got {brief(device)}, expected {' or '.join(_DEVICES)}; leave it out for "
+                "the device that the bundle was built for"
             )
         bundle = read_bundle(path, lazily=True)
         manifest = bundle.manifest
@@ -278,9 +279,9 @@ class Classifier:
         batch_size, top_k = _positive("batch_size", batch_size), _positive("top_k", top_k)
         samples = self._number_of_samples(samples)
         if on_error not in ("raise", "return"):
-            raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
+            raise InvalidInput(f'on_error must be "raise" or "return", got {brief(on_error)}')
         if stop not in (None, "settled"):
-            raise InvalidInput(f'stop must be "settled" or None, got {stop!r}')
+            raise InvalidInput(f'stop must be "settled" or None, got {brief(stop)}')
         if stop:
             self._check_loop(f"stop: got {stop!r}")
         if stop and len(schedule(samples)) == 1:
@@ -429,7 +430,8 @@ class Classifier:
         expected = self.preprocess.output_shape
         good = isinstance(pixels, np.ndarray) and pixels.dtype == np.float32
         if not good or pixels.ndim != 4 or pixels.shape[1:] != expected:
-            got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else pixels
+            is_array = isinstance(pixels, np.ndarray)
+            got = f"{pixels.dtype} {pixels.shape}" if is_array else brief(pixels)
             raise InvalidInput(
                 f"logits() takes preprocessed pixels, float32 [B, {', '.join(map(str, expected))}],"
                 f" got {got}; for images use predict(), or preprocess.pixels(images)"
@@ -695,7 +697,8 @@ def _positive(name: str, value: int) -> int:
         number = operator.index(value)
     except TypeError as error:
         raise InvalidInput(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass 1 or more"
+            f"{name} must be an integer, got {brief(value)} ({type(value).__name__}); pass 1 or "
+            "more"
         ) from error
     if number < 1:
         raise InvalidInput(f"{name} must be at least 1, got {number}")
@@ -706,8 +709,8 @@ def _no_such_point(bundle: Bundle, name: str) -> str:
     points = bundle.manifest.sampling.points
     zero = f" or --steps 0, which add {ZERO!r}" if ZERO not in points else ""
     return (
-        f"operating_point: got {name!r}; {bundle.path} has {', '.join(points)}. More are made by "
-        f"exporting it again with marnet-export --steps auto{zero}"
+        f"operating_point: got {brief(name)}; {bundle.path} has {', '.join(points)}. More are made "
+        f"by exporting it again with marnet-export --steps auto{zero}"
     )
 
 

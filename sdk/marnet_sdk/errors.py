@@ -181,6 +181,12 @@ def requires_extra(extra: str, *modules: str) -> Iterator[None]:
         ) from error
 
 
+def brief(value: object) -> str:
+    """A value as messages repeat it: what was passed for it may be a whole file's text."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def nearest(word: str, choices: Sequence[str]) -> str:
     """ " Did you mean 'x'?" for the closest of `choices`, or nothing if none is close."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)

@@ -31,6 +31,7 @@ from marnet_sdk.errors import (
     InferenceError,
     InvalidInput,
     SelfTestFailed,
+    brief,
     requires_extra,
 )
 from marnet_sdk.tables import Floats, Integers
@@ -118,7 +119,7 @@ class TextEmbedder:
         if len(empty := np.flatnonzero(~mask.any(axis=1))):
             text = texts[empty[0]]
             raise InvalidInput(
-                f"text {start + empty[0]}: {text!r} gives no token; expected at least one word"
+                f"text {start + empty[0]}: {brief(text)} gives no token; expected at least one word"
             )
         x_s = self.encode(ids, mask)
         if len(bad := np.flatnonzero(~np.isfinite(x_s).all(axis=1))):

@@ -153,11 +153,15 @@ def _print_report(folder: Path, report: Report) -> None:
     from marnet_train.data.check import class_rows, summary_rows
 
     click.echo(f"{folder}: {report.layout}")
-    print_table("images", ("class", *report.images), class_rows(report))
-    print_table("texts and images", ("", "figures"), summary_rows(report))
+    if report.classes:
+        print_table("images", ("class", *report.images), class_rows(report))
+        print_table("texts and images", ("", "figures"), summary_rows(report))
+    problems = report.problems
     for title, lines, count in (
-        ("problems", report.problems.lines(), report.problems.count),
+        ("problems", problems.lines(), problems.count),
+        ("warnings", problems.warning_lines(), len(problems.warnings)),
         ("images in more than one split", report.leaks, report.leak_count),
+        ("warning: images that are nearly the same in two splits", report.near, report.near_count),
         ("warning: images that are several times in a split", report.repeats, report.repeat_count),
     ):
         if count:

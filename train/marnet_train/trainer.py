@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from marnet_sdk.console import say
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory, check_output
@@ -74,6 +75,8 @@ def fit(
     with _threads(threads):
         target = pick_device(device)
         folder = read_data_set(data)
+        for warning in folder.warnings:
+            say(f"warning: {warning}")
         decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
         with saved_progress(out, decisive, restart=restart) as run:
             ready = prepare(folder, recipe, seed, target)

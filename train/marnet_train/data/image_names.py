@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path, PureWindowsPath
 
+from marnet_train.data.looks import Looks, spelt_otherwise
+
 
 def is_encodable(text: str) -> bool:
     """Whether `text` has a UTF-8 form. JSON can spell lone surrogates, which have none."""
@@ -47,6 +49,7 @@ class ImageNames:
     def __init__(self, directory: Path) -> None:
         self._root = os.path.realpath(directory)
         self._listings: dict[str, frozenset[str]] = {}  # "" or "sub/folder/" -> names in it
+        self._looks: dict[str, Looks] = {}  # path of a folder -> names in it, however usable
 
     def fault(self, name: str) -> str | None:
         """What is wrong with `name`, or None if it is a file inside the split."""
@@ -85,4 +88,22 @@ class ImageNames:
         shown = quoted(name)
         if not self._is_inside(os.path.realpath(os.path.join(self._root, name))):
             return f'"file_name" {shown} is a link out of the split; copy the image into it'
-        return f"no image file {shown}; restore it or remove the line"
+        hint = spelt_otherwise(self._spelt_otherwise(name))
+        return f"no image file {shown}{hint}; restore it or remove the line"
+
+    def _spelt_otherwise(self, name: str) -> str | None:
+        """A file or folder in the split whose name looks like `name`."""
+        found: list[str] = []
+        for part in name.split("/"):
+            folder = os.path.realpath(os.path.join(self._root, *found))
+            if not self._is_inside(folder):
+                return None
+            if folder not in self._looks:
+                entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+                self._looks[folder] = Looks(entry.name for entry in entries)
+            like = self._looks[folder].like(part)
+            if like is None:
+                return None
+            found.append(like)
+        other = "/".join(found)
+        return other if other != name else None

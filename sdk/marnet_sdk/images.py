@@ -24,7 +24,6 @@ import os
 import re
 import stat
 import struct
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -45,6 +44,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
+from marnet_sdk.process import lock_free_in_children
 
 Buffer = bytes | bytearray | memoryview
 ImageInput = str | os.PathLike[str] | Buffer | IO[bytes] | Image.Image | NDArray[np.uint8]
@@ -357,7 +357,7 @@ def _tags(tiff: bytes) -> dict[int, int]:
     return tags
 
 
-_warning_filters = threading.Lock()
+_warning_filters = lock_free_in_children()
 
 
 @contextmanager

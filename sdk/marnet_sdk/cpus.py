@@ -32,6 +32,11 @@ class Cpus:
         """How many threads are worth having: one a core, and no more than the quota, rounded up."""
         return self.cores if self.quota is None else max(1, min(self.cores, ceil(self.quota)))
 
+    @property
+    def limited(self) -> bool:
+        """Whether the process may use less than the machine has."""
+        return self.allowed < self.machine or (self.quota or self.machine) < self.machine
+
     def __str__(self) -> str:
         quota = "" if self.quota is None else f", with a quota of {self.quota:.3g}"
         return f"{self.allowed} of {self.machine} CPUs ({self.cores} cores){quota}"

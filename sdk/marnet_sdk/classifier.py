@@ -46,7 +46,7 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
 from marnet_sdk.prediction import Prediction, Score
-from marnet_sdk.process import native
+from marnet_sdk.process import left_to_the_parent, native
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 from marnet_sdk.uncertainty import (
@@ -140,7 +140,7 @@ class Classifier:
             backend = open_backend(
                 manifest.backend, plan.parent, manifest.precision.compute, threads, self._device
             )
-        self._guard = Guarded(backend, bundle.path)
+        self._guard = Guarded(left_to_the_parent(backend), bundle.path)
         self._backend: Backend = self._guard
         name = operating_point or sampling.default
         for tested in dict.fromkeys([sampling.default, name]):
@@ -440,8 +440,8 @@ class Classifier:
         """The text encoder, opened at the first call."""
         with native(), self._text_lock:
             if self._text is None:
-                self._text = open_text_part(
-                    self.bundle, self._threads, self._mismatch, self._device
+                self._text = left_to_the_parent(
+                    open_text_part(self.bundle, self._threads, self._mismatch, self._device)
                 )
             return self._text
 

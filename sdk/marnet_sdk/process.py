@@ -8,6 +8,7 @@ the process with an abort. So both wait for native calls to return, and let none
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import sys
 from collections import Counter
@@ -16,7 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Condition, Lock, get_ident
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+T = TypeVar("T")
 
 
 class _State:
@@ -29,6 +33,7 @@ class _State:
 
 
 _state = _State()
+_left: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
@@ -59,6 +64,15 @@ def forked_with_torch() -> bool:
     with several of them waits for ever.
     """
     return _state.forked_with_torch
+
+
+def left_to_the_parent(native_object: T) -> T:
+    """The object, which is never destroyed in a forked child.
+
+    Its destructor would wait there for threads that exist in the parent alone.
+    """
+    _left.add(native_object)
+    return native_object
 
 
 def import_apart(name: str) -> None:
@@ -107,6 +121,8 @@ def _begin_child() -> None:
     _state = _State()
     _state.depth[get_ident()] = mine
     _state.forked_with_torch = "torch" in sys.modules
+    for native_object in list(_left):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native_object))
 
 
 def _end() -> None:

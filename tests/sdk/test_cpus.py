@@ -175,7 +175,7 @@ def test_what_the_user_says_about_waiting_stands(monkeypatch, name):
 @pytest.mark.parametrize(
     "code",
     [
-        "import marnet_train.trainer",
+        "import marnet_train, torch",
         "from marnet_sdk.backends.torch_cuda import check_types as c; c('x', 'fp32', 'cpu')",
     ],
 )

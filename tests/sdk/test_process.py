@@ -46,7 +46,8 @@ def inherited():
     try:
         several.predict(images)
     except MarnetError as error:
-        return f"{type(error).__name__} in process {os.getpid()}" if str(os.getpid()) in str(error)
+        assert str(os.getpid()) in str(error)
+        return f"{type(error).__name__} in process {os.getpid()}"
 
 def in_child(work):
     read, write = os.pipe()

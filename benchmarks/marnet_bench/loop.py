@@ -35,6 +35,7 @@ from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
+from marnet_sdk.cpus import check_threads, cpus
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_train.checkpoint import load_checkpoint
@@ -115,7 +116,7 @@ def run_loop(
     Returns:
         The report: plain data, as it is written to JSON.
     """
-    threads = threads or _cores()
+    threads = check_threads(threads) or cpus().threads
     model, described = _load(source)
     steps = model.config.schedule.steps if steps is None else steps
     problem = make_problem(model, sampler, steps)
@@ -152,15 +153,9 @@ def run_loop(
         "ratios": [r for b, taken in groups.items() for r in _equal_precision(b, taken)],
         "best": [r for b, taken in groups.items() for r in _best(b, taken, checks)],
         "missing": [asdict(m) for m in missing],
-        "environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")},
+        "environment": {n: os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "machine": describe_machine(),
     }
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from marnet_export.zero_steps import process_table
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
@@ -91,13 +92,12 @@ def load_peer(
     """Load the checkpoint of a bundle as its peer.
 
     Args:
-        threads: cores for torch in this process; None leaves its default.
+        threads: cores for torch in this process; None: as many as it may use.
 
     Raises:
         NotFound: `path` holds another checkpoint than the one that the bundle was made from.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     checkpoint = load_checkpoint(path)
     if checkpoint.sha256 != manifest.checkpoint_sha256:
         raise NotFound(

@@ -67,6 +67,7 @@ def run_batches(
         "operating_point": asdict(manifest.sampling.point),
         "steps": len(manifest.sampling.point.timesteps),
         "batch": batch,
+        "threads": classifier.runtime.threads,
         "lines": lines,
         "speedups": ratios,
         "fidelity": json.loads(bundle.file(FIDELITY).read_text("utf-8")),

@@ -45,6 +45,7 @@ from marnet_export.verify import (
 from marnet_export.zero_steps import alignment_head, answering, process_table
 from marnet_sdk.alignment import read_head
 from marnet_sdk.backends import open_backend
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import (
     PAYLOAD,
     PLAN,
@@ -135,6 +136,7 @@ def verify_again(
         CheckpointError, DataError, NotFound: there is nothing to hold it against.
         MissingExtra, BackendUnavailable: the bundle cannot be opened here.
     """
+    use_threads(None)
     checkpoint = load_checkpoint(checkpoint_path)
     images = load_images(data, checkpoint, say)
     found = Verification()

@@ -72,6 +72,7 @@ from marnet_export.zero_steps import (
     write_head,
 )
 from marnet_sdk.backends import why_unavailable
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.backends.torch_cuda import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
@@ -151,6 +152,7 @@ def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
         OutputError: no space, or the folder must not be written to.
     """
     check_output(output, overwrite=overwrite, replaceable=is_bundle)
+    use_threads(None)
     lock = output.absolute().parent / f".{output.name}.lock"
     with exclusive(lock):
         try:

@@ -86,6 +86,8 @@ class RuntimeReport:
     replays: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)  # plain runs by reason
     copies: int = 0  # batches on the device that were copied there and not read in place
+    threads: int | None = None  # of the processor, that one call computes with; None on a GPU
+    cpus: str = ""  # the CPUs that the process may use
 
 
 class Counts(NamedTuple):

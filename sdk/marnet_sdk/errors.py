@@ -139,6 +139,14 @@ class InferenceError(MarnetError):
     """The model gave something that is no answer, for example NaN."""
 
 
+class ClassifierClosed(MarnetError):
+    """A classifier that is used after its `close()`, or after its `with` block."""
+
+
+class WrongProcess(MarnetError):
+    """A classifier in a process that it was not opened in, where its threads do not exist."""
+
+
 class EnvironmentMismatch(MarnetError):
     """The machine or its packages lack what is asked for."""
 

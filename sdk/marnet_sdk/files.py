@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -265,6 +264,8 @@ def exclusive(lock: Path) -> Iterator[None]:
 
 
 def _open_locked(lock: Path) -> int:
+    import fcntl  # only here: a process that classifies needs none, and Windows has none
+
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)

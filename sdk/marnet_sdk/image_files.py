@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import re
 import struct
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, brief
+from marnet_sdk.process import lock_free_in_children
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
 
@@ -176,7 +176,7 @@ def _header(plugin: type[ImageFile], data: bytes) -> ImageFile:
     return image
 
 
-_warning_filters = threading.Lock()
+_warning_filters = lock_free_in_children()
 
 
 @contextmanager

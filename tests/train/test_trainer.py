@@ -187,10 +187,18 @@ def test_the_number_of_threads_is_used_recorded_and_put_back(
 
     monkeypatch.setattr(trainer, "train_all", spy)
     before = torch.get_num_threads()
+    monkeypatch.setattr("marnet_sdk.cpus.os.cpu_count", lambda: before + 1)
     training = fit(data, recipe, tmp_path / "run", threads=before + 1, device="cpu")
     assert used == [training["machine"]["threads"]] == [before + 1]
     assert json.loads((tmp_path / "run" / "training.json").read_text()) == training
     assert torch.get_num_threads() == before
+
+
+def test_more_threads_than_the_machine_has_are_refused(
+    data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match="threads: got 100000, but this machine has"):
+        fit(data, recipe, tmp_path / "run", threads=100_000)
 
 
 def test_test_images_choose_nothing_and_may_be_left_out(

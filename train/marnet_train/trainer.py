@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.console import say
+from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory, check_output
@@ -58,7 +60,8 @@ def fit(
     same settings goes on from there.
 
     Args:
-        threads: CPU threads to compute with; None leaves torch's own number.
+        threads: CPU threads to compute with; None: torch's own number, or fewer where this process
+            may use fewer CPUs (`marnet_sdk.cpus`).
         overwrite: replace the checkpoint at `out`.
         restart: discard what an interrupted training to `out` has done.
 
@@ -140,7 +143,7 @@ def _check_apart(data: Path, out: Path) -> None:
 def _threads(count: int | None) -> Iterator[None]:
     """Let torch compute with that many CPU threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
+    use_threads(check_threads(count))
     try:
         yield
     finally:

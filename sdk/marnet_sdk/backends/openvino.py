@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 from marnet_sdk.tables import Floats, Integers, Tables
 
@@ -59,6 +60,8 @@ def _compiled(
     """A graph for each choice of the outputs in the file."""
     ov = load_openvino()
     core = ov.Core()
+    # Mapped weights would change, or end the process, with a file that is written over.
+    core.set_property({"ENABLE_MMAP": False})
     if compute not in _COMPUTE:
         raise BackendUnavailable(
             f"openvino computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
@@ -132,7 +135,7 @@ def hidden(name: str) -> Iterator[None]:
 
 def compile_settings(compute: str, threads: int | None) -> dict[str, Any]:
     """Properties of compiled graphs; those not named here are OpenVINO's defaults."""
-    settings: dict[str, Any] = {
+    return {
         "PERFORMANCE_HINT": "LATENCY",
         # Never left to OpenVINO, which takes bfloat16 by itself where a CPU has it.
         "INFERENCE_PRECISION_HINT": "bf16" if compute == "bf16" else "f32",
@@ -141,10 +144,8 @@ def compile_settings(compute: str, threads: int | None) -> dict[str, Any]:
         # Every process would pin its first thread to the first core: measured to make two of them,
         # of one thread each, take 1.6 times as long.
         "ENABLE_CPU_PINNING": False,
+        "INFERENCE_NUM_THREADS": threads or cpus().threads,  # its own choice knows no quota
     }
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    return settings
 
 
 class _Graph:
@@ -155,6 +156,7 @@ class _Graph:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self._idle: deque[Any] = deque()
 
     def __call__(self, **arrays: Floats | Integers) -> list[Floats]:
@@ -173,6 +175,9 @@ class _Graph:
 class _OpenVino(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: _Graph, first_order: _Graph) -> None:
         self._encoder, self._refine, self._first_order = encoder, refine, first_order
+
+    def threads(self) -> int:
+        return self._encoder.threads
 
     def encode(self, pixels: Floats) -> Floats:
         (x_v,) = self._encoder(pixels=pixels)

@@ -36,6 +36,7 @@ from marnet_sdk.captured import (
     Shape,
     report,
 )
+from marnet_sdk.cpus import wait_briefly
 from marnet_sdk.driver import Gpu
 from marnet_sdk.errors import (
     BackendUnavailable,
@@ -45,6 +46,7 @@ from marnet_sdk.errors import (
     requires_extra,
 )
 from marnet_sdk.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.process import import_apart
 from marnet_sdk.tables import Floats, Integers, Tables
 
 # One image as it comes, and batches up to the 64 that `predict` makes when it is not told another
@@ -85,8 +87,9 @@ def check_types(backend: str, compute: str, device: str) -> None:
         MissingExtra: torch is not installed.
         BackendUnavailable: torch runs on no GPU here, or does not compute in this type there.
     """
+    wait_briefly()
     with requires_extra("torch", "torch"):
-        import torch  # noqa: F401
+        import_apart("torch")
     if device == "cuda":
         check_cuda(backend)
     types = COMPUTE[device]
@@ -294,7 +297,7 @@ class Cuda:
 
     def download(self, tensor: Any) -> Floats:
         """Waits until it is there."""
-        return tensor.cpu().numpy()
+        return tensor.cpu().numpy().copy()
 
     def capture(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], None], Any]:
         """What replays `run`, and the tensors that it then writes to.

@@ -7,7 +7,6 @@ its format are kept, so memory grows with the number of images and not with thei
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from marnet_sdk.console import track
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import DataError, ImageError
 from marnet_sdk.images import decode
 from marnet_train.data.dataset import scan_data_set
@@ -146,7 +146,7 @@ def _look_at_images(splits: Mapping[str, Sequence[Example]], report: Report) -> 
     seen: list[_Seen] = []
     thumbnails: dict[bytes, bytes] = {}  # by pixels
     places: dict[bytes, list[tuple[str, Example]]] = defaultdict(list)  # by pixels
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus().threads) as pool:
         looks = pool.map(_look, [example for _, example in everything])
         for place, look in zip(
             everything, track(looks, "check images", len(everything)), strict=True

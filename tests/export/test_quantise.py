@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,11 +17,14 @@ import torch
 from calibration import calibrate
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from tiny import make_model, plain_refine, tables_of
 from tolerances import FLOAT32_TWICE, INT8
+from torch import nn
 
 from marnet_export.builders import Calibration, Types, builder
 from marnet_export.lower import Lowered, lower, lower_marnet
+from marnet_export.pipeline import export_bundle
 from marnet_export.plan import make_plan
 from marnet_export.quantise import (
     IMAGES,
@@ -30,7 +34,9 @@ from marnet_export.quantise import (
     quantised_rows,
     require_calibration,
 )
+from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
+from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import ExportError, MissingExtra
 from marnet_sdk.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
@@ -333,3 +339,87 @@ def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("False\n", "")
     assert list(home.iterdir()) == []
+
+
+# An encoder that rounding hurts
+
+
+class Depthwise(nn.Module):
+    """Pointwise, depthwise and pointwise convolutions with ReLU6, as in EfficientNet-Lite.
+
+    Channels differ by a factor of a thousand before they are cut off at 6, and the weights of the
+    depthwise convolution by as much; they nearly cancel, so that rounding them moves the mean.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.ReLU6())
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU6())
+        self.narrow = nn.Conv2d(width, 16, 1)
+        ranges = torch.logspace(-1.5, 1.5, width)
+        with torch.no_grad():
+            for conv in (self.wide[0], self.depthwise):
+                conv.weight.mul_(ranges[:, None, None, None])
+            self.wide[0].bias.copy_(6 + ranges)
+            self.depthwise.weight.sub_(self.depthwise.weight.mean((2, 3), keepdim=True))
+            norm = self.norm[0]
+            norm.running_var.copy_(0.1 * ranges**2)
+            norm.bias.fill_(3.0)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.norm(self.depthwise(self.wide(pixels)))).mean((2, 3))
+
+
+def depthwise_errors(backend: str, payload: Path) -> Floats:
+    """Relative errors of the features of 20 images that were not calibrated on."""
+    encoder, model = Depthwise().eval(), make_model()
+    calibration = calibrate(model, steps=3)
+    calibration = replace(calibration, pixels=np.tanh(calibration.pixels))
+    build(backend, replace(lower(model), encoder=encoder), calibration, payload, INT8_TYPES)
+    images = np.tanh(np.random.default_rng(1).standard_normal((20, 3, 32, 32), np.float32))
+    got = open_backend(backend, payload, "fp32", 1).encode(images)
+    with torch.inference_mode():
+        want = encoder(torch.from_numpy(images)).numpy()
+    return np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
+    assert depthwise_errors(backend, tmp_path / "payload").max() < 0.01
+
+
+def spread_channels(weights: dict[str, np.ndarray]) -> None:
+    """The same function of the images, but channels inside of a ResNet's layers differ widely.
+
+    What is behind a ReLU may be larger, where the next convolution reads it with smaller weights.
+    """
+    for name in [
+        name
+        for name in weights
+        if "stages.0" in name and name.endswith("layer.0.normalization.weight")
+    ]:
+        factors = np.logspace(-3, 3, len(weights[name]), dtype=np.float32)
+        factors = np.random.default_rng(0).permutation(factors)
+        weights[name] *= factors
+        weights[name.replace(".weight", ".bias")] *= factors
+        weights[name.replace("0.normalization", "1.convolution")] /= factors[:, None, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_that_int8_hurts_most_stay_float_and_the_receipt_says_why(
+    backend, checkpoint, tmp_path
+):
+    shutil.copytree(checkpoint, tmp_path / "spread")
+    file, said = tmp_path / "spread" / "model.safetensors", []
+    weights = load_file(file)
+    spread_channels(weights)
+    save_file(weights, file)
+    settings = Settings(backend, "int8", steps=5, min_agreement=0.98, text=False, source=False)
+    export_bundle(tmp_path / "spread", tmp_path / "bundle", settings, say=said.append)
+    precision = read_bundle(tmp_path / "bundle").manifest.precision
+    assert all("alone in int8 moves the features by" in why for why in precision.kept.values())
+    assert any("1.convolution" in layer for layer in precision.kept)
+    assert 0 < precision.receipt["encoder"].compute["fp32"] < 0.6
+    assert any("of the image encoder in fp32" in line for line in said)

@@ -39,7 +39,7 @@ from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
 from marnet_export.lower import Lowered, Plan, lower
 from marnet_export.plots import plot_pareto, plot_risk_coverage
-from marnet_export.quantise import KEPT, MOST_KEPT, corrected, ranked
+from marnet_export.quantise import KEPT, MOST_KEPT, ranked
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
 from marnet_export.selection import (
@@ -371,7 +371,7 @@ class _Job:
                 "loop: try --loop-precision fp16"
             )
             return
-        blocks = ranked(corrected(self.lowered.encoder, pixels), pixels)
+        blocks = ranked(self.lowered.encoder, pixels)
         for count in KEPT:
             chosen = blocks[:count]
             if len(chosen) < count or sum(block.share for block in chosen) > MOST_KEPT:

@@ -239,7 +239,7 @@ def _product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     """What a layer makes of x without its bias, with another weight: [B, O, H, W] or [B, O]."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight).flatten(0, -2)
-    more = layer.stride, layer.padding, layer.dilation, layer.groups
+    more: Any = layer.stride, layer.padding, layer.dilation, layer.groups
     return F.conv2d(x, weight, None, *more)
 
 
@@ -284,17 +284,21 @@ class Block:
 
 @torch.no_grad()
 def ranked(encoder: nn.Module, pixels: Floats) -> list[Block]:
-    """The blocks of a `corrected` encoder, the one that int8 hurts most first.
+    """The blocks of an encoder, the one that int8 hurts most first.
 
     Args:
         pixels: [N, 3, H, W], real images.
     """
+    fixed, encoder = corrected(encoder, pixels), copy.deepcopy(encoder)
     pixels = pixels[:_RANKED_ON]
     ranges, sizes, want = _inputs(encoder, pixels)
     before = _convolutions_before(encoder, pixels)
     found = []
     for name, layers in _blocks(list(ranges)).items():
-        with _in_int8({encoder.get_submodule(n): ranges[n] for n in layers}):
+        with ExitStack() as stack:
+            for layer in layers:
+                pair = encoder.get_submodule(layer), fixed.get_submodule(layer)
+                stack.enter_context(_in_int8(*pair, ranges[layer]))
             error = float((_run(encoder, pixels) - want).norm() / want.norm())
         together = dict.fromkeys((*layers, *(before[n] for n in layers if n in before)))
         share = sum(sizes[n] for n in together) / sum(sizes.values())
@@ -348,20 +352,22 @@ def _blocks(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 @contextmanager
-def _in_int8(layers: dict[nn.Module, Range]) -> Iterator[None]:
-    """Inside, these layers have rounded weights and see inputs on the steps of their ranges."""
-
-    def on_steps(values: Range) -> Callable[..., tuple[Tensor, ...]]:
-        more = values.scale, values.zero_point, 0, LEVELS - 1
-        return lambda _, inputs: (torch.fake_quantize_per_tensor_affine(inputs[0], *more),)
-
-    with ExitStack() as stack:
-        for layer, values in layers.items():
-            assert isinstance(layer, Layer)
-            stack.callback(setattr, layer.weight, "data", layer.weight.data)
-            layer.weight.data = _rounded(layer.weight)
-            stack.callback(layer.register_forward_pre_hook(on_steps(values)).remove)
+def _in_int8(layer: nn.Module, fixed: nn.Module, values: Range) -> Iterator[None]:
+    """Inside, a layer has rounded weights, its corrected bias, and inputs on a range's steps."""
+    assert isinstance(layer, Layer)
+    assert isinstance(fixed, Layer)
+    steps = values.scale, values.zero_point, 0, LEVELS - 1
+    parameters = layer._parameters  # a bias may be None here, and a parameter there
+    before = dict(parameters)
+    parameters |= {"weight": nn.Parameter(_rounded(fixed.weight)), "bias": fixed.bias}
+    handle = layer.register_forward_pre_hook(
+        lambda _, inputs: (torch.fake_quantize_per_tensor_affine(inputs[0], *steps),)
+    )
+    try:
         yield
+    finally:
+        handle.remove()
+        parameters |= before
 
 
 def kept_nodes(

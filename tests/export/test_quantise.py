@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,8 +31,10 @@ from marnet_export.quantise import (
     IMAGES,
     LEVELS,
     Range,
+    kept_nodes,
     loop_ranges,
     quantised_rows,
+    ranked,
     require_calibration,
 )
 from marnet_export.settings import Settings
@@ -354,17 +357,19 @@ class Depthwise(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.wide = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.ReLU6())
+        wide, norm = nn.Conv2d(3, width, 1), nn.BatchNorm2d(width)
+        self.wide = nn.Sequential(wide, nn.BatchNorm2d(width), nn.ReLU6())
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU6())
+        self.norm = nn.Sequential(norm, nn.ReLU6())
         self.narrow = nn.Conv2d(width, 16, 1)
         ranges = torch.logspace(-1.5, 1.5, width)
         with torch.no_grad():
-            for conv in (self.wide[0], self.depthwise):
-                conv.weight.mul_(ranges[:, None, None, None])
-            self.wide[0].bias.copy_(6 + ranges)
+            for weight in (wide.weight, self.depthwise.weight):
+                weight.mul_(ranges[:, None, None, None])
+            assert wide.bias is not None
+            wide.bias.copy_(6 + ranges)
             self.depthwise.weight.sub_(self.depthwise.weight.mean((2, 3), keepdim=True))
-            norm = self.norm[0]
+            assert norm.running_var is not None
             norm.running_var.copy_(0.1 * ranges**2)
             norm.bias.fill_(3.0)
 
@@ -423,3 +428,51 @@ def test_layers_that_int8_hurts_most_stay_float_and_the_receipt_says_why(
     assert any("1.convolution" in layer for layer in precision.kept)
     assert 0 < precision.receipt["encoder"].compute["fp32"] < 0.6
     assert any("of the image encoder in fp32" in line for line in said)
+
+
+def test_the_block_that_int8_hurts_most_is_ranked_first():
+    model = make_model()
+    encoder, pixels = lower(model).encoder, calibrate(model).pixels
+    name, layer = next((n, m) for n, m in encoder.named_modules() if n.endswith("1.convolution"))
+    norm = encoder.get_submodule(name.replace("1.convolution", "0.normalization"))
+    factors = torch.logspace(-3, 3, len(norm.weight))
+    with torch.no_grad():
+        norm.weight.mul_(factors)
+        layer.weight.div_(factors[:, None, None])
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    blocks = ranked(encoder, pixels)
+    assert name in blocks[0].layers
+    assert [block.error for block in blocks] == sorted((b.error for b in blocks), reverse=True)
+    assert sum(block.share for block in blocks) >= 1  # a convolution may stay float for the next
+    assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_layers_are_found_in_a_graph_by_their_rows_whatever_scales_and_turns_them():
+    torch.manual_seed(0)
+    encoder = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "linear": nn.Linear(5, 5)})
+    conv, linear = (encoder[name].weight.detach().numpy() for name in ("conv", "linear"))
+    factors = {
+        "other": np.ones_like(conv),
+        "folded": (conv * np.arange(-2, 4)[:, None, None, None]).reshape(2, 3, 2, 3, 3),
+        "turned": linear.T,
+    }
+    assert kept_nodes(factors, encoder, ["conv"]) == ["folded"]
+    assert kept_nodes(factors, encoder, ["linear", "conv"]) == ["folded", "turned"]
+    assert kept_nodes(factors, nn.ModuleDict({"wrapped": encoder}), ["conv"]) == ["folded"]
+    with pytest.raises(ExportError, match="conv shall stay float, but no product of the graph"):
+        kept_nodes({"other": factors["other"]}, encoder, ["conv"])
+
+
+def test_int8_is_not_fitted_to_images_that_only_verify(checkpoint, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def build_encoder(*_: Any, calibration: Calibration) -> None:
+        seen.append(calibration.pixels)
+        raise ExportError("stop here")
+
+    monkeypatch.setattr(builder("onnxruntime"), "build_encoder", build_encoder)
+    settings = Settings("onnxruntime", "int8", steps=2)
+    for data in (None, digits / "test"):
+        with pytest.raises(ExportError, match="stop here"):
+            export_bundle(checkpoint, tmp_path / "bundle", settings, data=data)
+    np.testing.assert_array_equal(*seen)

@@ -39,7 +39,7 @@ from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
 from marnet_export.lower import Lowered, Plan, lower
 from marnet_export.plots import plot_pareto, plot_risk_coverage
-from marnet_export.quantise import KEPT, MOST_KEPT, ranked
+from marnet_export.quantise import ranked, to_keep
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
 from marnet_export.selection import (
@@ -371,11 +371,8 @@ class _Job:
                 "loop: try --loop-precision fp16"
             )
             return
-        blocks = ranked(self.lowered.encoder, pixels)
-        for count in KEPT:
-            chosen = blocks[:count]
-            if len(chosen) < count or sum(block.share for block in chosen) > MOST_KEPT:
-                break
+        ratio = (1 - wanted) / (1 - first)
+        for chosen in to_keep(ranked(self.lowered.encoder, pixels), ratio):
             self.kept_share = sum(block.share for block in chosen)
             self.kept = {
                 layer: f"{block.name} alone in int8 moves the features by {block.error:.2g}"

@@ -38,7 +38,6 @@ from marnet_sdk.tables import Floats, Tables
 
 IMAGES = 300  # calibrated on at most so many
 LEVELS = 256
-KEPT = (1, 2, 4, 8)  # so many of the worst blocks stay float, one try after the other
 MOST_KEPT = 0.5  # of the encoder's multiply-adds: with more of them float, it is not int8
 _CHUNK = 50
 _CORRECTED_ON, _RANKED_ON, _BATCH = 64, 16, 16  # images
@@ -304,6 +303,19 @@ def ranked(encoder: nn.Module, pixels: Floats) -> list[Block]:
         share = sum(sizes[n] for n in together) / sum(sizes.values())
         found.append(Block(name, tuple(together), share, error))
     return sorted(found, key=lambda block: -block.error)
+
+
+def to_keep(blocks: Sequence[Block], ratio: float) -> list[Sequence[Block]]:
+    """Which of the `ranked` blocks to keep float, in one or two tries.
+
+    First as few as will likely bring the error down to `ratio` of what it is, as the errors of
+    blocks add up like noise; then as many as may be.
+    """
+    errors, shares = (np.array([getattr(b, name) for b in blocks]) for name in ("error", "share"))
+    most = int((np.cumsum(shares) <= MOST_KEPT).sum())
+    rest = np.sqrt(np.cumsum(errors[::-1] ** 2)[::-1])  # of the blocks from each on
+    enough = next((n for n in range(1, most) if rest[n] <= ratio * rest[0]), most)
+    return [blocks[:count] for count in sorted({enough, most}) if count]
 
 
 def _convolutions_before(encoder: nn.Module, pixels: Floats) -> dict[str, str]:

@@ -401,7 +401,7 @@ def kept_nodes(
         assert isinstance(layer, Layer)
         weight = layer.weight.detach().numpy()
         made = [node for node, factor in factors.items() if _same_rows(factor, weight)]
-        if not made:
+        if not made and name in kept:  # where a wrapped encoder ends early, it need not be there
             raise ExportError(
                 f"{name} shall stay float, but no product of the graph is known to be its; "
                 "export with --precision bf16 or fp32"

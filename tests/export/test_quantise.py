@@ -461,6 +461,7 @@ def test_layers_are_found_in_a_graph_by_their_rows_whatever_scales_and_turns_the
     assert kept_nodes(factors, nn.ModuleDict({"wrapped": encoder}), ["conv"]) == ["folded"]
     with pytest.raises(ExportError, match="conv shall stay float, but no product of the graph"):
         kept_nodes({"other": factors["other"]}, encoder, ["conv"])
+    assert kept_nodes({}, nn.ModuleDict({"wrapped": encoder}), ["conv"]) == []
 
 
 def test_int8_is_not_fitted_to_images_that_only_verify(checkpoint, digits, tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ class _Job:
         if self.fitted is self.images:
             return self.reference
         by_image = self.settings.noise == "image"
-        return Reference(self.model, self.fitted.pixels[:CALIBRATION], by_image=by_image)
+        return Reference(self.model, self.fitted.pixels, by_image=by_image)
 
     @property
     def trained_samples(self) -> int:
@@ -348,9 +348,8 @@ class _Job:
         Measured on the images that int8 is fitted to; `verify` judges.
         """
         reference, wanted = self.fitted_reference, self.min_agreement(types)
-        pixels = self.fitted.pixels[:CALIBRATION]
-        samples = sampling.point.samples
-        logits = reference.logits(table, sampling.seed, samples)[: len(pixels)]
+        pixels = self.fitted.pixels
+        logits = reference.logits(table, sampling.seed, sampling.point.samples)
         labels = mean_logits(logits).argmax(axis=1)
 
         def agreement(x_v: Floats | None = None) -> float:
@@ -365,7 +364,7 @@ class _Job:
         self.say(f"int8: {first:.2%} of {len(pixels)} labels agree where it is fitted")
         if first >= wanted:
             return
-        if (loop := agreement(reference.x_v[: len(pixels)].numpy())) < wanted:
+        if (loop := agreement(reference.x_v.numpy())) < wanted:
             self.say(
                 f"with the float32 encoder {loop:.2%}, so no layer of it is kept float; it is the "
                 "loop: try --loop-precision fp16"

@@ -387,7 +387,8 @@ class _Trial:
         tables = self.built.tables(point, self.images.pixels[:1], 1)
         x_v = self.reference.x_v[images].numpy()
         pixels = self.images.pixels[images]
-        return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias)}
+        kept = tuple(manifest.precision.kept)
+        return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias, kept)}
 
 
 def _coarsest(types: Types) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from marnet_export.images import Images, load_images
 from marnet_export.inspection import PASSED, check_second_process
 from marnet_export.lower import Lowered, Plan, lower
 from marnet_export.plots import plot_pareto, plot_risk_coverage
+from marnet_export.quantise import ranked, to_keep
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
 from marnet_export.selection import (
@@ -139,8 +141,11 @@ def export_bundle(
     check_types(settings)
     with at_work(output, overwrite=overwrite) as fresh:
         checkpoint = load_checkpoint(checkpoint_path)
-        job = _Job(fresh, checkpoint, settings, load_images(data, checkpoint, say), say)
-        return job.run()
+        images = load_images(data, checkpoint, say)
+        fitted = images
+        if data is not None and checkpoint.samples.is_dir():
+            fitted = load_images(None, checkpoint, say)
+        return _Job(fresh, checkpoint, settings, images, say, fitted).run()
 
 
 @contextmanager
@@ -197,10 +202,19 @@ class _Job:
     """One export: what all of its steps need."""
 
     def __init__(
-        self, fresh: Path, checkpoint: Checkpoint, settings: Settings, images: Images, say: Say
+        self,
+        fresh: Path,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        images: Images,
+        say: Say,
+        fitted: Images,
     ) -> None:
+        """fitted: what int8 is fitted to: not the images of --data, if there are others."""
         self.fresh, self.checkpoint, self.settings = fresh, checkpoint, settings
-        self.images, self.say = images, say
+        self.images, self.say, self.fitted = images, say, fitted
+        self.kept: dict[str, str] = {}  # layers of an int8 encoder that stay float, and why
+        self.kept_share = 0.0  # of the encoder's multiply-adds
         self.model = checkpoint.model
         self.lowered = lower(self.model)
         self.plan = self.lowered.plan
@@ -210,6 +224,14 @@ class _Job:
     def buckets(self) -> tuple[int, ...]:
         """The batch sizes that are built for; empty: any."""
         return tuple(getattr(builder(self.settings.backend), "BUCKETS", ()))
+
+    @cached_property
+    def fitted_reference(self) -> Reference:
+        """The reference on the images that int8 is fitted to."""
+        if self.fitted is self.images:
+            return self.reference
+        by_image = self.settings.noise == "image"
+        return Reference(self.model, self.fitted.pixels, by_image=by_image)
 
     @property
     def trained_samples(self) -> int:
@@ -293,19 +315,79 @@ class _Job:
                 self.say(headroom.sentence())
             payload.mkdir(parents=True)
             module = builder(self.settings.backend)
-            pixels = self.images.pixels
-            example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
-            more = self.options(arrays, sampling)
-            route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
-            module.build_encoder(self.lowered, example, encoder, payload, **more, **route)
-            module.build_refine(self.lowered, loop, payload, **more)
+            self.build_encoder(encoder, arrays, sampling, payload)
+            module.build_refine(self.lowered, loop, payload, **self.options(arrays, sampling))
             if any(not point.timesteps for point in sampling.points.values()):
                 write_head(self.lowered, payload)
+            if encoder.storage == "int8":
+                self.keep_float(types, arrays, sampling, payload, tables[sampling.default])
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
         asked = self.settings
         backend = open_built(asked.backend, payload, encoder.compute, asked.device)
         return Built(backend, arrays, sampling, self.images.pixels)
+
+    def build_encoder(
+        self, types: Types, arrays: dict[str, NDArray], sampling: Sampling, payload: Path
+    ) -> None:
+        pixels = self.images.pixels
+        example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
+        more = self.options(arrays, sampling)
+        route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
+        module = builder(self.settings.backend)
+        module.build_encoder(self.lowered, example, types, payload, **more, **route)
+
+    def keep_float(
+        self,
+        types: tuple[Types, Types],
+        arrays: dict[str, NDArray],
+        sampling: Sampling,
+        payload: Path,
+        table: SamplerTable,
+    ) -> None:
+        """Build an int8 encoder again with its worst blocks float, until enough labels agree.
+
+        Measured on the images that int8 is fitted to; `verify` judges.
+        """
+        reference, wanted = self.fitted_reference, self.min_agreement(types)
+        pixels = self.fitted.pixels
+        logits = reference.logits(table, sampling.seed, sampling.point.samples)
+        labels = mean_logits(logits).argmax(axis=1)
+
+        def agreement(x_v: Floats | None = None) -> float:
+            asked = self.settings
+            backend = open_built(asked.backend, payload, types[0].compute, asked.device)
+            built = Built(backend, arrays, sampling, pixels)
+            if x_v is not None:
+                built.x_v = x_v
+            return float((built.logits(sampling.default).argmax(axis=1) == labels).mean())
+
+        first = agreement()
+        self.say(f"int8: {first:.2%} of {len(pixels)} labels agree where it is fitted")
+        if first >= wanted:
+            return
+        if (loop := agreement(reference.x_v.numpy())) < wanted:
+            self.say(
+                f"with the float32 encoder {loop:.2%}, so no layer of it is kept float; it is the "
+                "loop: try --loop-precision fp16"
+            )
+            return
+        ratio = (1 - wanted) / (1 - first)
+        for chosen in to_keep(ranked(self.lowered.encoder, pixels), ratio):
+            self.kept_share = sum(block.share for block in chosen)
+            self.kept = {
+                layer: f"{block.name} alone in int8 moves the features by {block.error:.2g}"
+                for block in chosen
+                for layer in block.layers
+            }
+            self.build_encoder(types[0], arrays, sampling, payload)
+            found = agreement()
+            self.say(
+                f"int8: {found:.2%} with {', '.join(block.name for block in chosen)} of the image "
+                f"encoder in {types[0].compute}, {self.kept_share:.0%} of its products"
+            )
+            if found >= wanted:
+                break
 
     def check_steps(self, sampling: Sampling) -> None:
         """Refuse a chain that is longer than what the backend builds for."""
@@ -323,10 +405,11 @@ class _Job:
         images = slice(0, CALIBRATION)
         tables = make_tables(arrays, sampling, sampling.with_loop, seed=sampling.seed, samples=1)
         return Calibration(
-            self.images.pixels[images],
-            self.reference.x_v[images].numpy(),
+            self.fitted.pixels[images],
+            self.fitted_reference.x_v[images].numpy(),
             tables.coefficients,
             tables.bias,
+            tuple(self.kept),
         )
 
     def read_receipt(self, types: tuple[Types, Types], sampling: Sampling) -> dict[str, Share]:
@@ -342,7 +425,8 @@ class _Job:
         except Unread as error:
             self.say(f"{NOT_READ}: {error}; the receipt says so, and the answers are the proof")
             products = count_products(self.lowered, shape)
-        check_delivered(products, {"encoder": types[0], "loop": types[1]}, self.settings.backend)
+        asked = {"encoder": types[0], "loop": types[1]}
+        check_delivered(products, asked, self.settings.backend, kept=self.kept_share)
         steps = len(sampling.point.timesteps)
         products = answering(products, self.fresh / PAYLOAD, steps)
         return receipt(products, steps, sampling.point.samples)
@@ -455,11 +539,9 @@ class _Job:
         Raises:
             VerificationFailed: one does not agree.
         """
-        asked, pixels, sampling = self.settings, self.images.pixels, built.sampling
+        pixels, sampling = self.images.pixels, built.sampling
         storages = {t.storage for t in types}
-        minimum = asked.min_agreement
-        if minimum is None:
-            minimum = min(MIN_AGREEMENT[storage] for storage in storages)
+        minimum = self.min_agreement(types)
         found: dict[tuple, Fidelity] = {}
         for name, point in sampling.points.items():
             key = (point.sampler, point.eta, point.timesteps, point.samples)
@@ -492,6 +574,12 @@ class _Job:
             more |= self.noise_matters(built, table)
         write_json(self.fresh / FIDELITY, default.to_dict() | more)
         return default
+
+    def min_agreement(self, types: tuple[Types, Types]) -> float:
+        """The share of labels that must not change."""
+        if (asked := self.settings.min_agreement) is not None:
+            return asked
+        return min(MIN_AGREEMENT[t.storage] for t in types)
 
     def noise_matters(self, built: Built, table: SamplerTable) -> dict[str, Any]:
         """Measure how answers at the default point depend on the noise."""
@@ -546,7 +634,9 @@ class _Job:
             "labels": checkpoint.labels,
             "preprocess": checkpoint.preprocess.to_dict(),
             "backend": backend,
-            "precision": Precision(types[0].storage, types[1].storage, types[0].compute, shares),
+            "precision": Precision(
+                types[0].storage, types[1].storage, types[0].compute, shares, self.kept
+            ),
             "sampling": sampling,
             "buckets": self.buckets,
             "golden_tolerance": fidelity.row_tolerance,

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,6 +61,8 @@ class Precision:
     loop: str  # the same for the reverse loop
     compute: str  # type of all products whose weights are not in int8
     receipt: dict[str, Share]  # of "encoder", "loop", "head" and "all"
+    # Layers of an int8 image encoder that stayed in `compute`, and why each did.
+    kept: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

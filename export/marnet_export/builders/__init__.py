@@ -98,6 +98,7 @@ class Calibration:
     x_v: Floats  # [N, D_v] what the float32 encoder makes of them
     coefficients: Floats  # [S, 3], the loop's tables at the operating point that is served
     bias: Floats  # [S, 1 or N, K, R]
+    kept: tuple[str, ...] = ()  # the encoder's layers that stay float
 
 
 @dataclass(frozen=True)

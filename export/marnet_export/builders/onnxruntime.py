@@ -33,10 +33,13 @@ from marnet_export.lower import Lowered
 from marnet_export.quantise import (
     LEVELS,
     Range,
+    corrected,
+    kept_nodes,
     loop_ranges,
     products_of_activations,
     quantised_rows,
     require_calibration,
+    stored_factors,
 )
 from marnet_sdk.backends.onnxruntime import (
     ENCODER,
@@ -74,9 +77,12 @@ def build_encoder(
     calibrated = require_calibration(calibration, types)
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
     path = payload / ENCODER
-    _export(lowered.encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    encoder = lowered.encoder
     if calibrated is not None:
-        _quantise_encoder(path, calibrated.pixels)
+        encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept)
+    _export(encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    if calibrated is not None:
+        _quantise_encoder(path, encoder, calibrated)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
@@ -118,8 +124,11 @@ def build_refine(
     _export(module, (x_v, *tables), shapes, inputs, outputs, types, payload / REFINE)
 
 
-def _quantise_encoder(path: Path, images: Floats) -> None:
-    """Replace a float32 graph by its int8 twin. images [N, 3, H, W]"""
+def _quantise_encoder(path: Path, encoder: nn.Module, calibration: Calibration) -> None:
+    """Replace a float32 graph by its int8 twin.
+
+    What a Clip (ReLU6) cuts off must not count for the range of the convolution before it.
+    """
     load_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -127,13 +136,14 @@ def _quantise_encoder(path: Path, images: Floats) -> None:
     with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        attention = products_of_activations(onnx.load(prepared).graph)
+        graph = onnx.load(prepared).graph
+        kept = kept_nodes(stored_factors(graph), encoder, calibration.kept)
         quantize_static(
             prepared,
             path,
-            _Images(images),  # type: ignore[arg-type]  # a reader in all but its base class
-            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "MaxPool"],
-            nodes_to_exclude=attention,
+            _Images(calibration.pixels),  # type: ignore[arg-type]  # a reader but for its base class
+            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool"],
+            nodes_to_exclude=[*products_of_activations(graph), *kept],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

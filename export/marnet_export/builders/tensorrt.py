@@ -25,7 +25,13 @@ from torch import Tensor
 from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, quiet
 from marnet_export.graph import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_export.lower import Lowered
-from marnet_export.quantise import products_of_activations, require_calibration
+from marnet_export.quantise import (
+    corrected,
+    kept_nodes,
+    products_of_activations,
+    require_calibration,
+    stored_factors,
+)
 from marnet_export.tensorrt_engines import (
     BUCKETS,
     CONDITION,
@@ -119,10 +125,12 @@ def build_encoder(
     module = lowered.encoder
     if calibrated is None:
         module = with_compute(module, TORCH_TYPES[types.compute])
+    else:
+        module = corrected(module, calibrated.pixels, kept=calibrated.kept)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     proto = _export(module, (pixels,), ({0: batch},), ["pixels"], ["x_v"])
     if calibrated is not None:
-        proto = _quantise(proto, calibrated.pixels)
+        proto = _quantise(proto, module, calibrated)
     _save(proto, types, payload / ENCODER)
     (*_, engines) = add_engines(payload, targets, buckets=buckets)
     if route == TORCH_TENSORRT:
@@ -290,25 +298,28 @@ def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
 # --- int8
 
 
-def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
+def _quantise(
+    proto: onnx.ModelProto, encoder: torch.nn.Module, calibration: Calibration
+) -> onnx.ModelProto:
     """Put Q and DQ nodes around the factors of all layers, with ONNX Runtime's quantiser.
 
-    Activations get one symmetric scale a tensor, from their largest values on `pixels`
-    [N, 3, H, W], weights one a row. Products of activations are left alone.
+    Activations get one symmetric scale a tensor, from their largest values on the images,
+    weights one a row. Products of activations are left alone, and layers that stay float.
     """
-    attention = products_of_activations(proto.graph)
+    left = products_of_activations(proto.graph)
+    left += kept_nodes(stored_factors(proto.graph), encoder, calibration.kept)
     with tempfile.TemporaryDirectory() as folder, _silent():
         path = Path(folder) / ENCODER
         quantize_static(
             proto,
             path,
-            _Images(pixels),
+            _Images(calibration.pixels),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            nodes_to_exclude=attention,
+            nodes_to_exclude=left,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,

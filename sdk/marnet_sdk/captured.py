@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.errors import InvalidInput, MarnetError
+from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
 from marnet_sdk.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
@@ -286,7 +286,7 @@ class CapturedPipeline:
         if is_new:
             warnings.warn(
                 f"runs without a captured graph, which is slower: {reason}",
-                RuntimeWarning,
+                MarnetWarning,
                 stacklevel=4,
             )
         return self._plain(rows, tables)

@@ -83,7 +83,7 @@ class Problems:
         """Raises: DataError, with all of `lines`."""
         if self.count:
             head = f"{self.count} problem{'s' * (self.count > 1)} in {where}:"
-            raise DataError("\n  ".join([head, *self.lines()]))
+            raise DataError(head, self.lines())
 
 
 def natural_key(label: str) -> tuple[list[tuple[int, str]], str]:

@@ -292,6 +292,11 @@ class CapturedPipeline:
         return self._plain(rows, tables)
 
 
+def warn_of_operators(why: str) -> None:
+    """Say that the reverse loop does not run as one kernel though it should."""
+    warnings.warn(f"the reverse loop runs slower than it could: {why}", MarnetWarning, stacklevel=3)
+
+
 class _Lanes:
     """The programs of one shape, at most `most`."""
 

@@ -11,7 +11,7 @@ import torch
 
 from marnet_export.zero_steps import process_table
 from marnet_sdk.backends.torch_cpu import use_threads
-from marnet_sdk.bundle import Manifest, Sampling
+from marnet_sdk.bundle import SOURCE, Bundle, Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
 from marnet_sdk.tables import Floats
@@ -20,18 +20,23 @@ from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
 
 
-def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
-    """The checkpoint under `runs` that a bundle was made from, recognised by its content.
+def find_checkpoint(bundle: Bundle, runs: Path = Path("runs")) -> Path:
+    """The checkpoint that a bundle was made from: the one under `runs`, recognised by its content,
+    or the bundle's own.
 
     Raises:
-        NotFound: it is not there.
+        NotFound: there is none.
+        BundleCorrupt: a file of the bundle's is not what was written.
     """
+    sha256 = bundle.manifest.checkpoint_sha256
     folders = sorted(runs.iterdir()) if runs.is_dir() else []
     for folder in folders:
         if is_checkpoint(folder) and checkpoint_hash(folder) == sha256:
             return folder
+    if bundle.has(SOURCE):
+        return bundle.check(SOURCE)
     raise NotFound(
-        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is not under "
+        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is neither in it nor under "
         f"{os.path.join('.', runs)}; name it with "
         "--checkpoint, or measure the bundle alone with --no-peer"
     )

@@ -324,6 +324,7 @@ class _Trial:
                     self.images.labels,
                     min_agreement=min_agreement,
                     row_tolerance=self.bundle.manifest.golden_tolerance,
+                    buckets=self.bundle.manifest.buckets,
                 )
             out[name] = known[key]
         return out
@@ -447,6 +448,12 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
     }
     if changes.get("backend", settings["backend"]) != settings["backend"]:
         settings |= {"targets": (), "route": ROUTES[0], "device": None}  # those are another's
+    if settings["steps"] == AUTO and changes.get("steps", AUTO) != AUTO:  # those are of a sweep
+        settings["latency_budget_ms"] = None
+        if settings["precision"] == AUTO:
+            settings["precision"] = bundle.manifest.precision.asked
+        if changes.get("sampler", settings["sampler"]) != "ddim":
+            settings["eta"] = 0.0
     if changes.get("steps") == 0:
         settings |= {"sampler": None, "eta": 0.0, "samples": None}  # those are of a loop
     try:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from marnet_sdk.backends import BACKENDS
-from marnet_sdk.bundle import FIDELITY
+from marnet_sdk.bundle import FIDELITY, read_bundle
 from marnet_sdk.console import Choice, Command, next_commands, print_table, say
-from marnet_sdk.errors import requires_extra
+from marnet_sdk.errors import MarnetError, requires_extra
+
+if TYPE_CHECKING:
+    from marnet_export.settings import Settings
 
 _NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -42,7 +47,8 @@ class Steps(click.IntRange):
     "-o",
     type=_FOLDER,
     help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with backend and device "
-    "before the precision where they are asked for.",
+    "before the precision where they are asked for, and with a number behind it where that is a "
+    "bundle of other settings.",
 )
 @click.option(
     "--backend",
@@ -231,14 +237,15 @@ def main(
         device=device,
     )
     if explain:
-        rows, sentence = explain_plan(path, settings)
+        rows, sentences = explain_plan(path, settings)
         print_table("reverse loop", ("", "as written", "as run"), rows)
-        say(sentence)
+        for sentence in sentences.split("\n"):
+            say(sentence)
         next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
         return
     if output is None:  # a place of our own choosing: the last build there may be replaced
         parts = [Path(checkpoint).resolve().name, backend, device or "auto", precision]
-        output = Path("bundles") / f"{'-'.join(p for p in parts if p != 'auto')}.marnet"
+        output = _free(Path("bundles"), "-".join(p for p in parts if p != "auto"), settings)
         force = True
     existed = output.exists()
     export = export_fastest if backend == "auto" else export_bundle
@@ -255,3 +262,22 @@ def main(
     next_commands(
         f"marnet-classify IMAGE --model {model}", f"marnet-bench --batch 64 --model {model}"
     )
+
+
+def _free(folder: Path, name: str, settings: Settings) -> Path:
+    """The first place of NAME.marnet, NAME-2.marnet, ... that is free, or whose bundle was exported
+    with the same settings and may be replaced."""
+    wanted = json.loads(json.dumps(asdict(settings)))
+    for number in count(1):
+        place = folder / (f"{name}-{number}.marnet" if number > 1 else f"{name}.marnet")
+        if not place.exists() or _settings_of(place) in (None, wanted):
+            return place
+    raise AssertionError
+
+
+def _settings_of(place: Path) -> Any:
+    """Of the bundle there; None: it is none, or one that cannot be read."""
+    try:
+        return read_bundle(place, lazily=True).manifest.settings
+    except MarnetError:
+        return None

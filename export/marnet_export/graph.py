@@ -11,7 +11,7 @@ C classes.
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch._higher_order_ops.scan import scan
 from torch.overrides import TorchFunctionMode
 
 from marnet_export.plan import SamplingPlan
+from marnet_sdk.backends.torch_cuda import one_line
+from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.persistent_loop import LoopWeights, Operand
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.fusion import FUSIONS
@@ -173,10 +175,19 @@ def on_device(module: nn.Module, compute: torch.dtype, device: str, *example: Te
     """An encoder as torch runs it on "cpu" or "cuda": a copy, there."""
     if device == "cuda":
         rounded = with_rounded_results(module, compute).eval().to(device)
-        # An encoder with layers of its own may want float32 where it gets 16 bits.
-        with suppress(RuntimeError), torch.no_grad():
-            rounded(*(x.to(device) for x in example))
+        try:
+            with torch.no_grad():
+                rounded(*(x.to(device) for x in example))
             return rounded
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # layers of its own may want float32 where they get 16 bits
+            warnings.warn(
+                "this encoder cannot keep its results in 16 bits, so they stay in float32, which "
+                f"is slower: {one_line(error)}",
+                MarnetWarning,
+                stacklevel=2,
+            )
     return with_compute(module, compute).eval().to(device)
 
 

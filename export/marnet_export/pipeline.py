@@ -474,6 +474,7 @@ class _Job:
             tables[ZERO] = self.table(0)
         sampling = self.sampling(tables, 1, first)
         candidates: dict[str, list[Candidate]] = {}
+        left_out: list[str] = []
         for precision in FLOATS if asked.precision == AUTO else (asked.precision,):
             try:
                 types = check_types(replace(asked, precision=precision))
@@ -481,7 +482,9 @@ class _Job:
             except (ExportError, BackendUnavailable) as error:
                 if asked.precision != AUTO:
                     raise
-                self.say(f"{precision} is left out: {error}")
+                shutil.rmtree(self.fresh / f"sweep-{precision}", ignore_errors=True)
+                left_out.append(f"{precision} is left out: {error}")
+                self.say(left_out[-1])
                 continue
             candidates[precision] = sweep(
                 built,
@@ -492,6 +495,8 @@ class _Job:
                 precision=precision,
                 max_drop=asked.max_drop,
             )
+        if not candidates:
+            raise ExportError(f"no precision can be built: {'; '.join(left_out)}")
         everything = [c for found in candidates.values() for c in found]
         limits = (asked.max_drop, asked.latency_budget_ms)
         overall = choose(everything, next(iter(candidates.values()))[0], *limits)
@@ -755,8 +760,9 @@ def _add_not_run(folder: Path, backend: str) -> str:
 
 def _built_for(settings: Settings, payload: Path | None = None) -> BuiltFor:
     backend, device = settings.backend, device_of(settings.backend, settings.device)
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", backend)
     module = builder(backend)
+    own = getattr(module, "PACKAGES", (backend,))
+    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", *own)
     targets = module.targets(payload) if payload and hasattr(module, "targets") else ()
     if device == "cuda" and hasattr(module, "CUDA_COMPUTE"):
         targets = (" ".join(gpu_name()),)

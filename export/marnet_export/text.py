@@ -341,7 +341,7 @@ def _failed(types: Types, problem: str) -> str:
 def _write_golden(embedder: TextEmbedder, texts: Sequence[str], types: Types, folder: Path) -> None:
     """Keep a few texts, and what the built encoder made of them."""
     kept = list(texts[:GOLDEN])
-    save_file({"embeddings": embedder(kept)}, folder / GOLDEN_EMBEDDINGS)
+    save_file({"embeddings": embedder.embed(kept)}, folder / GOLDEN_EMBEDDINGS)
     # Another machine has the same weights, so only the arithmetic may differ.
     content = {"texts": kept, "compute": types.compute, "min_cosine": MIN_COSINE[types.compute]}
     write_json(folder / GOLDEN_TEXTS, content)

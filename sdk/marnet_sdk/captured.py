@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.errors import InvalidInput, MarnetError
+from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
 from marnet_sdk.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
@@ -287,10 +287,15 @@ class CapturedPipeline:
         if is_new:
             warnings.warn(
                 f"runs without a captured graph, which is slower: {reason}",
-                RuntimeWarning,
+                MarnetWarning,
                 stacklevel=4,
             )
         return self._plain(rows, tables)
+
+
+def warn_of_operators(why: str) -> None:
+    """Say that the reverse loop does not run as one kernel though it should."""
+    warnings.warn(f"the reverse loop runs slower than it could: {why}", MarnetWarning, stacklevel=3)
 
 
 class _Lanes:

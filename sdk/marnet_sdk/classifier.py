@@ -62,7 +62,7 @@ from marnet_sdk.uncertainty import (
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
 _GREY_LEVELS = 1.5
 _DEVICES = ("cpu", "cuda")
-_DLPACK_CPU = 1  # kDLCPU
+_HOST_MEMORY = (1, 3, 11)  # kDLCPU, and pinned for a GPU: kDLCUDAHost, kDLROCMHost
 
 
 class Classifier:
@@ -380,6 +380,7 @@ class Classifier:
 
         1 is the best there is and -1 the worst. Only scores of one bundle can be compared. The
         first text that a classifier meets loads the text encoder, which is checked and tested then.
+        A `MarnetWarning` says of how many texts most words are unknown to the model.
 
         Args:
             images: as of `predict`. texts: one, or many.
@@ -391,7 +392,7 @@ class Classifier:
 
         Raises:
             ImageError: names the first input that is not a usable image.
-            InvalidInput: a text that is no str, or has no token; names it.
+            InvalidInput: a text that is no str, or has no word that the model knows; names it.
             InferenceError: an encoder gives NaN or infinity.
             BundleFormatError: the bundle has no text encoder; names the command that makes one.
             BundleCorrupt, MissingExtra, BackendUnavailable, SelfTestFailed: its text encoder
@@ -421,7 +422,8 @@ class Classifier:
         """Aligned text embeddings x_s' = g(E_s(x_s)), eq. (8), scaled to length 1, so that the dot
         product of two is their cosine similarity.
 
-        Longer texts than the model was trained with are cut, as in training.
+        Longer texts than the model was trained with are cut, as in training. Behind 1,024
+        characters for each token that it takes, no text is looked at.
 
         Returns:
             [D] for one text, [texts, D] for many.
@@ -779,7 +781,7 @@ def _is_on_device(pixels: Any) -> bool:
     if isinstance(pixels, np.ndarray) or not hasattr(pixels, "__dlpack_device__"):
         return hasattr(pixels, "__cuda_array_interface__")
     kind, _ = pixels.__dlpack_device__()
-    return int(kind) != _DLPACK_CPU
+    return int(kind) not in _HOST_MEMORY
 
 
 def _names(chunk: Sequence[ImageInput], start: int) -> list[str]:

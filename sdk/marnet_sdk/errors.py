@@ -1,4 +1,5 @@
-"""Every error that a user of marnet meets. All derive from `MarnetError`.
+"""Every error that a user of marnet meets. All derive from `MarnetError`, warnings from
+`MarnetWarning`.
 
 A message says what was got, what was expected and what to do next. `exit_code` is what the
 command line ends with: 1 other error, 2 usage, 3 verification failed, 4 measurement unstable,
@@ -35,6 +36,10 @@ def _again(kind: type[MarnetError], args: tuple[Any, ...], fields: dict[str, Any
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error
+
+
+class MarnetWarning(RuntimeWarning):
+    """Something that works, but worse than its user may think; said once, where it happens."""
 
 
 class ImageError(MarnetError):
@@ -100,7 +105,14 @@ class NotFound(MarnetError):
 
 
 class DataError(MarnetError):
-    """A data set that cannot be read as it stands; names file and line."""
+    """A data set that cannot be read as it stands; names file and line.
+
+    lines: of several problems, one each.
+    """
+
+    def __init__(self, message: str, lines: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *lines]))
+        self.lines = tuple(lines)
 
 
 class RecipeError(MarnetError):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from onnx import numpy_helper
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
+from marnet_export import again
 from marnet_export.bundle_cli import main
+from marnet_export.inspection import check_second_process
+from marnet_export.settings import Settings
+from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
 
 Change = Callable[[Path], None]
@@ -412,7 +417,55 @@ def test_diff_of_a_bundle_and_its_copy_finds_nothing(bundle, tmp_path):
     assert "differ by up to 0 " in said
 
 
+def test_a_second_process_may_print_what_it_likes(bundle, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('a library that greets')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = check_second_process(read_bundle(bundle), Classifier(bundle))
+    assert found.outcome == "passed", found.detail
+
+
+def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
+    bundle, checkpoint, tmp_path, monkeypatch
+):
+    copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
+    tried = []
+    measure = again.measure_fidelity
+
+    def watched(run, *arguments, **options):
+        tried.append(options["buckets"])
+        return measure(run, *arguments, **options)
+
+    monkeypatch.setattr(again, "measure_fidelity", watched)
+    verified = again.verify_again(read_bundle(copy), checkpoint)
+    assert tried == [(1, 5)]
+    assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
+
+
 # --- rebuild
+
+
+def settings_again(bundle: Path, exported: Settings, **changes: Any) -> Settings:
+    """Of a bundle whose export was asked for `exported`, as its manifest has them."""
+    manifest = read_bundle(bundle).manifest
+    told = json.loads(json.dumps(asdict(exported)))
+    return again.changed_settings(
+        replace(read_bundle(bundle), manifest=replace(manifest, settings=told)), changes
+    )
+
+
+def test_a_swept_bundle_can_be_rebuilt_with_steps_of_one_s_choice(bundle):
+    swept = Settings("onnxruntime", "auto", steps="auto", latency_budget_ms=5, eta=0.5)
+    fixed = settings_again(bundle, swept, steps=10)
+    assert (fixed.steps, fixed.precision, fixed.latency_budget_ms, fixed.eta) == (
+        10,
+        "fp32",
+        None,
+        0,
+    )
+    assert settings_again(bundle, swept, steps=10, sampler="ddim").eta == 0.5
+    assert settings_again(bundle, swept, steps=10, precision="fp16").precision == "fp16"
+    assert settings_again(bundle, swept, steps=0).steps == 0
+    assert settings_again(bundle, swept, seed=3) == replace(swept, seed=3)  # swept again
 
 
 def test_a_moved_bundle_is_all_that_another_machine_needs_to_make_another(moved, few):

@@ -76,12 +76,16 @@ def test_the_newest_checkpoint_becomes_a_bundle_named_after_it(workplace):
 
 
 @pytest.mark.slow
-def test_the_bundle_of_the_last_export_is_replaced_by_the_next(workplace):
+def test_by_default_the_same_export_replaces_its_bundle_and_another_one_has_its_own(workplace):
     """The default name is of our own choosing; a name that was given is protected, see below."""
-    for seed in ("1", "2"):
-        assert export("--precision", "fp16", "--seed", seed, *TORCHSCRIPT).exit_code == 0
-    (bundle,) = Path("bundles").iterdir()
-    assert read_bundle(bundle).manifest.sampling.seed == 2
+    for seed in ("1", "2", "2"):
+        chosen = ("--precision", "fp16", "--seed", seed, *TORCHSCRIPT)
+        result = export(*chosen)
+        assert result.exit_code == 0, result.stderr
+    assert "replaced bundles/newer-torchscript-fp16-2.marnet" in one_line(result.stderr)
+    first, second = (Path(f"bundles/newer-torchscript-fp16{x}.marnet") for x in ("", "-2"))
+    assert sorted(Path("bundles").iterdir()) == sorted([first, second])
+    assert [read_bundle(x).manifest.sampling.seed for x in (first, second)] == [1, 2]
 
 
 def test_backend_precision_steps_and_seed_reach_the_bundle(workplace):

@@ -13,6 +13,7 @@ from tiny import make_model
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
 from torch import nn
 
+from marnet_export import graph
 from marnet_export.builders import TORCH_TYPES, quiet
 from marnet_export.graph import (
     Head,
@@ -25,6 +26,7 @@ from marnet_export.graph import (
 )
 from marnet_export.plan import SamplingPlan, run_plan
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.tables import make_tables
 from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
@@ -322,3 +324,32 @@ def test_padded_texts_are_encoded_in_16_bits_too(name, attention):
     mask[1, 4:] = 0
     want, got = text(ids, mask), with_rounded_results(text, torch.float16)(ids, mask)
     assert (got - want).abs().max() <= BUILT["fp16"] * want.abs().max()
+
+
+class Picky(nn.Module):
+    """An encoder that wants float32 everywhere, wherever it is said to be."""
+
+    def to(self, *_: object) -> Picky:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("expected Float,\nbut found Half")
+        return x
+
+
+def test_an_encoder_that_cannot_keep_16_bits_is_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x.half())
+    message = r"cannot keep its results in 16 bits, .*slower: expected Float, but found Half"
+    with pytest.warns(MarnetWarning, match=message):
+        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))
+
+
+def test_a_gpu_without_memory_is_no_reason_for_a_slower_encoder(monkeypatch):
+    def full(self, x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
+    monkeypatch.setattr(Picky, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))

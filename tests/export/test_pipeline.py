@@ -22,6 +22,7 @@ from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import (
+    BackendUnavailable,
     DataError,
     ExportError,
     InvalidInput,
@@ -354,6 +355,39 @@ def test_precision_can_be_swept_too(checkpoint, bundles):
     assert manifest.precision.asked in {c["precision"] for c in report["candidates"]}
     assert asked <= {"fp32", "bf16", "fp16"}
     assert not list((bundles / "b").glob("sweep*"))
+
+
+def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
+    checkpoint, bundles, monkeypatch
+):
+    opened = pipeline.open_built
+
+    def refuse(backend, payload, compute, device):
+        if payload.name == "sweep-fp16":
+            raise BackendUnavailable("no fp16 on this processor")
+        return opened(backend, payload, compute, device)
+
+    monkeypatch.setattr(pipeline, "open_built", refuse)
+    monkeypatch.setattr(pipeline, "FLOATS", ("fp16", "fp32"))
+    said: list[str] = []
+    settings = quick(precision="auto", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
+    export_bundle(checkpoint, bundles / "b", settings, say=said.append)
+    assert "fp16 is left out: no fp16 on this processor" in said
+    bundle = read_bundle(bundles / "b")
+    assert bundle.manifest.precision.asked == "fp32"
+    assert not [name for name in bundle.manifest.files if name.startswith("sweep")]
+    monkeypatch.setattr(pipeline, "FLOATS", ("fp16",))
+    message = r"no precision can be built: fp16 is left out: no fp16 on this processor"
+    with pytest.raises(ExportError, match=message):
+        export_bundle(checkpoint, bundles / "none", settings)
+    assert [entry.name for entry in bundles.iterdir()] == ["b"]
+
+
+def test_a_bundle_of_tensorrt_names_the_library_that_its_engines_depend_on(monkeypatch):
+    monkeypatch.setattr(pipeline, "versions", lambda packages: dict.fromkeys(packages, "1"))
+    found = pipeline._built_for(Settings("tensorrt", device="cuda")).packages
+    assert {"tensorrt", "tensorrt_rtx"} <= found.keys()
+    assert "tensorrt_rtx" not in pipeline._built_for(Settings("openvino")).packages
 
 
 def test_a_sweep_needs_classes_that_the_checkpoint_knows(checkpoint, tmp_path, bundles):

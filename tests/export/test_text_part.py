@@ -31,7 +31,7 @@ from marnet_export.text import (
     write_tokenizer,
 )
 from marnet_sdk.errors import ExportError, VerificationFailed
-from marnet_sdk.text import Tokenize, open_embedder, open_tokenizer
+from marnet_sdk.text import Tokenizer, open_embedder, open_tokenizer
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.text import encode, load_tokenizer, train_tokenizer
 
@@ -97,7 +97,7 @@ def test_a_method_without_text_has_no_text_part(loaded, lowered, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(checkpoint: Path, tmp_path_factory) -> tuple[Tokenize, Callable]:
+def tokenizers(checkpoint: Path, tmp_path_factory) -> tuple[Tokenizer, Callable]:
     """The bundle's, and training's."""
     trained = load_tokenizer(checkpoint)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"

@@ -815,6 +815,13 @@ class OnGpu:
         return OnGpu(self.values[rows])
 
 
+@pytest.mark.parametrize(("kind", "on_device"), [(1, False), (3, False), (11, False), (2, True)])
+def test_pinned_memory_is_the_host_s(kind, on_device):
+    array = OnGpu(np.zeros(1))
+    array.__dlpack_device__ = lambda: (kind, 0)
+    assert marnet_sdk.classifier._is_on_device(array) == on_device
+
+
 @pytest.fixture
 def at_once(classifier, monkeypatch) -> AtOnce:
     backend = AtOnce(classifier._backend)

@@ -224,6 +224,23 @@ def test_a_link_inside_the_split_is_followed(tmp_path: Path) -> None:
     assert read_split(split, needs_text=True)[0].image == split / "link.png"
 
 
+def test_a_split_in_the_hub_s_cache_is_read_where_it_is(tmp_path: Path) -> None:
+    """There every file is a link to the blobs of the repository, and nothing is ours to change."""
+    split = make_split(tmp_path / "repository/snapshots/0a1b2c/samples", GOOD)
+    blobs = tmp_path / "repository/blobs"
+    blobs.mkdir()
+    (split / "a.png").rename(blobs / "4d5e")
+    (split / "a.png").symlink_to("../../../blobs/4d5e")
+    (example,) = read_split(split, needs_text=True)
+    assert example.image == split / "a.png"
+    assert example.image.is_symlink()
+    (split / "a.png").unlink()
+    (tmp_path / "secret").write_bytes(b"x")
+    (split / "a.png").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match="is a link out of the split"):
+        read_split(split, needs_text=True)
+
+
 @pytest.mark.parametrize("name", ["link.png", "folder/secret.png"])
 def test_a_link_out_of_the_split_is_refused(tmp_path: Path, name: str) -> None:
     split = make_split(tmp_path / "train", GOOD | {"file_name": name})

@@ -25,9 +25,11 @@ from marnet_sdk.errors import (
 from marnet_train import trainer
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.dataset import data_hash, read_data_set
+from marnet_train.data.examples import Example
 from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.evaluate import evaluate_checkpoint, pick_device
+from marnet_train.hub import files_of
 from marnet_train.models.backbones import load_backbone
 from marnet_train.recipe import Recipe
 from marnet_train.trainer import fit
@@ -146,6 +148,15 @@ def test_there_is_one_line_of_metrics_per_epoch_of_each_phase(run: Path) -> None
     assert [(line["phase"], line["epoch"]) for line in lines] == [
         (phase, epoch) for phase in phases for epoch in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jfif", "a.Jpg", "a", "a.image", "a.jpg"])
+def test_samples_travel_whatever_their_files_are_called(tmp_path, photographs, name):
+    shutil.copy(photographs[0], tmp_path / name)
+    trainer._write_samples(tmp_path / "samples", [Example(tmp_path / name, "shop", "a shop")], 0)
+    (kept,) = read_split(tmp_path / "samples", needs_text=True)
+    assert (kept.image.name, kept.text) == ("000000.jpg", "a shop")
+    assert "samples/000000.jpg" in files_of(tmp_path)
 
 
 def test_samples_are_the_validation_images_with_label_and_text(run: Path, data: Path) -> None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
+from marnet_sdk.console import (
+    Choice,
+    Group,
+    answer,
+    next_commands,
+    print_json,
+    print_table,
+    say,
+)
 from marnet_sdk.errors import requires_extra
 from marnet_train.memory import keep_freed_memory
 
@@ -152,7 +160,7 @@ def check(folder: Path, layout: str) -> None:
 def _print_report(folder: Path, report: Report) -> None:
     from marnet_train.data.check import class_rows, summary_rows
 
-    click.echo(f"{folder}: {report.layout}")
+    answer(f"{folder}: {report.layout}")
     if report.classes:
         print_table("images", ("class", *report.images), class_rows(report))
         print_table("texts and images", ("", "figures"), summary_rows(report))
@@ -165,9 +173,9 @@ def _print_report(folder: Path, report: Report) -> None:
         ("warning: images that are several times in a split", report.repeats, report.repeat_count),
     ):
         if count:
-            click.echo(f"{title}: {count}")
+            answer(f"{title}: {count}")
             for line in lines:
-                click.echo(f"  {line}")
+                answer(f"  {line}")
 
 
 @main.command()
@@ -255,9 +263,9 @@ def _print_training(training: dict[str, Any]) -> None:
     columns = ("the same images", "points", "95 % interval")
     print_table("differences", columns, difference_rows(training, "val"))
     for sentence in verdicts(training, "val"):
-        click.echo(sentence)
+        answer(sentence)
     if "test" in training["data"]["images"]:
-        click.echo(test_line(training))
+        answer(test_line(training))
 
 
 @main.command()

@@ -55,7 +55,7 @@ from marnet_sdk.backends.tensorrt import by_noise_row
 from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
 from marnet_sdk.persistent_loop import LOOP
 from marnet_sdk.tables import Floats, Integers, Tables
-from marnet_sdk.tensorrt_library import STANDARD, read_index
+from marnet_sdk.tensorrt_library import RTX, STANDARD, read_index
 
 load_onnxruntime()  # before anything else imports it, for its telemetry
 from onnxruntime.quantization import (  # noqa: E402
@@ -68,6 +68,7 @@ from onnxruntime.quantization import (  # noqa: E402
 DEVICE, MOST_STEPS = "cuda", STEPS[-1]
 STORAGE = ("fp32", "bf16", "fp16", "int8")
 COMPUTE = ("fp16", "bf16", "fp32")
+PACKAGES = (STANDARD, RTX)  # what an engine depends on: whichever is installed
 ONNX = "onnx"
 ROUTES = (ONNX, TORCH_TENSORRT)  # to the encoder's engine
 TOKENS = 512  # most, where the encoder does not say less

@@ -95,7 +95,7 @@ class Problems:
         """Raises: DataError, with all of `lines`."""
         if self.count:
             head = f"{self.count} problem{'s' * (self.count > 1)} in {where}:"
-            raise DataError("\n  ".join([head, *self.lines()]))
+            raise DataError(head, self.lines())
 
 
 def _listed(shown: list[str], count: int) -> list[str]:

@@ -1,7 +1,8 @@
 """Which `file_name`s of a split are safe and exist. One directory scan instead of a stat per line.
 
 `file_name` comes out of a file that anybody may have written, so a name is trusted only if it is
-a plain relative path and what it leads to, symbolic links followed, lies inside the split.
+a plain relative path and what it leads to, symbolic links followed, lies inside the split. In a
+snapshot of the hub's cache every file is a link to `blobs`, which the cache itself made.
 """
 
 from __future__ import annotations
@@ -43,11 +44,19 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+def _blobs(split: Path) -> list[str]:
+    """Where the files of a split lie that is REPOSITORY/snapshots/COMMIT/samples in a hub cache."""
+    snapshots = split.parents[1] if len(split.parents) > 2 else split
+    blobs = snapshots.parent / "blobs"
+    return [str(blobs)] if snapshots.name == "snapshots" and blobs.is_dir() else []
+
+
 class ImageNames:
     """The usable image names of one split folder, looked up by the `file_name` of a line."""
 
     def __init__(self, directory: Path) -> None:
         self._root = os.path.realpath(directory)
+        self._roots = (self._root, *_blobs(Path(self._root)))
         self._listings: dict[str, frozenset[str]] = {}  # "" or "sub/folder/" -> names in it
         self._looks: dict[str, Looks] = {}  # path of a folder -> names in it, however usable
 
@@ -82,7 +91,9 @@ class ImageNames:
         return self._is_inside(target) and Path(target).is_file()
 
     def _is_inside(self, path: str) -> bool:
-        return path == self._root or path.startswith(self._root.rstrip(os.sep) + os.sep)
+        return any(
+            path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in self._roots
+        )
 
     def _explain(self, name: str) -> str:
         shown = quoted(name)

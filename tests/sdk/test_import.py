@@ -39,7 +39,7 @@ def test_importing_the_sdk_needs_nothing_that_only_unix_has():
     code = (
         "import os, sys, sysconfig\n"
         "for name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'): sys.modules[name] = None\n"
-        "for name in ('register_at_fork', 'sched_getaffinity'): delattr(os, name)\n"
+        "for name in ('fork', 'register_at_fork', 'sched_getaffinity'): delattr(os, name)\n"
         f"import marnet_sdk, {leaves}\n"
         "from marnet_sdk.cpus import cpus; assert cpus().threads >= 1"
     )

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from marnet_export.builders import Calibration, Types
@@ -81,6 +80,8 @@ def products_of_activations(graph: Any) -> list[str]:
 
 def stored_factors(graph: Any) -> dict[str, NDArray]:
     """The names of an ONNX graph's products with a stored factor, and that factor."""
+    from onnx import numpy_helper  # only some backends need it
+
     stored = {tensor.name: tensor for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
     return {

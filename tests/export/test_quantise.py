@@ -441,7 +441,9 @@ def test_the_block_that_int8_hurts_most_is_ranked_first():
     encoder, pixels = lower(model).encoder, calibrate(model).pixels
     name, layer = next((n, m) for n, m in encoder.named_modules() if n.endswith("1.convolution"))
     norm = encoder.get_submodule(name.replace("1.convolution", "0.normalization"))
-    factors = torch.logspace(-3, 3, len(norm.weight))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(layer, nn.Conv2d)
+    factors = torch.logspace(-3, 3, norm.num_features)
     with torch.no_grad():
         norm.weight.mul_(factors)
         layer.weight.div_(factors[:, None, None])
@@ -455,8 +457,9 @@ def test_the_block_that_int8_hurts_most_is_ranked_first():
 
 def test_layers_are_found_in_a_graph_by_their_rows_whatever_scales_and_turns_them():
     torch.manual_seed(0)
-    encoder = nn.ModuleDict({"conv": nn.Conv2d(4, 6, 3, groups=2), "linear": nn.Linear(5, 5)})
-    conv, linear = (encoder[name].weight.detach().numpy() for name in ("conv", "linear"))
+    layers = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(5, 5)
+    encoder = nn.ModuleDict({"conv": layers[0], "linear": layers[1]})
+    conv, linear = (layer.weight.detach().numpy() for layer in layers)
     factors = {
         "other": np.ones_like(conv),
         "folded": (conv * np.arange(-2, 4)[:, None, None, None]).reshape(2, 3, 2, 3, 3),

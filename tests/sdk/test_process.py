@@ -277,13 +277,13 @@ def counts():
     return len(os.listdir("/proc/self/task")), code, len(os.listdir("/proc/self/fd")), pages * 4096
 
 seen = []
-for i in range(15):
+for i in range(10):
     with Classifier(sys.argv[1], threads=2) as clf:
         clf.predict(sys.argv[2])
         clf.match(sys.argv[2], "a text")
     seen.append(counts())
 (*first, before), (*last, after) = seen[4], seen[-1]
-print(first == last, after - before < 4e6, first, last, before, after)
+print(first == last, after - before < 6e6, first, last, before, after)
 """
 
 

@@ -81,7 +81,7 @@ def import_apart(name: str) -> None:
     Importing torch leaves frames behind in a cycle, and with them all that called it: the function
     that opened a classifier, and what that holds.
     """
-    if name not in sys.modules:
+    if sys.modules.get(name) is None:  # None: it may not be imported, and says so
         with ThreadPoolExecutor(1) as thread:
             thread.submit(import_module, name).result()
 

@@ -139,14 +139,16 @@ def test_an_answer_is_one_sample_that_is_sure_of_itself(zero, paths, want):
 
 
 def test_the_loop_is_not_run(zero, paths, monkeypatch):
+    opened = zero._backend.check()
+
     class NoLoop(Looped):
-        encode = zero._backend.backend.encode
+        encode = opened.backend.encode
 
         def refine(self, x_v, tables):
             raise AssertionError("the loop is run")
 
     expected = zero.predict(paths)
-    backend = WithAlignment(NoLoop(), zero._backend.head)  # pyright: ignore[reportArgumentType]
+    backend = WithAlignment(NoLoop(), opened.head)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(zero, "_backend", backend)
     assert zero.predict(paths) == expected
 
@@ -213,7 +215,7 @@ def test_a_threshold_holds_for_any_seed(zero, paths, tmp_path):
 
 
 def test_numbers_that_are_none_are_blamed_on_the_branch(zero, paths, monkeypatch):
-    wrapped = zero._backend
+    wrapped = zero._backend.check()
     bias = np.full_like(wrapped.head.classifier_bias, np.nan)
     monkeypatch.setattr(
         zero,

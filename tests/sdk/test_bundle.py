@@ -86,7 +86,7 @@ def bundle(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Path]:
+def lasting() -> Iterator[Path]:
     """One bundle for many examples; each restores the byte that it changes."""
     with tempfile.TemporaryDirectory() as folder:
         yield make_bundle(Path(folder) / "b")
@@ -199,24 +199,24 @@ def test_the_digest_is_of_the_canonical_manifest_without_it(bundle):
     assert (bundle / "manifest.json").read_bytes() == before
 
 
-def test_a_change_of_any_single_byte_of_the_manifest_is_noticed(shared):
-    size = (shared / "manifest.json").stat().st_size
+def test_a_change_of_any_single_byte_of_the_manifest_is_noticed(lasting):
+    size = (lasting / "manifest.json").stat().st_size
     missed = [
         offset
         for offset in range(size)
-        if not refused_with_a_byte_changed(shared, "manifest.json", offset, 1 << offset % 8)
+        if not refused_with_a_byte_changed(lasting, "manifest.json", offset, 1 << offset % 8)
     ]
     assert missed == []
-    read_bundle(shared)
+    read_bundle(lasting)
 
 
 @given(st.data())
-def test_any_change_of_any_byte_of_any_file_is_noticed(shared, data):
-    files = [path for path in shared.rglob("*") if path.is_file() and path.stat().st_size]
+def test_any_change_of_any_byte_of_any_file_is_noticed(lasting, data):
+    files = [path for path in lasting.rglob("*") if path.is_file() and path.stat().st_size]
     file = data.draw(st.sampled_from(sorted(files)))
     offset = data.draw(st.integers(0, file.stat().st_size - 1))
     mask = data.draw(st.integers(1, 255))
-    assert refused_with_a_byte_changed(shared, str(file.relative_to(shared)), offset, mask)
+    assert refused_with_a_byte_changed(lasting, str(file.relative_to(lasting)), offset, mask)
 
 
 def test_a_changed_byte_in_any_file_of_a_real_bundle_is_noticed(bundle_of, tmp_path):

@@ -180,7 +180,7 @@ def test_embeddings_are_one_row_per_image(classifier, paths):
         (np.zeros((1, 3, 32, 32), np.float64), r"got float64 \(1, 3, 32, 32\)"),
         (np.zeros((1, 32, 32, 3), np.uint8), r"got uint8 \(1, 32, 32, 3\)"),
         (np.zeros((2, 3, 31, 32), np.float32), r"got float32 \(2, 3, 31, 32\)"),
-        ("digit.png", "got digit.png"),
+        ("digit.png", "got 'digit.png'"),
     ],
 )
 def test_logits_of_anything_but_preprocessed_pixels_are_refused(classifier, pixels, got):

@@ -345,10 +345,10 @@ def test_the_report_says_device_buckets_and_memory(backend, tables):
 # --- arrays of the caller on the device
 
 
-def aligned(count: int) -> torch.Tensor:
-    """As a GPU's memory is."""
-    memory = np.zeros(count * 3 * 32 * 32 + ALIGNMENT // 4, np.float32)
-    start = -memory.ctypes.data % ALIGNMENT // 4
+def aligned(count: int, beside: int = 0) -> torch.Tensor:
+    """As a GPU's memory is, or as many floats beside such a place."""
+    memory = np.zeros(count * 3 * 32 * 32 + ALIGNMENT // 4 + beside, np.float32)
+    start = -memory.ctypes.data % ALIGNMENT // 4 + beside
     return torch.from_numpy(memory[start : start + count * 3 * 32 * 32]).view(count, 3, 32, 32)
 
 
@@ -367,7 +367,8 @@ def test_a_caller_s_array_of_another_size_is_copied_and_padded(backend, on_cpu, 
     table = tables()
     backend.run(pixels(8, seed=5), table)  # leaves other rows behind
     for count in (3, 6, 11):
-        got = backend.run(backend.device_rows(torch.from_numpy(pixels(count))), table)[0]
+        given = aligned(count, beside=1).copy_(torch.from_numpy(pixels(count)))
+        got = backend.run(backend.device_rows(given), table)[0]
         assert close(got, on_cpu(pixels(count), table)[0], FLOAT32_TWICE)
     assert backend.report().copies == 4  # 11 rows are two batches
 

@@ -288,7 +288,7 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
         "trained, exported, compared with its float32 checkpoint on 90 images, opened again and",
         "asked for a label. A cell lists the precisions that work, which means that at least",
         f"{ENOUGH:.0%} of the labels are those of float32: of networks this small many answers are",
-        "close calls. The last section says what does not work.",
+        "close calls. The last section says what does not work; what is in neither was not run.",
         "",
         "```text",
         "python benchmarks/scripts/backbones.py --output FILE.json --page docs/backbones.md",

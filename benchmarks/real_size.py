@@ -444,6 +444,8 @@ def main(
     auto: tuple[str, ...],
 ) -> None:
     """Export and measure at real sizes, with random weights or those of a checkpoint."""
+    if checkpoint is not None and auto:
+        raise click.UsageError("--auto goes with --model, not with --checkpoint: leave one out")
     if checkpoint is not None:
         steps = load_checkpoint(checkpoint).model.config.schedule.steps
         report = run(checkpoint.name, steps, duration, text=text, only=only, trained=checkpoint)

@@ -116,7 +116,7 @@ class Cell:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """What identifies the cell in the table."""
+        """The family, backend and precision, which identify the cell in the table."""
         return self.family, self.backend, self.precision
 
 
@@ -150,7 +150,7 @@ def recipe_of(family: str) -> Recipe:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, as a cell has room for it; an error of nobody's own is a fault of ours."""
+    """Tell what went wrong in one line. An error that is no `MarnetError` is a fault of ours."""
     kind = "" if isinstance(error, MarnetError) else f"{type(error).__name__}, untyped: "
     return kind + " ".join(str(error).split())[:300]
 
@@ -306,7 +306,9 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
         lines.append(f"| `{family}` | {'yes' if trained else 'no'} | {' | '.join(row)} |")
     failed = [c for c in cells if not c.works]
     lines += ["", "## What does not work", ""] if failed else []
-    lines += [f"- `{c.family}` {c.backend} {c.precision}: {c.detail}" for c in failed]
+    for c in failed:
+        cell = f"{c.backend} {c.precision}: "
+        lines.append(f"- `{c.family}` {cell}{c.detail.removeprefix(cell).split(';')[0]}")
     return "\n".join(lines) + "\n"
 
 

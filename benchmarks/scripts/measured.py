@@ -342,7 +342,7 @@ def gains_by_seed(joined: dict[str, Any], title: str) -> str:
 
 
 def digits_accuracy() -> str:
-    """What MARNet and its parts are worth where the baseline is nearly right."""
+    """Return the table of the digits, where the baseline is nearly right."""
     joined = read("cpu-digits-accuracy")
     title = gains_by_seed(joined, "**Digits**, recipe `digits`, {images} test pictures,")
     return "\n\n".join((title, branches(joined["summary"])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,18 +265,16 @@ def main(
 
 
 def _free(folder: Path, name: str, settings: Settings) -> Path:
-    """The first place of NAME.marnet, NAME-2.marnet, ... that is free, or whose bundle was exported
-    with the same settings and may be replaced."""
+    """Find the first place of NAME.marnet, NAME-2.marnet, ... that is free, or whose bundle was
+    exported with the same settings and may be replaced."""
     wanted = json.loads(json.dumps(asdict(settings)))
-    for number in count(1):
-        place = folder / (f"{name}-{number}.marnet" if number > 1 else f"{name}.marnet")
-        if not place.exists() or _settings_of(place) in (None, wanted):
-            return place
-    raise AssertionError
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    places = (folder / f"{each}.marnet" for each in names)
+    return next(p for p in places if not p.exists() or _settings_of(p) in (None, wanted))
 
 
 def _settings_of(place: Path) -> Any:
-    """Of the bundle there; None: it is none, or one that cannot be read."""
+    """Read the settings of a bundle. None: there is no bundle, or it cannot be read."""
     try:
         return read_bundle(place, lazily=True).manifest.settings
     except MarnetError:

@@ -202,7 +202,7 @@ _HAND_ON = (
 def corrected(
     encoder: nn.Module, pixels: Floats, *, kept: Collection[str] = (), kinds: Any = Layer
 ) -> nn.Module:
-    """A copy of an encoder whose biases undo, on average, what rounding its weights will do.
+    """Copy an encoder with biases that undo, on average, what rounding its weights will do.
 
     A layer's sums move by its mean input times the errors of its weights. Nothing averages that out
     where means are far from zero, behind a ReLU, and weights are few, as in a depthwise
@@ -231,12 +231,12 @@ def corrected(
 
 
 def _is(name: str, layer: str) -> bool:
-    """Whether a name is that of a layer, perhaps of one inside of an encoder that was wrapped."""
+    """Tell whether `name` is the layer's, or ends in it because the encoder was wrapped."""
     return f".{name}".endswith(f".{layer}")
 
 
 def _product(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """What a layer makes of x without its bias, with another weight: [B, O, H, W] or [B, O]."""
+    """Apply a layer to x without its bias, with another weight: [B, O, H, W] or [B, O]."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight).flatten(0, -2)
     more: Any = layer.stride, layer.padding, layer.dilation, layer.groups
@@ -254,7 +254,7 @@ def _run(encoder: nn.Module, pixels: Floats) -> Tensor:
 
 
 def _sources(encoder: nn.Module, pixels: Floats) -> dict[nn.Module, nn.Module]:
-    """Of modules without children, the one whose output each reads, where there is one."""
+    """Find for each module without children the module whose output it reads, if there is one."""
     made: dict[int, tuple[nn.Module, Tensor]] = {}  # a tensor that is kept keeps its id
     found: dict[nn.Module, nn.Module] = {}
 
@@ -307,7 +307,7 @@ def ranked(encoder: nn.Module, pixels: Floats) -> list[Block]:
 
 
 def to_keep(blocks: Sequence[Block], ratio: float) -> list[Sequence[Block]]:
-    """Which of the `ranked` blocks to keep float, in one or two tries.
+    """Choose which of the `ranked` blocks to keep float, in one or two tries.
 
     First as few as will likely bring the error down to `ratio` of what it is, as the errors of
     blocks add up like noise; then as many as may be.
@@ -320,7 +320,7 @@ def to_keep(blocks: Sequence[Block], ratio: float) -> list[Sequence[Block]]:
 
 
 def _convolutions_before(encoder: nn.Module, pixels: Floats) -> dict[str, str]:
-    """Of a convolution, the one that it reads, which rounds what it gives where it is int8."""
+    """Find for each convolution the one that it reads, which rounds what it gives in int8."""
     names = {module: name for name, module in encoder.named_modules()}
     sources, found = _sources(encoder, pixels), {}
     for module, source in sources.items():
@@ -332,7 +332,7 @@ def _convolutions_before(encoder: nn.Module, pixels: Floats) -> dict[str, str]:
 
 
 def _inputs(encoder: nn.Module, pixels: Floats) -> tuple[dict[str, Range], dict[str, int], Tensor]:
-    """Of each layer that runs, in order, the range of its input and its multiply-adds; and x_v."""
+    """Return the input's range and the multiply-adds of each layer that runs, in order; and x_v."""
     ranges: dict[str, Range] = {}
     sizes: dict[str, int] = {}
 
@@ -412,7 +412,7 @@ def kept_nodes(
 
 
 def _same_rows(factor: NDArray, weight: NDArray) -> bool:
-    """Whether a graph's factor has the rows of a weight [O, ...], each times any number."""
+    """Tell whether a graph's factor has the rows of a weight [O, ...], each times any number."""
     if factor.size != weight.size:
         return False
     want = weight.reshape(len(weight), -1)

@@ -195,7 +195,7 @@ class TextEmbedder:
         return np.concatenate(parts)
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        """The same of a few texts, known or not, for proving that the encoder is what it was."""
+        """Embed a few texts, known or not, to prove that the encoder is what it was."""
         return self.alignment.texts(self.features(texts))
 
     def features(self, texts: Sequence[str]) -> Floats:
@@ -205,7 +205,7 @@ class TextEmbedder:
     def _mostly_unknown(
         self, texts: Sequence[str], ids: Integers, mask: Integers, start: int
     ) -> list[int]:
-        """Those of which less than half is known.
+        """Find the texts of which less than half is known.
 
         Raises:
             InvalidInput: nothing of one is known; errors count from `start`.

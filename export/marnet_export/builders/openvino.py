@@ -133,7 +133,7 @@ def build_refine(
 
 
 def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibration) -> Any:
-    """The same graph with products in int8.
+    """Quantise the products of a graph to int8.
 
     NNCF's mode for transformers keeps residual sums float and spreads outlying channels over
     activations and weights (SmoothQuant); on ResNets it is more accurate too. Some settings are not

@@ -21,15 +21,16 @@ ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup source demo test lint format readme cubins native clean
+.PHONY: help setup source demo test test-all lint format readme cubins native clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
 	@echo "             DATA=plates, or DATA=grocery SOURCE=DIR: on another data set"
-	@echo "make test    set up, then run the test suite"
-	@echo "             COVERAGE=1: and tell which lines it ran, about a third slower"
+	@echo "make test    set up, then run the quick test suite"
+	@echo "make test-all  all tests but those of an hour; COVERAGE=1: and tell which lines they ran"
 	@echo "make lint    ruff and pyright"
 	@echo "make readme  run the README's main job and write what it prints into the page"
+	@echo "make docs    build the pages and the API reference into ./site"
 	@echo "make cubins  compile the CUDA kernels that a wheel ships; before building one"
 	@echo "make native  compile the loop for CPUs that a wheel ships; before building one"
 	@echo "make setup   the shared first step: .venv with this package in it"
@@ -72,8 +73,13 @@ demo: source setup
 	$(BIN)/marnet-classify $$(ls data/$(DATA)/test/*.*g | head -5)
 	$(BIN)/marnet-bench --batch 64
 
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
 test: .venv/.dev
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
+	$(PYTEST)
+
+test-all: .venv/.dev
+	$(PYTEST) -m "not hour" --hypothesis-profile all $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -82,6 +88,14 @@ lint: .venv/.dev
 
 readme: .venv/.dev
 	$(BIN)/python tests/readme.py
+
+.PHONY: docs
+.venv/.docs: .venv/.created pyproject.toml constraints.txt
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 cubins: .venv/.dev
 	$(BIN)/python -m marnet_kernels.ship

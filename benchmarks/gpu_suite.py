@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("sdk", "kernels", "train", "export", "benchmarks")
 
 # The sections in their order, and what part of the time each may take.
-SHARES = {"ceilings": 0.06, "loop": 0.44, "pipeline": 0.36, "images": 0.08, "head": 0.06}
+SHARES = {"ceilings": 0.06, "loop": 0.47, "pipeline": 0.39, "images": 0.08}
 SECONDS = 450.0  # for all of them
 BACKENDS = ("torchscript", "tensorrt")  # aotinductor compiles for minutes; it is for another run
 _GRACE = 15.0  # seconds behind its end after which a section is given up
@@ -168,7 +168,7 @@ class Suite:
         self.write()
 
     def _measure(self, name: str, seconds: float, earlier: list[Any], send: Any) -> None:
-        """What the process of a section does."""
+        """Run one section; this is what its process does."""
         from gpu_sections.measure import Job, reason
 
         machine = _machine(self.tiny)
@@ -219,7 +219,7 @@ def say(text: str) -> None:
 
 
 def set_exact() -> None:
-    """float32 means float32: no TF32 in products or convolutions, which would be the default."""
+    """Make float32 mean float32: no TF32 in products and convolutions, which is the default."""
     import torch
 
     torch.set_float32_matmul_precision("highest")
@@ -255,7 +255,7 @@ def describe(machine: Any) -> dict[str, Any]:
 
 
 def query(fields: str) -> dict[str, str]:
-    """What nvidia-smi says of the first card now; nothing where it is not there."""
+    """Return what nvidia-smi says of the first card now; nothing where it is not there."""
     if not (program := shutil.which("nvidia-smi")):
         return {}
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]

@@ -1,4 +1,4 @@
-"""How long it takes to read a data set's list of images, in each layout of files.
+"""Measure how long it takes to read a data set's list of images, in each layout of files.
 
 python benchmarks/reader_speed.py --output benchmarks/results/DATE-cpu-reader-speed.json
 

@@ -1,11 +1,14 @@
 """Export MARNets of real sizes through every backend and precision, and measure them beside peers.
 
     python benchmarks/real_size.py --model vit-b16 --output benchmarks/results/NAME.json
+    python benchmarks/real_size.py --checkpoint runs/grocery --output benchmarks/results/NAME.json
 
-The weights are random, because none can be downloaded here: the figures say how fast it is and how
-far a bundle is from the float32 model, and nothing about accuracy. Every export runs in a process
-of its own, so that its peak memory can be told. Then all bundles and all peers answer the same
-pixels in turn, in one process with the same threads. Takes a quarter of an hour for each model.
+The weights of a `--model` are random, because none can be downloaded here: the figures say how fast
+it is and how far a bundle is from the float32 model, and nothing about accuracy. A `--checkpoint`
+has been trained; its samples are read from their files, by the same code for all. Every export
+runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
+answer the same images in turn, in one process with the same threads. Takes a quarter of an hour for
+each model.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision, tex
     ),
 }
 BATCHES = (1, 16)
+TRAINED_AGREEMENT = 0.99  # with float32, that every bundle of a trained model has to have
 TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of engines, where there is no GPU to run them on
 
 
@@ -106,10 +110,13 @@ def _crops() -> Iterator[tuple[str, bytes]]:
 # Exports
 
 
-def builds(text: bool = True, only: Sequence[str] = ()) -> Iterator[Settings]:
+def builds(
+    text: bool = True, only: Sequence[str] = (), min_agreement: float = 0.0
+) -> Iterator[Settings]:
     """Every backend in every precision, and int8 also with the rest in bf16.
 
-    With random weights many answers are close calls, so agreement is told and not asked for.
+    With random weights many answers are close calls, so agreement is told and not asked for, which
+    is what `min_agreement` = 0 means.
     Engines are built ahead of time where they cannot run: then they are not timed.
 
     Args:
@@ -119,7 +126,12 @@ def builds(text: bool = True, only: Sequence[str] = ()) -> Iterator[Settings]:
     for backend, precision, compute in [*named, ("openvino", "int8", "bf16")]:
         if not only or f"{backend} {precision}" in only:
             targets = TARGETS if backend == "tensorrt" and not runs_here(backend) else ()
-            kept = {"text": text, "source": False, "min_agreement": 0.0, "targets": targets}
+            kept = {
+                "text": text,
+                "source": False,
+                "min_agreement": min_agreement,
+                "targets": targets,
+            }
             # The one backend that has no int8 loop.
             loop = "fp16" if (backend, precision) == ("tensorrt", "int8") else None
             yield Settings(backend, precision, compute, loop_precision=loop, **kept)
@@ -169,7 +181,7 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
 
 
 def choose(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:
-    """What `marnet-export` picks when nobody names a backend, and how it ranked the others."""
+    """Return what `marnet-export` picks if nobody names a backend, and how it ranked the others."""
     started = time.perf_counter()
     options = ["--checkpoint", checkpoint, "--output", output, "--precision", precision]
     options += ["--min-agreement", "0", "--no-text", "--no-source"]
@@ -256,13 +268,12 @@ def _openvino(model: MARNet, example: torch.Tensor, precision: str, threads: int
 
 
 def measure(
-    calls: Mapping[str, Logits], pixels: Floats, duration: float
+    calls: Mapping[str, Logits], images: Callable[[int], Any], duration: float
 ) -> Iterator[tuple[int, dict[str, Seconds]]]:
-    """Everything in turn, for each number of images in a call."""
+    """Everything in turn, for each number of images in a call; `images` gives as many of them."""
     for batch in BATCHES:
-        images = np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))
         say(f"batch {batch}: {len(calls)} candidates in turn, {duration:g} s or more")
-        bound = {name: partial(call, images) for name, call in calls.items()}
+        bound = {name: partial(call, images(batch)) for name, call in calls.items()}
         yield batch, interleave(bound, warmup=2, duration=duration, min_rounds=5)
 
 
@@ -285,7 +296,7 @@ def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[
 
 
 def run_auto(name: str, train_steps: int, precisions: Sequence[str]) -> dict[str, Any]:
-    """What is picked for one model."""
+    """Report what is picked for one model."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / name
         write_checkpoint(checkpoint, name, train_steps)
@@ -293,22 +304,33 @@ def run_auto(name: str, train_steps: int, precisions: Sequence[str]) -> dict[str
         for precision in precisions:
             say(f"export marnet auto {precision}")
             rows.append(choose(checkpoint, Path(scratch) / precision, precision))
-    about = {"what": __doc__, "model": name, "train_steps": train_steps}
+    about = {"what": __doc__, "model": name, "train_steps": train_steps, "trained": False}
     return about | {"rows": rows, "ratios": [], "machine": describe_machine()}
 
 
 def run(
-    name: str, train_steps: int, duration: float, *, text: bool = True, only: Sequence[str] = ()
+    name: str,
+    train_steps: int,
+    duration: float,
+    *,
+    text: bool = True,
+    only: Sequence[str] = (),
+    trained: Path | None = None,
 ) -> dict[str, Any]:
-    """Export, open and measure everything of one model."""
+    """Export, open and measure everything of one model.
+
+    Args:
+        trained: a checkpoint, whose samples are read from files; None: random weights, from pixels.
+    """
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / name
-        write_checkpoint(checkpoint, name, train_steps)
+        checkpoint = trained or Path(scratch) / name
+        if trained is None:
+            write_checkpoint(checkpoint, name, train_steps)
         rows, calls, precision = [], {}, {}
         opened: list[Classifier] = []
-        for settings in builds(text, only):
+        for settings in builds(text, only, 0.0 if trained is None else TRAINED_AGREEMENT):
             rest = f"-{settings.compute}" if settings.compute else ""
             key = f"marnet {settings.backend} {settings.precision}{rest}"
             path = Path(scratch) / key.replace(" ", "-")
@@ -321,26 +343,34 @@ def run(
                 calls[row["name"]] = opened[-1].logits
                 precision[row["name"]] = row["precision"]
         if not opened:
-            return _report(name, train_steps, text, threads, rows, [])
+            return _report(name, train_steps, trained is not None, text, threads, rows, [])
         say("opening the peers")
-        pixels = opened[0].preprocess.pixels(golden_images(opened[0], 8))
+        preprocess, files = opened[0].preprocess, golden_images(opened[0], max(BATCHES))
+        pixels = preprocess.pixels(files)
         for framework, kind, call in peers(checkpoint, opened[0], pixels, threads):
             key = f"{framework} {kind}"
             rows.append({"name": key, "precision": kind})
             calls[key], precision[key] = call, kind
+        images: Any = pixels
+        if trained is not None:
+            calls = {
+                n: (lambda some, c=call: c(preprocess.pixels(some))) for n, call in calls.items()
+            }
+            images = files
         compared = []
-        for batch, taken in measure(calls, pixels, duration):
+        for batch, taken in measure(calls, lambda batch: images[:batch], duration):
             compared += [{"batch": batch, **ratio} for ratio in ratios(taken, precision)]
             for row in rows:
                 if row["name"] in taken:
                     summary = asdict(summarise(taken[row["name"]], batch))
                     row.setdefault("latency", {})[str(batch)] = summary
-    return _report(name, train_steps, text, threads, rows, compared)
+    return _report(name, train_steps, trained is not None, text, threads, rows, compared)
 
 
 def _report(
     name: str,
     train_steps: int,
+    trained: bool,
     text: bool,
     threads: int,
     rows: list[dict[str, Any]],
@@ -350,6 +380,7 @@ def _report(
         "what": __doc__,
         "model": name,
         "train_steps": train_steps,
+        "trained": trained,
         "text": text,
         "threads": threads,
         "rows": rows,
@@ -377,7 +408,8 @@ def show(report: dict[str, Any]) -> None:
         more = [str(row.get(k, "")) for k in ("export_s", "peak_mb", "bundle_mb")]
         lines.append((row["name"], agreement, *times, rate, *more))
     columns = ("", "agreement", *(f"ms at {b}" for b in BATCHES), "images/s")
-    title = f"{report['model']}, T = {report['train_steps']}, random weights, from pixels"
+    what = "trained, from files" if report["trained"] else "random weights, from pixels"
+    title = f"{report['model']}, T = {report['train_steps']}, {what}"
     print_table(title, (*columns, "export s", "peak MB", "bundle MB"), lines)
     compared = []
     for r in report["ratios"]:
@@ -388,6 +420,9 @@ def show(report: dict[str, Any]) -> None:
 
 @click.command()
 @click.option("--model", type=click.Choice(list(MODELS)), default="vit-b16", show_default=True)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A trained one, in place of --model."
+)
 @click.option("--output", type=click.Path(path_type=Path), required=True)
 @click.option("--train-steps", type=click.IntRange(1), default=100, show_default=True, help="T.")
 @click.option(
@@ -400,6 +435,7 @@ def show(report: dict[str, Any]) -> None:
 )
 def main(
     model: str,
+    checkpoint: Path | None,
     output: Path,
     train_steps: int,
     duration: float,
@@ -407,8 +443,13 @@ def main(
     only: tuple[str, ...],
     auto: tuple[str, ...],
 ) -> None:
-    """Export and measure at real sizes, with random weights."""
-    if auto:
+    """Export and measure at real sizes, with random weights or those of a checkpoint."""
+    if checkpoint is not None and auto:
+        raise click.UsageError("--auto goes with --model, not with --checkpoint: leave one out")
+    if checkpoint is not None:
+        steps = load_checkpoint(checkpoint).model.config.schedule.steps
+        report = run(checkpoint.name, steps, duration, text=text, only=only, trained=checkpoint)
+    elif auto:
         report = run_auto(model, train_steps, auto)
     else:
         report = run(model, train_steps, duration, text=text, only=only)

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_engine(library: Library, targets: Sequence[str] = ()) -> bytes:
-    """x [1, WIDTH] times a matrix, in fp16; needs no GPU.
+    """Build an engine that multiplies x [1, WIDTH] with a matrix, in fp16; this needs no GPU.
 
     Args:
         targets: compute capabilities, as in "sm86"; none: what TensorRT-RTX takes by default.
@@ -99,7 +99,7 @@ def build_engine(library: Library, targets: Sequence[str] = ()) -> bytes:
 
 
 def validity(library: Library, engine: bytes) -> dict[str, Any]:
-    """What the runtime says of an engine. There must be a driver."""
+    """Return what the runtime says of an engine. There must be a driver."""
     trt: Any = library.module
     log = make_log(trt)
     answer, mask = trt.Runtime(log).get_engine_validity(engine)

@@ -15,18 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # With these, set where the tests are started, rich prints colours and breaks lines in a pipe too.
 for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
     os.environ.pop(name, None)
 
-settings.register_profile("untimed", deadline=None)  # how long a test takes depends on the machine
-settings.load_profile("untimed")
+# No deadline: how long a test takes depends on the machine. `make test-all` asks for "all".
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("all", deadline=None, max_examples=150)
+settings.load_profile("quick")
 
 BundleOf = Callable[[str, str], Path]
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
-# Files with a test of a minute or more. They come first, or one worker ends with them alone.
+# Files with a test of half a minute or more. They come first, or one worker ends with them alone.
 LONG = ("test_readme.py", "test_nothing_lost.py", "test_no_lock_in.py")
 
 
@@ -43,13 +47,34 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits data set. Tests must not change it: copy what you damage."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """name, what writes it -> a folder of this run, written by the first process that needs it.
+
+    What writes it must leave the whole folder or none. Tests must not change it: copy what you
+    damage.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all workers
+    folder = base / "shared"
+    folder.mkdir(exist_ok=True)
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        path = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not path.exists():
+                write(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def digits(shared: Shared) -> Path:
+    """The digits data set."""
     from marnet_train.data.digits import write_digits
 
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(folder)
-    return folder
+    return shared("digits", write_digits)
 
 
 @pytest.fixture(scope="session")
@@ -72,85 +97,64 @@ def quick_recipe():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(digits: Path, quick_recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained checkpoint. Tests must not change it: copy what you damage."""
+def checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
+    """A trained checkpoint."""
     from marnet_train.trainer import fit
 
-    out = tmp_path_factory.mktemp("runs") / "quick"
-    fit(digits, quick_recipe, out, name="digits")
-    return out
+    return shared("quick", lambda out: fit(digits, quick_recipe, out, name="digits"))
 
 
 @pytest.fixture(scope="session")
-def bundle_of(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
-    """backend, precision -> a bundle of the checkpoint, built once per session."""
+def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
+    """name, settings -> a bundle of the checkpoint, built once in a run of the tests.
+
+    The backend's graph runs the loop if no other is named: which is faster depends on the machine.
+    """
     from marnet_export.pipeline import export_bundle
     from marnet_export.settings import Settings
 
-    folder = tmp_path_factory.mktemp("bundles")
-
-    def make(backend: str, precision: str) -> Path:
-        path = folder / f"quick-{backend}-{precision}.marnet"
-        if not path.exists():
-            # A model this little trained has many labels with a small margin.
-            # The graph: which loop is faster depends on the machine.
-            settings = Settings(backend, precision, min_agreement=0.98, loop="graph")
-            export_bundle(checkpoint, path, settings)
-        return path
+    def make(name: str, *types: str, **more) -> Path:
+        settings = Settings(*types, **{"loop": "graph"} | more)
+        return shared(f"{name}.marnet", lambda path: export_bundle(checkpoint, path, settings))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def swept_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_of(exported: Callable[..., Path]) -> BundleOf:
+    """backend, precision -> a bundle of the checkpoint."""
+
+    def make(backend: str, precision: str) -> Path:
+        # A model this little trained has many labels with a small margin.
+        name = f"quick-{backend}-{precision}"
+        return exported(name, backend, precision, min_agreement=0.98)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def swept_bundle(exported: Callable[..., Path]) -> Path:
     """Four operating points, and a threshold for each."""
-    from marnet_export.pipeline import export_bundle
-    from marnet_export.settings import Settings
-
-    path = tmp_path_factory.mktemp("bundles") / "swept.marnet"
-    settings = Settings(
-        "torchscript", steps="auto", max_drop=0.03, min_agreement=0.95, target_risk=0.04, text=False
-    )
-    export_bundle(checkpoint, path, settings)
-    return path
+    chosen = {"steps": "auto", "max_drop": 0.03, "min_agreement": 0.95, "target_risk": 0.04}
+    return exported("swept", "torchscript", **chosen, text=False)
 
 
 @pytest.fixture(scope="session")
-def zero_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
-    """backend, precision -> a bundle that answers without the loop, built once per session."""
-    from marnet_export.pipeline import export_bundle
-    from marnet_export.settings import Settings
-
-    folder = tmp_path_factory.mktemp("bundles")
+def zero_bundle(exported: Callable[..., Path]) -> BundleOf:
+    """backend, precision -> a bundle that answers without the loop."""
 
     def make(backend: str, precision: str) -> Path:
-        path = folder / f"zero-{backend}-{precision}.marnet"
-        if not path.exists():
-            settings = Settings(backend, precision, steps=0, min_agreement=0.98, text=False)
-            export_bundle(checkpoint, path, settings)
-        return path
+        name = f"zero-{backend}-{precision}"
+        return exported(name, backend, precision, steps=0, min_agreement=0.98, text=False)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def noisy_bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noisy_bundle(exported: Callable[..., Path]) -> Path:
     """Two samples of noise that is keyed by the image."""
-    from marnet_export.pipeline import export_bundle
-    from marnet_export.settings import Settings
-
-    path = tmp_path_factory.mktemp("bundles") / "noisy.marnet"
-    settings = Settings(
-        "onnxruntime",
-        steps=10,
-        samples=2,
-        noise="image",
-        min_agreement=0.98,
-        text=False,
-        loop="graph",
-    )
-    export_bundle(checkpoint, path, settings)
-    return path
+    chosen = {"steps": 10, "samples": 2, "noise": "image", "min_agreement": 0.98}
+    return exported("noisy", "onnxruntime", **chosen, text=False)
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def fit_command(data: Path, recipe: Path, out: Path) -> list[str]:
 
 def export_command(checkpoint: Path, out: Path) -> list[str]:
     options = ["--checkpoint", checkpoint, "--output", out, "--backend", "onnxruntime", "--force"]
-    options += ["--precision", "fp16", "--min-agreement", "0.9"]
+    options += ["--precision", "fp16", "--min-agreement", "0.9", "--loop", "graph"]
     return [str(SCRIPTS / "marnet-export"), *map(str, options)]
 
 

@@ -1,6 +1,7 @@
-"""The blocks of the README: run them, and write what the main job prints back into the page.
+"""The blocks of the README and the walkthrough: run them, and write what the main job prints.
 
-`make readme` runs this file. `test_readme.py` runs the same blocks and compares what they print.
+`make readme` runs this file, which writes into the walkthrough. `test_readme.py` runs the same
+blocks and compares what they print.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from marnet_sdk.backends import BACKENDS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, WALKTHROUGH = ROOT / "README.md", ROOT / "docs/walkthrough.md"
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _OUTPUT = re.compile(r"(<!-- written by make readme -->\n```text\n)(.*?)(^```)", re.M | re.S)
 _BACKEND = "|".join(BACKENDS)
@@ -25,6 +27,7 @@ _OF_THE_MACHINE = [
         (rf"^({_BACKEND}): (unavailable|refused): .*\n", ""),
         # The title of a table is as wide as the table: a long name breaks it into lines.
         (r"(\d+\s+steps),(?s:.*?),\s+\d+\s+threads", r"\1, PROCESSOR, threads"),
+        (r"^reverse loop: .*", "LOOP"),
         (r"^python \d.*; load", "VERSIONS; load"),
         (r"[\d.]+ times the speed of plain PyTorch", "COMPARED"),
         (r"no difference from plain PyTorch can be told", "COMPARED"),
@@ -36,9 +39,15 @@ _OF_THE_MACHINE = [
 ]
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(bash or python, text) of every block that is meant to be run, in order."""
-    return _BLOCK.findall(README.read_text("utf-8"))
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(bash or python, text) of every block of a page that is meant to be run, in order."""
+    return _BLOCK.findall(page.read_text("utf-8"))
+
+
+def main_job() -> str:
+    """The commands of the README, which make the bundle that its program opens."""
+    (commands,) = (text for kind, text in blocks(README) if kind == "bash")
+    return commands
 
 
 def run(kind: str, text: str, folder: Path) -> str:
@@ -75,8 +84,8 @@ def _run(kind: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]
 
 def written_output() -> str:
     """What the page says that the main job prints."""
-    found = _OUTPUT.search(README.read_text("utf-8"))
-    assert found, "the README has no block that make readme writes"
+    found = _OUTPUT.search(WALKTHROUGH.read_text("utf-8"))
+    assert found, "the walkthrough has no block that make readme writes"
     return found[2]
 
 
@@ -95,11 +104,11 @@ def words(output: str) -> list[str]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        transcript = run_each(blocks()[0][1], Path(folder))
+        transcript = run_each(main_job(), Path(folder))
     lines = (line.rstrip() for line in transcript.splitlines())
     text = re.sub("\n{2,}", "\n\n", "\n".join(lines)).strip("\n") + "\n"
-    page = _OUTPUT.sub(lambda m: m[1] + text + m[3], README.read_text("utf-8"))
-    README.write_text(page, "utf-8")
+    page = _OUTPUT.sub(lambda m: m[1] + text + m[3], WALKTHROUGH.read_text("utf-8"))
+    WALKTHROUGH.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

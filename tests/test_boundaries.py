@@ -35,6 +35,7 @@ LEAVES = {
     "marnet_sdk/backends/aotinductor.py": {"torch"},
     "marnet_sdk/backends/onnxruntime.py": {"onnxruntime"},
     "marnet_sdk/backends/openvino.py": {"openvino"},
+    "marnet_sdk/backends/torch_cpu.py": {"torch"},
     "marnet_sdk/backends/torch_cuda.py": {"torch"},
     "marnet_sdk/backends/torchscript.py": {"torch"},
     "marnet_sdk/driver.py": {"cuda"},

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compilers import need_compiler
+from quick import kept
 from safetensors.numpy import load_file
 from tolerances import BUILT
 
@@ -46,13 +47,18 @@ def program(backend: str) -> str:
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [
-        ("onnxruntime", "fp32"),
-        ("onnxruntime", "fp16"),
-        ("openvino", "fp16"),
-        ("torchscript", "fp16"),
-        ("aotinductor", "fp32"),
-    ],
+    kept(
+        [
+            ("onnxruntime", "fp32"),
+            ("onnxruntime", "fp16"),
+            ("openvino", "fp32"),
+            ("openvino", "fp16"),
+            ("torchscript", "fp16"),
+            ("aotinductor", "fp32"),
+        ],
+        {("onnxruntime", "fp32"), ("openvino", "fp32"), ("torchscript", "fp16")},
+        many=True,
+    ),
 )
 def test_the_graphs_give_their_golden_logits_without_marnet(
     backend, precision, bundle_of, tmp_path

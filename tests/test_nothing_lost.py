@@ -19,6 +19,7 @@ from kills import (
     weights,
     write_quick_recipe,
 )
+from quick import kept
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_quick_recipe(tmp_path_factory.mktemp("recipe") / "quick.toml")
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_with_the_same_weights(digits, recipe, tmp_path):
     out = tmp_path / "runs/quick"
     target = Target(fit_command(digits, recipe, out), out, weights, tmp_path / "log")
@@ -34,6 +36,7 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(digits, recipe
     assert [path.name for path in out.parent.iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_the_previous_bundle(checkpoint, tmp_path):
     out = tmp_path / "bundles/quick.marnet"
     target = Target(export_command(checkpoint, out), out, answers, tmp_path / "log")
@@ -105,6 +108,7 @@ def in_small_filesystem(folder: Path, kilobytes: int, script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of util-linux")
 def test_a_training_on_a_full_disk_says_so_and_goes_on_once_there_is_space(
     digits, recipe, tmp_path
@@ -127,7 +131,9 @@ def test_a_training_on_a_full_disk_says_so_and_goes_on_once_there_is_space(
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of util-linux")
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torchscript"])
+@pytest.mark.parametrize(
+    "backend", kept(["onnxruntime", "openvino", "torchscript"], {"torchscript"})
+)
 def test_an_export_on_a_full_disk_leaves_the_previous_bundle(
     backend, bundle_of, checkpoint, tmp_path
 ):

@@ -17,6 +17,7 @@ from zipfile import ZipFile
 import pytest
 from environments import closure, make_environment, run, site_packages
 from packaging.specifiers import SpecifierSet
+from quick import kept
 
 ROOT = Path(__file__).parent.parent
 ROOTS = {"marnet_sdk": "sdk", "marnet_kernels": "kernels", "marnet_train": "train",
@@ -49,6 +50,7 @@ PROMISES = {
 }  # fmt: skip
 FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
 NOT_HERE = {"tensorrt", "torch-tensorrt"}  # from NVIDIA's index, and only beside a CUDA torch
+COMMANDS = {"all", "dev", "docs"}  # what the Makefile installs
 IMPORT = """
 import importlib, pkgutil, sys
 for name in sys.argv[1:]:
@@ -151,7 +153,9 @@ def test_the_wheel_holds_every_file_of_the_five_packages_and_nothing_else(
     named = {f"marnet-{version(found)}.dist-info/{name}" for name in about}
     assert set(found) == {path.as_posix() for path in expected} | named
     assert {path.suffix for path in expected} <= SUFFIXES
-    assert {"marnet_train/recipes/digits.toml", "marnet_kernels/csrc/step_update.cu"} <= set(found)
+    assert {"marnet_train/recipes/digits.toml", "marnet_kernels/csrc/reverse_sampler.cu"} <= set(
+        found
+    )
 
 
 def version(found: dict[str, bytes]) -> str:
@@ -167,6 +171,7 @@ def test_no_pattern_of_gitignore_hides_a_file_of_a_package() -> None:
     assert (done.stdout, done.returncode) == ("", 1)
 
 
+@pytest.mark.slow
 def test_the_source_archive_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as file:
         file.extractall(tmp_path, filter="data")
@@ -219,7 +224,7 @@ def test_data_files_are_found_where_the_wheel_put_them(plain: Path, tmp_path: Pa
 
 
 def test_every_extra_has_a_promise_here(described: Message) -> None:
-    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, "all", "dev"}
+    assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, *COMMANDS}
 
 
 def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described: Message) -> None:
@@ -229,7 +234,7 @@ def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described:
     assert "nvidia-cuda-nvrtc" in closure("marnet[cuda]", needs)
 
 
-@pytest.mark.parametrize("extra", PROMISES)
+@pytest.mark.parametrize("extra", kept(PROMISES, {"onnxruntime"}))
 def test_an_extra_brings_what_it_promises(
     environment: Callable[[str], Path], extra: str, tmp_path: Path
 ) -> None:
@@ -273,6 +278,7 @@ def test_the_wheel_adds_the_five_packages_and_no_other_name(wheel: Path, plain: 
     assert not (site_packages(plain) / "tests").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["pip install .", "pip install --editable ."])
 def test_each_module_has_one_name(how: str, source: Path, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "environment", {*closure("hatchling"), "editables"})
@@ -294,6 +300,7 @@ def test_each_module_has_one_name(how: str, source: Path, tmp_path: Path) -> Non
     assert all(len(found) == 1 for found in names.values())
 
 
+@pytest.mark.slow
 def test_types_are_seen_from_outside(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "pyrightconfig.json").write_text("{}")
     (tmp_path / "program.py").write_text(

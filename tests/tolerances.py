@@ -43,17 +43,9 @@ PERSISTENT_LAYER = 1e-5
 # The persistent kernel on a GPU against the twin, a few steps, relative to the largest value: as
 # above, and an activation next to a tie may then round the other way.
 PERSISTENT = {"fp16": 2e-3, "bf16": 1e-2}
-# A normal, |z| < 5.8, from float32 logarithm, root, sine and product, absolute: a unit in the last
-# place each.
-FLOAT32_NORMAL = 2e-6
 # Three products of 16 in float32, sums below 32, absolute: a GPU cuts off each sum at 2^-23 of its
 # largest part.
 MMA_SUM = 3e-5
-# The head's kernel against its float64 twin on the same rounded weights, relative to the largest
-# value: float32 sums of up to 2,000 products in 32 parts, then exp and log1p of two units each.
-HEAD = 4e-6
-# The same through a whole head whose weights are rounded in float32 on the other side, too.
-HEAD_MODEL = 1e-5
 # int8: 2^-8 of the range of every factor, through encoder and a trained loop; relative to the
 # largest logit.
 INT8 = 0.1
@@ -75,7 +67,7 @@ PIXEL_EDGES = 0.01
 # same sums, which another library might add in another order (float32); the sigmoid of 30 is 1e-13
 # from 1, in 16 blocks (float64).
 LITE0 = {"float32": 1e-4, "float64": 1e-9}
-# The native loop in int8 behind float32 products against its twin, relative to the largest value: the
-# condition's last bits differ, and an activation next to a tie may take the other level, 0.03 in the
-# tests, times a weight of order 0.1.
+# The native loop in int8 behind float32 products against its twin, relative to the largest value:
+# the condition's last bits differ, and an activation next to a tie may take the other level, 0.03
+# in the tests, times a weight of order 0.1.
 NATIVE_LEVEL = 2e-2

@@ -1,4 +1,5 @@
-"""What this card reaches at its simplest: copies, matrix products, and blocks that wait for blocks.
+"""Measure what this card reaches at its simplest: copies, matrix products, and blocks that wait for
+blocks.
 
 The last decides how fast a loop in one kernel can be: its blocks hand each other a layer's output
 three times a step. `counter` separates the layers by a barrier over all blocks; in `epoch` the data
@@ -132,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) epoch(const Arguments a) {
 
 
 def whole_source() -> str:
-    """As NVRTC compiles it."""
+    """Return the source as NVRTC compiles it."""
     return (files("marnet_kernels") / "csrc" / "device.cuh").read_text("utf-8") + SOURCE
 
 
@@ -164,7 +165,7 @@ class _Kernel:
 
     @property
     def right(self) -> bool:
-        """Whether every block of every launch so far read what it should."""
+        """Tell whether every block of every launch so far read what it should."""
         return int(self.wrong[0]) == 0
 
     def __call__(self) -> None:

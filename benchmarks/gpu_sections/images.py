@@ -1,4 +1,5 @@
-"""From photographs to pixels: resizing and normalising on the GPU and on the CPU, and decoding.
+"""Measure the way from photographs to pixels: resizing and normalising on the GPU and on the CPU,
+and decoding.
 
 What every way gives is held to Pillow's answer, in grey levels: the model was trained on that.
 """
@@ -9,27 +10,18 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from gpu_sections.measure import Job, Launch, Machine, Memory
+from gpu_sections.measure import Job, Machine
 from gpu_sections.models import photographs, preprocessing
-from marnet_kernels.preprocess import (
-    PreprocessArguments,
-    PreprocessKernel,
-    PreprocessPlan,
-    PreprocessSpec,
-    preprocess_reference,
-)
 from marnet_sdk.images import decode
 from marnet_sdk.preprocess import Preprocess
 
@@ -100,33 +92,12 @@ def _on_device(
     machine: Machine, arrays: list[NDArray[np.uint8]], preprocess: Preprocess
 ) -> Iterator[tuple[str, Callable[[], Callable[[], Tensor]]]]:
     """Names, and what makes each ready; the photographs lie on the device."""
-    for output in ("fp32", "fp16"):
-        name = f"preprocess kernel to {output}" + ("" if machine.is_cuda else " (its NumPy twin)")
-        yield name, partial(_kernel, machine, arrays, preprocess, output)
     yield INTERPOLATE, partial(_interpolate, machine, arrays, preprocess)
     yield "torchvision resize, antialias", partial(_torchvision, machine, arrays, preprocess)
 
 
-def _kernel(
-    machine: Machine, arrays: list[NDArray[np.uint8]], preprocess: Preprocess, output: Any
-) -> Callable[[], Tensor]:
-    same = {f.name: getattr(preprocess, f.name) for f in fields(preprocess)}
-    spec = PreprocessSpec(**same, pillow=int(PIL.__version__.partition(".")[0]))
-    kind = torch.float16 if output == "fp16" else torch.float32
-    if not machine.is_cuda:
-        return lambda: torch.stack(
-            [torch.from_numpy(preprocess_reference(a, spec)).to(kind) for a in arrays]
-        )
-    plan, kernel = PreprocessPlan([a.shape[:2] for a in arrays], spec, output), PreprocessKernel()
-    memory = Memory(machine, plan.buffers)
-    memory.fill(source=plan.pack(arrays), tables=plan.tables)
-    arguments = PreprocessArguments(plan=plan, **memory.addresses)
-    out = memory["out"].view(kind).view(plan.shape)
-    return Launch(machine, partial(kernel.launch, arguments=arguments), out, memory)
-
-
 def _planes(machine: Machine, arrays: list[NDArray[np.uint8]]) -> Tensor:
-    """uint8 [B, 3, h, w] on the device."""
+    """Copy arrays to the device as uint8 [B, 3, h, w]."""
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().to(machine.device)
 
 

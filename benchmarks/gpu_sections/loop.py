@@ -25,7 +25,6 @@ from marnet_bench.loop_peers import PlainLoop, make_problem
 from marnet_export.builders import TORCH_TYPES
 from marnet_export.graph import PlanStep, ScriptedLoop
 from marnet_export.plan import SamplingPlan, make_plan
-from marnet_kernels import StepUpdate, StepUpdateArguments, step_update_reference
 from marnet_kernels.loader import DeviceInfo, current_device
 from marnet_kernels.persistent import (
     MOST_ROWS,
@@ -109,7 +108,7 @@ def _measure(job: Job, chain: Chain, batch: int, wanted: Tensor) -> None:
 
 
 class Forms:
-    """What the loops of all lengths share: the model, its rewrite, and what was compiled."""
+    """The loops of all lengths share these: the model, its rewrite, and what was compiled."""
 
     def __init__(self, machine: Machine, model: MARNet) -> None:
         self.machine, self.model = machine, model
@@ -138,10 +137,6 @@ class Forms:
             self._samplers[key] = ReverseSampler(packed.layout, variant)
         return self._samplers[key]
 
-    @cached_property
-    def step_update(self) -> StepUpdate:
-        return StepUpdate()
-
 
 class Chain:
     """The loop of one length and precision, and its forms."""
@@ -166,20 +161,17 @@ class Chain:
             {},
         )
         yield "CUDA graph, rewritten", lambda: capture(rewritten), {}
-        if self.precision == "fp16":
-            name = "CUDA graph, rewritten, step_update kernel"
-            yield name, lambda: capture(self.with_step_update(x_v)), {}
         yield from self.persistent_forms(x_v)
 
     def features(self, batch: int) -> Tensor:
-        """x_v [B, D_v]: the first rows of the same random ones."""
+        """Return x_v [B, D_v], the first rows of the same random ones."""
         width = self.shared.model.vision.dim
         rows = np.random.default_rng(0).standard_normal((batch, width)).astype(np.float32)
         return torch.from_numpy(rows).to(self.device)
 
     @torch.no_grad()
     def reference(self, x_v: Tensor) -> Tensor:
-        """x_CDR [B, D] of the loop as the paper writes it, in float64."""
+        """Compute x_CDR [B, D] by the loop as the paper writes it, in float64."""
         problem = self.problem
         initial = problem.initial.double().to(self.device).expand(len(x_v), -1)
         noise = problem.noise.double().to(self.device)
@@ -211,7 +203,7 @@ class Chain:
 
     @cached_property
     def host_tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """coefficients [S, 3] and bias [S, 1, 1, H], as the SDK makes them."""
+        """Return coefficients [S, 3] and bias [S, 1, 1, H], as the SDK makes them."""
         table, problem = self.problem.table, self.problem
         point = OperatingPoint(table.sampler, table.eta, table.timesteps, 1, None)
         width = self.shared.model.denoiser.dim
@@ -237,75 +229,7 @@ class Chain:
         assert isinstance(step, PlanStep)
         return step.output(h3)
 
-    # --- with kernels
-
-    def with_step_update(self, x_v: Tensor) -> Refine:
-        """The plan with a step's update and the activation behind it in one kernel."""
-        weights, bias = self._half_layers, self.tables[1][:, 0, 0].contiguous()  # [S, H]
-        advance = self._advance_on_device if self.machine.is_cuda else self._advance_with_twin
-
-        def call() -> Tensor:
-            step = self.plan_loop.step
-            assert isinstance(step, PlanStep)
-            q = step.condition(x_v)[:, 0]  # [B, H]
-            hidden = F.leaky_relu(q + bias[0], LEAKY_SLOPE).to(self.dtype)
-            state = torch.zeros_like(q)
-            for i in range(self.steps - 1):
-                update = F.linear(_layers(hidden, *weights[:2]), weights[2][0]).float()
-                state, hidden = advance(i, update, state, q, bias, hidden)
-            return self.finish(_layers(hidden, *weights[:2]))
-
-        return call
-
-    @cached_property
-    def _half_layers(self) -> list[tuple[Tensor, Tensor | None]]:
-        """(W2, b2), (W3, b3) and (M, None)."""
-        plan = self.shared.plan
-        layers = (plan.hidden2, plan.hidden3, (plan.carry_weight, None))
-        return [tuple(self._half(a) for a in layer) for layer in layers]  # pyright: ignore
-
-    def _half(self, array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array).to(self.device, self.dtype)
-
-    @cached_property
-    def _update_tables(self) -> tuple[Tensor, Tensor]:
-        """coefficients [S, 4] without noise, and the numbers of the steps, int32 [S]."""
-        coefficients = F.pad(self.tables[0], (0, 1)).contiguous()
-        return coefficients, torch.arange(self.steps, dtype=torch.int32, device=self.device)
-
-    def _advance_on_device(
-        self, i: int, update: Tensor, state: Tensor, q: Tensor, bias: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        coefficients, numbers = self._update_tables
-        # Row i of its biases belongs to the layer that reads `hidden`, which is that of step i + 1.
-        following = bias[1:]
-        arguments = StepUpdateArguments(
-            batch=len(q),
-            width=q.shape[1],
-            steps=self.steps - 1,
-            step=numbers[i:].data_ptr(),
-            coefficients=coefficients.data_ptr(),
-            noise=bias.data_ptr(),  # not read: its coefficient is zero
-            update=update.data_ptr(),
-            state=state.data_ptr(),
-            image_bias=q.data_ptr(),
-            time_bias=following.data_ptr(),
-            hidden=hidden.data_ptr(),
-            slope=LEAKY_SLOPE,
-        )
-        self.shared.step_update.launch(self.machine.stream, arguments)
-        return state, hidden
-
-    def _advance_with_twin(
-        self, i: int, update: Tensor, state: Tensor, q: Tensor, bias: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        arrays = (t.numpy() for t in (state, update, bias, self._update_tables[0]))
-        following = bias[1:].numpy()
-        found = step_update_reference(
-            *arrays, step=i, image_bias=q.numpy(), time_bias=following, slope=LEAKY_SLOPE
-        )
-        new, active = (torch.from_numpy(np.asarray(array)) for array in found)
-        return new, active.to(self.dtype)
+    # --- with the kernel
 
     def persistent_forms(self, x_v: Tensor) -> Iterator[Form]:
         """The variants of the persistent kernel; where others are measured, too, all of them."""
@@ -346,7 +270,7 @@ class Chain:
     def _launch(
         self, rows: int, packed: PackedLoop, variant: Variant | None
     ) -> Callable[[Tensor], Tensor]:
-        """q [rows, Hp] -> h3 [rows, Hp], with memory of its own."""
+        """Return a function q [rows, Hp] -> h3 [rows, Hp], with memory of its own."""
         tables = pack_tables(*self.host_tables)
         if variant is None:
             twin = partial(reverse_sampler_reference, packed, slope=LEAKY_SLOPE)
@@ -395,12 +319,6 @@ def variants(plan: Layout, rows: int, device: DeviceInfo, *, every: bool) -> Ite
                 variant.options(plan)
                 if variant != chosen and (every or usual):
                     yield variant
-
-
-def _layers(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> Tensor:
-    for weight, bias in layers:
-        x = F.leaky_relu(F.linear(x, weight, bias), LEAKY_SLOPE)
-    return x
 
 
 def _refuse(error: Exception) -> Refine:

@@ -28,7 +28,7 @@ _AHEAD = 200_000  # clock cycles that the GPU sleeps, so that the host is ahead 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the work runs."""
+    """The work runs on this device."""
 
     device: torch.device
 
@@ -42,12 +42,12 @@ class Machine:
         return torch.cuda.current_stream().cuda_stream
 
     def wait(self) -> None:
-        """Until all enqueued work is done."""
+        """Wait until all enqueued work is done."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def is_lost(self) -> bool:
-        """Whether an error of a kernel has left nothing of CUDA in this process."""
+        """Tell whether an error of a kernel has left nothing of CUDA in this process."""
         try:
             self.wait()
         except RuntimeError:
@@ -81,7 +81,7 @@ class Machine:
         return _Replay(graph, result, call)
 
     def milliseconds(self, call: Call, repeats: int = 1) -> float:
-        """Of one call, from `repeats` of them enqueued back to back."""
+        """Time one call, from `repeats` of them enqueued back to back."""
         if not self.is_cuda:
             started = time.perf_counter()
             for _ in range(repeats):
@@ -161,7 +161,7 @@ def latencies(
 
 
 def compiled(machine: Machine, function: Any, **how: Any) -> Any:
-    """torch.compile for fixed sizes; in a rehearsal only its tracing, which is quick."""
+    """Call torch.compile for fixed sizes; in a rehearsal only its tracing, which is quick."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64  # one for each batch, type and model
@@ -173,7 +173,7 @@ class Memory(dict[str, Tensor]):
     """Buffers of bytes on the device, which a kernel knows by their addresses alone."""
 
     def __init__(self, machine: Machine, sizes: Mapping[str, int]) -> None:
-        """sizes: bytes by name."""
+        """`sizes` maps names to bytes."""
         for name, size in sizes.items():
             self[name] = torch.zeros(size, dtype=torch.uint8, device=machine.device)
 
@@ -186,20 +186,6 @@ class Memory(dict[str, Tensor]):
     @property
     def addresses(self) -> dict[str, int]:
         return {name: tensor.data_ptr() for name, tensor in self.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class Launch:
-    """A kernel that writes `out`, with the memory that must live as long."""
-
-    machine: Machine
-    enqueue: Callable[[int], None]  # on a stream
-    out: Tensor
-    memory: Memory
-
-    def __call__(self) -> Tensor:
-        self.enqueue(self.machine.stream)
-        return self.out
 
 
 def spread(values: Values) -> dict[str, float]:
@@ -218,7 +204,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def equal_again(call: Callable[[], Tensor]) -> bool:
-    """Whether two calls on the same input give the same bits."""
+    """Tell whether two calls on the same input give the same bits."""
     first = call().clone()
     return bool(torch.equal(first, call()))
 
@@ -231,7 +217,7 @@ def reason(error: BaseException) -> str:
 
 @dataclass
 class Job:
-    """What a section works with, and the lines that it has so far.
+    """A section works with this, and adds its lines to it.
 
     An error of a kernel that leaves nothing of CUDA in this process is not a line: it ends the
     section, which goes on in another process, without the line that was tried.
@@ -268,11 +254,11 @@ class Job:
         self.send({"found": line})
 
     def was_measured(self, **keys: Any) -> bool:
-        """Whether a process before this one measured lines with these values."""
+        """Tell whether a process before this one measured lines with these values."""
         return any("median" in line and keys.items() <= line.items() for line in self.earlier)
 
     def was_lost(self, line: str, **keys: Any) -> bool:
-        """Whether a process before this one came to its end when it tried this line."""
+        """Tell whether a process before this one came to its end when it tried this line."""
         return {"line": line, **keys} in [
             {k: v for k, v in old.items() if k != "missing"} for old in self.earlier
         ]

@@ -90,7 +90,7 @@ def preprocessing(*, tiny: bool) -> Preprocess:
 
 
 def crops(count: int, side: int) -> list[Image.Image]:
-    """So many different square pictures."""
+    """Cut `count` different square pictures."""
     sources = photographs(-(-count // 8), 2 * side, 2 * side)
     offsets = [(i % 4 * side // 4, i // 4 * side // 2) for i in range(8)]
     boxes = [(x, y, x + side, y + side) for x, y in offsets]

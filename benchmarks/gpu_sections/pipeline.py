@@ -218,7 +218,7 @@ def _answer(encoder: Any, loop: PlainSteps, head: Head, step: Any, pixels: Tenso
 
 
 def _compiled(job: Job, setup: Setup, precision: str) -> Answer:
-    """The same with the encoder and a step through torch.compile.
+    """Return the plain pipeline with the encoder and a step through torch.compile.
 
     Raises:
         RuntimeError: there is no time left to compile it.
@@ -368,7 +368,7 @@ def _features(encoder: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def vit_multiply_adds(model: MARNet, *, for_class_token: bool) -> int:
-    """Of a ViT for one image: patches, projections, attention and MLPs.
+    """Count the multiply-adds of a ViT for one image: patches, projections, attention and MLPs.
 
     Args:
         for_class_token: of the last layer, only what that needs.

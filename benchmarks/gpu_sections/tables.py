@@ -66,7 +66,7 @@ def _flat(lines: Sequence[Line]) -> str:
 
 
 def _runtimes(lines: Sequence[Line]) -> str:
-    """How our backends ran the loop."""
+    """Say how our backends ran the loop."""
     found = {
         f"- {line['line']}, {line['precision']}: {line['runtime']['loop']}"
         for line in lines
@@ -76,7 +76,7 @@ def _runtimes(lines: Sequence[Line]) -> str:
 
 
 def _missing(lines: Sequence[Line]) -> str:
-    """What was not measured: a line for each reason."""
+    """Say what was not measured: a line for each reason."""
     found: dict[tuple[str, str], int] = {}
     for line in lines:
         if "missing" in line:

@@ -12,6 +12,7 @@ import click
 from marnet_sdk.bundle import newest_bundle
 from marnet_sdk.console import Choice, Command, next_commands, print_json, say
 from marnet_sdk.errors import UnstableMeasurement, requires_extra
+from marnet_sdk.files import writable
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -37,7 +38,8 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--checkpoint",
     type=_FOLDER,
-    help="Its checkpoint, for the peer. Default: looked for by content under ./runs. With loop: "
+    help="Its checkpoint, for the peer. Default: looked for by content under ./runs, then in the "
+    "bundle. With loop: "
     "whose loop to run; default: the paper's sizes with random weights.",
 )
 @click.option("--no-peer", is_flag=True, help="Measure the bundle alone.")
@@ -108,8 +110,9 @@ def main(
             batches, model, checkpoint, no_peer, threads, warmup, duration, form
         )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        with writable(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         say(f"wrote {output}")
     worst = max(line["drift"] for line in report["lines"])
     if max_drift is not None and worst > max_drift:
@@ -205,7 +208,7 @@ def _batches(
     if not no_peer:
         with requires_extra("bench", "torch", "transformers", "tokenizers"):
             from marnet_bench.peers import find_checkpoint, load_peer, measured_accuracy
-        path = checkpoint or find_checkpoint(manifest.checkpoint_sha256)
+        path = checkpoint or find_checkpoint(classifier.bundle)
         loaded, peer = load_peer(path, manifest, threads)
         accuracy = measured_accuracy(loaded.training, manifest.sampling)
     report = run_batches(

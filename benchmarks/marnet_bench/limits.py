@@ -1,4 +1,4 @@
-"""What this machine can do at best: reading weights, and multiplying in each precision.
+"""Measure what this machine can do at best: reading weights, and multiplying in each precision.
 
 Both are measured as the highest rate that any of several kernels reaches, and name that kernel: a
 rate that somebody's loop beats was no limit. From them comes a lower bound for a loop of steps.
@@ -28,7 +28,7 @@ _LINE = 64  # bytes of a cache line
 
 @dataclass(frozen=True)
 class Rate:
-    """So many per second, reached through a kernel."""
+    """A rate per second, reached through a kernel."""
 
     per_second: float
     through: str

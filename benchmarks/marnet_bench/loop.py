@@ -37,6 +37,7 @@ from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
+from marnet_sdk.cpus import check_threads, cpus
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_train.checkpoint import load_checkpoint
@@ -120,7 +121,7 @@ def run_loop(
     Returns:
         The report: plain data, as it is written to JSON.
     """
-    threads = threads or _cores()
+    threads = check_threads(threads) or cpus().threads
     model, described = _load(source)
     steps = model.config.schedule.steps if steps is None else steps
     problem = make_problem(model, sampler, steps)
@@ -161,15 +162,9 @@ def run_loop(
         "ratios": [r for b, taken in groups.items() for r in _equal_precision(b, taken)],
         "best": [r for b, taken in groups.items() for r in _best(b, taken, checks)],
         "missing": [asdict(m) for m in missing],
-        "environment": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY")},
+        "environment": {n: os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "machine": describe_machine(),
     }
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -203,7 +198,7 @@ def _load(source: MARNet | Path | None) -> tuple[MARNet, dict[str, Any]]:
 
 
 def _random_features(model: MARNet, count: int) -> Floats:
-    """x_v [count, D_v] with the mean and the deviation that the model was trained with."""
+    """Draw x_v [count, D_v] with the mean and the deviation that the model was trained with."""
     normal = np.random.default_rng(0).standard_normal((count, model.vision.dim))
     mean, std = model.vision_mean.numpy(), model.vision_std.numpy()
     return (normal * std + mean).astype(np.float32)
@@ -284,7 +279,7 @@ def _open_backend(
 
 
 def _multiplies(backend: str, precision: str) -> bool:
-    """int8 is a way to store matrices, in which they are then multiplied."""
+    """Tell whether a backend multiplies in a precision; matrices stored in int8 are."""
     module = builder(backend)
     return precision in (module.STORAGE if precision == "int8" else module.COMPUTE)
 

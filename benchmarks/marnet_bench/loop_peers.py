@@ -47,12 +47,12 @@ class Problem:
 
     @cached_property
     def initial(self) -> Tensor:
-        """x_T, [1, D]."""
+        """Return x_T, [1, D]."""
         return self._noise[0]
 
     @cached_property
     def noise(self) -> Tensor:
-        """z of every step, [S, 1, D]."""
+        """Return z of every step, [S, 1, D]."""
         return self._noise[1]
 
     @cached_property
@@ -70,7 +70,7 @@ class Problem:
 
     @property
     def second_order(self) -> bool:
-        """Whether any step uses the estimate of the one before."""
+        """Tell whether any step uses the estimate of the one before."""
         return bool(self.table.coefficients[:, 2].any())
 
     @property
@@ -121,7 +121,9 @@ class PlainLoop(nn.Module):
         self.requires_grad_(False)
 
     def estimate(self, x: Tensor, condition: Tensor, tau: Tensor) -> Tensor:
-        """x [B, D] float32, condition [B, D_v] and tau [E] in `compute` -> x0 [B, D] float32."""
+        """Estimate x0 [B, D] float32 from x [B, D] float32, and condition [B, D_v] and tau [E] in
+        `compute`.
+        """
         h = torch.cat([x.to(tau.dtype), condition, tau.expand(x.shape[0], -1)], dim=1)
         h = F.leaky_relu(self.layer1(h), self.slope)
         h = F.leaky_relu(self.layer2(h), self.slope)
@@ -139,7 +141,7 @@ class PlainLoop(nn.Module):
         return x, x0
 
     def forward(self, x_v: Tensor) -> Tensor:
-        """x_v [B, D_v] -> logits [B, C]."""
+        """Map x_v [B, D_v] to logits [B, C]."""
         condition = ((x_v - self.mean) / self.std).to(self.tau.dtype)
         x = self.initial.expand(x_v.shape[0], -1)
         previous = torch.zeros_like(x)
@@ -260,7 +262,9 @@ def onnx_scan(problem: Problem, precision: str, threads: int) -> Logits:
 
 
 def onnx_scan_dynamic(problem: Problem, precision: str, threads: int) -> Logits:
-    """The same, int8 through DynamicQuantizeMatMul, as ONNX Runtime's own quantiser writes it."""
+    """Run ONNX's `Scan` with int8 through DynamicQuantizeMatMul, as ONNX Runtime's own quantiser
+    writes it.
+    """
     return _run_onnx(problem, "DynamicQuantizeMatMul", threads)
 
 
@@ -334,7 +338,7 @@ class _OnnxLoop:
 
     @property
     def _rows(self) -> int:
-        """How many of A, B, C a step uses."""
+        """Count how many of A, B, C a step uses."""
         return 3 if self.problem.second_order else 2
 
     def node(self, kind: str, inputs: list[str], outputs: list[str] | str, **settings: Any) -> str:
@@ -395,7 +399,7 @@ class _OnnxLoop:
         return body
 
     def _linear(self, x: str, name: str, weight: Floats, bias: Floats) -> str:
-        """x [B, in] -> [B, out] by the chosen kind of product."""
+        """Map x [B, in] to [B, out] by the chosen kind of product."""
         b = self.constant(f"{name}.bias", bias)
         if self.product == "Gemm":
             inputs = [x, self.constant(name, weight), b]
@@ -498,7 +502,7 @@ class _OpenvinoLoop:
         self.float = np.float32
 
     def model(self) -> Any:
-        """x_v [B, D_v] -> logits [B, C]."""
+        """Return the model that maps x_v [B, D_v] to logits [B, C]."""
         op, problem = self.op, self.problem
         x_v = self.parameter([-1, problem.model.vision.dim])
         mean, std = (
@@ -551,7 +555,7 @@ class _OpenvinoLoop:
         return iterator.get_iter_value(moved.output(0), -1)
 
     def _tables(self) -> list[Floats]:
-        """tau [S, E], scaled noise [S, D], A, B and, where it is used, C, each [S, 1]."""
+        """Return tau [S, E], scaled noise [S, D], A, B and, where it is used, C, each [S, 1]."""
         problem = self.problem
         used = 3 if problem.second_order else 2
         rows = problem.table.coefficients[:, :used].astype(np.float32)
@@ -559,7 +563,7 @@ class _OpenvinoLoop:
         return [_numpy(problem.tau), _numpy(problem.scaled_noise[:, 0]), *columns]
 
     def _step(self, x: Any, before: Any, condition: Any, slices: list[Any]) -> tuple[Any, Any]:
-        """x [B, D] -> estimate and next x."""
+        """Map x [B, D] to its estimate and the next x."""
         op = self.op
         tau, z, a, b, *c = slices
         batch = op.gather(op.shape_of(condition), self.integers([0]), self.integers(0))
@@ -574,7 +578,7 @@ class _OpenvinoLoop:
         return h, moved
 
     def _product(self, x: Any, weight: Floats) -> Any:
-        """x [B, in] times weight [out, in], stored in int8 where that is asked for."""
+        """Multiply x [B, in] with weight [out, in], stored in int8 where that is asked for."""
         op = self.op
         if self.precision != "int8":
             return op.matmul(x, op.constant(weight), False, True)

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""Describe the machine that a measurement was made on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from marnet_sdk.cpus import cpus
 from marnet_sdk.environment import versions
 
 _PACKAGES = ("marnet", "torch", "onnxruntime", "openvino", "transformers", "numpy", "pillow")
@@ -17,11 +18,14 @@ _PACKAGES = ("marnet", "torch", "onnxruntime", "openvino", "transformers", "nump
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, load, package versions, date."""
+    here = cpus()
     return {
         "processor": _processor(),
         "architecture": platform.machine(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": os.cpu_count(),
+        "cpus": str(here),
+        "limited": here.limited,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "system": platform.platform(),

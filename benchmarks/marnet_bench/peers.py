@@ -1,4 +1,4 @@
-"""What a bundle is measured against: the same checkpoint in plain, eager PyTorch."""
+"""A bundle is measured against this peer: the same checkpoint in plain, eager PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from marnet_export.zero_steps import process_table
-from marnet_sdk.bundle import Manifest, Sampling
+from marnet_sdk.backends.torch_cpu import use_threads
+from marnet_sdk.bundle import SOURCE, Bundle, Manifest, Sampling
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
 from marnet_sdk.tables import Floats
@@ -19,18 +20,23 @@ from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
 
 
-def find_checkpoint(sha256: str, runs: Path = Path("runs")) -> Path:
-    """The checkpoint under `runs` that a bundle was made from, recognised by its content.
+def find_checkpoint(bundle: Bundle, runs: Path = Path("runs")) -> Path:
+    """The checkpoint that a bundle was made from: the one under `runs`, recognised by its content,
+    or the bundle's own.
 
     Raises:
-        NotFound: it is not there.
+        NotFound: there is none.
+        BundleCorrupt: a file of the bundle's is not what was written.
     """
+    sha256 = bundle.manifest.checkpoint_sha256
     folders = sorted(runs.iterdir()) if runs.is_dir() else []
     for folder in folders:
         if is_checkpoint(folder) and checkpoint_hash(folder) == sha256:
             return folder
+    if bundle.has(SOURCE):
+        return bundle.check(SOURCE)
     raise NotFound(
-        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is not under "
+        f"the checkpoint of this bundle (SHA-256 {sha256[:12]}...) is neither in it nor under "
         f"{os.path.join('.', runs)}; name it with "
         "--checkpoint, or measure the bundle alone with --no-peer"
     )
@@ -49,7 +55,7 @@ class PlainTorch:
         self.shared = [self._noise([k]) for k in range(self.samples)] if point.timesteps else []
 
     def _noise(self, keys: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
+        """Draw x_T [1 or B, D] and the noise of each step [S, 1 or B, D]."""
         sampling, table = self.sampling, self.table
         drawn = [
             draw_trajectory(
@@ -91,13 +97,12 @@ def load_peer(
     """Load the checkpoint of a bundle as its peer.
 
     Args:
-        threads: cores for torch in this process; None leaves its default.
+        threads: cores for torch in this process; None: as many as it may use.
 
     Raises:
         NotFound: `path` holds another checkpoint than the one that the bundle was made from.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     checkpoint = load_checkpoint(path)
     if checkpoint.sha256 != manifest.checkpoint_sha256:
         raise NotFound(

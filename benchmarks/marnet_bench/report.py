@@ -24,7 +24,7 @@ def print_report(report: dict[str, Any]) -> None:
         rows += [_row(report, line) for line in report["lines"] if line["model"] == name]
     title = (
         f"{report['bundle']}: batch {report['batch']}, {report['steps']} steps, "
-        f"{machine['processor']}, {machine['threads']} threads"
+        f"{machine['processor']}, {report['threads'] or machine['threads']} threads"
     )
     print_table(title, COLUMNS, rows)
     say(f"reverse loop: {report['loop']}")
@@ -119,6 +119,8 @@ def _say_how_steady(report: dict[str, Any]) -> None:
     machine = report["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     say(f"{packages}; load {machine['load_average'][0]}")
+    if machine["limited"]:
+        say(f"this process may use {machine['cpus']}")
 
 
 def _row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,9 @@ import numpy as np
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
+from marnet_sdk.captured import IN_GRAPH
 from marnet_sdk.classifier import Classifier
+from marnet_sdk.native_loop import NATIVE
 
 if TYPE_CHECKING:  # it imports torch, which measuring a bundle alone does not need
     from marnet_bench.peers import PlainTorch
@@ -67,6 +69,7 @@ def run_batches(
         "operating_point": asdict(manifest.sampling.point),
         "steps": len(manifest.sampling.point.timesteps),
         "batch": batch,
+        "threads": classifier.runtime.threads,
         "loop": _loop(classifier),
         "lines": lines,
         "speedups": ratios,
@@ -81,10 +84,9 @@ def _loop(classifier: Classifier) -> str:
     point, manifest = classifier.operating_point, classifier.bundle.manifest
     if not manifest.sampling.points[point].timesteps:
         return "none: the alignment branch answers"
-    if classifier.runtime is not None:
-        return classifier.runtime.loop
-    missing = manifest.loop == "native"
-    return "graph" + ("; the native loop's library is missing: make native" if missing else "")
+    loop = classifier.runtime.loop
+    missing = manifest.loop == NATIVE and loop == IN_GRAPH
+    return loop + ("; the native loop's library is missing: make native" if missing else "")
 
 
 def golden_images(classifier: Classifier, count: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""What MARNet, its parts and its controls are worth on a data set, over training seeds.
+"""Measure what MARNet, its parts and its controls are worth on a data set, over training seeds.
 
     python benchmarks/scripts/accuracy.py run --data data/plates --recipe plates --seed 0 --out FILE
     python benchmarks/scripts/accuracy.py control --data data/plates --kind labels FILE
@@ -81,7 +81,7 @@ CONTROLS = ("labels", "random", "shuffled", "moving", "joint")
 
 
 class Rows:
-    """Which test images each way to classify gets right, and how sure it is."""
+    """This records which test images each way to classify gets right, and how sure it is."""
 
     def __init__(self, labels: Tensor) -> None:
         self.labels, self.found = labels.cpu().numpy(), dict[str, dict[str, Any]]()
@@ -120,13 +120,13 @@ class Rows:
 
 @torch.no_grad()
 def image_probabilities(model: MARNet | Baseline, seen: Labelled) -> Tensor:
-    """Of the classifier on x_v' alone, [N, C]."""
+    """Return the probabilities of the classifier on x_v' alone, [N, C]."""
     model.eval()
     return model.alignment_logits(seen.x_v).softmax(dim=1)
 
 
 def one_pass_probabilities(model: MARNet, mlp: Refiner, seen: Labelled, recipe: Recipe) -> Tensor:
-    """Of "+MLP", [N, C]."""
+    """Return the probabilities of "+MLP", [N, C]."""
     mlp.eval()
     return refiner_probabilities(mlp, model.condition(seen.x_v), recipe, 0, one_pass=True)
 

@@ -47,6 +47,7 @@ from marnet_export.verify import (
 from marnet_export.zero_steps import alignment_head, answering, process_table
 from marnet_sdk.alignment import read_head
 from marnet_sdk.backends import open_backend
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import (
     PAYLOAD,
     PLAN,
@@ -113,7 +114,7 @@ def source_of(bundle: Bundle, named: str | None) -> Path:
 
 @dataclass
 class Verification:
-    """What came out of holding a bundle against its checkpoint on this machine."""
+    """This is what came out of comparing a bundle with its checkpoint on this machine."""
 
     checks: list[Check] = field(default_factory=list)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)  # operating point -> measured here
@@ -138,6 +139,7 @@ def verify_again(
         CheckpointError, DataError, NotFound: there is nothing to hold it against.
         MissingExtra, BackendUnavailable: the bundle cannot be opened here.
     """
+    use_threads(None)
     checkpoint = load_checkpoint(checkpoint_path)
     images = load_images(data, checkpoint, say)
     found = Verification()
@@ -159,7 +161,7 @@ def verify_again(
 
 
 def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
-    """Whether labels, preprocessing and loop are the checkpoint's."""
+    """Tell whether labels, preprocessing and loop are the checkpoint's."""
     manifest, config = bundle.manifest, checkpoint.model.config
     sampling = manifest.sampling
     told = {
@@ -193,7 +195,7 @@ def _table(checkpoint: Checkpoint, bundle: Bundle, name: str) -> SamplerTable:
 
 
 def check_plan(trial: _Trial) -> Check:
-    """Whether the loop's tables are the checkpoint's: computed in float64, so nearly exactly."""
+    """Tell whether the loop's tables are the checkpoint's, up to rounding in float64."""
     name = "sampling plan"
     got, want = trial.built.plan, trial.lowered.plan.tensors(trial.tables)
     if {k: v.shape for k, v in got.items()} != {k: v.shape for k, v in want.items()}:
@@ -206,7 +208,7 @@ def check_plan(trial: _Trial) -> Check:
 
 
 def check_head(trial: _Trial) -> Check:
-    """Whether what answers without the loop is the checkpoint's alignment branch, to the bit."""
+    """Tell whether the branch that answers without the loop is the checkpoint's, to the bit."""
     name = "alignment branch"
     got, want = read_head(trial.bundle.path / PAYLOAD), alignment_head(trial.lowered)
     if got is None:
@@ -316,7 +318,7 @@ class _Trial:
         )
 
     def measure(self, min_agreement: float) -> dict[str, Fidelity]:
-        """Of every operating point."""
+        """Measure the fidelity of every operating point."""
         sampling = self.bundle.manifest.sampling
         known: dict[tuple, Fidelity] = {}
         out = {}
@@ -332,6 +334,7 @@ class _Trial:
                     self.images.labels,
                     min_agreement=min_agreement,
                     row_tolerance=self.bundle.manifest.golden_tolerance,
+                    buckets=self.bundle.manifest.buckets,
                 )
             out[name] = known[key]
         return out
@@ -345,7 +348,7 @@ class _Trial:
         return trajectory_error(self.reference, self.built, name, self.tables[name], most=most)
 
     def departure(self, name: str) -> str:
-        """Where the payload leaves the reference at an operating point, in one line.
+        """Say in one line where the payload departs from the reference at an operating point.
 
         The layers of its encoder cannot be seen, so they are built again. The steps of its loop
         can: a chain that is cut short returns the estimate of its last step.
@@ -385,7 +388,7 @@ class _Trial:
         )
 
     def _calibration(self, name: str) -> dict[str, Calibration | None]:
-        """What the builder asks for besides, as a keyword: nothing, where it has no int8."""
+        """Return the builder's keyword for calibration; empty where the builder has no int8."""
         manifest, images = self.bundle.manifest, slice(0, CALIBRATION)
         if "int8" not in builder(manifest.backend).STORAGE:
             return {}
@@ -395,7 +398,8 @@ class _Trial:
         tables = self.built.tables(point, self.images.pixels[:1], 1)
         x_v = self.reference.x_v[images].numpy()
         pixels = self.images.pixels[images]
-        return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias)}
+        kept = tuple(manifest.precision.kept)
+        return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias, kept)}
 
 
 def _coarsest(types: Types) -> str:
@@ -403,7 +407,7 @@ def _coarsest(types: Types) -> str:
 
 
 def _types(bundle: Bundle) -> tuple[Types, Types]:
-    """Of encoder and loop."""
+    """Return the types of encoder and loop."""
     precision = bundle.manifest.precision
     return Types(precision.asked, precision.compute), Types(precision.loop, precision.compute)
 
@@ -455,6 +459,12 @@ def changed_settings(bundle: Bundle, changes: Mapping[str, Any]) -> Settings:
     if changes.get("backend", settings["backend"]) != settings["backend"]:
         # Those are another's.
         settings |= {"targets": (), "route": ROUTES[0], "device": None, "loop": AUTO}
+    if settings["steps"] == AUTO and changes.get("steps", AUTO) != AUTO:  # those are of a sweep
+        settings["latency_budget_ms"] = None
+        if settings["precision"] == AUTO:
+            settings["precision"] = bundle.manifest.precision.asked
+        if changes.get("sampler", settings["sampler"]) != "ddim":
+            settings["eta"] = 0.0
     if changes.get("steps") == 0:
         settings |= {"sampler": None, "eta": 0.0, "samples": None}  # those are of a loop
     try:

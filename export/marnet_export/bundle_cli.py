@@ -90,6 +90,9 @@ def inspect(bundle: Path, form: str) -> None:
         return
     _print_overview(found)
     _print_receipt(found["precision"]["receipt"])
+    if kept := found["precision"]["kept"]:
+        columns = ("layer of the image encoder that stayed float", "because")
+        print_table("kept out of int8", columns, list(kept.items()))
     _print_points(found)
     if backends := found["fidelity"].get("backends"):
         _print_backends(backends)

@@ -20,7 +20,7 @@ _TOLERANCE = 1e-4  # of the largest value: the order of additions in float32, an
 
 
 def for_class_token(vision: VisionEncoder) -> nn.Module:
-    """The same encoder, pixels [B, 3, H, W] -> x_v [B, D_v], without what is not read.
+    """Return the encoder, pixels [B, 3, H, W] -> x_v [B, D_v], without what is not read.
 
     Its parameters are shared. An encoder that reads more than the class token, or whose last layer
     is not recognised by its parts or does not give the same numbers, is returned as it is.
@@ -48,7 +48,7 @@ class ClassTokenLayer(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, parts: _Parts, heads: int) -> None:
-        """heads: h."""
+        """`heads` is h."""
         super().__init__()
         self._modules.update(layer._modules)
         self.parts, self.heads = parts, heads
@@ -98,7 +98,7 @@ class _Parts:
                 self.rest.append(name)
 
     def are_usual(self, layer: nn.Module, heads: int) -> bool:
-        """Whether they are those of a layer as `ClassTokenLayer` computes it, and all there is."""
+        """Tell whether the layer has these parts and no other, as `ClassTokenLayer` computes it."""
         counts = tuple(map(len, (self.norms, self.linears, self.rest)))
         if counts != (2, 6, 1) or len(self.scales) not in (0, 2) or heads < 1:
             return False
@@ -115,7 +115,7 @@ class _Parts:
 
 @torch.no_grad()
 def _is_same(old: nn.Module, new: nn.Module, width: int) -> bool:
-    """Whether both give the first token the same numbers; not where a weight is NaN."""
+    """Tell whether both give the first token the same numbers; not where a weight is NaN."""
     like = next(old.parameters())
     tokens = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
     try:

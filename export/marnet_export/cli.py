@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from marnet_sdk.backends import BACKENDS
-from marnet_sdk.bundle import FIDELITY
+from marnet_sdk.bundle import FIDELITY, read_bundle
 from marnet_sdk.console import Choice, Command, next_commands, print_table, say
-from marnet_sdk.errors import requires_extra
+from marnet_sdk.errors import MarnetError, requires_extra
+
+if TYPE_CHECKING:
+    from marnet_export.settings import Settings
 
 _NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -42,7 +47,8 @@ class Steps(click.IntRange):
     "-o",
     type=_FOLDER,
     help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with backend and device "
-    "before the precision where they are asked for.",
+    "before the precision where they are asked for, and with a number behind it where that is a "
+    "bundle of other settings.",
 )
 @click.option(
     "--backend",
@@ -241,14 +247,15 @@ def main(
         device=device,
     )
     if explain:
-        rows, sentence = explain_plan(path, settings)
+        rows, sentences = explain_plan(path, settings)
         print_table("reverse loop", ("", "as written", "as run"), rows)
-        say(sentence)
+        for sentence in sentences.split("\n"):
+            say(sentence)
         next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
         return
     if output is None:  # a place of our own choosing: the last build there may be replaced
         parts = [Path(checkpoint).resolve().name, backend, device or "auto", precision]
-        output = Path("bundles") / f"{'-'.join(p for p in parts if p != 'auto')}.marnet"
+        output = _free(Path("bundles"), "-".join(p for p in parts if p != "auto"), settings)
         force = True
     existed = output.exists()
     export = export_fastest if backend == "auto" else export_bundle
@@ -265,3 +272,20 @@ def main(
     next_commands(
         f"marnet-classify IMAGE --model {model}", f"marnet-bench --batch 64 --model {model}"
     )
+
+
+def _free(folder: Path, name: str, settings: Settings) -> Path:
+    """Find the first place of NAME.marnet, NAME-2.marnet, ... that is free, or whose bundle was
+    exported with the same settings and may be replaced."""
+    wanted = json.loads(json.dumps(asdict(settings)))
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    places = (folder / f"{each}.marnet" for each in names)
+    return next(p for p in places if not p.exists() or _settings_of(p) in (None, wanted))
+
+
+def _settings_of(place: Path) -> Any:
+    """Read the settings of a bundle. None: there is no bundle, or it cannot be read."""
+    try:
+        return read_bundle(place, lazily=True).manifest.settings
+    except MarnetError:
+        return None

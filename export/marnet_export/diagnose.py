@@ -102,7 +102,9 @@ class Departure:
         return f"{found} ({'; '.join(facts)})" + (f"; {self.note}" if self.note else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """For a report file. An error that is not finite becomes None, which JSON has."""
+        """Return the content for a report file; an error that is not finite becomes None, which
+        JSON has.
+        """
         content = asdict(self) | {"sentence": self.sentence}
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -212,7 +214,9 @@ class _Again:
         return builder(self.backend)
 
     def _copy(self) -> Path:
-        """What failed, to replace a part of: a payload is opened with all of them."""
+        """Copy the payload that failed, to replace a part of it: a payload is opened with all its
+        parts.
+        """
         fresh = Path(tempfile.mkdtemp(dir=self.folder)) / self.payload.name
         return shutil.copytree(self.payload, fresh)
 
@@ -281,7 +285,7 @@ def _outputs(encoder: nn.Module, pixels: Tensor, modules: Collection[str]) -> di
 
 
 def _tensor(output: Any) -> Tensor | None:
-    """What a layer hands on: in a tuple or a dictionary, the first entry."""
+    """Return the tensor that a layer hands on: in a tuple or a dictionary, the first entry."""
     several = tuple(output.values()) if isinstance(output, Mapping) else output
     first = several[0] if isinstance(several, tuple | list) and several else several
     return first if isinstance(first, Tensor) and first.is_floating_point() else None
@@ -356,7 +360,7 @@ class _Encoder:
 
     def _departure(self, layer: _Layer, seen: _Seen, before: tuple[str, float]) -> Departure:
         parameters = self.module.get_submodule(layer.module).parameters(recurse=False)
-        weights = [float(p.detach().abs().max()) for p in parameters if p.ndim > 1]
+        weights = [float(p.detach().abs().max()) for p in parameters if p.ndim > 1 and p.numel()]
         found = Departure(
             "encoder", str(layer), seen.error, seen.median, self.whole.bound, len(self.pixels)
         )
@@ -439,7 +443,7 @@ class _Loop:
 
     @property
     def error_together(self) -> float:
-        """Of the logits behind the features that were built."""
+        """Return the error of the logits behind the features that were built."""
         return float(self._errors(self.built).max())
 
     def first(self) -> Departure:

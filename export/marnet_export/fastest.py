@@ -43,7 +43,7 @@ _SETTLE = 0.05  # seconds; a deployed process has one runtime, here they share t
 
 @dataclass(frozen=True)
 class Candidate:
-    """What became of one backend."""
+    """This is what became of one backend."""
 
     backend: str
     outcome: str  # passed, refused, crashed, unavailable
@@ -93,13 +93,10 @@ def export_fastest(
             ranked = _race(found, Path(scratch))
             for candidate in ranked:
                 say(candidate.sentence())
-            if ranked[0].outcome != "passed":
-                raise _none_passes(ranked)
+            ranked = _finish_first(ranked, Path(scratch), checkpoint, settings, say)
             _move(Path(scratch) / ranked[0].backend, fresh)
         report = json.loads((fresh / FIDELITY).read_text("utf-8"))
         write_json(fresh / FIDELITY, report | {"backends": [asdict(c) for c in ranked]})
-        asked = replace(settings, backend=ranked[0].backend)
-        finish(fresh, checkpoint, asked)
         reseal_bundle(fresh, settings=asdict(settings))
         Classifier(fresh)
     say(f"{ranked[0].backend} is the fastest here")
@@ -148,6 +145,7 @@ def _build_apart(
     job = {
         "checkpoint": str(checkpoint.absolute()),
         "output": str(folder / backend),
+        "answer": str(folder / f"{backend}.json"),  # what a process prints may be anybody's
         "data": data and str(data.absolute()),
         # Text encoder and checkpoint are for the winner.
         "settings": asdict(replace(settings, backend=backend, text=False, source=False)),
@@ -163,7 +161,7 @@ def _build_apart(
     seconds = round(time.perf_counter() - started, 1)
     if done.returncode:
         return Candidate(backend, "crashed", _cause(done), exit_code=1, export_s=seconds)
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(Path(job["answer"]).read_text("utf-8"))
     if "refused" in answer:
         code = answer["exit_code"]
         if code == InvalidInput.exit_code:  # whatever the backend
@@ -173,7 +171,7 @@ def _build_apart(
 
 
 def _cause(done: subprocess.CompletedProcess[str]) -> str:
-    """How a process ended, and the last thing that it said."""
+    """Say how a process ended, and the last thing that it said."""
     number = done.returncode
     how = f"signal {signal.Signals(-number).name}" if number < 0 else f"exit code {number}"
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -219,6 +217,35 @@ def _golden(classifier: Classifier, count: int) -> list[bytes]:
     return [images[i % len(images)] for i in range(count)]
 
 
+def _finish_first(
+    ranked: list[Candidate], folder: Path, checkpoint: Path, settings: Settings, say: Say
+) -> list[Candidate]:
+    """Add text encoder and checkpoint to the fastest that takes them, which comes first then.
+
+    Raises:
+        VerificationFailed, ExportError: none passes; lists why.
+    """
+    refused: list[Candidate] = []
+    for i, candidate in enumerate(ranked):
+        if candidate.outcome != "passed":
+            break
+        try:
+            finish(
+                folder / candidate.backend, checkpoint, replace(settings, backend=candidate.backend)
+            )
+        except (ExportError, VerificationFailed) as error:
+            reason, code = str(error), error.exit_code
+            refused.append(
+                replace(
+                    candidate, outcome="refused", reason=reason, exit_code=code, milliseconds=None
+                )
+            )
+            say(refused[-1].sentence())
+        else:
+            return [candidate, *ranked[i + 1 :], *refused]
+    raise _none_passes([*ranked[len(refused) :], *refused])
+
+
 def _none_passes(found: list[Candidate]) -> MarnetError:
     lines = "; ".join(candidate.sentence() for candidate in found)
     verified = any(c.exit_code == VerificationFailed.exit_code for c in found)
@@ -235,8 +262,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Do the export that standard input describes; the answer is the last line of the output."""
-    print(json.dumps(work(json.load(sys.stdin))))
+    """Do the export that standard input describes, and write the answer where it says."""
+    job = json.load(sys.stdin)
+    write_json(Path(job["answer"]), work(job))
 
 
 if __name__ == "__main__":

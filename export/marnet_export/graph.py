@@ -11,7 +11,7 @@ C classes.
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
+import warnings
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch._higher_order_ops.scan import scan
 from torch.overrides import TorchFunctionMode
 
 from marnet_export.plan import SamplingPlan
+from marnet_sdk.backends.torch_cuda import one_line
+from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.persistent_loop import LoopWeights, Operand
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.fusion import FUSIONS
@@ -40,7 +42,7 @@ class Matrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For models that ask a layer for its type, as transformers' ViT does."""
+        """Return the matrix, for models that ask a layer for its type, as the ViT does."""
         return self.matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class Matrix(nn.Module):
 
 
 class Convolution(nn.Module):
-    """The same for a two-dimensional convolution."""
+    """A convolution whose product runs in the type of its weight; the sum stays in float32."""
 
     def __init__(self, layer: nn.Conv2d, compute: torch.dtype) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class RoundedMatrix(Matrix):
 
 
 class _Float32LayerNorm(nn.LayerNorm):
-    """Of whatever type its input is."""
+    """A LayerNorm that computes in float32, whatever type its input has."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.float())
@@ -130,7 +132,7 @@ class _Rounded(nn.Module):
 
 
 def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
-    """As `with_compute`, but what linear layers give stays in `compute`.
+    """Do the same as `with_compute`, but keep the results of linear layers in `compute`.
 
     On a GPU, writing and reading it in float32 takes longer than multiplying, and attention has its
     fast kernels in 16 bits. Norms are float32, and so are sums with what is, as residuals are.
@@ -173,22 +175,31 @@ def on_device(module: nn.Module, compute: torch.dtype, device: str, *example: Te
     """An encoder as torch runs it on "cpu" or "cuda": a copy, there."""
     if device == "cuda":
         rounded = with_rounded_results(module, compute).eval().to(device)
-        # An encoder with layers of its own may want float32 where it gets 16 bits.
-        with suppress(RuntimeError), torch.no_grad():
-            rounded(*(x.to(device) for x in example))
+        try:
+            with torch.no_grad():
+                rounded(*(x.to(device) for x in example))
             return rounded
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # layers of its own may want float32 where they get 16 bits
+            warnings.warn(
+                "this encoder cannot keep its results in 16 bits, so they stay in float32, which "
+                f"is slower: {one_line(error)}",
+                MarnetWarning,
+                stacklevel=2,
+            )
     return with_compute(module, compute).eval().to(device)
 
 
 class Step(nn.Module):
-    """What a method does in one step; `ScriptedLoop` and `ScanLoop` repeat it.
+    """A method defines one step here; `ScriptedLoop` and `ScanLoop` repeat it.
 
     Between the steps, a loop carries a state [B, K, W] that starts at zero and is linear in what
     the steps gain: state = A state + B gained + C gained_before.
     """
 
     def __init__(self, width: int) -> None:
-        """width: W."""
+        """`width` is W."""
         super().__init__()
         self.width = width
 
@@ -197,7 +208,7 @@ class Step(nn.Module):
         raise NotImplementedError
 
     def gain(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
-        """state [B, K, W], q [B, 1, H], row [1 or B, K, R] of the table -> gained [B, K, W]."""
+        """Map state [B, K, W], q [B, 1, H], row [1 or B, K, R] of the table to gained [B, K, W]."""
         raise NotImplementedError
 
     def finish(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
@@ -205,7 +216,9 @@ class Step(nn.Module):
         raise NotImplementedError
 
     def estimate(self, h3: Tensor) -> Tensor:
-        """What `finish` makes of the last h3 [B, K, H], where there are `kernel_weights`."""
+        """Return the tensor that `finish` makes of the last h3 [B, K, H], where there are
+        `kernel_weights`.
+        """
         raise NotImplementedError
 
     def kernel_weights(self) -> LoopWeights | None:
@@ -242,7 +255,7 @@ class PlanStep(Step):
         return self.into_condition((x_v - self.mean) / self.std).unsqueeze(1)
 
     def hidden(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
-        """h3 of one step, [B, K, H]."""
+        """Compute h3 of one step, [B, K, H]."""
         h = F.leaky_relu(self.input(state) + q + row, self.slope)
         h = F.leaky_relu(self.hidden2(h), self.slope)
         return F.leaky_relu(self.hidden3(h), self.slope)
@@ -271,10 +284,10 @@ class PlanStep(Step):
 
 
 class Condition(nn.Module):
-    """What comes before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
+    """This runs before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
 
     def __init__(self, step: Step, padded: int) -> None:
-        """padded: Hp."""
+        """`padded` is Hp."""
         super().__init__()
         self.step, self.padded = step, padded
 
@@ -284,10 +297,10 @@ class Condition(nn.Module):
 
 
 class Finish(nn.Module):
-    """What comes behind it: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
+    """This runs behind the kernel: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
 
     def __init__(self, step: Step, head: nn.Module, hidden: int) -> None:
-        """hidden: H."""
+        """`hidden` is H."""
         super().__init__()
         self.step, self.head, self.hidden = step, head, hidden
 
@@ -304,14 +317,14 @@ class ScriptedLoop(nn.Module):
         self.step, self.width = step, step.width
 
     def start(self, x_v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """q [B, 1, H], and the state before the first step, zeros [B, K, W]."""
+        """Return q [B, 1, H] and the state before the first step, zeros [B, K, W]."""
         q = self.step.condition(x_v)
         # Computed of both, so that exporters see where its shape comes from.
         zero = (q[:, :, :1] + bias[0, :, :, :1]) * 0.0  # [B, K, 1]
         return q, zero + torch.zeros(self.width, device=x_v.device)
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
-        """x_v [B, D_v], coefficients [S, 3], bias [S, 1 or B, K, R] -> x_CDR [B, K, D]."""
+        """Map x_v [B, D_v], coefficients [S, 3] and bias [S, 1 or B, K, R] to x_CDR [B, K, D]."""
         q, state = self.start(x_v, bias)
         previous = state
         last = coefficients.shape[0] - 1
@@ -325,7 +338,9 @@ class ScriptedLoop(nn.Module):
 
 
 class ScanLoop(ScriptedLoop):
-    """The same loop through torch's `scan`, which ONNX has as one `Scan` node of any length."""
+    """The loop of `ScriptedLoop` through torch's `scan`, which ONNX has as one `Scan` node of any
+    length.
+    """
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
         q, state = self.start(x_v, bias)
@@ -352,6 +367,10 @@ class Head(nn.Module):
         super().__init__()
         self.project_vision = copy.deepcopy(model.project_vision)
         self.classifier = copy.deepcopy(model.classifier)
+        self.of_logits = model.config.fusion_level == "logit"
+        if self.of_logits:
+            self.alignment_classifier = copy.deepcopy(model.alignment_classifier)
+            self.semantic_classifier = copy.deepcopy(model.semantic_classifier)
         self.fusion = FUSIONS[model.config.fusion]
         self.standardises = model.config.fusion != "concat"
         if self.standardises:
@@ -364,8 +383,12 @@ class Head(nn.Module):
     refined_std: Tensor
 
     def forward(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
-        """x_v [B, D_v], x_CDR [B, K, D_s] -> logits [B, K, C], fused features [B, K, D_f]."""
+        """Map x_v [B, D_v] and x_CDR [B, K, D_s] to logits [B, K, C] and fused features
+        [B, K, D_f].
+        """
         aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE).unsqueeze(1)
+        if self.of_logits:
+            aligned, x_cdr = self.alignment_classifier(aligned), self.semantic_classifier(x_cdr)
         if self.standardises:
             aligned = (aligned - self.aligned_mean) / self.aligned_std
             x_cdr = (x_cdr - self.refined_mean) / self.refined_std

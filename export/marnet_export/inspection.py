@@ -1,15 +1,15 @@
-"""What a bundle is, whether it is sound, and how it differs from another.
+"""Describe a bundle, check whether it is sound, and compare it with another.
 
 Needs the SDK, and to run a bundle its backend; neither torch nor the export extra.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def fidelity_of(bundle: Bundle) -> dict[str, Any]:
-    """What the export measured, as it wrote it."""
+    """Read the fidelity that the export measured, as it wrote it."""
     return json.loads(bundle.file(FIDELITY).read_text("utf-8"))
 
 
@@ -122,7 +122,7 @@ def sizes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def sentence(fidelity: Mapping[str, Any]) -> str:
-    """fidelity.json in one line."""
+    """Say in one line what fidelity.json holds."""
     low, high = fidelity["top1_interval"]
     return (
         f"verified on {fidelity['images']} images: top-1 agreement "
@@ -135,7 +135,8 @@ def sentence(fidelity: Mapping[str, Any]) -> str:
 
 
 def check_here(bundle: Bundle) -> list[Check]:
-    """Whether a bundle whose bytes are right runs on this machine, as far as it can tell itself.
+    """Check whether a bundle whose bytes are right runs on this machine, as far as it can tell
+    itself.
 
     Raises:
         MissingExtra, BackendUnavailable, BundleFormatError: it cannot be opened at all.
@@ -182,7 +183,7 @@ def check_text(bundle: Bundle, classifier: Classifier | None) -> Check:
     if classifier is None:
         return Check(name, SKIPPED, _NOT_OPEN)
     try:
-        width = classifier.embed_text("a text").shape[-1]
+        width = classifier.embed_text([]).shape[-1]
     except MarnetError as error:
         elsewhere = error.exit_code == _ELSEWHERE
         return failed(name, str(error), _ELSEWHERE if elsewhere else _UNLIKE)
@@ -192,12 +193,13 @@ def check_text(bundle: Bundle, classifier: Classifier | None) -> Check:
 # Everything from the imports on is as in a deployed process.
 _SECOND_PROCESS = """
 import sys
+import tempfile
 import numpy as np
 from safetensors.numpy import load_file
 from marnet_sdk import Classifier
 classifier = Classifier(sys.argv[1])
 pixels = load_file(classifier.bundle.path / "golden/answers.safetensors")["pixels"]
-np.save(sys.stdout.buffer, classifier.logits(pixels))
+np.save(sys.argv[2], classifier.logits(pixels))
 """
 
 
@@ -206,15 +208,17 @@ def check_second_process(bundle: Bundle, classifier: Classifier | None) -> Check
     name = "second process"
     if classifier is None:
         return Check(name, SKIPPED, _NOT_OPEN)
-    command = [sys.executable, "-c", _SECOND_PROCESS, str(bundle.path.absolute())]
-    found = subprocess.run(command, capture_output=True, check=False)
-    if found.returncode:
-        last = found.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        return failed(
-            name, f"ends with exit code {found.returncode}: {''.join(last) or 'no message'}"
-        )
+    with tempfile.TemporaryDirectory() as folder:  # what a process prints may be anybody's
+        answers = Path(folder) / "logits.npy"
+        command = [sys.executable, "-c", _SECOND_PROCESS, bundle.path.absolute(), answers]
+        found = subprocess.run(command, capture_output=True, check=False)
+        if found.returncode:
+            last = found.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            return failed(
+                name, f"ends with exit code {found.returncode}: {''.join(last) or 'no message'}"
+            )
+        there = np.load(answers)
     here = classifier.logits(load_file(bundle.file(GOLDEN_ANSWERS))["pixels"])
-    there = np.load(io.BytesIO(found.stdout))
     difference = float(np.abs(here - there).max())
     bound = bundle.manifest.golden_tolerance * float(np.abs(here).max())
     detail = f"its golden logits differ by up to {difference:.3g} (bound {bound:.3g})"
@@ -226,7 +230,7 @@ def check_second_process(bundle: Bundle, classifier: Classifier | None) -> Check
 
 @dataclass(frozen=True)
 class Answers:
-    """What two bundles say to the same images."""
+    """These are the answers of two bundles to the same images."""
 
     images: int
     differ: list[tuple[str, str, str]]  # image, label of the first, of the second
@@ -245,14 +249,14 @@ def manifest_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
 
 
 def receipt_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """The same of the receipts."""
+    """List the shares in which the receipts of two bundles differ."""
     receipts = [x.manifest.precision.receipt for x in (a, b)]
     flat = [flatten({part: asdict(share) for part, share in r.items()}) for r in receipts]
     return differences(*flat)
 
 
 def fidelity_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """The same of what the exports measured."""
+    """List the figures in which the measurements of two exports differ."""
     flat = []
     for bundle in (a, b):
         content = fidelity_of(bundle)

@@ -1,4 +1,5 @@
-"""What a method gives the builders. Nothing behind this file knows how a model is trained.
+"""A method gives the builders what is defined here. Nothing behind this file knows how a model is
+trained.
 
 A method is registered by its name in config.json: its model class in `marnet_train.models.METHODS`,
 and the function that lowers such a model in `LOWERINGS`. The model itself is the float32 reference
@@ -33,10 +34,12 @@ Floats = NDArray[np.float32]
 
 
 class Plan(Protocol):
-    """How a method's reverse loop is run. See `SamplingPlan`, which is MARNet's."""
+    """This says how a method's reverse loop is run. See `SamplingPlan`, which is MARNet's."""
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """plan.safetensors: what `marnet_sdk.tables.make_tables` makes the loop's tables of."""
+        """Return plan.safetensors, of which `marnet_sdk.tables.make_tables` makes the loop's
+        tables.
+        """
         ...
 
     def matrices(self) -> dict[str, NDArray[np.float64]]:
@@ -44,11 +47,11 @@ class Plan(Protocol):
         ...
 
     def sentence(self, table: SamplerTable, samples: int = 1) -> str:
-        """What the loop costs, in one line."""
+        """Say in one line what the loop costs."""
         ...
 
     def noise_cost(self, table: SamplerTable) -> str:
-        """What noise keyed by the image costs, in one line."""
+        """Say in one line what noise keyed by the image costs."""
         ...
 
     def explain(self, compute: str) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified bundle.
+"""Turn a checkpoint into a verified bundle.
 
 Everything is built in a temporary folder beside the target, which is renamed into place last: an
 export that fails or is killed leaves nothing half-written.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from marnet_export.native import (
 )
 from marnet_export.native import about as loop_about
 from marnet_export.plots import plot_pareto, plot_risk_coverage
+from marnet_export.quantise import ranked, to_keep
 from marnet_export.ranges import check_activations, check_weights
 from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
 from marnet_export.selection import (
@@ -87,6 +89,7 @@ from marnet_export.zero_steps import (
     write_head,
 )
 from marnet_sdk.backends import why_unavailable
+from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.backends.torch_cuda import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
@@ -154,8 +157,11 @@ def export_bundle(
     check_types(settings)
     with at_work(output, overwrite=overwrite) as fresh:
         checkpoint = load_checkpoint(checkpoint_path)
-        job = _Job(fresh, checkpoint, settings, load_images(data, checkpoint, say), say)
-        return job.run()
+        images = load_images(data, checkpoint, say)
+        fitted = images
+        if data is not None and checkpoint.samples.is_dir():
+            fitted = load_images(None, checkpoint, say)
+        return _Job(fresh, checkpoint, settings, images, say, fitted).run()
 
 
 @contextmanager
@@ -167,6 +173,7 @@ def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
         OutputError: no space, or the folder must not be written to.
     """
     check_output(output, overwrite=overwrite, replaceable=is_bundle)
+    use_threads(None)
     lock = output.absolute().parent / f".{output.name}.lock"
     with exclusive(lock):
         try:
@@ -177,7 +184,7 @@ def at_work(output: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, str, str]], str]:
-    """What the rewrites save, without building anything: rows for a table, and a sentence."""
+    """Tell what the rewrites save, without building anything: rows for a table, and a sentence."""
     checkpoint = load_checkpoint(checkpoint_path)
     steps = None if settings.steps == "auto" else settings.steps
     precision = "fp32" if settings.precision == "auto" else settings.precision
@@ -195,7 +202,7 @@ def explain(checkpoint_path: Path, settings: Settings) -> tuple[list[tuple[str, 
 
 
 def about_loop(plan: Plan, table: SamplerTable, samples: int, noise: str) -> list[str]:
-    """What answering with this sampler costs behind the encoder, in a line or two."""
+    """Say in a line or two what answering with this sampler costs behind the encoder."""
     if not table.timesteps:
         return ["no reverse loop: the alignment branch answers"]
     costs = [plan.noise_cost(table)] if noise == "image" else []
@@ -203,7 +210,7 @@ def about_loop(plan: Plan, table: SamplerTable, samples: int, noise: str) -> lis
 
 
 def trained_samples(config: Any) -> int:
-    """How many noise samples an image meets in the process as trained."""
+    """Count the noise samples that an image meets in the process as trained."""
     return getattr(config, "samples", 1)
 
 
@@ -211,10 +218,19 @@ class _Job:
     """One export: what all of its steps need."""
 
     def __init__(
-        self, fresh: Path, checkpoint: Checkpoint, settings: Settings, images: Images, say: Say
+        self,
+        fresh: Path,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        images: Images,
+        say: Say,
+        fitted: Images,
     ) -> None:
+        """fitted: what int8 is fitted to: not the images of --data, if there are others."""
         self.fresh, self.checkpoint, self.settings = fresh, checkpoint, settings
-        self.images, self.say = images, say
+        self.images, self.say, self.fitted = images, say, fitted
+        self.kept: dict[str, str] = {}  # layers of an int8 encoder that stay float, and why
+        self.kept_share = 0.0  # of the encoder's multiply-adds
         self.model = checkpoint.model
         self.lowered = lower(self.model)
         self.plan = self.lowered.plan
@@ -224,6 +240,14 @@ class _Job:
     def buckets(self) -> tuple[int, ...]:
         """The batch sizes that are built for; empty: any."""
         return tuple(getattr(builder(self.settings.backend), "BUCKETS", ()))
+
+    @cached_property
+    def fitted_reference(self) -> Reference:
+        """The reference on the images that int8 is fitted to."""
+        if self.fitted is self.images:
+            return self.reference
+        by_image = self.settings.noise == "image"
+        return Reference(self.model, self.fitted.pixels, by_image=by_image)
 
     @property
     def trained_samples(self) -> int:
@@ -310,14 +334,12 @@ class _Job:
                 self.say(headroom.sentence())
             payload.mkdir(parents=True)
             module = builder(self.settings.backend)
-            pixels = self.images.pixels
-            example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
-            more = self.options(arrays, sampling)
-            route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
-            module.build_encoder(self.lowered, example, encoder, payload, **more, **route)
-            module.build_refine(self.lowered, loop, payload, **more)
+            self.build_encoder(encoder, arrays, sampling, payload)
+            module.build_refine(self.lowered, loop, payload, **self.options(arrays, sampling))
             if any(not point.timesteps for point in sampling.points.values()):
                 write_head(self.lowered, payload)
+            if encoder.storage == "int8":
+                self.keep_float(types, arrays, sampling, payload, tables[sampling.default])
         if folder == PAYLOAD:
             save_file(arrays, self.fresh / PLAN)
         return self.opened(arrays, sampling, types, payload)
@@ -334,6 +356,68 @@ class _Job:
         backend = open_built(asked.backend, payload, types[0].compute, asked.device)
         return Built(backend, arrays, sampling, self.images.pixels)
 
+    def build_encoder(
+        self, types: Types, arrays: dict[str, NDArray], sampling: Sampling, payload: Path
+    ) -> None:
+        pixels = self.images.pixels
+        example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
+        more = self.options(arrays, sampling)
+        route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
+        module = builder(self.settings.backend)
+        module.build_encoder(self.lowered, example, types, payload, **more, **route)
+
+    def keep_float(
+        self,
+        types: tuple[Types, Types],
+        arrays: dict[str, NDArray],
+        sampling: Sampling,
+        payload: Path,
+        table: SamplerTable,
+    ) -> None:
+        """Build an int8 encoder again with its worst blocks float, until enough labels agree.
+
+        Measured on the images that int8 is fitted to; `verify` judges.
+        """
+        reference, wanted = self.fitted_reference, self.min_agreement(types)
+        pixels = self.fitted.pixels
+        logits = reference.logits(table, sampling.seed, sampling.point.samples)
+        labels = mean_logits(logits).argmax(axis=1)
+
+        def agreement(x_v: Floats | None = None) -> float:
+            asked = self.settings
+            backend = open_built(asked.backend, payload, types[0].compute, asked.device)
+            built = Built(backend, arrays, sampling, pixels)
+            if x_v is not None:
+                built.x_v = x_v
+            return float((built.logits(sampling.default).argmax(axis=1) == labels).mean())
+
+        first = agreement()
+        self.say(f"int8: {first:.2%} of {len(pixels)} labels agree where it is fitted")
+        if first >= wanted:
+            return
+        if (loop := agreement(reference.x_v.numpy())) < wanted:
+            self.say(
+                f"with the float32 encoder {loop:.2%}, so no layer of it is kept float; it is the "
+                "loop: try --loop-precision fp16"
+            )
+            return
+        ratio = (1 - wanted) / (1 - first)
+        for chosen in to_keep(ranked(self.lowered.encoder, pixels), ratio):
+            self.kept_share = sum(block.share for block in chosen)
+            self.kept = {
+                layer: f"{block.name} alone in int8 moves the features by {block.error:.2g}"
+                for block in chosen
+                for layer in block.layers
+            }
+            self.build_encoder(types[0], arrays, sampling, payload)
+            found = agreement()
+            self.say(
+                f"int8: {found:.2%} with {', '.join(block.name for block in chosen)} of the image "
+                f"encoder in {types[0].compute}, {self.kept_share:.0%} of its products"
+            )
+            if found >= wanted:
+                break
+
     def check_steps(self, sampling: Sampling) -> None:
         """Refuse a chain that is longer than what the backend builds for."""
         backend = self.settings.backend
@@ -346,18 +430,19 @@ class _Job:
             )
 
     def calibration(self, arrays: dict[str, NDArray], sampling: Sampling) -> Calibration:
-        """What ranges of activations are measured on."""
+        """Return the arrays that ranges of activations are measured on."""
         images = slice(0, CALIBRATION)
         tables = make_tables(arrays, sampling, sampling.with_loop, seed=sampling.seed, samples=1)
         return Calibration(
-            self.images.pixels[images],
-            self.reference.x_v[images].numpy(),
+            self.fitted.pixels[images],
+            self.fitted_reference.x_v[images].numpy(),
             tables.coefficients,
             tables.bias,
+            tuple(self.kept),
         )
 
     def read_receipt(self, types: tuple[Types, Types], sampling: Sampling) -> dict[str, Share]:
-        """What was built, in which types; see `receipt`.
+        """Read the types of what was built; see `receipt`.
 
         Raises:
             VerificationFailed: it is not what was asked for.
@@ -373,13 +458,15 @@ class _Job:
         if self.loop == NATIVE:
             products = loop_products(module, self.fresh / PAYLOAD, types[0], products)
             asked["loop"] = delivered(types[1])
-        check_delivered(products, asked, self.settings.backend)
+        check_delivered(products, asked, self.settings.backend, kept=self.kept_share)
         steps = len(sampling.point.timesteps)
         products = answering(products, self.fresh / PAYLOAD, steps)
         return receipt(products, steps, sampling.point.samples)
 
     def write_beside(self, built: Built, fidelity: Fidelity) -> None:
-        """What travels with the payload: golden answers, ready tables, text encoder, checkpoint."""
+        """Write what travels with the payload: golden answers, ready tables, text encoder,
+        checkpoint.
+        """
         _write_golden(self.fresh, self.images, built, self.checkpoint.preprocess, fidelity)
         sampling = built.sampling
         if sampling.noise == "shared" and sampling.point.timesteps:
@@ -419,6 +506,7 @@ class _Job:
             tables[ZERO] = self.table(0)
         sampling = self.sampling(tables, 1, first)
         candidates: dict[str, list[Candidate]] = {}
+        left_out: list[str] = []
         for precision in FLOATS if asked.precision == AUTO else (asked.precision,):
             try:
                 types = check_types(replace(asked, precision=precision))
@@ -426,7 +514,9 @@ class _Job:
             except (ExportError, BackendUnavailable) as error:
                 if asked.precision != AUTO:
                     raise
-                self.say(f"{precision} is left out: {error}")
+                shutil.rmtree(self.fresh / f"sweep-{precision}", ignore_errors=True)
+                left_out.append(f"{precision} is left out: {error}")
+                self.say(left_out[-1])
                 continue
             candidates[precision] = sweep(
                 built,
@@ -437,6 +527,8 @@ class _Job:
                 precision=precision,
                 max_drop=asked.max_drop,
             )
+        if not candidates:
+            raise ExportError(f"no precision can be built: {'; '.join(left_out)}")
         everything = [c for found in candidates.values() for c in found]
         limits = (asked.max_drop, asked.latency_budget_ms)
         overall = choose(everything, next(iter(candidates.values()))[0], *limits)
@@ -498,11 +590,9 @@ class _Job:
         self, built: Built, types: tuple[Types, Types], tables: dict[str, SamplerTable]
     ) -> Iterator[tuple[str, Fidelity]]:
         """Hold the operating points against the reference, one by one."""
-        asked, pixels, sampling = self.settings, self.images.pixels, built.sampling
+        pixels, sampling = self.images.pixels, built.sampling
         storages = {t.storage for t in types}
-        minimum = asked.min_agreement
-        if minimum is None:
-            minimum = min(MIN_AGREEMENT[storage] for storage in storages)
+        minimum = self.min_agreement(types)
         known: dict[tuple, Fidelity] = {}
         for name, point in sampling.points.items():
             key = (point.sampler, point.eta, point.timesteps, point.samples)
@@ -611,8 +701,14 @@ class _Job:
 
         return time_loops(native.backend, graph.backend, graph.x_v, tables)
 
+    def min_agreement(self, types: tuple[Types, Types]) -> float:
+        """The share of labels that must not change."""
+        if (asked := self.settings.min_agreement) is not None:
+            return asked
+        return min(MIN_AGREEMENT[t.storage] for t in types)
+
     def noise_matters(self, built: Built, table: SamplerTable) -> dict[str, Any]:
-        """How answers at the default point depend on the noise."""
+        """Measure how answers at the default point depend on the noise."""
         sampling = built.sampling
         floor = instability_floor(self.reference, table, sampling.seed, sampling.point.samples)
         self.say(
@@ -645,7 +741,7 @@ class _Job:
         )
 
     def options(self, arrays: dict[str, NDArray], sampling: Sampling) -> dict[str, Any]:
-        """What the builder takes beside model and types."""
+        """Return the keywords that the builder takes besides model and types."""
         module = builder(self.settings.backend)
         calibration = self.calibration(arrays, sampling)
         more = {"calibration": calibration} if "int8" in module.STORAGE else {}
@@ -664,7 +760,9 @@ class _Job:
             "labels": checkpoint.labels,
             "preprocess": checkpoint.preprocess.to_dict(),
             "backend": backend,
-            "precision": Precision(types[0].storage, types[1].storage, types[0].compute, shares),
+            "precision": Precision(
+                types[0].storage, types[1].storage, types[0].compute, shares, self.kept
+            ),
             "sampling": sampling,
             "buckets": self.buckets,
             "golden_tolerance": fidelity.row_tolerance,
@@ -785,8 +883,9 @@ def _add_not_run(folder: Path, backend: str) -> str:
 
 def _built_for(settings: Settings, payload: Path | None = None) -> BuiltFor:
     backend, device = settings.backend, device_of(settings.backend, settings.device)
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", backend)
     module = builder(backend)
+    own = getattr(module, "PACKAGES", (backend,))
+    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", *own)
     targets = module.targets(payload) if payload and hasattr(module, "targets") else ()
     if device == "cuda" and hasattr(module, "CUDA_COMPUTE"):
         targets = (" ".join(gpu_name()),)

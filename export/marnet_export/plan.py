@@ -54,14 +54,16 @@ class SamplingPlan:
 
     @property
     def plain_multiply_adds(self) -> int:
-        """Per image and step, for the network as the paper writes it (tau(t) given)."""
+        """Count the multiply-adds per image and step, for the network as the paper writes it
+        (tau(t) given).
+        """
         hidden, dim = self.input_weight.shape
         condition = self.condition_weight.shape[1]
         return hidden * (dim + condition + self.time_dim + 2 * hidden + dim)
 
     @property
     def multiply_adds(self) -> int:
-        """Per image and step, inside the loop."""
+        """Count the multiply-adds per image and step, inside the loop."""
         hidden = self.input_weight.shape[0]
         into = 0 if self.carry == "hidden" else self.input_weight.size
         return into + 2 * hidden * hidden + self.carry_weight.size
@@ -72,7 +74,7 @@ class SamplingPlan:
         return 3 if self.carry == "hidden" else 4
 
     def sentence(self, table: SamplerTable, samples: int = 1) -> str:
-        """What `marnet-export` says about the plan, in one line."""
+        """Say in one line what the plan costs, for `marnet-export`."""
         steps = len(table.timesteps)
         chains = f", {samples} chains an image" if samples > 1 else ""
         return (
@@ -107,7 +109,7 @@ class SamplingPlan:
         ]
 
     def noise_cost(self, table: SamplerTable) -> str:
-        """What noise keyed by the image costs beside shared noise, in one line."""
+        """Say in one line what noise keyed by the image costs over shared noise."""
         hidden, dim = self.input_weight.shape
         noisy = int((table.coefficients[:, 3] != 0).sum())
         rows = len(table.timesteps)

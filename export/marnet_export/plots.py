@@ -112,7 +112,7 @@ def plot_risk_coverage(
 
 
 def _figure() -> tuple[Figure, Axes]:
-    """Without pyplot, whose state is global."""
+    """Make a figure without pyplot, whose state is global."""
     with requires_extra("export", "matplotlib"):
         from matplotlib.figure import Figure
 

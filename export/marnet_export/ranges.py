@@ -47,7 +47,7 @@ def _weights(lowered: Lowered) -> Iterator[tuple[str, float]]:
     parts = {"encoder": lowered.encoder, "head": lowered.head, "text": lowered.text}
     for part, module in parts.items():
         for name, tensor in module.named_parameters() if module is not None else ():
-            if tensor.ndim >= 2:
+            if tensor.ndim >= 2 and tensor.numel():  # DINOv3 without registers has an empty one
                 yield f"{part}.{name}", float(tensor.detach().abs().max())
     for name, matrix in lowered.plan.matrices().items():
         yield f"loop.{name}", float(abs(matrix).max())
@@ -64,11 +64,11 @@ class Headroom:
 
     @property
     def is_tight(self) -> bool:
-        """Whether images that were not tried might well go beyond the limit."""
+        """Tell whether images that were not tried might well go beyond the limit."""
         return self.largest * MARGIN > self.limit
 
     def sentence(self) -> str:
-        """What `marnet-export` says about it, in one line."""
+        """Say in one line how much headroom there is, for `marnet-export`."""
         found = (
             f"largest activation on {self.images} images: {self.largest:.4g} at {self.layer}; "
             f"fp16 holds up to {self.limit:,.0f}"

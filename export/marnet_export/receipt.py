@@ -83,11 +83,14 @@ def count_products(lowered: Lowered, shape: tuple[int, int, int]) -> list[Produc
     return [Product(part, part, count, NOT_READ, NOT_READ) for part, count in counts.items()]
 
 
-def check_delivered(products: Sequence[Product], asked: Mapping[str, Types], backend: str) -> None:
+def check_delivered(
+    products: Sequence[Product], asked: Mapping[str, Types], backend: str, *, kept: float = 0.0
+) -> None:
     """Refuse a payload whose products are not in the types that were asked for.
 
     Args:
-        asked: types of "encoder" and "loop".
+        asked: types of "encoder" and "loop". kept: share of the encoder's multiply-adds that stay
+            float, because int8 would hurt them most.
 
     Raises:
         VerificationFailed: names the part, what was asked and what it has.
@@ -102,11 +105,8 @@ def check_delivered(products: Sequence[Product], asked: Mapping[str, Types], bac
                 "proves its precision; no bundle was written"
             )
         compute = "int8" if types.storage == "int8" else types.compute
-        share = _share(mine, {part: 1})
-        if (
-            share.storage.get(types.storage, 0.0) < DELIVERED
-            or share.compute.get(compute, 0.0) < DELIVERED
-        ):
+        share, least = _share(mine, {part: 1}), DELIVERED - (kept if part == "encoder" else 0.0)
+        if share.storage.get(types.storage, 0.0) < least or share.compute.get(compute, 0.0) < least:
             raise VerificationFailed(
                 f"{backend}: the {part} was asked to be stored in {types.storage} and multiplied "
                 f"in {compute}, but what was built stores {_percent(share.storage)} and multiplies "

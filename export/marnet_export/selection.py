@@ -1,4 +1,5 @@
-"""Which sampler, how many steps and how many samples to serve, and when to leave an image open.
+"""Choose which sampler, how many steps and how many samples to serve, and when to leave an image
+open.
 
 Decisions only: what is measured comes in as arrays and numbers. Accuracies, agreements, coverages
 and risks are shares between 0 and 1.
@@ -66,7 +67,7 @@ class Candidate:
 
     @property
     def process(self) -> tuple[str, float | None, int, int, str]:
-        """What is run, without what was measured."""
+        """Return what is run, without what was measured."""
         return self.sampler, self.eta, self.steps, self.samples, self.precision
 
     def __str__(self) -> str:
@@ -236,7 +237,9 @@ def choose(
 
 @dataclass(frozen=True, eq=False)  # == on arrays has no single answer
 class RiskCoverage:
-    """What answering only when the score is at least a threshold gives, highest threshold first."""
+    """This is what answering only at a score of at least a threshold gives, highest threshold
+    first.
+    """
 
     threshold: NDArray[np.float64]  # the distinct scores, descending
     coverage: NDArray[np.float64]  # share of the images that are answered
@@ -401,7 +404,7 @@ def _zero_step(candidates: Sequence[Candidate], precision: str) -> Candidate | N
 def _with_or_without(
     candidates: Sequence[Candidate], zero: Candidate, why_fast: str, max_drop: float, needed: int
 ) -> tuple[str, str]:
-    """What is picked of fast and zero, and the sentence that says why."""
+    """Pick one of fast and zero; returns it and the sentence that says why."""
     with_loop = [c for c in candidates if c.over_zero is not None]
     if not with_loop:
         return (
@@ -484,7 +487,7 @@ def _answers_needed(target: float, error: float) -> int:
 
 
 def _leading(shown: NDArray[np.bool_]) -> int:
-    """How many hold before the first that does not."""
+    """Count how many hold before the first that does not."""
     return len(shown) if shown.all() else int(shown.argmin())
 
 

@@ -1,4 +1,4 @@
-"""What an export is asked for, and what that comes to for a backend."""
+"""The settings of an export, and what they come to for a backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOOPS = (AUTO, "native", "graph")
 
 @dataclass(frozen=True)
 class Settings:
-    """What an export is asked for."""
+    """These settings say what an export is asked for."""
 
     backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
     precision: str = "fp32"  # "auto": the sweep's choice
@@ -90,7 +90,7 @@ class Settings:
 
 
 def check_types(settings: Settings) -> tuple[Types, Types]:
-    """In which types encoder and loop are built.
+    """Choose the types in which encoder and loop are built.
 
     Raises:
         ExportError: the backend cannot, or not for that device. MissingExtra, BackendUnavailable:
@@ -108,7 +108,7 @@ def check_types(settings: Settings) -> tuple[Types, Types]:
 
 
 def places(settings: Settings) -> dict[str, Any]:
-    """Where to build for, as an argument of builders that can build for more than one place."""
+    """Return the places to build for, as an argument of builders that know more than one."""
     if hasattr(builder(settings.backend), "open_reference"):
         return {"targets": settings.targets}
     if settings.targets:

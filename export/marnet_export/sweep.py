@@ -71,7 +71,7 @@ def sweep(
     precision: str,
     max_drop: float,
 ) -> list[Candidate]:
-    """What each operating point of `built` gives, at each number of noise samples.
+    """Measure what each operating point of `built` gives, at each number of noise samples.
 
     Args:
         truth: the true classes [N]. reference: the labels of the float32 checkpoint and its

@@ -159,7 +159,7 @@ def replace_engine(
 
 @dataclass(frozen=True)
 class _Job:
-    """Which library builds, for which GPUs, and on which, if it needs one."""
+    """One library builds for some GPUs, on one of them if it needs one."""
 
     library: Library
     targets: tuple[str, ...]
@@ -218,7 +218,7 @@ def check_targets(targets: Sequence[str]) -> None:
 
 
 def _jobs(targets: Sequence[str]) -> list[_Job]:
-    """Who builds for which of the targets."""
+    """Decide which library builds for which of the targets."""
     if not targets:
         return [_present()]
     rtx = load_library(RTX)

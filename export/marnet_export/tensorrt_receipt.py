@@ -1,4 +1,4 @@
-"""What the products of a built network are, as TensorRT itself reads them."""
+"""Read what the products of a built network are, as TensorRT itself reads them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _layer_name(node: onnx.NodeProto) -> str:
 
 
 class _NetworkReader:
-    """What the product layers of a TensorRT network are made of."""
+    """This reads what the product layers of a TensorRT network are made of."""
 
     def __init__(self, trt: Any, network: Any) -> None:
         self.trt = trt

@@ -53,7 +53,7 @@ MIN_COSINE = {"fp32": 0.99999, "fp16": 0.9999, "bf16": 0.995}
 
 
 def text_types(backend: str, types: Types) -> Types:
-    """What the text encoder is built in: int8 is for the image encoder and the loop."""
+    """Choose the types of the text encoder: int8 is for the image encoder and the loop."""
     if types.storage != "int8":
         return types
     return Types("fp16" if "fp16" in builder(backend).STORAGE else "fp32", types.compute)
@@ -173,18 +173,19 @@ class _Source:
         self.texts = [t for t in texts if encode(self.tokenizer, [t], self.max_tokens)[1].any()]
 
     def tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and mask [N, L], as in training."""
+        """Return ids and mask [N, L], as in training."""
         return encode(self.tokenizer, texts, self.max_tokens)
 
     @torch.inference_mode()
     def features(self) -> Floats:
-        """x_s [N, D_s], each text alone."""
+        """Compute x_s [N, D_s], each text alone."""
         assert self.encoder is not None
         return np.concatenate([self.encoder(*self.tokens([text])).numpy() for text in self.texts])
 
 
 def max_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where training cut its texts, or, where training.json is lost, the most the encoder takes.
+    """Return where training cut its texts, or, where training.json is lost, the most the encoder
+    takes.
 
     Raises:
         ExportError: neither is known.
@@ -340,7 +341,7 @@ def _failed(types: Types, problem: str) -> str:
 def _write_golden(embedder: TextEmbedder, texts: Sequence[str], types: Types, folder: Path) -> None:
     """Keep a few texts, and what the built encoder made of them."""
     kept = list(texts[:GOLDEN])
-    save_file({"embeddings": embedder(kept)}, folder / GOLDEN_EMBEDDINGS)
+    save_file({"embeddings": embedder.embed(kept)}, folder / GOLDEN_EMBEDDINGS)
     # Another machine has the same weights, so only the arithmetic may differ.
     content = {"texts": kept, "compute": types.compute, "min_cosine": MIN_COSINE[types.compute]}
     write_json(folder / GOLDEN_TEXTS, content)

@@ -91,7 +91,7 @@ def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float,
     spread = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    return max(0.0, min(p, low)), min(1.0, max(p, high))  # whatever the last bits say
+    return max(0.0, min(p, low)), min(1.0, max(p, high))  # clamp rounding errors
 
 
 class Reference:
@@ -125,8 +125,8 @@ class Reference:
     def logits(
         self, table: SamplerTable, seed: int, samples: int = 1, *, limit: int | None = None
     ) -> Floats:
-        """Of every image (or the first `limit`) and noise sample, [N, K, C]; of a table without a
-        step, the alignment branch's, [N, 1, C].
+        """Compute the logits of every image (or the first `limit`) and noise sample, [N, K, C]; of
+        a table without a step, the alignment branch's, [N, 1, C].
 
         Raises:
             ExportError: a chain leaves the finite numbers; names the step, or the head.
@@ -158,7 +158,7 @@ class Reference:
 
     @torch.inference_mode()
     def estimates(self, table: SamplerTable, seed: int, count: int) -> Floats:
-        """What the head makes of each step's estimate, for the first images: [S, count, C]."""
+        """Compute the head's answer to each step's estimate, first images only: [S, count, C]."""
         rows, found = slice(0, count), []
         self._chain(table, seed, 0, rows, lambda _, x0: found.append(self._head(rows, x0).numpy()))
         return np.stack(found)
@@ -195,7 +195,7 @@ class Reference:
 
 
 def _check_finite(rows: Floats, part: str) -> None:
-    """rows [N, ...], of an image each.
+    """Refuse rows [N, ...], one for each image, that are not finite.
 
     Raises:
         ExportError: one holds NaN or infinity.
@@ -259,7 +259,7 @@ class Built:
         return mean_logits(self.samples(name, self.sampling.points[name].samples))
 
     def run(self, name: str) -> Logits:
-        """The same for any pixels, from the pixels on."""
+        """Return a function that computes the logits of an operating point for any pixels."""
         count = self.sampling.points[name].samples
         shared = self.sampling.noise == "shared"
         fixed = self.tables(name, self.pixels[:1], count) if shared else None
@@ -282,7 +282,8 @@ def trajectory_error(
     images: int = 16,
     most: int = 12,
 ) -> list[dict[str, float]]:
-    """How far the built loop is from the reference on its way, at up to `most` of its steps.
+    """Measure how far the built loop is from the reference on its way, at up to `most` of its
+    steps.
 
     A chain that is cut short returns the estimate of its last step, so no graph needs a second
     output for this.
@@ -339,7 +340,7 @@ def instability_floor(
 def settling(
     built: Built, name: str, *, samples: int = 8, most: int = CHAIN_STEPS // 2
 ) -> dict[str, Any]:
-    """How `stop="settled"` does against all of its samples, on these images.
+    """Measure how `stop="settled"` does against all of its samples, on these images.
 
     Returns:
         samples: what there would be; mean_samples: what was drawn; agreement: share of images

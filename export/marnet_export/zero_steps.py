@@ -34,7 +34,9 @@ def process_table(
 
 
 def alignment_head(lowered: Lowered) -> AlignmentHead | None:
-    """What the zero-step point answers with; None: the method has no alignment branch."""
+    """Return the matrices that the zero-step point answers with; None: the method has no alignment
+    branch.
+    """
     alignment = lowered.alignment
     if alignment is None or alignment.classifier is None:
         return None

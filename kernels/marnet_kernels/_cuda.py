@@ -7,7 +7,9 @@ INSTALL = 'pip install "marnet[cuda]"'
 
 
 def load(library: str) -> Any:
-    """cuda.bindings.<library>; where it is missing, RuntimeError with the line that installs it."""
+    """Import cuda.bindings.<library>; where it is missing, RuntimeError names the line that
+    installs it.
+    """
     name = f"cuda.bindings.{library}"
     try:
         return importlib.import_module(name)

@@ -16,6 +16,7 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from marnet_kernels import _cuda
@@ -40,6 +41,25 @@ class Cubin:
     spill_bytes: int  # stores and loads to local memory, all kernels together
     log: str  # what the compiler said
     compiler: str  # name and version
+
+
+def source(name: str) -> str:
+    """csrc/NAME.cu after csrc/device.cuh: the one text that is compiled.
+
+    `compile_cubin` refuses include paths, because its key covers the source alone.
+    """
+    return _text("device.cuh") + portable_source(name)
+
+
+def portable_source(name: str) -> str:
+    """The same without csrc/device.cuh, which holds all that is written in PTX."""
+    return _text(f"{name}.cu")
+
+
+def _text(file: str) -> str:
+    # With the line directive, compilers name the file and its own line numbers in their messages.
+    text = (files("marnet_kernels") / "csrc" / file).read_text("utf-8")
+    return f'#line 1 "{file}"\n{text}'
 
 
 def compile_cubin(source: str, arch: str, options: Sequence[str] = ()) -> Cubin:

@@ -11,7 +11,7 @@ _PLAIN_SHARED = 48 * 1024  # bytes of dynamic shared memory that every kernel ma
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What decides whether a kernel runs on a device, and how."""
+    """These properties of a device decide whether a kernel runs on it, and how."""
 
     capability: tuple[int, int]  # compute capability, (major, minor)
     multiprocessors: int

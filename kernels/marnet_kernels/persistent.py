@@ -9,18 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from marnet_kernels import _cuda
-from marnet_kernels.compile import Cubin, arch_for, compile_cubin
+from marnet_kernels.compile import Cubin, arch_for, compile_cubin, source
 from marnet_kernels.loader import DeviceInfo, current_device, load_function
 from marnet_kernels.reverse_sampler import (
     COPIES,
-    NOISE_POINTERS,
     POINTERS,
     ROW_GROUPS,
     Exchange,
     Layout,
     layout,
 )
-from marnet_kernels.source import source
 
 MOST_ROWS = 64  # for which choose_variant takes this kernel
 _ROWS = (8, 16, 32, 64)  # of one group of blocks
@@ -39,7 +37,6 @@ class Variant:
     rows: int  # that one group of blocks can hold: 8, 16, 32 or 64
     tiles: int  # CTAs of the layout that a block computes: 1, 2 or 4
     exchange: Exchange
-    noise: bool = False  # made in the kernel, for each image its own
     copies: int = 1  # of exchanged activations; a block reads one of them
     groups: int = 1  # of blocks, which divide the rows evenly
 
@@ -64,7 +61,9 @@ class Variant:
             )
 
     def options(self, layout: Layout) -> tuple[str, ...]:
-        """For compile_cubin. Raises ValueError where the kernel cannot be built like that."""
+        """Return the options for `compile_cubin`; ValueError where the kernel cannot be built like
+        that.
+        """
         self._check(layout)
         macros = {
             "HP": layout.padded,
@@ -73,14 +72,12 @@ class Variant:
             "OPERAND": layout.dtype,
             "EPOCH": int(self.exchange == "epoch"),
             "COPIES": self.copies,
-            "NOISE": int(self.noise),
-            "DP": layout.noise if self.noise else 0,
         }
         # Fused additions would be other numbers than the twin's.
         return (*(f"-D{name}={value}" for name, value in macros.items()), "--fmad=false")
 
     def blocks(self, layout: Layout) -> int:
-        """Of one group."""
+        """Count the blocks of one group."""
         return layout.ctas // self.tiles
 
     def grid(self, layout: Layout) -> tuple[int, int]:
@@ -89,7 +86,9 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: two places for the partial sums of 8 warps, and what its threads keep."""
+        """Count the shared memory of a block: two places for the partial sums of 8 warps, and what
+        its threads keep.
+        """
         chunk = min(self.rows, _CHUNK[self.tiles])
         partial = 2 * 8 * chunk * (_FEATURES * self.tiles + 4)  # rows padded against conflicts
         return 4 * partial + 8 * 256 * (2 + 4 * (self.rows // chunk))
@@ -101,30 +100,24 @@ class Variant:
 
     def _refusal(self, layout: Layout) -> str | None:
         """Why the kernel cannot be built like that, if it cannot."""
-        if self.noise and not layout.noise:
-            return "noise: got a layout without a noise width, expected one; give Wx to pack"
         if self.exchange == "epoch" and layout.dtype != "fp16":
             return f"exchange: got 'epoch' for {layout.dtype}, expected fp16; use 'counter'"
         weights = self._weight_registers(layout)
-        crowded = self.tiles == 4 and self.rows == _CROWDED_ROWS and not self.noise
+        crowded = self.tiles == 4 and self.rows == _CROWDED_ROWS
         most = _CROWDED if crowded else _MOST_WEIGHTS
         if weights <= most:
             return None
-        also = f" and noise width {layout.noise}" if self.noise else ""
         return (
-            f"width: got hidden width {layout.padded}{also}, which need {weights} registers a "
-            f"thread for weights, expected at most {most}; use matrix products in a captured graph"
+            f"width: got hidden width {layout.padded}, which needs {weights} registers a thread "
+            f"for weights, expected at most {most}; use matrix products in a captured graph"
         )
 
     def _weight_registers(self, layout: Layout) -> int:
         """Of a thread: operands of mma for 16 features, whether a block has 16 or 8."""
-        widths = 3 * layout.padded + (layout.noise if self.noise else 0)
-        return 8 * max(1, self.tiles // 2) * widths // 256
+        return 8 * max(1, self.tiles // 2) * 3 * layout.padded // 256
 
 
-def choose_variant(
-    layout: Layout, rows: int, device: DeviceInfo, *, noise: bool = False
-) -> Variant:
+def choose_variant(layout: Layout, rows: int, device: DeviceInfo) -> Variant:
     """The variant for R = B K rows on this device; ValueError, with the reason, where none runs.
 
     What it is chosen by was measured on an H100 with a prototype, Hp = 1024, 50 steps
@@ -152,10 +145,10 @@ def choose_variant(
             "device: got one without cooperative launches, expected one with them, as the blocks "
             "wait for each other; use matrix products in a captured graph"
         )
-    two, four = (_variant(layout, rows, device, noise, tiles) for tiles in (2, 4))
+    two, four = (_variant(layout, rows, device, tiles) for tiles in (2, 4))
     chosen = (four or two) if rows > _MANY else (two or four)
     if chosen is None:
-        Variant(_ROWS[0], 2, "counter", noise)._check(layout)  # says so if the width is the reason
+        Variant(_ROWS[0], 2, "counter")._check(layout)  # says so if the width is the reason
         raise ValueError(
             f"multiprocessors: got {device.multiprocessors}, expected at least {layout.ctas // 2} "
             f"for hidden width {layout.padded}, as all blocks must run at once; use matrix "
@@ -164,9 +157,7 @@ def choose_variant(
     return chosen
 
 
-def _variant(
-    layout: Layout, rows: int, device: DeviceInfo, noise: bool, tiles: int
-) -> Variant | None:
+def _variant(layout: Layout, rows: int, device: DeviceInfo, tiles: int) -> Variant | None:
     """With so many tiles, or None where that cannot be."""
     blocks = layout.ctas // tiles
     groups = min(device.multiprocessors // blocks, -(-rows // _ROWS[0]), ROW_GROUPS)
@@ -179,7 +170,6 @@ def _variant(
             rows=size,
             tiles=tiles,
             exchange="epoch" if epoch else "counter",
-            noise=noise,
             copies=COPIES if epoch else 1,
             groups=groups,
         )
@@ -191,7 +181,7 @@ def _variant(
 
 def shipped_options() -> list[tuple[str, ...]]:
     """Of the variants that a wheel carries compiled: those chosen for fp16 and bf16 operands at the
-    usual width, with noise in tables.
+    usual width.
     """
     kinds = [*((rows, 2) for rows in _ROWS), (_CROWDED_ROWS, 4)]
     epoch = [Variant(rows, tiles, "epoch", copies=COPIES) for rows, tiles in (kinds[0], kinds[-1])]
@@ -203,15 +193,14 @@ def shipped_options() -> list[tuple[str, ...]]:
     ]
 
 
-_WORDS = (*POINTERS, *NOISE_POINTERS, "seed")
-_SIZES = ("images", "samples", "noises", "steps", "train_steps")
+_SIZES = ("images", "samples", "noises", "steps")
 
 
 class _Parameters(ctypes.Structure):
     """`struct Arguments` of csrc/reverse_sampler.cu, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_uint64) for name in _WORDS),
+        *((name, ctypes.c_uint64) for name in POINTERS),
         *((name, ctypes.c_int32) for name in _SIZES),
         ("slope", ctypes.c_float),
     )
@@ -226,7 +215,7 @@ class ReverseSamplerArguments:
 
     images: int  # B
     samples: int  # K
-    noises: int  # N, 1 or B; 1 with noise made in the kernel
+    noises: int  # N, 1 or B
     steps: int  # S
     weights: int
     biases: int
@@ -237,36 +226,17 @@ class ReverseSamplerArguments:
     counter: int
     out: int
     slope: float = 0.01  # of leaky_relu below zero
-    noise_weights: int = 0  # this and the rest for noise made in the kernel
-    noise_exchange: int = 0
-    keys: int = 0
-    timesteps: int = 0
-    train_steps: int = 0  # T of the schedule, the counter step of x_T
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("images", "samples", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.noises not in (1, 1 if self.noise else self.images):
+        if self.noises not in (1, self.images):
             raise ValueError(
-                f"noises: got {self.noises} for {self.images} images, expected 1"
-                + (", as the kernel makes the noise" if self.noise else f" or {self.images}")
+                f"noises: got {self.noises} for {self.images} images, expected 1 or {self.images}"
             )
-        for name, alignment in (POINTERS | NOISE_POINTERS).items():
+        for name, alignment in POINTERS.items():
             self._check_address(name, alignment)
-        if self.noise and not self.steps <= self.train_steps < 2**31:
-            raise ValueError(
-                f"train_steps: got {self.train_steps}, expected at least {self.steps} and less "
-                "than 2**31; the length of the schedule"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
-
-    @property
-    def noise(self) -> bool:
-        """Whether the kernel makes the noise."""
-        return any(getattr(self, name) for name in NOISE_POINTERS)
 
     def _check_address(self, name: str, alignment: int) -> None:
         address = getattr(self, name)
@@ -275,14 +245,13 @@ class ReverseSamplerArguments:
                 f"{name}: got address {address:#x}, expected a multiple of {alignment}; "
                 "pass the start of an allocation"
             )
-        if not address and (self.noise or name in POINTERS):
+        if not address:
             raise ValueError(
-                f"{name}: got address 0, expected device memory; only "
-                f"{', '.join(NOISE_POINTERS)} may be left out, and all of them"
+                f"{name}: got address 0, expected device memory; allocate what Layout.buffers says"
             )
 
     def _parameters(self) -> _Parameters:
-        return _Parameters(*(getattr(self, name) for name in (*_WORDS, *_SIZES, "slope")))
+        return _Parameters(*(getattr(self, name) for name in (*POINTERS, *_SIZES, "slope")))
 
 
 def check_launch(layout: Layout, variant: Variant, arguments: ReverseSamplerArguments) -> None:
@@ -292,11 +261,6 @@ def check_launch(layout: Layout, variant: Variant, arguments: ReverseSamplerArgu
         raise ValueError(
             f"rows: got {rows} (images times samples), expected at most "
             f"{variant.rows * variant.groups}, as {variant} has; split the batch"
-        )
-    if arguments.noise != variant.noise:
-        raise ValueError(
-            f"noise: got arguments {'with' if arguments.noise else 'without'} noise made in the "
-            f"kernel, expected what the variant has ({variant.noise})"
         )
     layout.buffers(arguments.images, arguments.samples, arguments.noises, arguments.steps)
 
@@ -310,13 +274,11 @@ def cleared(
         return
     rows = arguments.images * arguments.samples
     yield arguments.exchange, 2 * 3 * variant.copies * rows * layout.padded
-    if variant.noise:
-        yield arguments.noise_exchange, 2 * rows * layout.noise
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the kernel takes of the device."""
+    """These are the resources of the device that the kernel takes."""
 
     registers: int  # a thread
     spill_bytes: int

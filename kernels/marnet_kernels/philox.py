@@ -10,8 +10,6 @@ on what it is for and on nothing else, neither batch size, nor width, nor backen
 
 The random bits are identical on every platform. The normals made of them are identical up to the
 last units in the last place of the platform's logarithm, sine and cosine.
-
-csrc/philox.cuh draws the same in kernels, with normals in float32.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ def standard_normal(
 
     Four words give four elements by the Box-Muller transform (Box and Muller 1958): words (0, 1)
     give elements 0 (cosine) and 1 (sine), words (2, 3) elements 2 and 3. Uniforms are the top
-    24 bits of a word, as float32 kernels use them: u1 = ((r >> 8) + 1) / 2^24 lies in (0, 1], so
+    24 bits of a word, which float32 holds exactly: u1 = ((r >> 8) + 1) / 2^24 lies in (0, 1], so
     its logarithm is finite and |z| <= sqrt(48 ln 2) = 5.77; u2 = (r >> 8) / 2^24 lies in [0, 1).
 
     Args:

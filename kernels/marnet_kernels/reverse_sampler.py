@@ -1,8 +1,8 @@
 """The reverse-sampling loop in one persistent kernel: packed memory layout and NumPy twin.
 
 Axes: B image, K sample of an image, R = B K rows (row b K + k), H hidden width, Hp = H padded with
-zeros, S step, N noise trajectory (1 for all images, or B), D width of the noise, Dp padded. With
-a(v) = LeakyReLU(v), p = 0 and g_previous = 0, both [B, K, H]:
+zeros, S step, N noise trajectory (1 for all images, or B). With a(v) = LeakyReLU(v), p = 0 and
+g_previous = 0, both [B, K, H]:
 
     for i in 0 .. S-1:
         h1 = a(p + q + bias[i])                     q [B, H], bias [S, N, K, H]
@@ -12,10 +12,7 @@ a(v) = LeakyReLU(v), p = 0 and g_previous = 0, both [B, K, H]:
         g = M h3                                    layer "carry"
         p, g_previous = A[i] p + B[i] g + C[i] g_previous, g
 
-Where the noise is made in the kernel, for each image its own, p starts with Wx x_T, gains
-S[i] Wx z[i] in every step, and bias is [S, 1, 1, H]. The matrix Wx [H, D] is layer "noise".
-
-The operands of the products (matrices, h1, h2, h3, x_T, z) are rounded to fp16 or bf16, to nearest
+The operands of the products (matrices, h1, h2, h3) are rounded to fp16 or bf16, to nearest
 with ties to even. Everything else is float32: accumulation, biases, activations before they are
 rounded, p, g, g_previous and the h3 that is returned.
 
@@ -39,8 +36,6 @@ groups a warp. Layers in the order of LAYERS; matrices are [out, in], as torch.n
 
     packed[l, c, w, s, lane, j] = matrix_l[8 c + lane // 4, 32 (w G + s) + 8 (lane % 4) + j]
 
-Wx is an array of its own, [CTA][warp][group][lane][half] by the same formula with G = Dp / 256.
-
 A thread reads its 8 halves with one 16-byte load, and the 32 loads of a warp are 512 contiguous
 bytes. Halves (0, 1), (2, 3), (4, 5), (6, 7) are the load's 32-bit words x, y, z, w, the lower index
 in the lower 16 bits.
@@ -60,22 +55,16 @@ of them. Their sum is the warp's, and the warps' are added in order 0 .. 7; then
 
 Buffers
 -------
-All C-contiguous, in the order of the kernel's arguments; POINTERS has the alignments. The last four
-are for noise made in the kernel.
+All C-contiguous, in the order of the kernel's arguments; POINTERS has the alignments.
 
     weights        uint16  [3, Hp / 8, 8, G, 32, 8]  pack
     biases         float32 [2, Hp]                   pack: b2, b3
-    coefficients   float32 [S, 4]                    pack_tables: A, B, C, S; row S-1 is not used
+    coefficients   float32 [S, 4]                    pack_tables: A, B, C, 0; row S-1 is not used
     bias           float32 [S, N, K, Hp]             pack_tables
     condition      float32 [B, Hp]                   pack_condition: q
     exchange       16 bit  [3, copies, R, Hp]        h1, h2, h3, each at most COPIES times
     counter        uint32, one a group, 128 bytes apart
     out            float32 [B, K, Hp]                h3 of the last step
-    noise_weights  uint16  [Hp / 8, 8, Dp / 256, 32, 8]  pack: Wx
-    noise_exchange 16 bit  [R, Dp]                   x_T, z
-    keys           uint64  [B]                       trajectory of image b, sample k: keys[b] + k
-    timesteps      int32   [S]                       visited, 1-based: the draw z[i] has the step
-                                                     timesteps[i] - 1, and x_T has train_steps
 
 Padding columns of every buffer are zero, and then all that the kernel computes there is zero (but
 where a row is not finite): a padded loop gives bit for bit what one of width Hp with zeros gives. A
@@ -83,25 +72,22 @@ row of a product depends on that row of activations alone.
 
 Exchange "counter": every block adds 1 to the counter of its group after it has published its part
 of h1, h2, h3, and reads the others' when the counter has reached blocks times the exchanges so far.
-The last h3 is not exchanged, so it ends at blocks (3 S - 1), and with x_T at blocks * 3 S, which
-has to fit. One version of h1, h2, h3 is enough: who may write h1 again has seen all of h3, so all
-have read h1. The counter is 0 before every launch; `exchange` need not be cleared.
+The last h3 is not exchanged, so it ends at blocks (3 S - 1), which has to fit. One version of h1,
+h2, h3 is enough: who may write h1 again has seen all of h3, so all have read h1. The counter is 0
+before every launch; `exchange` need not be cleared.
 
 Exchange "epoch": there is no counter. Activations 2 j and 2 j + 1 of a row are one 32-bit word,
 whose lowest bit is the parity of the step, 1 in step 0, and readers wait for it. They take it as 0,
-so the activation 2 j is rounded to one bit less. `exchange` and `noise_exchange` are zero before
-every launch. fp16 only: bf16 would be left with 6 bits behind the point.
+so the activation 2 j is rounded to one bit less. `exchange` is zero before every launch. fp16 only:
+bf16 would be left with 6 bits behind the point.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from marnet_kernels.philox import standard_normal
 
 Operand = Literal["fp16", "bf16"]
 Layer = Literal["hidden2", "hidden3", "carry"]
@@ -120,9 +106,6 @@ POINTERS = {
     "out": 16,
 }
 """The kernel's buffers in the order of its arguments, each with the alignment of its address."""
-
-NOISE_POINTERS = {"noise_weights": 16, "noise_exchange": 16, "keys": 8, "timesteps": 4}
-"""The buffers after them, for noise made in the kernel."""
 
 COPIES = 2  # of the exchange buffer, at most
 ROW_GROUPS = 16  # that divide the rows among them, at most
@@ -146,11 +129,10 @@ class Layout:
     dtype: Operand
     warps: int  # of a CTA
     ctas: int
-    noise: int = 0  # Dp, a multiple of 256; 0 where noise comes in the bias table
 
     @property
     def threads(self) -> int:
-        """Of a CTA."""
+        """Count the threads of a CTA."""
         return self.warps * _LANES
 
     @property
@@ -164,14 +146,9 @@ class Layout:
         return len(LAYERS), self.ctas, self.warps, self.groups, _LANES, _HALVES
 
     @property
-    def noise_shape(self) -> tuple[int, int, int, int, int]:
-        """Of the packed Wx: [CTA, warp, group, lane, half]."""
-        return self.ctas, self.warps, self.noise // (self.warps * _GROUP), _LANES, _HALVES
-
-    @property
     def weight_registers(self) -> int:
         """32-bit registers in which a thread keeps its share of the matrices of one CTA."""
-        return (len(LAYERS) * self.groups + self.noise_shape[2]) * _HALVES // 2
+        return len(LAYERS) * self.groups * _HALVES // 2
 
     def offset(self, layer: int, cta: int, warp: int, group: int, lane: int, half: int) -> int:
         """Byte in the packed weights at which this value starts."""
@@ -186,8 +163,7 @@ class Layout:
     def buffers(self, images: int, samples: int, noises: int, steps: int) -> dict[str, int]:
         """Bytes of every buffer of one launch, in the order of the kernel's arguments.
 
-        Enough for every variant of the kernel. With noise made in the kernel, `noises` is 1, and
-        bias needs no more than one sample.
+        Enough for every variant of the kernel.
         """
         sizes = {"images": images, "samples": samples, "noises": noises, "steps": steps}
         for name, size in sizes.items():
@@ -200,7 +176,7 @@ class Layout:
                 f"steps: got {steps}, expected at most {most}; the counter of exchanges has 32 bits"
             )
         rows = images * samples
-        sizes = {
+        return {
             "weights": 2 * prod(self.weight_shape),
             "biases": 4 * 2 * self.padded,
             "coefficients": 4 * 4 * steps,
@@ -210,17 +186,9 @@ class Layout:
             "counter": ROW_GROUPS * _COUNTER_BYTES,
             "out": 4 * rows * self.padded,
         }
-        if self.noise:
-            sizes |= {
-                "noise_weights": 2 * prod(self.noise_shape),
-                "noise_exchange": 2 * rows * self.noise,
-                "keys": 8 * images,
-                "timesteps": 4 * steps,
-            }
-        return sizes
 
     def total_bytes(self, images: int, samples: int, noises: int, steps: int) -> int:
-        """Of all buffers of one launch."""
+        """Count the bytes of all buffers of one launch."""
         return sum(self.buffers(images, samples, noises, steps).values())
 
 
@@ -231,33 +199,20 @@ class PackedLoop:
     layout: Layout
     weights: NDArray[np.uint16]  # layout.weight_shape
     biases: NDArray[np.float32]  # [2, Hp]: b2, b3
-    noise: NDArray[np.uint16] | None = None  # layout.noise_shape: Wx
 
     def __post_init__(self) -> None:
-        if (self.noise is None) != (self.layout.noise == 0):
-            raise ValueError(
-                f"noise: got {'none' if self.noise is None else 'an array'} for a noise width of "
-                f"{self.layout.noise}, expected an array exactly where it is not 0; pack makes both"
-            )
-        if self.noise is not None:
-            _check("noise", self.noise, np.uint16, self.layout.noise_shape, "pack makes them")
         _check("weights", self.weights, np.uint16, self.layout.weight_shape, "pack makes them")
         _check("biases", self.biases, np.float32, (2, self.layout.padded), "pack makes them")
 
 
-def layout(hidden: int, dtype: Operand = "fp16", noise: int = 0) -> Layout:
-    """For a loop of this hidden width H, with operands of this type.
-
-    noise: width D of the noise that the kernel makes for each image; 0 where it comes in tables.
-    """
+def layout(hidden: int, dtype: Operand = "fp16") -> Layout:
+    """For a loop of this hidden width H, with operands of this type."""
     if hidden < 1:
         raise ValueError(f"hidden: got {hidden}, expected at least 1; it is the width of h1")
     if dtype not in _LARGEST:
         raise ValueError(f"dtype: got {dtype!r}, expected 'fp16' or 'bf16'; choose one of them")
-    if noise < 0:
-        raise ValueError(f"noise: got {noise}, expected the width of x_T, or 0 for noise in tables")
-    padded, wide = (_round_up(width, _WARPS * _GROUP) for width in (hidden, noise))
-    return Layout(hidden, padded, dtype, warps=_WARPS, ctas=padded // _FEATURES, noise=wide)
+    padded = _round_up(hidden, _WARPS * _GROUP)
+    return Layout(hidden, padded, dtype, warps=_WARPS, ctas=padded // _FEATURES)
 
 
 def pack(
@@ -265,37 +220,26 @@ def pack(
     hidden3: tuple[ArrayLike, ArrayLike],
     carry: ArrayLike,
     dtype: Operand = "fp16",
-    noise: ArrayLike | None = None,
 ) -> PackedLoop:
     """(W2, b2), (W3, b3) and M -> what the kernel reads. W2, W3, M [H, H]; b2, b3 [H].
 
-    float32 is expected, and other types are converted to it first. `noise` is Wx [H, D], where the
-    kernel makes the noise.
+    float32 is expected, and other types are converted to it first.
     """
     given = dict(zip(LAYERS, (hidden2[0], hidden3[0], carry), strict=True))
     matrices = {name: _float32(name, matrix) for name, matrix in given.items()}
     width = len(matrices["hidden2"]) if matrices["hidden2"].ndim else 0
-    wide = None if noise is None else _float32("noise", noise)
-    if wide is not None and (wide.ndim != 2 or len(wide) != width or not wide.size):
-        raise ValueError(
-            f"noise: got shape {wide.shape}, expected ({width}, width of x_T); it is the part of "
-            "the first layer's matrix that reads the noisy features"
-        )
-    plan = layout(width, dtype, 0 if wide is None else wide.shape[1])
+    plan = layout(width, dtype)
     weights = np.empty(plan.weight_shape, np.uint16)
     for index, (name, matrix) in enumerate(matrices.items()):
         _check_shape(name, matrix, (width, width), "the loop has three square matrices of one size")
         _check_range(name, matrix, dtype)
-        weights[index] = _fragments(plan, to_bits(matrix, dtype), plan.padded)
+        weights[index] = _fragments(plan, to_bits(matrix, dtype))
     biases = np.zeros((2, plan.padded), np.float32)
     for index, (name, (_, bias)) in enumerate((("hidden2", hidden2), ("hidden3", hidden3))):
         values = _float32(f"{name} bias", bias)
         _check_shape(f"{name} bias", values, (width,), "its matrix has one row a value")
         biases[index, :width] = values
-    if wide is None:
-        return PackedLoop(plan, weights, biases)
-    _check_range("noise", wide, dtype)
-    return PackedLoop(plan, weights, biases, _fragments(plan, to_bits(wide, dtype), plan.noise))
+    return PackedLoop(plan, weights, biases)
 
 
 def unpack(packed: PackedLoop) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -311,23 +255,19 @@ def unpack(packed: PackedLoop) -> tuple[NDArray[np.float32], NDArray[np.float32]
 def pack_tables(
     coefficients: ArrayLike, bias: ArrayLike
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Coefficients (A, B, C) [S, 3] and bias [S, N, K, H] -> [S, 4] and [S, N, K, Hp].
-
-    With noise made in the kernel: (A, B, C, S) [S, 4] and bias [S, 1, 1, H].
-    """
+    """Coefficients (A, B, C) [S, 3] and bias [S, N, K, H] -> [S, 4] and [S, N, K, Hp]."""
     table, rows = _float32("coefficients", coefficients), _float32("bias", bias)
     if rows.ndim != 4 or not rows.size:
         raise ValueError(
             f"bias: got shape {rows.shape}, expected [steps, noises, samples, hidden], none of them"
             " 0; with one noise trajectory for all images, noises is 1"
         )
-    columns = 4 if table.shape[1:] == (4,) else 3
-    _check_shape("coefficients", table, (len(rows), columns), "bias has one row for each of them")
+    _check_shape("coefficients", table, (len(rows), 3), "bias has one row for each of them")
     return _pad(table, 4), _pad(rows, layout(rows.shape[-1]).padded)
 
 
 def pack_condition(q: ArrayLike) -> NDArray[np.float32]:
-    """q [B, H] -> [B, Hp]."""
+    """Pad q [B, H] to [B, Hp]."""
     rows = _float32("q", q)
     if rows.ndim != 2 or not rows.size:
         raise ValueError(
@@ -335,29 +275,6 @@ def pack_condition(q: ArrayLike) -> NDArray[np.float32]:
             "an image, not a sample"
         )
     return _pad(rows, layout(rows.shape[-1]).padded)
-
-
-def draws(
-    seed: int,
-    keys: Sequence[int],
-    samples: int,
-    timesteps: Sequence[int],
-    train_steps: int,
-    noisy: ArrayLike,
-    width: int,
-) -> NDArray[np.float32]:
-    """x_T and z of a launch [S, B, K, width]: row 0 is x_T, row i + 1 the noise of step i.
-
-    The last step has none, and that of a step where `noisy` [S] is false is left at zero.
-    """
-    used = np.flatnonzero(np.asarray(noisy)[:-1])
-    counters = [train_steps, *(timesteps[int(i)] - 1 for i in used)]
-    made = np.zeros((len(timesteps), len(keys), samples, width), np.float32)
-    for b, key in enumerate(keys):
-        for k in range(samples):
-            noise = standard_normal(seed, counters, width, (int(key) + k) % 2**64)
-            made[[0, *(used + 1)], b, k] = noise
-    return made
 
 
 def reverse_sampler_reference(
@@ -368,30 +285,23 @@ def reverse_sampler_reference(
     slope: float = 0.01,
     *,
     exchange: Exchange = "counter",
-    noise: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """h3 of the last step [B, K, H], from the packed arrays: q [B, Hp], [S, 4], [S, N, K, Hp].
-
-    noise: `draws` of width Dp, where the kernel makes the noise; bias is [S, 1, 1, Hp] then.
+    """Compute h3 of the last step [B, K, H], from the packed arrays: q [B, Hp], [S, 4],
+    [S, N, K, Hp].
 
     Differs from the kernel where additions are not defined to the bit: see layer_reference.
     Activations beyond the type's range become inf.
     """
     _check_loop(packed.layout, q, coefficients, bias)
-    samples = bias.shape[2] if noise is None else noise.shape[2]
-    state = np.zeros((len(q), samples, packed.layout.padded), np.float32)
+    state = np.zeros((len(q), bias.shape[2], packed.layout.padded), np.float32)
     previous = np.zeros_like(state)
     # As in the kernel, overflow is no error, but shows in the result.
     with np.errstate(over="ignore", invalid="ignore"):
-        if noise is not None:
-            state = noise_reference(packed, noise[0], exchange)
-        for i, (a, b, c, s) in enumerate(coefficients[:-1]):
+        for i, (a, b, c, _) in enumerate(coefficients[:-1]):
             h3 = _last_hidden(packed, state, q, bias[i], slope, exchange)
             update = layer_reference(packed, "carry", h3, exchange=exchange)
             state = a * state + b * update + c * previous
             previous = update
-            if noise is not None and s:
-                state = state + s * noise_reference(packed, noise[i + 1], exchange)
         h3 = _last_hidden(packed, state, q, bias[-1], slope, exchange)
     return h3[..., : packed.layout.hidden]
 
@@ -421,19 +331,8 @@ def layer_reference(
         return result if layer == "carry" else _leaky(result + packed.biases[index], slope)
 
 
-def noise_reference(
-    packed: PackedLoop, noise: NDArray[np.float32], exchange: Exchange = "counter"
-) -> NDArray[np.float32]:
-    """Wx z [..., Hp] of noise [..., Dp], in the kernel's order of additions."""
-    if packed.noise is None:
-        raise ValueError("noise: got a loop without Wx, expected one; give it to pack")
-    shape = (*noise.shape[:-1], packed.layout.noise)
-    _check("noise", noise, np.float32, shape, "draws of this width are expected")
-    return _product(packed.layout, packed.noise, noise, exchange)
-
-
 def to_bits(values: NDArray[np.float32], dtype: Operand) -> NDArray[np.uint16]:
-    """float32 -> bits of fp16 or bf16, to nearest with ties to even; beyond the range is inf."""
+    """Round float32 to bits of fp16 or bf16, ties to even; beyond the range is inf."""
     if dtype == "fp16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint16)
@@ -451,9 +350,9 @@ def from_bits(bits: NDArray[np.uint16], dtype: Operand) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _fragments(plan: Layout, bits: NDArray[np.uint16], width: int) -> NDArray[np.uint16]:
-    """[H, H or D] -> [CTA, warp, group, lane, half], padded to `width` input features."""
-    matrix = np.zeros((plan.padded, width), np.uint16)
+def _fragments(plan: Layout, bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """[H, H] -> [CTA, warp, group, lane, half], padded."""
+    matrix = np.zeros((plan.padded, plan.padded), np.uint16)
     matrix[: len(bits), : bits.shape[1]] = bits
     # Row 8 c + g; column 32 (w G + s) + 8 t + j.
     parts = matrix.reshape(plan.ctas, _FEATURES, plan.warps, -1, 4, _HALVES)
@@ -470,7 +369,7 @@ def _weight_columns(plan: Layout, weights: NDArray[np.uint16]) -> NDArray[np.flo
 
 
 def _row_columns(plan: Layout, rows: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Rounded activations [R, Hp or Dp] -> [group, product 16, warp, mma 2, R, 1]."""
+    """Rounded activations [R, Hp] -> [group, product 16, warp, mma 2, R, 1]."""
     parts = rows.astype(np.float64).reshape(len(rows), plan.warps, -1, 4, 2, 4)
     order = parts.transpose(2, 5, 3, 1, 4, 0)  # group, i, t, warp, mma, row
     return order.reshape(-1, 16, plan.warps, 2, len(rows), 1)
@@ -518,7 +417,7 @@ def _last_hidden(
     slope: float,
     exchange: Exchange,
 ) -> NDArray[np.float32]:
-    """h3 [B, K, Hp] of one step, from state [B, K, Hp], q [B, Hp] and bias [N, K, Hp]."""
+    """Compute h3 [B, K, Hp] of one step, from state [B, K, Hp], q [B, Hp] and bias [N, K, Hp]."""
     h1 = _leaky(state + q[:, None] + bias, slope)
     h2 = layer_reference(packed, "hidden2", h1, slope, exchange=exchange)
     return layer_reference(packed, "hidden3", h2, slope, exchange=exchange)

@@ -9,21 +9,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from marnet_kernels import fuse_head, persistent, preprocess
-from marnet_kernels.compile import SHIPPED, TARGETS, Cubin, ship_cubin
-from marnet_kernels.source import source
+from marnet_kernels import persistent
+from marnet_kernels.compile import SHIPPED, TARGETS, Cubin, ship_cubin, source
 
 Variant = tuple[str, tuple[str, ...]]
 
 
 def shipped_variants() -> list[Variant]:
     """(kernel, options) of all that is shipped, each for every one of TARGETS."""
-    return [
-        ("step_update", ()),
-        *(("reverse_sampler", options) for options in persistent.shipped_options()),
-        *(("preprocess", options) for options in preprocess.shipped_options()),
-        *(("fuse_head", options) for options in fuse_head.shipped_options()),
-    ]
+    return [("reverse_sampler", options) for options in persistent.shipped_options()]
 
 
 def ship(

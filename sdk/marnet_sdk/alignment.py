@@ -96,5 +96,5 @@ class WithAlignment:
     def device_rows(self, array: Any) -> DeviceRows:
         return self.backend.device_rows(array)
 
-    def report(self) -> RuntimeReport | None:
+    def report(self) -> RuntimeReport:
         return self.backend.report()

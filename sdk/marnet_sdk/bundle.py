@@ -18,11 +18,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marnet_sdk.errors import BundleCorrupt, BundleError, BundleFormatError, InvalidInput, NotFound
+from marnet_sdk.errors import (
+    BundleCorrupt,
+    BundleError,
+    BundleFormatError,
+    InvalidInput,
+    NotFound,
+    brief,
+)
 from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.preprocess import Preprocess
 
@@ -55,6 +62,8 @@ class Precision:
     loop: str  # the same for the reverse loop
     compute: str  # type of all products whose weights are not in int8
     receipt: dict[str, Share]  # of "encoder", "loop", "head" and "all"
+    # Layers of an int8 image encoder that stayed in `compute`, and why each did.
+    kept: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +237,8 @@ def read_bundle(path: str | Path, *, lazily: bool = False) -> Bundle:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidInput(
-            f"got {path!r} ({type(path).__name__}) as a bundle; expected the path of its folder"
+            f"got {brief(path)} ({type(path).__name__}) as a bundle; expected the path "
+            "of its folder"
         )
     path = Path(path)
     with _readable(path):

@@ -15,17 +15,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.errors import InvalidInput, MarnetError
+from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
 from marnet_sdk.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
 Batch = tuple[int, int]  # of a profile: least and most rows
-Rows = TypeVar("Rows", bound="NDArray[Any] | DeviceRows")
+IN_GRAPH = "in the graph"  # the loop of a backend that just calls its graphs
 
 # Each shape holds memory on the GPU for as long as it is kept, once for each worker.
 MOST_CAPTURES, MOST_LANES = 16, 2
@@ -87,6 +87,8 @@ class RuntimeReport:
     replays: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)  # plain runs by reason
     copies: int = 0  # batches on the device that were copied there and not read in place
+    threads: int | None = None  # of the processor, that one call computes with; None on a GPU
+    cpus: str = ""  # the CPUs that the process may use
 
 
 class Counts(NamedTuple):
@@ -286,10 +288,15 @@ class CapturedPipeline:
         if is_new:
             warnings.warn(
                 f"runs without a captured graph, which is slower: {reason}",
-                RuntimeWarning,
+                MarnetWarning,
                 stacklevel=4,
             )
         return self._plain(rows, tables)
+
+
+def warn_of_operators(why: str) -> None:
+    """Say that the reverse loop does not run as one kernel though it should."""
+    warnings.warn(f"the reverse loop runs slower than it could: {why}", MarnetWarning, stacklevel=3)
 
 
 class _Lanes:

@@ -11,17 +11,19 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast, overload
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, cast, overload
 
 import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from marnet_sdk.backends import open_backend
+from marnet_sdk.backends import Backend, open_backend
+from marnet_sdk.backends.guarded import Guarded
 from marnet_sdk.bundle import (
     GOLDEN_ANSWERS,
     GOLDEN_IMAGES,
@@ -32,6 +34,7 @@ from marnet_sdk.bundle import (
     read_bundle,
 )
 from marnet_sdk.captured import DeviceRows, RuntimeReport
+from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
     BundleFormatError,
@@ -40,9 +43,11 @@ from marnet_sdk.errors import (
     InvalidImages,
     InvalidInput,
     SelfTestFailed,
+    brief,
 )
 from marnet_sdk.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
 from marnet_sdk.prediction import Prediction, Score
+from marnet_sdk.process import left_to_the_parent, native
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 from marnet_sdk.uncertainty import (
@@ -57,17 +62,21 @@ from marnet_sdk.uncertainty import (
 # Two decoders may round a pixel to neighbouring grey levels; more is another image.
 _GREY_LEVELS = 1.5
 _DEVICES = ("cpu", "cuda")
-_DLPACK_CPU = 1  # kDLCPU
+_HOST_MEMORY = (1, 3, 11)  # kDLCPU, and pinned for a GPU: kDLCUDAHost, kDLROCMHost
 
 
 class Classifier:
     """Classifies images with a bundle.
 
     When the constructor returns, the bundle's bytes have been checked and its golden answers have
-    been reproduced on this machine. May be used from several threads at once.
+    been reproduced on this machine. May be used from several threads at once, in the process that
+    opened it. What it holds goes with its last reference, or with `close`.
 
         clf = Classifier("bundles/digits-torchscript-fp16.marnet")
         clf.predict("digit.png").label
+
+        with Classifier("bundles/digits-torchscript-fp16.marnet") as clf:
+            clf.predict("digit.png").label
     """
 
     def __init__(
@@ -90,22 +99,23 @@ class Classifier:
             samples: noise samples per image, whose probabilities are averaged; default: the
                 operating point's. More than one needs a point with the loop.
             seed: of the noise; default: the one that the bundle was verified with.
-            threads: cores to use; default: the backend's own choice.
+            threads: cores to use; default: as many as this process has, by affinity and the
+                quota of its control groups (`runtime.cpus`).
             device: "cpu" or "cuda"; default: the one that the bundle was built for.
             limits: larger images are refused before they are decoded.
 
         Raises:
-            InvalidInput: an argument of the wrong type or range.
+            InvalidInput: an argument of the wrong type or range; more threads than the machine has.
             NotFound, BundleError: it is not a sound bundle.
             MissingExtra, BackendUnavailable: its backend cannot run here.
             SelfTestFailed: it does not reproduce its golden answers.
         """
         if threads is not None:
-            threads = _positive("threads", threads)
+            threads = check_threads(_positive("threads", threads))
         if device not in (None, *_DEVICES):
             raise InvalidInput(
-                f"device: got {device!r}, expected {' or '.join(_DEVICES)}; leave it out for the "
-                "device that the bundle was built for"
+                f"device: got {brief(device)}, expected {' or '.join(_DEVICES)}; leave it out for "
+                "the device that the bundle was built for"
             )
         bundle = read_bundle(path, lazily=True)
         manifest = bundle.manifest
@@ -127,9 +137,12 @@ class Classifier:
         self._text: TextEmbedder | None = None  # opened by the first text
         self._text_lock = Lock()
         self._device = device or manifest.built_for.device
-        self._backend = open_backend(
-            manifest.backend, plan.parent, manifest.precision.compute, threads, self._device
-        )
+        with native():
+            backend = open_backend(
+                manifest.backend, plan.parent, manifest.precision.compute, threads, self._device
+            )
+        self._guard = Guarded(left_to_the_parent(backend), bundle.path)
+        self._backend: Backend = self._guard
         name = operating_point or sampling.default
         for tested in dict.fromkeys([sampling.default, name]):
             self._use(tested, sampling.points[tested].samples, sampling.seed)
@@ -141,8 +154,35 @@ class Classifier:
         """Answer like this from now on."""
         self._operating_point, self._samples, self._seed = operating_point, samples, seed
         # Of one number of samples each; they are large.
-        self._shared = lru_cache(maxsize=4)(lambda count: self._make_tables(count))
-        self._make_tables(1)  # refuses a bad seed
+        sampling = self.bundle.manifest.sampling
+        self._make_tables = partial(make_tables, self._plan, sampling, operating_point, seed=seed)
+        self._shared = lru_cache(maxsize=4)(self._make_tables)
+        self._make_tables(samples=1)  # refuses a bad seed
+
+    def close(self) -> None:
+        """Let go of the backend and its threads; calls that are running finish first.
+
+        Another call raises `ClassifierClosed`. Closing twice does nothing.
+        """
+        self._guard.close()
+        self._text = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidInput(
+            f"a Classifier cannot be copied or sent to another process; open {self.bundle.path} "
+            "there, as in the initializer of a process pool"
+        )
 
     @property
     def _point(self) -> OperatingPoint:
@@ -193,11 +233,10 @@ class Classifier:
         return self._seed
 
     @property
-    def runtime(self) -> RuntimeReport | None:
-        """How the backend runs: the device, what is captured there and how much memory it takes,
-        how often it was replayed, and what had to run otherwise, and why.
-
-        None for a backend that just calls its graphs, as on a CPU all do without a native loop.
+    def runtime(self) -> RuntimeReport:
+        """How the backend runs: on a CPU, how many threads a call computes with and which CPUs the
+        process may use; on a GPU, what is captured and how much memory it takes, how often it was
+        replayed, and what had to run otherwise, and why.
         """
         return self._backend.report()
 
@@ -274,13 +313,15 @@ class Classifier:
                 that does not exist or has nothing to stop, or `stop` or several samples at an
                 operating point without the loop.
             InferenceError: the model gives NaN or infinity.
+            ClassifierClosed, WrongProcess: after `close`, or in another process.
         """
+        self._guard.check()
         batch_size, top_k = _positive("batch_size", batch_size), _positive("top_k", top_k)
         samples = self._number_of_samples(samples)
         if on_error not in ("raise", "return"):
-            raise InvalidInput(f'on_error must be "raise" or "return", got {on_error!r}')
+            raise InvalidInput(f'on_error must be "raise" or "return", got {brief(on_error)}')
         if stop not in (None, "settled"):
-            raise InvalidInput(f'stop must be "settled" or None, got {stop!r}')
+            raise InvalidInput(f'stop must be "settled" or None, got {brief(stop)}')
         if stop:
             self._check_loop(f"stop: got {stop!r}")
         if stop and len(schedule(samples)) == 1:
@@ -315,6 +356,7 @@ class Classifier:
             ImageError: names the first input that is not a usable image.
             InferenceError: the model gives NaN or infinity.
         """
+        self._guard.check()
         batch_size = _positive("batch_size", batch_size)
         if _is_single(images):
             return self._run(self._pixels([cast(ImageInput, images)])).features[0]
@@ -338,6 +380,7 @@ class Classifier:
 
         1 is the best there is and -1 the worst. Only scores of one bundle can be compared. The
         first text that a classifier meets loads the text encoder, which is checked and tested then.
+        A `MarnetWarning` says of how many texts most words are unknown to the model.
 
         Args:
             images: as of `predict`. texts: one, or many.
@@ -349,16 +392,18 @@ class Classifier:
 
         Raises:
             ImageError: names the first input that is not a usable image.
-            InvalidInput: a text that is no str, or has no token; names it.
+            InvalidInput: a text that is no str, or has no word that the model knows; names it.
             InferenceError: an encoder gives NaN or infinity.
             BundleFormatError: the bundle has no text encoder; names the command that makes one.
             BundleCorrupt, MissingExtra, BackendUnavailable, SelfTestFailed: its text encoder
                 cannot be used here.
         """
+        self._guard.check()
         batch_size = _positive("batch_size", batch_size)
         checked, one_text = check_texts(texts)
         embedder = self._embedder()
-        semantic = embedder(checked, batch_size)  # [M, D]
+        with native():
+            semantic = embedder(checked, batch_size)  # [M, D]
         one_image = _is_single(images)
         many = [cast(ImageInput, images)] if one_image else images
         parts = [np.empty((0, len(checked)), np.float32)]
@@ -377,7 +422,8 @@ class Classifier:
         """Aligned text embeddings x_s' = g(E_s(x_s)), eq. (8), scaled to length 1, so that the dot
         product of two is their cosine similarity.
 
-        Longer texts than the model was trained with are cut, as in training.
+        Longer texts than the model was trained with are cut, as in training. Behind 1,024
+        characters for each token that it takes, no text is looked at.
 
         Returns:
             [D] for one text, [texts, D] for many.
@@ -385,17 +431,20 @@ class Classifier:
         Raises:
             As of `match`.
         """
+        self._guard.check()
         batch_size = _positive("batch_size", batch_size)
         checked, one = check_texts(texts)
-        embedded = self._embedder()(checked, batch_size)
+        embedder = self._embedder()
+        with native():
+            embedded = embedder(checked, batch_size)
         return embedded[0] if one else embedded
 
     def _embedder(self) -> TextEmbedder:
         """The text encoder, opened at the first call."""
-        with self._text_lock:
+        with native(), self._text_lock:
             if self._text is None:
-                self._text = open_text_part(
-                    self.bundle, self._threads, self._mismatch, self._device
+                self._text = left_to_the_parent(
+                    open_text_part(self.bundle, self._threads, self._mismatch, self._device)
                 )
             return self._text
 
@@ -424,12 +473,14 @@ class Classifier:
             InvalidInput: another shape or type, or an array on a device that cannot be read.
             InferenceError: the model gives NaN or infinity; names the rows.
         """
+        self._guard.check()
         if _is_on_device(pixels):
             return self._device_logits(pixels)
         expected = self.preprocess.output_shape
         good = isinstance(pixels, np.ndarray) and pixels.dtype == np.float32
         if not good or pixels.ndim != 4 or pixels.shape[1:] != expected:
-            got = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else pixels
+            is_array = isinstance(pixels, np.ndarray)
+            got = f"{pixels.dtype} {pixels.shape}" if is_array else brief(pixels)
             raise InvalidInput(
                 f"logits() takes preprocessed pixels, float32 [B, {', '.join(map(str, expected))}],"
                 f" got {got}; for images use predict(), or preprocess.pixels(images)"
@@ -485,7 +536,7 @@ class Classifier:
 
     def _run_at_once(self, pixels: Floats | DeviceRows, names: Sequence[str], count: int) -> _Run:
         """The same where all images draw all samples of shared noise: one call of the backend."""
-        tables = self._shared(count)
+        tables = self._shared(samples=count)
         logits, fused = self._backend.run(pixels, tables)
 
         def encode(row: int) -> Floats:
@@ -499,22 +550,10 @@ class Classifier:
         """The loop's tables for samples start .. end of a batch: the same for all of its images, or
         keyed by what the model sees."""
         if self._by_image:
-            return self._make_tables(end - start, start, [pixel_key(row) for row in pixels])
-        whole = self._shared(total)
+            keys = [pixel_key(row) for row in pixels]
+            return self._make_tables(samples=end - start, first=start, keys=keys)
+        whole = self._shared(samples=total)
         return whole if (start, end) == (0, total) else whole.samples(start, end)
-
-    def _make_tables(
-        self, samples: int, first: int = 0, keys: Sequence[int] | None = None
-    ) -> Tables:
-        return make_tables(
-            self._plan,
-            self.bundle.manifest.sampling,
-            self._operating_point,
-            seed=self._seed,
-            samples=samples,
-            first=first,
-            keys=keys,
-        )
 
     def _check_finite(
         self,
@@ -695,7 +734,8 @@ def _positive(name: str, value: int) -> int:
         number = operator.index(value)
     except TypeError as error:
         raise InvalidInput(
-            f"{name} must be an integer, got {value!r} ({type(value).__name__}); pass 1 or more"
+            f"{name} must be an integer, got {brief(value)} ({type(value).__name__}); pass 1 or "
+            "more"
         ) from error
     if number < 1:
         raise InvalidInput(f"{name} must be at least 1, got {number}")
@@ -706,8 +746,8 @@ def _no_such_point(bundle: Bundle, name: str) -> str:
     points = bundle.manifest.sampling.points
     zero = f" or --steps 0, which add {ZERO!r}" if ZERO not in points else ""
     return (
-        f"operating_point: got {name!r}; {bundle.path} has {', '.join(points)}. More are made by "
-        f"exporting it again with marnet-export --steps auto{zero}"
+        f"operating_point: got {brief(name)}; {bundle.path} has {', '.join(points)}. More are made "
+        f"by exporting it again with marnet-export --steps auto{zero}"
     )
 
 
@@ -741,7 +781,7 @@ def _is_on_device(pixels: Any) -> bool:
     if isinstance(pixels, np.ndarray) or not hasattr(pixels, "__dlpack_device__"):
         return hasattr(pixels, "__cuda_array_interface__")
     kind, _ = pixels.__dlpack_device__()
-    return int(kind) != _DLPACK_CPU
+    return int(kind) not in _HOST_MEMORY
 
 
 def _names(chunk: Sequence[ImageInput], start: int) -> list[str]:

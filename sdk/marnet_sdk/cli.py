@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 from marnet_sdk.bundle import newest_bundle
 from marnet_sdk.classifier import Classifier, Prediction
-from marnet_sdk.console import Choice, Command, next_commands, print_json, print_table, say
+from marnet_sdk.console import (
+    Choice,
+    Command,
+    next_commands,
+    print_csv,
+    print_json,
+    print_table,
+    say,
+)
 from marnet_sdk.errors import ImageError
 
 Answer = Prediction | ImageError
@@ -123,16 +131,19 @@ def _print_json(images: Sequence[Path], answers: Sequence[Answer]) -> None:
 
 
 def _print_csv(images: Sequence[Path], answers: Sequence[Answer]) -> None:
-    """One line for each of the top classes of each image."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    print_csv(_csv_rows(images, answers))
+
+
+def _csv_rows(images: Sequence[Path], answers: Sequence[Answer]) -> Iterator[list[Any]]:
+    """A header, and one row for each of the top classes of each image."""
     spread = ("samples", "vote_share", "standard_error", "abstain")
-    writer.writerow(["image", "rank", "label", "index", "score", *spread, "error"])
+    yield ["image", "rank", "label", "index", "score", *spread, "error"]
     for image, answer in zip(images, answers, strict=True):
         if isinstance(answer, ImageError):
-            writer.writerow([image, *[""] * 8, answer.problem])
+            yield [image, *[""] * 8, answer.problem]
             continue
         for rank, top in enumerate(answer.top, 1):
             first = rank == 1  # what is said of the answer is said once
             values = [getattr(answer, name) if first else None for name in spread]
             row = [image, rank, top.label, top.index, f"{top.score:.6f}", *values, ""]
-            writer.writerow(["" if value is None else value for value in row])
+            yield ["" if value is None else value for value in row]

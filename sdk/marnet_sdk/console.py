@@ -1,43 +1,70 @@
 """What the command lines share: typed errors to exit codes, nearest matches, progress, tables.
 
 Answers go to standard output; everything about the work goes to standard error, and progress bars
-appear only on a terminal.
+appear only on a terminal. Names and labels may hold anything: people see control characters, and
+what the encoding of the output lacks, as escapes like \\n and \\xfc.
 """
 
 from __future__ import annotations
 
+import csv
+import errno
+import io
 import json
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from marnet_sdk.errors import MarnetError, nearest
 
 T = TypeVar("T")
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+_WIDE = 1_000_000  # columns of what is no terminal: nothing is folded there
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+_unsaid: list[OSError] = []  # why messages of the command that runs could not be written
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _CONTROLS}
 
 
 class CommandError(click.ClickException):
     """A `MarnetError` on its way out of a command."""
 
     def __init__(self, error: MarnetError) -> None:
-        super().__init__(str(error))
+        lines = getattr(error, "lines", ())
+        head = str(error).removesuffix("".join(f"\n  {line}" for line in lines))
+        super().__init__("\n  ".join(printable(text, sys.stderr) for text in (head, *lines)))
         self.exit_code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Command(click.Command):
     """A command whose `MarnetError`s become one line and the right exit code.
 
-    SIGTERM ends it as Ctrl-C does, so that half-written output is removed.
+    SIGTERM ends it as Ctrl-C does, so that half-written output is removed. Output that cannot be
+    written, to a full disk or a closed pipe, ends it with an exit code that is not 0.
     """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        with _checked_streams():
+            return super().main(*args, **extra)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except click.ClickException as error:
+            shown = printable(error.message, sys.stderr)
+            error.message = shown  # pyright: ignore[reportAttributeAccessIssue]
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,6 +72,74 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except MarnetError as error:
             raise CommandError(error) from error
+
+
+@contextmanager
+def _checked_streams() -> Iterator[None]:
+    """End with an exit code that is not 0 where what was printed could not be written."""
+    streams = _open_streams()
+    _unsaid.clear()
+    code: Any = 0
+    ended = False
+    problems: list[OSError] = []
+    try:
+        yield
+    except SystemExit as error:
+        code, ended = error.code, True
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        problems.append(error)
+    problems += _unsaid
+    for stream in streams:
+        if problem := _unwritten(stream):
+            _abandon(stream)
+            problems.append(problem)
+    for problem in problems[:1]:
+        code, ended = code or 1, True
+        if problem.errno != errno.EPIPE:  # who closed a pipe has read enough
+            _last_words(f"the output cannot be written: {problem.strerror}; send it elsewhere")
+    if ended:
+        raise SystemExit(code)
+
+
+def _open_streams() -> tuple[TextIO, TextIO]:
+    """Standard error and output, which write what their encoding lacks as escapes.
+
+    The number of a closed one would be given to the next file, and other libraries print there.
+    """
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open until the process ends
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        _last_words("standard output is closed; send it to /dev/null if nobody is to read it")
+        raise SystemExit(1)
+    for stream in (sys.stderr, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    return sys.stderr, sys.stdout
+
+
+def _unwritten(stream: TextIO) -> OSError | None:
+    """Why what was printed there cannot be written."""
+    try:
+        stream.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _abandon(stream: TextIO) -> None:
+    """Let what is left, which Python tries to write at the end, go nowhere."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _last_words(text: str) -> None:
+    with suppress(OSError):
+        _print(f"Error: {text}", sys.stderr)
 
 
 @contextmanager
@@ -65,7 +160,7 @@ def _exit(number: int, _frame: Any) -> None:
     raise SystemExit(128 + number)  # 143 for SIGTERM, as shells report it
 
 
-class Group(click.Group):
+class Group(Command, click.Group):
     """A group of such commands, which suggests the nearest name for a wrong one."""
 
     command_class = Command
@@ -88,44 +183,84 @@ class Choice(click.Choice[str]):
             raise click.BadParameter(error.message + near, ctx=ctx, param=param) from error
 
 
+def printable(text: str, stream: TextIO | None = None) -> str:
+    """The text as a person may see it: no control character moves the cursor or starts a line, and
+    what the stream's encoding lacks is an escape. The same text where there is nothing of that."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.translate(_ESCAPES).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def say(text: str) -> None:
-    """One line about the work, on standard error."""
-    messages.print(text, markup=False)
+    """One line about the work, on standard error.
+
+    Where it cannot be written, the work goes on; the command ends with an exit code that tells.
+    """
+    try:
+        _print(printable(text, sys.stderr), sys.stderr)
+    except OSError as error:
+        _unsaid.append(error)
+
+
+def answer(text: str) -> None:
+    """One line on standard output."""
+    _print(printable(text, sys.stdout))
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """A line, as it is: click's own `echo` writes UTF-8 where ASCII is asked for."""
+    print(text, file=stream, flush=True)
 
 
 def next_commands(*lines: str) -> None:
     """What to run next, at the end of a command."""
-    say("\nNext:")
+    say("")
+    say("Next:")
     for line in lines:
         say(f"  {line}")
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
     """Iterate with a progress bar on a terminal, silently elsewhere."""
+    messages = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=messages, disable=not messages.is_terminal, transient=True)
     with bar:
-        yield from bar.track(items, total=total, description=description)
+        yield from bar.track(items, total=total, description=printable(description, sys.stderr))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output; every column after the first is right-aligned."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
+    console = Console()
     if not console.is_terminal:  # piped output keeps its natural width
-        console = Console(highlight=False, markup=False, width=240)
-    console.print(table)
+        console = Console(width=_WIDE)
+
+    def cell(text: str, style: str = "") -> Text:  # rich looks for markup and emoji in a str
+        return Text(printable(text, sys.stdout), style)
+
+    table = Table(title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title = cell(title, "table.title") if title else None
+    for i, column in enumerate(columns):
+        table.add_column(cell(column), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(cell, row))
+    with console.capture() as drawn:
+        console.print(table)
+    _print(drawn.get().removesuffix("\n"))
 
 
 def print_json(content: Any) -> None:
-    """JSON on standard output."""
-    click.echo(json.dumps(content, indent=2))
+    """JSON on standard output, in ASCII."""
+    _print(json.dumps(content, indent=2))
+
+
+def print_csv(rows: Iterable[Sequence[Any]]) -> None:
+    """Lines of CSV on standard output, which a reader of CSV reads as they were."""
+    for row in rows:
+        line = io.StringIO()  # only the characters of the line's end are quoted, and \r is none
+        csv.writer(line, lineterminator="\r\n").writerow(row)
+        _print(line.getvalue().removesuffix("\r\n"))

@@ -1,4 +1,5 @@
-"""Every error that a user of marnet meets. All derive from `MarnetError`; warnings do not.
+"""Every error that a user of marnet meets. All derive from `MarnetError`, warnings from
+`MarnetWarning`.
 
 A message says what was got, what was expected and what to do next. `exit_code` is what the
 command line ends with: 1 other error, 2 usage, 3 verification failed, 4 measurement unstable,
@@ -35,6 +36,10 @@ def _again(kind: type[MarnetError], args: tuple[Any, ...], fields: dict[str, Any
     error = kind.__new__(kind, *args)
     error.__dict__.update(fields)
     return error
+
+
+class MarnetWarning(RuntimeWarning):
+    """Something that works, but worse than its user may think; said once, where it happens."""
 
 
 class ImageError(MarnetError):
@@ -100,7 +105,14 @@ class NotFound(MarnetError):
 
 
 class DataError(MarnetError):
-    """A data set that cannot be read as it stands; names file and line."""
+    """A data set that cannot be read as it stands; names file and line.
+
+    lines: of several problems, one each.
+    """
+
+    def __init__(self, message: str, lines: Sequence[str] = ()) -> None:
+        super().__init__("\n  ".join([message, *lines]))
+        self.lines = tuple(lines)
 
 
 class RecipeError(MarnetError):
@@ -139,6 +151,14 @@ class InferenceError(MarnetError):
     """The model gave something that is no answer, for example NaN."""
 
 
+class ClassifierClosed(MarnetError):
+    """A classifier that is used after its `close()`, or after its `with` block."""
+
+
+class WrongProcess(MarnetError):
+    """A classifier in a process that it was not opened in, where its threads do not exist."""
+
+
 class EnvironmentMismatch(MarnetError):
     """The machine or its packages lack what is asked for."""
 
@@ -153,7 +173,7 @@ class BackendUnavailable(EnvironmentMismatch):
     """The bundle's backend cannot run here."""
 
 
-class NativeLoopMissing(RuntimeWarning):
+class NativeLoopMissing(MarnetWarning):
     """A bundle runs its loop as a graph, because the native loop's library is not here."""
 
 
@@ -183,6 +203,12 @@ def requires_extra(extra: str, *modules: str) -> Iterator[None]:
         raise MissingExtra(
             f'the package "{error.name}" is not installed; run: pip install "marnet[{extra}]"'
         ) from error
+
+
+def brief(value: object) -> str:
+    """A value as messages repeat it: what was passed for it may be a whole file's text."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:

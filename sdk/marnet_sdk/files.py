@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from marnet_sdk.errors import MarnetError, OutputBusy, OutputError, OutputExists
 
 _STALE_AFTER = 3600  # seconds
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
 
 
 def _read_umask() -> int:
@@ -54,12 +56,13 @@ def atomic_directory(
             default: every directory is.
 
     Raises:
-        OutputExists: see `check_output`, which runs before the block.
+        OutputExists: see `check_output`, which runs before the block, and again after it: what
+            came to `target` meanwhile, and is not to be replaced, is still there.
         OutputError: no space left, or the folder around `target` must not be written to.
     """
     check_output(target, overwrite=overwrite, replaceable=replaceable)
     target = Path(os.path.abspath(target))
-    with _allowed(target):
+    with writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # A dot-prefixed sibling: the same file system, so the rename is atomic, and hidden from
         # `newest`, so an interrupted write is never picked up.
@@ -71,7 +74,8 @@ def atomic_directory(
             yield fresh
             _set_modes(fresh)
             _sync_tree(fresh)
-            _put_in_place(fresh, target, aside=work / "old")
+            check = partial(check_output, target, overwrite=overwrite, replaceable=replaceable)
+            _put_in_place(fresh, target, work / "old", check)
             _sync(target.parent)
             _remove_stale(target)
     finally:
@@ -80,25 +84,40 @@ def atomic_directory(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _put_in_place(fresh: Path, target: Path, aside: Path) -> None:
-    """Rename `fresh` to `target`; what was at `target` stays at `fresh` or `aside`."""
-    if not os.path.lexists(target):
+def _put_in_place(fresh: Path, target: Path, aside: Path, check: Callable[..., None]) -> None:
+    """Rename `fresh` to `target`; what was at `target` stays at `fresh` or `aside`.
+
+    Args:
+        check: raises if what is at `target`, or was and is at `found` now, must stay.
+    """
+    if _rename(fresh, target, _NOREPLACE):
+        return
+    check()
+    if not os.path.lexists(target):  # a file system that cannot do that
         fresh.rename(target)
-    elif not _exchange(fresh, target):
+    elif _rename(fresh, target, _EXCHANGE):
+        try:
+            check(found=fresh)  # another process may have been between the check and this
+        except OutputExists:
+            _rename(fresh, target, _EXCHANGE)
+            raise
+    else:
         target.rename(aside)
+        check(found=aside)
         fresh.rename(target)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where that cannot be done.
+def _rename(one: Path, other: Path, how: int) -> bool:
+    """Rename in one step without replacing, or let two paths change places; False where that
+    cannot be done.
 
     renameat2 of Linux, which Python does not offer.
     """
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    here = -100  # AT_FDCWD
+    return rename(here, os.fsencode(one), here, os.fsencode(other), how) == 0
 
 
 def check_output(
@@ -106,25 +125,30 @@ def check_output(
     *,
     overwrite: bool = False,
     replaceable: Callable[[Path], bool] | None = None,
+    found: Path | None = None,
 ) -> None:
     """Whether `atomic_directory` may write to `target`; for asking long before it does.
+
+    Args:
+        found: where what was at `target` is now; default: there.
 
     Raises:
         OutputExists: `target` exists and `overwrite` is False, or it is no directory, not
             `replaceable`, or holds the working directory.
     """
     target = Path(os.path.abspath(target))
-    if not os.path.lexists(target):
+    found = target if found is None else found
+    if not os.path.lexists(found):
         return
     if not overwrite:
         raise OutputExists(
             f"{target} already exists; choose another output or pass --force to replace it"
         )
-    if not target.is_dir():
+    if not found.is_dir():
         problem = "is not a directory"
-    elif _holds_working_directory(target):
+    elif _holds_working_directory(found):
         problem = "is or contains the current working directory"
-    elif replaceable is not None and not replaceable(target):
+    elif replaceable is not None and not replaceable(found):
         problem = "holds something else"
     else:
         return
@@ -190,7 +214,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
         OutputError: no space left.
     """
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_native_id()}")
     try:
         with enough_space(target):
             yield fresh
@@ -232,7 +256,7 @@ def _is_full(place: Path) -> bool:
 
 
 @contextmanager
-def _allowed(place: Path) -> Iterator[None]:
+def writable(place: Path) -> Iterator[None]:
     """Say in one line when nothing can be written at `place`: permissions, file for a folder."""
     with enough_space(place):
         try:
@@ -256,7 +280,7 @@ def exclusive(lock: Path) -> Iterator[None]:
         OutputBusy: another process holds it.
         OutputError: no space left, or the folder must not be written to.
     """
-    with _allowed(lock):
+    with writable(lock):
         descriptor = _open_locked(lock)
     try:
         yield
@@ -265,6 +289,8 @@ def exclusive(lock: Path) -> Iterator[None]:
 
 
 def _open_locked(lock: Path) -> int:
+    import fcntl  # only here: a process that classifies needs none, and Windows has none
+
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)

@@ -3,72 +3,55 @@
 What `decode` makes of an image (no colour management: ICC profiles and gamma are ignored):
 
     EXIF orientation            applied
-    animated (GIF, PNG, WebP)   first frame; of several TIFF pages or MPO pictures, the first
-    alpha, transparent colour   composited on white
+    animated (GIF, PNG, WebP)   first frame, on white where it leaves the canvas uncovered; of
+                                several TIFF pages or MPO pictures, the first
+    alpha, transparent colour   composited on white; alpha that is 0 everywhere is ignored
     palette, 1 bit, grey        converted to RGB
     CMYK, YCCK, YCbCr, LAB      converted to RGB by Pillow
-    16-bit grey                 high byte, v >> 8, which is what Pillow makes of 16-bit colour
-    32-bit integer, float       refused: nothing says what white is
-    truncated                   refused
+    16-bit grey                 high byte, v >> 8, which is what Pillow makes of 16-bit colour;
+                                refused where all values are below 4096, which would be black
+    12-bit grey (TIFF)          v >> 4
+    signed, 32-bit, float       refused: nothing says what black and white are
+    rows are missing            refused, whatever follows them; see `image_files`
     RLE-compressed BMP, PNM     refused: Pillow decodes them a sample at a time, in Python
 
-Images come from strangers. Metadata that pixels do not depend on is removed from JPEG and PNG
-files before Pillow sees them: it is the larger part of the attack surface, and Pillow's warnings
-about damaged metadata cannot be silenced for one thread only.
+A PIL image is turned as its `getexif()` says. One that you turned yourself still says that it has
+to be turned, unless `PIL.ImageOps.exif_transpose` did it or you set `image.getexif()[274] = 1`.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
-import struct
-import threading
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
-from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
+from marnet_sdk.errors import ImageError, ImageTooLarge
+from marnet_sdk.image_files import (
+    Box,
+    Limits,
+    Opened,
+    check_pixels,
+    check_tiff,
+    exif_tags,
+    open_file,
+    quiet,
+)
+
+__all__ = ["DEFAULT_LIMITS", "ImageInput", "Limits", "decode", "shown"]
 
 Buffer = bytes | bytearray | memoryview
 ImageInput = str | os.PathLike[str] | Buffer | IO[bytes] | Image.Image | NDArray[np.uint8]
 _SHOWN = 200  # characters of an input that a message repeats
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large an untrusted image may be.
-
-    A decoded image takes 4 bytes of memory per pixel, and up to 20 while it is converted. Pillow
-    keeps a limit of its own for GIF, TIFF and WebP (`PIL.Image.MAX_IMAGE_PIXELS`, twice over).
-    """
-
-    max_bytes: int = 64 * 2**20  # of the encoded file
-    max_pixels: int = 89_478_485  # width x height, also after resizing; Pillow's own threshold
-
-    def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InvalidInput(f"{name}: got {value!r}; expected a positive integer")
-
-
 DEFAULT_LIMITS = Limits()
 
 
@@ -97,46 +80,87 @@ def decode(
     except ImageError:
         raise
     except Image.DecompressionBombError as error:  # a host that set Pillow's limit below ours
-        raise ImageTooLarge(source, f"{error} Send a smaller image") from error
+        raise ImageTooLarge(source, f"{str(error)[:_SHOWN]} Send a smaller image") from error
     except Exception as error:
         # Hostile files make Pillow raise nearly anything: OSError, SyntaxError, ValueError,
         # struct.error, IndexError, MemoryError, ... They all mean the same to the caller.
         raise ImageError(
             source,
-            f"not a decodable image ({type(error).__name__}: {error}); the file is incomplete, "
-            "damaged or of an unsupported variant: send all of it, or re-encode as JPEG or PNG",
+            f"not a decodable image ({type(error).__name__}: {str(error)[:_SHOWN]}); the file is "
+            "incomplete, damaged or of an unsupported variant: send all of it, or re-encode as "
+            "JPEG or PNG",
         ) from error
 
 
 def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
-    exif = b""
     if isinstance(image, np.ndarray):
-        image = _from_array(image, source)
-    elif isinstance(image, (str, os.PathLike)):
-        image, exif = _open(_read(image, source, limits), source, limits)
+        return _from_pil(_from_array(image, source), source, limits)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, source, limits)
+    if isinstance(image, (str, os.PathLike)):
+        data = _read(image, source, limits)
     elif isinstance(image, Buffer):
-        image, exif = _open(bytes(image), source, limits)
-    elif isinstance(image, Image.Image):
-        pass
+        data = bytes(image)
     elif hasattr(image, "read"):
-        image, exif = _open(_read_open(image, source, limits), source, limits)
+        data = _read_open(image, source, limits)
     else:
         raise ImageError(
             source,
             f"got {type(image).__name__}; expected a path, bytes, a file opened in binary mode, a "
             f"PIL image or a uint8 array [H, W, 3]{_hint(image)}",
         )
-    _check_pixels(image.width, image.height, source, limits)
-    with _quiet(type(image)):
+    return _from_file(open_file(data, source, limits), source, limits)
+
+
+def _from_file(file: Opened, source: str, limits: Limits) -> Image.Image:
+    image = file.image
+    check_pixels(image.width, image.height, source, limits)
+    with quiet(type(image)):
+        file.load()
+    # Read after loading: only then has Pillow turned a TIFF by itself.
+    orientation = exif_tags(file.exif or image.info.get("exif") or b"").get(274)
+    return _upright(image, orientation, source, file.covered or _gif_frame(image))
+
+
+def _from_pil(image: Image.Image, source: str, limits: Limits) -> Image.Image:
+    check_pixels(image.width, image.height, source, limits)
+    with quiet(type(image)):
+        if isinstance(image, TiffImageFile):
+            check_tiff(image)
         image.load()
-    rgb = _to_rgb(image, source)
-    # Read after loading: only then has Pillow seen all of a PNG, and turned a TIFF by itself.
-    method = _TRANSPOSE.get(_tags(exif or image.info.get("exif") or b"").get(274, 1))
+    return _upright(image, _orientation(image), source, _gif_frame(image))
+
+
+def _upright(
+    image: Image.Image, orientation: object, source: str, covered: Box | None
+) -> Image.Image:
+    """RGB, with row 0 at the top. `covered` is the part of the canvas that is not just page."""
+    rgb = _to_rgb(image, source, animated=covered is not None)
+    if covered is not None and covered != (0, 0, *image.size):
+        page = Image.new("RGB", image.size, "white")
+        page.paste(rgb.crop(covered), covered)
+        rgb = page
+    method = _TRANSPOSE.get(orientation)
     if method is not None:
         rgb = rgb.transpose(method)
     if rgb is not image:
         rgb.info = {}  # an EXIF block left here would turn the image again when decoded again
     return rgb
+
+
+def _orientation(image: Image.Image) -> object:
+    """What a PIL image says of itself, which its program may have altered."""
+    block = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
+    with quiet() if block else nullcontext():
+        try:
+            return image.getexif().get(274)
+        except Exception:  # damaged metadata makes Pillow raise nearly anything
+            return None
+
+
+def _gif_frame(image: Image.Image) -> Box | None:
+    """What the first frame of a GIF covers of its canvas; later ones Pillow composes itself."""
+    return image.dispose_extent if isinstance(image, GifImageFile) and not image.tell() else None
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -146,7 +170,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def _hint(image: object) -> str:
-    """What to do with something of another library."""
+    """Say what to do with an object of another library; the hint is empty for any other input."""
     if isinstance(image, Mapping):
         return ": of a row of a data set pass the image alone, such as row['image']"
     if hasattr(image, "__dlpack__"):
@@ -175,7 +199,7 @@ def _read(path: str | os.PathLike[str], source: str, limits: Limits) -> bytes:
 
 
 def _read_open(file: Any, source: str, limits: Limits) -> bytes:
-    """What is left in a file that somebody opened, and one byte more than allowed at most."""
+    """Read what is left in a file that somebody opened, at most one byte more than allowed."""
     try:
         data: Any = file.read(limits.max_bytes + 1)
     except UnicodeDecodeError:  # it was opened as text
@@ -205,179 +229,9 @@ def _from_array(array: NDArray[Any], source: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _check_pixels(width: int, height: int, source: str, limits: Limits) -> None:
-    if width * height > limits.max_pixels:
-        raise ImageTooLarge(
-            source,
-            f"got {width} x {height} pixels; at most {limits.max_pixels} are accepted: send a "
-            "smaller image, or raise Limits.max_pixels if its origin is trusted",
-        )
-
-
-# --- opening a file -----------------------------------------------------------------------------
-
-# Pillow's registry is not asked, so that its other formats stay out of reach.
-_PLUGINS: dict[bytes, type[ImageFile]] = {
-    rb"\xff\xd8\xff": JpegImageFile,  # also for MPO, whose first picture is a plain JPEG
-    rb"\x89PNG\r\n\x1a\n": PngImageFile,
-    rb"(?s)RIFF....WEBP": WebPImageFile,
-    rb"GIF8[79]a": GifImageFile,
-    rb"BM": BmpImageFile,
-    rb"II\*\0|MM\0\*": TiffImageFile,  # not BigTIFF, which starts at 4 GB
-}
-_SCANS = 40  # of a JPEG at full size; encoders write about 10, phones add a picture or two
-
-
-class _Bytes(io.BytesIO):
-    """A file in memory that refuses two things which Pillow bears with.
-
-    Headers that take very many reads: before version 13, Pillow copies bytes that TIFF tags share
-    once for each tag, and joins the comment blocks of a GIF in quadratic time.
-    Pixels that are missing: a host may have set `ImageFile.LOAD_TRUNCATED_IMAGES`, with which
-    Pillow takes an empty read for the end of the image and fills the rest with grey.
-    """
-
-    header_read = False
-    cost = 0  # of the header: its bytes, and 1000 for each read
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        self.cost += 1000 + len(data)
-        if not self.header_read and self.cost > 4 * len(self.getbuffer()) + 20_000_000:
-            raise ValueError("its header takes too many reads")  # TIFF survives an OSError
-        if self.header_read and not data and size != 0:
-            raise ValueError("the file ends before its image")
-        return data
-
-
-def _open(data: bytes, source: str, limits: Limits) -> tuple[ImageFile, bytes]:
-    """The image, not decoded yet, and the EXIF block that was taken out of its file, if any."""
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(
-            source,
-            f"got more than {limits.max_bytes} bytes; send a smaller file, or raise "
-            "Limits.max_bytes if its origin is trusted",
-        )
-    plugin = next((p for magic, p in _PLUGINS.items() if re.match(magic, data)), None)
-    if plugin is None:
-        got = f"a file that starts with {data[:12]!r}" if data else "0 bytes"
-        raise ImageError(
-            source, f"got {got}; expected a JPEG, PNG, WebP, GIF, BMP or TIFF image: convert it"
-        )
-    exif = b""
-    if plugin is JpegImageFile:
-        data, exif = _strip_jpeg(data)
-    elif plugin is PngImageFile:
-        data, exif = _strip_png(data)
-    elif plugin is TiffImageFile:
-        tags = _tags(data)
-        # TileWidth x TileLength may be more than the image, and libtiff allocates it whole.
-        _check_pixels(tags.get(322, 1), tags.get(323, 1), source, limits)
-    file = _Bytes(data)
-    with _quiet(plugin):
-        image = plugin(file)
-    file.header_read = True
-    if isinstance(image, TiffImageFile):
-        image.is_animated = True  # else loading reads nested directories, which may share as much
-    if image.tile and image.tile[0][0] in Image.DECODERS:  # written in Python: minutes of work
-        raise ValueError(f"the {image.tile[0][0]} variant decodes too slowly")
-    if plugin is JpegImageFile:
-        scans = data.count(b"\xff\xda")  # each walks over every pixel, however few its bytes
-        if scans * image.width * image.height > _SCANS * limits.max_pixels:
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{scans} scans of {size} are many times the work of an ordinary file")
-    return image, exif
-
-
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])")  # libjpeg, too, skips fill bytes and junk
-_JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # TEM, RST0-7, SOI: markers without a payload
-_JPEG_DROPPED = {0xFE, *range(0xE1, 0xEE), 0xEF}  # COM, APP1-13, APP15; colour needs APP0 and 14
-
-
-def _strip_jpeg(data: bytes) -> tuple[bytes, bytes]:
-    """The file without its metadata, and its EXIF block (ITU T.81, annex B)."""
-    kept, exif, at = [data[:2]], b"", 2
-    while found := _JPEG_MARKER.search(data, at):
-        marker, at = found[1][0], found.end()
-        if marker in _JPEG_BARE:
-            continue
-        if marker == 0xDA:  # start of the first scan: entropy-coded data follows
-            if data.rfind(b"\xff\xd9", at) < 0:  # from the end, where it is
-                break
-            return b"".join([*kept, b"\xff\xda", data[at:]]), exif
-        end = at + max(2, int.from_bytes(data[at : at + 2], "big"))
-        if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 2):
-            exif = exif or data[at + 8 : end]
-        if marker not in _JPEG_DROPPED:
-            kept += (found[0], data[at:end])
-        at = end
-    raise ValueError("the JPEG file ends before its image")
-
-
-def _strip_png(data: bytes) -> tuple[bytes, bytes]:
-    """The file without its metadata, and its EXIF block (PNG specification, section 5).
-
-    Dropping the animation chunks leaves the still image that every viewer shows.
-    """
-    kept, exif, at = [data[:8]], b"", 8
-    while at + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        chunk = data[at : at + 12 + length]  # length, kind, payload, checksum
-        at += 12 + length
-        if at > len(data):
-            break
-        if kind == b"eXIf":
-            exif = exif or chunk[8:-4]
-        elif not kind[:1].islower() or kind == b"tRNS":  # a capital marks a critical chunk
-            # Pillow does not check pixels, and with LOAD_TRUNCATED_IMAGES accepts damaged ones.
-            if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
-                raise ValueError(f"wrong checksum in PNG chunk {kind!r}")
-            kept.append(chunk)
-        if kind == b"IEND":
-            return b"".join(kept), exif
-    raise ValueError("the PNG file ends before its image")
-
-
-def _tags(tiff: bytes) -> dict[int, int]:
-    """The numbers in the first directory of a TIFF file or EXIF block, as far as it is readable.
-
-    Damaged metadata does not make the pixels unusable, and viewers ignore it too.
-    """
-    tiff = tiff.removeprefix(b"Exif\0\0")
-    tags: dict[int, int] = {}
-    with suppress(KeyError, struct.error):
-        order = {b"II": "<", b"MM": ">"}[tiff[:2]]
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, start)
-        for at in range(start + 2, start + 2 + 12 * entries, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, at)
-            short = kind in (3, 8)
-            (value,) = struct.unpack_from(order + ("H" if short else "I"), tiff, at + 8)
-            tags.setdefault(tag, value)  # of repeated tags libtiff, too, takes the first
-    return tags
-
-
-_warning_filters = threading.Lock()
-
-
-@contextmanager
-def _quiet(plugin: type[Image.Image]) -> Iterator[None]:
-    """Silence Pillow's warnings about odd TIFF tags and large GIF frames.
-
-    `catch_warnings` swaps a process-wide list and swaps it back on leaving. Two threads leaving
-    in the wrong order would make our filter permanent, hence one such image at a time.
-    """
-    if not issubclass(plugin, (TiffImageFile, GifImageFile)):
-        yield
-        return
-    with _warning_filters, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
-
-
 # --- pixels --------------------------------------------------------------------------------------
 
-_TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what brings row 0 to the top and column 0 to the left
+_TRANSPOSE: dict[object, Image.Transpose] = {  # EXIF 2.3, tag 0x0112: what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -388,27 +242,65 @@ _TRANSPOSE = {  # EXIF 2.3, tag 0x0112: what brings row 0 to the top and column 
 }
 
 
-def _to_rgb(image: Image.Image, source: str) -> Image.Image:
+def _to_rgb(image: Image.Image, source: str, *, animated: bool) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode == "RGB" and transparent is None:
         return image
     # Older Pillow holds the 16-bit grey of PNG files in mode I.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        wide = np.asarray(image)  # [H, W] of 16-bit values, in int32 for mode I
-        grey = (wide >> 8).astype(np.uint8)
-        if isinstance(transparent, int):
-            grey[wide == transparent] = 255
-        return Image.fromarray(grey).convert("RGB")
+        return _wide_to_rgb(image, source)
     if image.mode in ("I", "F"):
         raise ImageError(
             source,
-            f"got 32-bit pixels (PIL mode {image.mode}), whose range is unknown; expected 8 or "
-            "16 bits: scale to 0 .. 255 and convert to mode L or RGB",
+            f"got 32-bit or signed pixels (PIL mode {image.mode}), whose range is unknown; "
+            "expected 8 or 16 bits: scale to 0 .. 255 and convert to mode L or RGB",
         )
+    if isinstance(image, TiffImageFile) and image.mode in ("P", "PA"):
+        image = _with_tiff_palette(image)
     if image.has_transparency_data:
         if image.mode == "La":  # Pillow converts premultiplied grey to nothing else
             image = image.convert("LA")
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        # Some programs write 0 for alpha and mean no alpha; frames of animations may be empty.
+        if isinstance(image, TiffImageFile) and rgba.getbbox(alpha_only=False) is None:
+            raise ImageError(
+                source,
+                "its alpha channel is 0 everywhere, and so are its colours, which may have been "
+                "multiplied by it: save it without alpha",
+            )
+        if transparent is not None or animated or rgba.getbbox() is not None:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            rgba = Image.alpha_composite(white, rgba)
+        return rgba.convert("RGB")
     return image.convert("RGB")
+
+
+def _wide_to_rgb(image: Image.Image, source: str) -> Image.Image:
+    """16-bit grey, or what else Pillow holds in this mode: 12 bits, or 0 for white."""
+    wide = np.asarray(image)  # [H, W] of 16-bit values, in int32 for mode I
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits = tags.get(258, (16,))[0]
+    low, high = int(wide.min()), int(wide.max())
+    if tags.get(262) == 0:
+        wide, low, high = 65535 - wide, 65535 - high, 65535 - low
+    if bits == 16 and low < high < 4096:
+        raise ImageError(
+            source,
+            f"got 16-bit grey with values from {low} to {high} of 65535, which is black; if it "
+            "holds fewer bits, scale them to 0 .. 65535, or to 0 .. 255 and 8 bits",
+        )
+    grey = (wide >> (bits - 8)).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[np.asarray(image) == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _with_tiff_palette(image: TiffImageFile) -> Image.Image:
+    """With the colours of its file. They have 16 bits, of which Pillow takes the high ones; some
+    programs write 8, as libtiff knows."""
+    colours = image.tag_v2[320]
+    if max(colours) > 255:
+        return image
+    mended = image.copy()
+    mended.putpalette(bytes(colours), "RGB;L")
+    return mended

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from marnet_kernels.native import Kind, LoopLayer, LoopLayers, NativeLoop, why_missing
 from marnet_kernels.reverse_sampler import to_bits
-from marnet_sdk.captured import RuntimeReport
+from marnet_sdk.captured import IN_GRAPH
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BundleFormatError, NativeLoopMissing
 from marnet_sdk.tables import Floats, Tables
 
@@ -35,9 +36,9 @@ __all__ = [
     "LoopLayers",
     "NativeLoop",
     "NativeRefine",
+    "about_loop",
     "compile_library",
     "load_layers",
-    "loop_report",
     "open_refine",
     "save_layers",
     "to_bits",
@@ -111,7 +112,7 @@ def open_refine(
     library, else the graph.
 
     Args:
-        threads: cores to use; None: as many as the process may.
+        threads: cores to use; None: as many as `cpus` says are worth having.
         open_graph: loads the graph of both. open_head: loads that of the head.
 
     Raises:
@@ -125,9 +126,9 @@ def open_refine(
     return NativeRefine(payload / LAYERS, threads, open_graph, open_head())
 
 
-def loop_report(refine: Refine) -> RuntimeReport | None:
-    """How the loop runs, where it is not simply a graph."""
-    return refine.report() if isinstance(refine, NativeRefine) else None
+def about_loop(refine: Refine) -> str:
+    """Say what runs the loop, for `RuntimeReport.loop`."""
+    return refine.about() if isinstance(refine, NativeRefine) else IN_GRAPH
 
 
 class NativeRefine:
@@ -137,7 +138,7 @@ class NativeRefine:
         self, path: Path, threads: int | None, open_graph: Callable[[], Refine], head: Head
     ) -> None:
         layers, self.most_rows = load_layers(path)
-        self.loop = NativeLoop(layers, threads)
+        self.loop = NativeLoop(layers, threads or cpus().threads)
         self._head, self._open_graph = head, open_graph
         self._graph: Refine | None = None
         self._lock = Lock()
@@ -148,13 +149,12 @@ class NativeRefine:
             return self._graph_opened()(x_v, tables)
         return self._head(x_v, self.loop(x_v, tables.coefficients, tables.bias))
 
-    def report(self) -> RuntimeReport:
-        cores = self.loop.threads(16)
-        return RuntimeReport(
-            device="cpu",
-            loop=f"native: {self.loop.instructions}, up to {cores} thread{'s'[: cores > 1]}; of "
-            f"more than {self.most_rows} rows the graph",
-            buckets=(),
+    def about(self) -> str:
+        """Say with which instructions and how many threads it runs, and up to how many rows."""
+        most = self.loop.threads(self.most_rows)
+        return (
+            f"native: {self.loop.instructions}, up to {most} thread{'s'[: most > 1]}; of more than "
+            f"{self.most_rows} rows the graph"
         )
 
     def _graph_opened(self) -> Refine:

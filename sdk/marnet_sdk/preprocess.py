@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, MarnetError
+from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, MarnetError, brief
 from marnet_sdk.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
 
 
@@ -53,8 +53,8 @@ class _Family(NamedTuple):
 def _resize_convnext(given: Mapping[str, Any], size: _Size, crop: _Crop) -> tuple[_Size, _Crop]:
     if not isinstance(size, int):
         raise PreprocessError(
-            f'size: got {size!r}; a ConvNext processor has {{"shortest_edge"}} alone: describe one '
-            "that resizes to a height and width as ViTImageProcessor"
+            f'size: got {brief(size)}; a ConvNext processor has {{"shortest_edge"}} alone: '
+            "describe one that resizes to a height and width as ViTImageProcessor"
         )
     if size >= 384:
         return (size, size), crop
@@ -84,7 +84,9 @@ def _resize_levit(given: Mapping[str, Any], size: _Size, crop: _Crop) -> tuple[_
 def _crop_pct(given: Mapping[str, Any], default: float) -> float:
     value = given.get("crop_pct", default)
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise PreprocessError(f"crop_pct: got {value!r}; expected a positive number, such as 0.875")
+        raise PreprocessError(
+            f"crop_pct: got {brief(value)}; expected a positive number, such as 0.875"
+        )
     return float(value)
 
 
@@ -173,7 +175,9 @@ class Preprocess:
             raise PreprocessError(f"got edges {edges}; expected positive integers, in pixels")
         if self.resample not in list(Image.Resampling):
             choices = ", ".join(f"{r.value} {r.name.lower()}" for r in sorted(Image.Resampling))
-            raise PreprocessError(f"resample: got {self.resample!r}; expected one of {choices}")
+            raise PreprocessError(
+                f"resample: got {brief(self.resample)}; expected one of {choices}"
+            )
         numbers = (self.rescale_factor, *self.mean, *self.std)
         finite = all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
         if not finite or len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
@@ -296,7 +300,7 @@ class Preprocess:
 
         Raises:
             ImageTooLarge: so elongated that scaling the short edge makes it exceed `limits`.
-            ImageError: not an RGB image; use `decode`.
+            ImageError: not an RGB image (use `decode`), or it cannot be resized.
         """
         if image.mode != "RGB":
             raise ImageError(name, f"got PIL mode {image.mode}; expected RGB: use decode() first")
@@ -308,7 +312,15 @@ class Preprocess:
                 f"{self.shortest_edge} would be {width} x {height}, more than the "
                 f"{limits.max_pixels} accepted: crop it",
             )
-        array = np.array(image.resize((width, height), resample=self.resample))  # [h, w, 3]
+        try:
+            array = np.array(image.resize((width, height), resample=self.resample))  # [h, w, 3]
+        except Exception as error:  # MemoryError above all
+            raise ImageError(
+                name,
+                f"got {image.width} x {image.height} pixels, which cannot be resized to {width} x "
+                f"{height} ({type(error).__name__}: {error}); send a smaller image, or lower "
+                "Limits.max_pixels",
+            ) from error
         if self.crop_size is None:
             return array
         return _centre_crop(array, self.crop_size)
@@ -384,9 +396,9 @@ def _family(config: Mapping[str, Any]) -> _Family:
     family = _FAMILIES.get(match[1]) if match else None
     if family is None:
         raise PreprocessError(
-            f"image_processor_type: got {named!r}; its rules may differ from a plain resize and "
-            f"centre crop, which are those of {', '.join(_FAMILIES)}: describe it as one of these, "
-            "in [image] of a recipe or in its preprocessor_config.json"
+            f"image_processor_type: got {brief(named)}; its rules may differ from a plain resize "
+            f"and centre crop, which are those of {', '.join(_FAMILIES)}: describe it as one of "
+            "these, in [image] of a recipe or in its preprocessor_config.json"
         )
     return family
 
@@ -431,14 +443,14 @@ def _exact(key: str, value: Any) -> tuple[int, int]:
         if given.keys() == {"height", "width"}:
             return given["height"], given["width"]
     allowed = ' or {"shortest_edge"}' if key == "size" else ""
-    raise PreprocessError(f'{key}: got {value!r}; expected {{"height", "width"}}{allowed}')
+    raise PreprocessError(f'{key}: got {brief(value)}; expected {{"height", "width"}}{allowed}')
 
 
 def _channels(key: str, value: Any) -> tuple[float, float, float]:
     values = [value] * 3 if isinstance(value, (int, float)) else value
     if not isinstance(values, (list, tuple)) or len(values) != 3:
-        raise PreprocessError(f"{key}: got {value!r}; expected three numbers, one per channel")
+        raise PreprocessError(f"{key}: got {brief(value)}; expected three numbers, one per channel")
     try:
         return float(values[0]), float(values[1]), float(values[2])
     except (TypeError, ValueError):
-        raise PreprocessError(f"{key}: got {value!r}; expected three numbers") from None
+        raise PreprocessError(f"{key}: got {brief(value)}; expected three numbers") from None

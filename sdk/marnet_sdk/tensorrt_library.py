@@ -27,6 +27,7 @@ from marnet_sdk.errors import (
     BundleCorrupt,
     BundleFormatError,
     MarnetError,
+    MarnetWarning,
     MissingExtra,
 )
 from marnet_sdk.files import atomic_file
@@ -406,6 +407,6 @@ def write_cached(path: Path, content: bytes) -> None:
         warnings.warn(
             f"cannot keep what TensorRT learnt about this GPU in {path.parent} ({error}), so every "
             "process learns it again; set MARNET_CACHE to a writable folder",
-            RuntimeWarning,
+            MarnetWarning,
             stacklevel=2,
         )

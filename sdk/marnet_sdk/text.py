@@ -12,11 +12,13 @@ Axes: N texts, L tokens, D_v and D_s widths of the encoders' features, D of the 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -30,7 +32,9 @@ from marnet_sdk.errors import (
     BundleFormatError,
     InferenceError,
     InvalidInput,
+    MarnetWarning,
     SelfTestFailed,
+    brief,
     requires_extra,
 )
 from marnet_sdk.tables import Floats, Integers
@@ -38,7 +42,10 @@ from marnet_sdk.tables import Floats, Integers
 TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
 GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"
 
-Tokenize = Callable[[Sequence[str]], tuple[Integers, Integers]]  # -> ids and mask [N, L]
+# Characters for each token that is kept. A word rarely has 16, so one look is enough; a text that
+# has not filled its tokens after 1,024 for each is cut there, whatever follows.
+_FIRST_LOOK, _LAST_LOOK = 16, 1024
+_LOOK_BEHIND = 64  # characters behind a word that may decide where it ends: accents, marks
 
 
 def check_texts(texts: str | Iterable[str]) -> tuple[list[str], bool]:
@@ -91,35 +98,129 @@ def _unit(y: Floats) -> Floats:
     return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), np.float32(1e-12))
 
 
+class Tokenizer:
+    """A tokenizer.json that cuts and pads. May be called from several threads at once."""
+
+    def __init__(self, inner: Any) -> None:
+        """`inner` is a `tokenizers.Tokenizer`."""
+        self._inner = inner
+        added = inner.get_added_tokens_decoder()
+        self._marks = [number for number, token in added.items() if token.special]
+        self._unknown = _unknown_id(inner)
+        self._margin = _LOOK_BEHIND + max((len(t.content) for t in added.values()), default=0)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Integers, Integers]:
+        """ids and mask, [N, L]."""
+        found = self._inner.encode_batch([self.beginning(text) for text in texts])
+        ids, mask = [e.ids for e in found], [e.attention_mask for e in found]
+        return np.array(ids, np.int64), np.array(mask, np.int64)
+
+    def count(self, ids: Integers, mask: Integers) -> tuple[Integers, Integers]:
+        """How many tokens of each text stand for its words, and how many of those are known."""
+        unknown = (mask > 0) & (ids == self._unknown)
+        known = (mask > 0) & ~unknown & ~np.isin(ids, self._marks)
+        return (known | unknown).sum(axis=1), known.sum(axis=1)
+
+    def beginning(self, text: str) -> str:
+        """As much of a long text as decides its tokens, so that 100 MB cost what a page costs."""
+        cut = self._inner.truncation
+        if cut is None:
+            return text
+        most = _LAST_LOOK * cut["max_length"]
+        if cut["direction"] == "left":
+            return text[-most:]
+        size = _FIRST_LOOK * cut["max_length"] + self._margin
+        while size < min(len(text), most):
+            if self._decides(text[:size]):
+                return text[:size]
+            size *= 4
+        return text[:most]
+
+    def _decides(self, text: str) -> bool:
+        """Whether whatever follows this text leaves the tokens that are kept as they are.
+
+        It does where another word begins behind them, and well before the end.
+        """
+        found = self._inner.encode(text)
+        last = max((word for word in found.word_ids if word is not None), default=-1)
+        return any(
+            word is not None and word > last and start < len(text) - self._margin
+            for rest in found.overflowing
+            for word, (start, _) in zip(rest.word_ids, rest.offsets, strict=True)
+        )
+
+
+def _unknown_id(inner: Any) -> int:
+    """The id that stands for what a `tokenizers.Tokenizer` does not know; -1: it knows all."""
+    model = json.loads(inner.to_str())["model"]
+    if isinstance(number := model.get("unk_id"), int):  # Unigram
+        return number
+    token = model.get("unk_token")
+    found = None if token is None else inner.token_to_id(token)
+    return -1 if found is None else found
+
+
 @dataclass(frozen=True, eq=False)
 class TextEmbedder:
     """An opened text encoder. May be called from several threads at once."""
 
-    tokenize: Tokenize
+    tokenize: Tokenizer
     encode: TextEncoder
     alignment: Alignment
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
         """Aligned embeddings of length 1, [N, D].
 
+        Warns once where the model knows less than half of some texts.
+
         Raises:
-            InvalidInput: a text without a single token.
+            InvalidInput: a text of which the model knows nothing.
             InferenceError: the encoder gives NaN or infinity.
         """
         parts = [np.empty((0, len(self.alignment.text_bias)), np.float32)]
+        strange: list[int] = []
         for start in range(0, len(texts), batch_size):
-            x_s = self.features(texts[start : start + batch_size], start)
-            parts.append(self.alignment.texts(x_s))
+            batch = texts[start : start + batch_size]
+            ids, mask = self.tokenize(batch)
+            strange += [start + i for i in self._mostly_unknown(batch, ids, mask, start)]
+            parts.append(self.alignment.texts(self._encode(batch, ids, mask, start)))
+        if strange:
+            warnings.warn(
+                f"most words of {len(strange)} of {len(texts)} texts are unknown to this model, "
+                f"the first is text {strange[0]} ({texts[strange[0]][:40]!r}); scores say little "
+                "of them: use words like those of the training texts",
+                MarnetWarning,
+                stacklevel=3,  # who called the classifier
+            )
         return np.concatenate(parts)
 
-    def features(self, texts: Sequence[str], start: int = 0) -> Floats:
-        """x_s [N, D_s] of one batch; errors count its texts from `start`."""
-        ids, mask = self.tokenize(texts)
-        if len(empty := np.flatnonzero(~mask.any(axis=1))):
-            text = texts[empty[0]]
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Embed a few texts, known or not, to prove that the encoder is what it was."""
+        return self.alignment.texts(self.features(texts))
+
+    def features(self, texts: Sequence[str]) -> Floats:
+        """x_s [N, D_s] of one batch."""
+        return self._encode(texts, *self.tokenize(texts), start=0)
+
+    def _mostly_unknown(
+        self, texts: Sequence[str], ids: Integers, mask: Integers, start: int
+    ) -> list[int]:
+        """Find the texts of which less than half is known.
+
+        Raises:
+            InvalidInput: nothing of one is known; errors count from `start`.
+        """
+        words, known = self.tokenize.count(ids, mask)
+        if len(empty := np.flatnonzero(known == 0)):
+            row = int(empty[0])
+            problem = "this model knows none of its words" if words[row] else "it has no word"
             raise InvalidInput(
-                f"text {start + empty[0]}: {text!r} gives no token; expected at least one word"
+                f"text {start + row}: {problem}: {brief(texts[row])}; expected at least one "
+                "word like those of the training texts"
             )
+        return np.flatnonzero(2 * known < words).tolist()
+
+    def _encode(self, texts: Sequence[str], ids: Integers, mask: Integers, start: int) -> Floats:
         x_s = self.encode(ids, mask)
         if len(bad := np.flatnonzero(~np.isfinite(x_s).all(axis=1))):
             text = texts[bad[0]]
@@ -166,7 +267,7 @@ def open_embedder(
     return TextEmbedder(tokenize, opened_by(backend, folder, compute, threads), alignment)
 
 
-def open_tokenizer(path: Path) -> Tokenize:
+def open_tokenizer(path: Path) -> Tokenizer:
     """Open a tokenizer.json that truncates and pads.
 
     Raises:
@@ -176,19 +277,12 @@ def open_tokenizer(path: Path) -> Tokenize:
     with requires_extra("text", "tokenizers"):
         import tokenizers
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers has no narrower type for a file that it cannot parse
         raise BackendUnavailable(
             f"tokenizers {tokenizers.__version__} cannot read {path}: {error}; upgrade with: "
             "pip install --upgrade tokenizers"
         ) from error
-
-    def tokenize(texts: Sequence[str]) -> tuple[Integers, Integers]:
-        found = tokenizer.encode_batch(list(texts))
-        ids, mask = [e.ids for e in found], [e.attention_mask for e in found]
-        return np.array(ids, np.int64), np.array(mask, np.int64)
-
-    return tokenize
 
 
 def open_text_part(
@@ -243,8 +337,8 @@ def _self_test(
     mismatch: Callable[[str], str],
 ) -> None:
     try:
-        got = embedder(texts)
-    except (InferenceError, InvalidInput) as error:
+        got = embedder.embed(texts)
+    except InferenceError as error:
         raise SelfTestFailed(mismatch(str(error))) from error
     if got.shape != expected.shape:
         raise SelfTestFailed(

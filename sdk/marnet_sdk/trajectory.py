@@ -142,7 +142,8 @@ def fold(
     for i, (a, b, c, s) in enumerate(coefficients):
         carried[i] = state
         state = a * state + s * noise[i] + (b + (c if i else 0.0)) * bias
-    return np.asarray(time_bias, np.float64)[:, None] + carried @ weight.T
+    seen = carried.reshape(-1, width) @ weight.T  # one product: W_x is read once, not S times
+    return np.asarray(time_bias, np.float64)[:, None] + seen.reshape(*carried.shape[:2], -1)
 
 
 def _integer(name: str, value: SupportsIndex, largest: int) -> int:

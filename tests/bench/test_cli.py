@@ -15,6 +15,7 @@ from marnet_bench.cli import main
 from marnet_bench.report import print_report
 from marnet_bench.scenarios import golden_images
 from marnet_sdk import Classifier
+from marnet_sdk.bundle import reseal_bundle
 
 SHORT = ("--warmup", "1", "--duration", "0")
 
@@ -160,10 +161,23 @@ def test_without_a_bundle_the_command_that_makes_one_is_shown(tmp_path, monkeypa
 
 def test_without_its_checkpoint_both_ways_out_are_named(bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = bench("-m", bundle, *SHORT)
+    copy = shutil.copytree(bundle, tmp_path / "b.marnet")
+    shutil.rmtree(copy / "source")
+    reseal_bundle(copy)
+    result = bench("-m", str(copy), *SHORT)
     assert result.exit_code == 2
     assert "name it with --checkpoint" in one_line(result.stderr)
     assert "--no-peer" in one_line(result.stderr)
+
+
+def test_a_report_that_cannot_be_written_is_one_line(bundle):
+    chosen = ("--no-peer", "--format", "json", "--output", "/dev/full")
+    result = bench("-m", bundle, *chosen, *SHORT)
+    assert result.exit_code == 1
+    assert "/dev/full: no space left on its file system" in one_line(result.stderr)
+    blocked = bench("-m", bundle, *chosen[:-1], f"{bundle}/manifest.json/x.json", *SHORT)
+    assert blocked.exit_code == 1
+    assert "x.json: cannot be written (" in one_line(blocked.stderr)
 
 
 def test_drift_beyond_the_limit_exits_with_4_after_the_report(bundle):

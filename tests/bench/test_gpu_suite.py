@@ -94,6 +94,7 @@ def measured(report: dict[str, Any], section: str) -> list[dict[str, Any]]:
     return [line for line in report["sections"][section]["lines"] if "missing" not in line]
 
 
+@pytest.mark.slow
 def test_every_section_runs_with_only_what_a_bare_machine_has(suite, rehearsal):
     assert list(rehearsal["sections"]) == list(suite.SHARES)
     for name, section in rehearsal["sections"].items():
@@ -104,6 +105,7 @@ def test_every_section_runs_with_only_what_a_bare_machine_has(suite, rehearsal):
     assert rehearsal["machine"]["packages"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_every_line_has_its_spread_and_how_right_it_is(rehearsal):
     for name in rehearsal["sections"]:
         for line in measured(rehearsal, name):
@@ -113,7 +115,8 @@ def test_every_line_has_its_spread_and_how_right_it_is(rehearsal):
             assert line["fidelity"], line
 
 
-@pytest.mark.parametrize("section", ["ceilings", "loop", "pipeline", "head"])
+@pytest.mark.slow
+@pytest.mark.parametrize("section", ["ceilings", "loop", "pipeline"])
 def test_errors_are_those_of_the_type(rehearsal, section):
     found = [x for x in measured(rehearsal, section) if "relative_error" in x["fidelity"]]
     assert found
@@ -123,6 +126,7 @@ def test_errors_are_those_of_the_type(rehearsal, section):
         assert line["fidelity"]["relative_error"] < factor * BUILT[line["precision"]], line
 
 
+@pytest.mark.slow
 def test_what_is_missing_says_why(rehearsal):
     reasons = {
         line["missing"].partition(":")[0]
@@ -134,6 +138,7 @@ def test_what_is_missing_says_why(rehearsal):
     assert reasons == {"needs a CUDA device"} | torchvision
 
 
+@pytest.mark.slow
 def test_the_loop_is_measured_in_every_form_at_every_batch(rehearsal):
     lines = measured(rehearsal, "loop")
     forms = {(line["batch"], line["line"]) for line in lines if line["precision"] == "fp16"}
@@ -147,12 +152,12 @@ def test_the_loop_is_measured_in_every_form_at_every_batch(rehearsal):
         "CUDA graph, plain",
         "CUDA graph of torch.compile's step, plain",
         "CUDA graph, rewritten",
-        "CUDA graph, rewritten, step_update kernel",
         "persistent kernel (its NumPy twin)",
     }
     assert all(line["fidelity"]["replays_equal"] for line in lines)
 
 
+@pytest.mark.slow
 def test_the_pipeline_answers_with_the_labels_of_the_float32_model(rehearsal):
     lines = [x for x in measured(rehearsal, "pipeline") if "agreement" in x["fidelity"]]
     assert {"torch eager", "marnet torchscript"} <= {line["line"] for line in lines}
@@ -164,14 +169,14 @@ def test_the_pipeline_answers_with_the_labels_of_the_float32_model(rehearsal):
         assert line["images_per_s"] == pytest.approx(rate, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pictures_have_pillows_grey_levels(rehearsal):
     lines = {line["line"]: line["fidelity"] for line in measured(rehearsal, "images")}
-    assert lines["preprocess kernel to fp32 (its NumPy twin)"]["grey_levels"] == 0
-    assert lines["preprocess kernel to fp16 (its NumPy twin)"]["grey_levels"] < 0.1
     assert lines["torch interpolate, antialias"]["grey_levels"] <= 1
     assert lines["JPEG decoding, 1 thread"]["equal"]
 
 
+@pytest.mark.slow
 def test_a_report_becomes_tables(suite, rehearsal, tmp_path, capsys):
     file = tmp_path / "report.json"
     file.write_text(json.dumps(rehearsal))
@@ -272,8 +277,8 @@ def test_a_kernel_that_takes_its_process_with_it_costs_only_its_own_line(failure
 
 
 def test_a_section_that_never_ends_is_given_up(failures):
-    why = "given up: it had not ended after 1 s"
-    assert failures["hangs"]["error"] == why
+    why = failures["hangs"]["error"]
+    assert why.startswith("given up: it had not ended after ")  # about 1 s, less what came before
     assert failures["hangs"]["lines"] == [{"line": "waits for what never comes", "missing": why}]
 
 
@@ -383,13 +388,11 @@ class Kernel:
             check_launch(plan, variant, arguments)
         self.launched.append(arguments)
 
-    launch_condition = launch
-
 
 @pytest.fixture
 def no_card(suite, monkeypatch) -> Any:
     """A machine that takes the CPU for a GPU of 132 multiprocessors: its kernels do nothing."""
-    from gpu_sections import ceilings, head, images, loop, measure
+    from gpu_sections import ceilings, loop, measure
 
     class NoCard(measure.Machine):
         is_cuda, stream = True, 0  # pyright: ignore
@@ -410,17 +413,9 @@ def no_card(suite, monkeypatch) -> Any:
             return {name: max(tensor.data_ptr() & ~127, 128) for name, tensor in self.items()}
 
     monkeypatch.setattr(Kernel, "launched", [], raising=False)
-    kernels = {
-        loop: ("StepUpdate", "ReverseSampler"),
-        head: ("FuseHead",),
-        images: ("PreprocessKernel",),
-    }
-    for module, names in kernels.items():
-        monkeypatch.setattr(module, "Memory", Aligned)
-        for name in names:
-            monkeypatch.setattr(module, name, Kernel)
-    for module in (loop, head):
-        monkeypatch.setattr(module, "current_device", lambda: H100)
+    monkeypatch.setattr(loop, "Memory", Aligned)
+    monkeypatch.setattr(loop, "ReverseSampler", Kernel)
+    monkeypatch.setattr(loop, "current_device", lambda: H100)
     monkeypatch.setattr(loop, "compiled", lambda machine, function, **how: function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     driver = SimpleNamespace(cuLaunchCooperativeKernel=lambda *given: (0,))
@@ -437,9 +432,8 @@ def no_card(suite, monkeypatch) -> Any:
     ("section", "launches"),
     [
         ("ceilings", set()),
-        ("loop", {"StepUpdateArguments", "ReverseSamplerArguments"}),
-        ("images", {"PreprocessArguments"}),
-        ("head", {"FuseHeadArguments", "ConditionArguments"}),
+        ("loop", {"ReverseSamplerArguments"}),
+        ("images", set()),
     ],
 )
 def test_what_only_a_gpu_runs_launches_kernels_as_they_take_it(no_card, section, launches):
@@ -460,13 +454,13 @@ def test_what_only_a_gpu_runs_launches_kernels_as_they_take_it(no_card, section,
 @pytest.mark.skipif(not has_gpu(), reason="no CUDA device on this machine")
 def test_the_sections_without_models_run_on_a_gpu(tmp_path):
     output = tmp_path / "report.json"
-    command = [sys.executable, SCRIPT, "--seconds", "60", "--only", "ceilings", "images", "head"]
+    command = [sys.executable, SCRIPT, "--seconds", "60", "--only", "ceilings", "images"]
     done = subprocess.run(
         [*command, "--output", output], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
-    for name in ("ceilings", "images", "head"):
+    for name in ("ceilings", "images"):
         section = copy.copy(report["sections"][name])
         assert "error" not in section
         missing = [line for line in section["lines"] if "missing" in line]

@@ -72,6 +72,7 @@ def report(outcome) -> dict[str, Any]:
     return outcome["report"]
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_measured_on_what(report, checkpoint):
     assert report["scenario"] == "loop"
     assert (report["sampler"], report["steps"], report["batches"]) == ("ddpm", 5, [1, 3])
@@ -83,6 +84,7 @@ def test_the_report_says_what_was_measured_on_what(report, checkpoint):
     assert {"torch", "onnxruntime", "openvino"} <= report["machine"]["packages"].keys()
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_at_every_batch_size_or_missing_with_a_reason(report):
     ours = (*BUILDERS, "native")
     asked = {(f"marnet {backend}", p) for backend in ours for p in PRECISIONS}
@@ -98,6 +100,7 @@ def test_every_way_is_measured_at_every_batch_size_or_missing_with_a_reason(repo
         assert (name, "fp32", 3) in measured, missing.get((name, "fp32"))
 
 
+@pytest.mark.slow
 def test_every_line_has_its_times_its_bound_and_its_fidelity(report):
     plan = report["plan"]
     for line in report["lines"]:
@@ -115,6 +118,7 @@ def test_every_line_has_its_times_its_bound_and_its_fidelity(report):
             assert line["relative_error"] < 1e-3
 
 
+@pytest.mark.slow
 def test_ratios_compare_ours_with_every_peer_of_the_same_precision(report):
     medians = {(x["batch"], x["model"], x["precision"]): x["p50_ms"] for x in report["lines"]}
     for batch in (1, 3):
@@ -140,6 +144,7 @@ def test_ratios_compare_ours_with_every_peer_of_the_same_precision(report):
                 assert ratio["best_peer"] == (peer == fastest)
 
 
+@pytest.mark.slow
 def test_our_best_is_compared_with_the_best_peers(report):
     for batch in (1, 3):
         lines = [x for x in report["lines"] if x["batch"] == batch]
@@ -157,6 +162,7 @@ def test_our_best_is_compared_with_the_best_peers(report):
             assert (ratio["peer"], ratio["peer_precision"]) == (peer["model"], peer["precision"])
 
 
+@pytest.mark.slow
 def test_the_table_and_the_sentences_hold_what_the_json_holds(outcome):
     out, err = outcome["out"], one_line(outcome["err"])
     assert out.count("5 ddpm steps") == 2

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from tolerances import BUILT
 
 from marnet_bench.peers import find_checkpoint, load_peer, measured_accuracy
 from marnet_sdk import Classifier
-from marnet_sdk.bundle import OperatingPoint, Sampling
-from marnet_sdk.errors import NotFound
+from marnet_sdk.bundle import Bundle, OperatingPoint, Sampling, read_bundle
+from marnet_sdk.errors import BundleCorrupt, NotFound
 from marnet_train.checkpoint import checkpoint_hash, load_checkpoint
 
 
@@ -71,17 +73,41 @@ def test_the_checkpoint_is_found_by_content_whatever_it_is_called(checkpoint, ot
     runs = other.parent
     (runs / "not a checkpoint").mkdir()
     (runs / "a file").write_text("x")
-    wanted = checkpoint_hash(checkpoint)
     with pytest.raises(NotFound, match=r"--checkpoint, or .* --no-peer"):
-        find_checkpoint(wanted, runs)
+        find_checkpoint(bundle_from(checkpoint_hash(checkpoint)), runs)
     shutil.copytree(checkpoint, runs / "zzz")
-    assert find_checkpoint(wanted, runs) == runs / "zzz"
-    assert find_checkpoint(checkpoint_hash(other), runs) == other
+    assert find_checkpoint(bundle_from(checkpoint_hash(checkpoint)), runs) == runs / "zzz"
+    assert find_checkpoint(bundle_from(checkpoint_hash(other)), runs) == other
+
+
+def bundle_from(sha256: str) -> Bundle:
+    """A bundle of that checkpoint, which it does not hold."""
+    return cast(
+        Bundle,
+        SimpleNamespace(
+            manifest=SimpleNamespace(checkpoint_sha256=sha256), has=lambda folder: False
+        ),
+    )
 
 
 def test_without_runs_the_way_out_is_named(tmp_path):
-    with pytest.raises(NotFound, match=r"SHA-256 abcdef012345\.\.\.\) is not"):
-        find_checkpoint("abcdef0123456789", tmp_path / "absent")
+    message = r"SHA-256 abcdef012345\.\.\.\) is neither in it nor under"
+    with pytest.raises(NotFound, match=message):
+        find_checkpoint(bundle_from("abcdef0123456789"), tmp_path / "absent")
+
+
+def test_the_checkpoint_that_travels_in_the_bundle_is_the_last_resort(
+    bundle_of, checkpoint, other, tmp_path
+):
+    bundle = read_bundle(bundle_of("torchscript", "fp32"))
+    found = find_checkpoint(bundle, other.parent)
+    assert found == bundle.path / "source"
+    assert checkpoint_hash(found) == checkpoint_hash(checkpoint)
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    with (copy / "source/config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(BundleCorrupt, match=r"source/config\.json"):
+        find_checkpoint(read_bundle(copy, lazily=True), tmp_path / "absent")
 
 
 def sampling_of(timesteps: Sequence[int]) -> Sampling:

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from marnet_export.builders import BUILDERS, PRECISIONS
 
@@ -42,7 +43,14 @@ def test_the_fastest_bundle_is_held_to_the_fastest_peer_of_its_precision(script)
     assert found == [("marnet a bf16", "y bf16", 2.0), ("marnet c int8", "y bf16", 4.0)]
 
 
-@pytest.mark.slow
+def test_a_trained_checkpoint_has_no_automatic_choice(script, tmp_path):
+    options = ["--checkpoint", str(tmp_path), "--auto", "int8", "--output", str(tmp_path / "f")]
+    result = CliRunner().invoke(script.main, options)
+    assert result.exit_code == 2
+    assert "--auto goes with --model, not with --checkpoint: leave one out" in result.stderr
+
+
+@pytest.mark.hour
 @pytest.mark.parametrize("model", ["vit-b16", "swin-t", "resnet-50"])
 def test_a_model_of_real_size_is_exported_and_measured_in_every_form(model):
     day = datetime.now(UTC).date().isoformat()

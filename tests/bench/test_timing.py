@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from marnet_bench.timing import drift, interleave, speedup_interval, summarise
@@ -122,7 +122,6 @@ def test_equal_candidates_are_not_told_apart():
 
 
 @given(st.lists(st.floats(1e-4, 10), min_size=3, max_size=30), st.integers(0, 5))
-@settings(max_examples=25)
 def test_the_interval_is_reproducible_and_inverts_with_its_arguments(values, seed):
     slower, faster = np.array(values), np.array(values[::-1])
     first = speedup_interval(slower, faster, resamples=99, seed=seed)

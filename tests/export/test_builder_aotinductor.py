@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from compilers import need_compiler
+from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 from torch import nn
@@ -36,6 +37,7 @@ from marnet_train.models.backbones import VisionEncoder, backbone_config, build_
 from marnet_train.models.marnet import MARNet
 
 HOW = [("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+EACH = kept(HOW, {("fp32", "fp32")}, many=True)
 ENCODERS = HOW[::3]  # a compilation takes seconds; the others have the loop alone
 KEYS = [5, 2**64 - 4, 5, 0, 7]
 SHAPE = (3, 32, 32)
@@ -111,7 +113,7 @@ def assert_close(got: Floats, want: Floats, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(("storage", "compute"), EACH)
 def test_one_file_serves_every_sampler_length_batch_and_kind_of_noise(
     opened, model, lowered, storage, compute, sampler
 ):
@@ -141,7 +143,7 @@ def test_a_step_that_looks_back_is_enough_to_look_back(opened, model, lowered):
         assert (np.abs(back - plain).max() > 1e-4) == differs
 
 
-@pytest.mark.parametrize(("storage", "compute"), ENCODERS)
+@pytest.mark.parametrize(("storage", "compute"), EACH[::3])
 def test_the_encoder_takes_any_batch(opened, vision, storage, compute):
     pixels = torch.randn(5, *SHAPE)
     with torch.inference_mode():
@@ -152,7 +154,7 @@ def test_the_encoder_takes_any_batch(opened, vision, storage, compute):
 
 
 def test_building_leaves_the_model_as_it_was(payload, model):
-    payload("fp16", "fp32")
+    payload("fp32", "fp32")
     before, after = make_model(hidden=48, dim=32).state_dict(), model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -209,7 +211,7 @@ def by_name(found: list[Product]) -> dict[str, Product]:
     return {product.name: product for product in found}
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(("storage", "compute"), EACH)
 def test_the_receipt_counts_every_product_in_the_types_it_has(
     payload, model, lowered, storage, compute
 ):
@@ -253,6 +255,7 @@ def convolutions(module: nn.Module) -> int:
     return sum(counted)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_multiplies_in_bfloat16_and_attends_in_float32(payload):
     found = products(payload("bf16", "bf16"), Types("bf16", "bf16"), SHAPE)
     found = [product for product in found if product.part == "encoder"]
@@ -298,7 +301,7 @@ def turned(folder: Path, target: Path, change: Callable[[str], str]) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(("storage", "compute"), EACH)
 def test_the_receipt_of_code_for_a_gpu_is_read_the_same_way(payload, storage, compute, tmp_path):
     types = Types(storage, compute)
     folder = payload(storage, compute)
@@ -306,6 +309,7 @@ def test_the_receipt_of_code_for_a_gpu_is_read_the_same_way(payload, storage, co
     assert found == products(folder, types, SHAPE)
 
 
+@pytest.mark.slow
 def test_a_product_that_is_compiled_for_a_gpu_with_the_rest_is_not_overlooked(payload, tmp_path):
     def hide(source: str) -> str:
         return as_for_a_gpu(source).replace("call_triton_poi_", "call_triton_tem_")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from calibration import calibrate
+from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
@@ -94,7 +95,7 @@ def assert_close(got: Floats, want: Floats, tolerance: float) -> None:
 
 @pytest.mark.parametrize("carry", ["hidden", "feature"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@pytest.mark.parametrize("steps", kept([1, 2, 7, 100], {1, 7}))
 def test_one_file_serves_every_sampler_length_batch_and_kind_of_noise(built, carry, sampler, steps):
     model, plan, backend = built(carry=carry)
     assert plan.carry == carry
@@ -126,7 +127,7 @@ def test_a_single_step_that_looks_back_is_enough_to_look_back(built, row):
         assert_close(back, plain, FLOAT32_LAYER)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "add", "mul", "sum", "hm"])
+@pytest.mark.parametrize("fusion", kept(["concat", "add", "mul", "sum", "hm"], {"concat", "hm"}))
 def test_every_fusion_is_built(fusion, tmp_path):
     model = make_model(fusion=fusion, dim=768)  # as wide as the image features
     plan = build(model, Types("fp32", "fp32"), tmp_path / "payload")
@@ -152,7 +153,7 @@ def model_around(vision: VisionEncoder) -> MARNet:
     return model
 
 
-@pytest.mark.parametrize("kind", VISION)
+@pytest.mark.parametrize("kind", kept(VISION, {"vit"}))
 def test_encoders_of_every_family_take_any_batch(kind, tmp_path):
     model = model_around(encoder(kind))
     build(model, Types("fp32", "fp32"), tmp_path / "payload")

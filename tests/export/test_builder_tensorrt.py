@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, TWIN_LOOP
 
@@ -50,6 +51,7 @@ RTX = load_library("tensorrt_rtx")
 TARGETS = ("sm80", "sm120")
 BUCKETS = (1, 4)
 HOW = [("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("int8", "fp16")]
+EACH = kept(HOW, {("fp16", "fp16")}, many=True)  # engines take seconds to build
 TRANSFORMER = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 24, "image_size": 32, "patch_size": 8, **TRANSFORMER},
@@ -122,7 +124,7 @@ def text_payload(tmp_path_factory) -> tuple[MARNet, Path]:
 # --- types
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(("storage", "compute"), EACH)
 def test_tensorrt_multiplies_in_the_types_that_were_asked_for(built, storage, compute):
     _, _, payload = built(storage, compute)
     found = products(payload, Types(storage, compute), (3, 32, 32))
@@ -154,7 +156,7 @@ def test_the_receipt_counts_every_multiplication_once(built):
     assert sum(p.multiply_adds for p in found if p.part == "head") == head
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW[1:])
+@pytest.mark.parametrize(("storage", "compute"), EACH[1:])
 def test_everything_but_products_is_float32(built, storage, compute):
     _, _, payload = built(storage, compute)
     kinds, float32 = RTX.module.LayerType, RTX.module.DataType.FLOAT
@@ -175,6 +177,7 @@ def test_everything_but_products_is_float32(built, storage, compute):
     assert seen[kinds.RECURRENCE] == 2  # the state and the estimate before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["fp16", "bf16"])
 def test_the_loop_s_state_is_summed_in_float32(compute, built, tmp_path):
     """2,000 steps of 2^-10 each: a sum in bfloat16 would stop growing at 1 / 4, in fp16 at 2."""
@@ -214,6 +217,7 @@ def test_types_that_a_strongly_typed_network_cannot_have_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_int8_is_for_the_encoder_and_needs_images(tmp_path):
     lowered, types = lower(make_model()), Types("int8", "fp16")
     with pytest.raises(ExportError, match="int8 needs images"):
@@ -228,7 +232,7 @@ def test_int8_is_for_the_encoder_and_needs_images(tmp_path):
 # --- the same graphs on the CPU
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(("storage", "compute"), EACH)
 def test_the_graphs_answer_as_the_float32_model_does(built, storage, compute):
     model, lowered, payload = built(storage, compute)
     run, pixels = open_reference(payload, 1), pixels_of(9)
@@ -251,6 +255,7 @@ def test_the_graphs_answer_as_the_float32_model_does(built, storage, compute):
             assert_close(one, other, BUILT[compute])
 
 
+@pytest.mark.slow
 def test_bf16_is_rounded_though_the_cpu_has_no_bf16_products(built):
     """Rounding to 8 bits moves answers by far more than a float32 sum in another order does."""
     model, _, payload = built("bf16", "bf16")
@@ -261,6 +266,7 @@ def test_bf16_is_rounded_though_the_cpu_has_no_bf16_products(built):
     assert np.abs(found - exact).mean() > 1e-4 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in VISION if kind != "vit"])
 def test_encoders_of_every_family_are_built(kind, tmp_path):
     model = model_of(kind)
@@ -325,7 +331,7 @@ def around_kernel(payload: Path, x_v: Floats, tables: Tables) -> list[Floats]:
     return behind.run(["logits", "features"], {"x_v": x_v, "h3": padded})
 
 
-@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize("compute", kept(["fp16", "bf16"], {"fp16"}))
 @pytest.mark.parametrize(("sampler", "steps", "samples"), [("ddpm", 7, 1), ("dpmpp", 5, 3)])
 def test_the_kernel_between_its_graphs_does_what_refine_does(
     built, compute, sampler, steps, samples
@@ -360,6 +366,7 @@ def test_condition_pads_with_zeros(built):
     assert not q[:, 16:].any()
 
 
+@pytest.mark.slow
 def test_a_loop_that_the_kernel_does_not_run_has_no_graphs_around_it(built, tmp_path):
     names = ("condition.onnx", "finish.onnx", "loop.safetensors")
     assert not any((built("fp32", "fp32")[2] / name).exists() for name in names)
@@ -405,6 +412,7 @@ def test_engines_are_listed_with_what_they_are_for(built):
     assert engines.engines["finish"].ranges == {"samples": (1, 16)}
 
 
+@pytest.mark.slow
 def test_two_builds_of_an_encoder_are_the_same_bytes(built, payload):
     """Not those of a loop: TensorRT-RTX writes names inside in another order each time."""
     (first,) = read_index(built()[2])
@@ -425,6 +433,7 @@ def test_engines_for_other_gpus_are_added_to_a_payload(built, payload):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_built_again(payload):
     (first,) = add_engines(payload, ["sm86"], buckets=[1])
     times = {name: first.file(payload, name).stat().st_mtime_ns for name in first.engines}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from onnx import numpy_helper
+from quick import kept
 from safetensors.numpy import load_file, save_file
 
+from marnet_export import again
 from marnet_export.bundle_cli import main
+from marnet_export.inspection import check_second_process
+from marnet_export.settings import Settings
+from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
 
 Change = Callable[[Path], None]
@@ -195,6 +201,7 @@ def test_verify_does_the_whole_verification_again(bundle):
     assert f"Next: marnet-classify IMAGE --model {bundle}" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_verify_gives_json_of_every_operating_point(swept_bundle, few):
     result = bundle_command("verify", swept_bundle, "--data", few, "--format", "json")
     assert result.exit_code == 0, result.stderr
@@ -209,7 +216,8 @@ def test_verify_gives_json_of_every_operating_point(swept_bundle, few):
 
 
 @pytest.mark.parametrize(
-    "name", ["text/tokenizer.json", "source/model.safetensors", "manifest.json"]
+    "name",
+    kept(["text/tokenizer.json", "source/model.safetensors", "manifest.json"], {"manifest.json"}),
 )
 def test_verify_finds_a_changed_bit_in_what_is_never_read_to_classify(bundle, tmp_path, name):
     copy = Path(shutil.copytree(bundle, tmp_path / "b"))
@@ -246,6 +254,7 @@ def test_verify_refuses_other_weights_however_well_they_are_sealed(bundle, tmp_p
     assert "golden texts" not in broken
 
 
+@pytest.mark.slow
 def test_verify_finds_a_table_that_changes_no_answer_by_much(bundle, tmp_path, few):
     def touch(copy: Path) -> None:
         file = copy / "payload/plan.safetensors"
@@ -259,6 +268,7 @@ def test_verify_finds_a_table_that_changes_no_answer_by_much(bundle, tmp_path, f
     assert "sampling plan: time_bias is off by up to" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_verify_names_the_step_from_which_a_loop_departs(bundle, tmp_path, few):
     def spoil(copy: Path) -> None:
         file = copy / "payload/plan.safetensors"
@@ -271,6 +281,7 @@ def test_verify_names_the_step_from_which_a_loop_departs(bundle, tmp_path, few):
     assert "departs from step 98 of 100 (t = 3) on" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_verify_holds_the_text_encoder_against_the_checkpoint_too(bundle, tmp_path, few):
     def stretch(copy: Path) -> None:
         """What golden texts do not show, as they are of length 1."""
@@ -286,6 +297,7 @@ def test_verify_holds_the_text_encoder_against_the_checkpoint_too(bundle, tmp_pa
     assert "fails 1 of 10 checks: agreement, texts: text_weight of" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_verify_refuses_labels_that_are_not_the_checkpoint_s(bundle, tmp_path, few):
     copy = reseal(bundle, tmp_path / "b", labels=tuple("1023456789"))
     result = bundle_command("verify", copy, "--data", few)
@@ -293,6 +305,7 @@ def test_verify_refuses_labels_that_are_not_the_checkpoint_s(bundle, tmp_path, f
     assert "manifest: not the checkpoint's: labels" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_golden_answers_that_are_off_where_all_else_agrees_are_another_machine(
     bundle, tmp_path, few
 ):
@@ -323,6 +336,7 @@ def test_verify_without_a_checkpoint_says_what_it_checked_and_what_it_needs(
     assert named.exit_code == 0, named.stderr
 
 
+@pytest.mark.slow
 def test_verify_refuses_another_checkpoint(bundle, tmp_path, checkpoint):
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     damage(other / "model.safetensors")
@@ -333,6 +347,7 @@ def test_verify_refuses_another_checkpoint(bundle, tmp_path, checkpoint):
     assert bundle_command("verify", copy).exit_code == 3
 
 
+@pytest.mark.slow
 def test_verify_holds_a_bundle_to_the_agreement_that_is_asked(bundle_of, few, tmp_path):
     """Fidelity that was asked for at the export is the default."""
 
@@ -391,6 +406,7 @@ def test_diff_exits_with_1_where_a_label_differs(bundle, tmp_path):
     assert "golden images" not in without_answers.stderr
 
 
+@pytest.mark.slow
 def test_diff_of_a_bundle_and_its_copy_finds_nothing(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "b")
     result = bundle_command("diff", bundle, copy)
@@ -401,7 +417,55 @@ def test_diff_of_a_bundle_and_its_copy_finds_nothing(bundle, tmp_path):
     assert "differ by up to 0 " in said
 
 
+def test_a_second_process_may_print_what_it_likes(bundle, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('a library that greets')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = check_second_process(read_bundle(bundle), Classifier(bundle))
+    assert found.outcome == "passed", found.detail
+
+
+def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
+    bundle, checkpoint, tmp_path, monkeypatch
+):
+    copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
+    tried = []
+    measure = again.measure_fidelity
+
+    def watched(run, *arguments, **options):
+        tried.append(options["buckets"])
+        return measure(run, *arguments, **options)
+
+    monkeypatch.setattr(again, "measure_fidelity", watched)
+    verified = again.verify_again(read_bundle(copy), checkpoint)
+    assert tried == [(1, 5)]
+    assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
+
+
 # --- rebuild
+
+
+def settings_again(bundle: Path, exported: Settings, **changes: Any) -> Settings:
+    """Of a bundle whose export was asked for `exported`, as its manifest has them."""
+    manifest = read_bundle(bundle).manifest
+    told = json.loads(json.dumps(asdict(exported)))
+    return again.changed_settings(
+        replace(read_bundle(bundle), manifest=replace(manifest, settings=told)), changes
+    )
+
+
+def test_a_swept_bundle_can_be_rebuilt_with_steps_of_one_s_choice(bundle):
+    swept = Settings("onnxruntime", "auto", steps="auto", latency_budget_ms=5, eta=0.5)
+    fixed = settings_again(bundle, swept, steps=10)
+    assert (fixed.steps, fixed.precision, fixed.latency_budget_ms, fixed.eta) == (
+        10,
+        "fp32",
+        None,
+        0,
+    )
+    assert settings_again(bundle, swept, steps=10, sampler="ddim").eta == 0.5
+    assert settings_again(bundle, swept, steps=10, precision="fp16").precision == "fp16"
+    assert settings_again(bundle, swept, steps=0).steps == 0
+    assert settings_again(bundle, swept, seed=3) == replace(swept, seed=3)  # swept again
 
 
 def test_a_moved_bundle_is_all_that_another_machine_needs_to_make_another(moved, few):
@@ -420,9 +484,11 @@ def test_a_moved_bundle_is_all_that_another_machine_needs_to_make_another(moved,
     assert f"marnet-classify IMAGE --model {moved}" in said
 
 
+@pytest.mark.slow
 def test_rebuild_writes_elsewhere_with_another_backend(moved, few):
     before = (moved / "manifest.json").read_bytes()
-    chosen = ("--backend", "openvino", "--seed", "7", "--no-source", "--data", few)
+    asked = ("--backend", "openvino", "--loop", "graph", "--seed", "7")
+    chosen = (*asked, "--no-source", "--data", few)
     result = bundle_command("rebuild", moved, "-o", "other", *chosen)
     assert result.exit_code == 0, result.stderr
     manifest = read_bundle("other").manifest
@@ -523,6 +589,7 @@ def engines(bundle, checkpoint, tmp_path_factory) -> Path:
     return reseal(bundle, folder / "engines.marnet", build, **changed)
 
 
+@pytest.mark.slow
 def test_engines_for_another_gpu_are_added_and_nothing_else_changes(engines, tmp_path):
     out = tmp_path / "more.marnet"
     result = bundle_command("rebuild", engines, "--target", "sm89,sm120", "-o", out)
@@ -538,6 +605,7 @@ def test_engines_for_another_gpu_are_added_and_nothing_else_changes(engines, tmp
     assert "sm120" in bundle_command("inspect", out).stdout
 
 
+@pytest.mark.slow
 def test_engines_for_a_gpu_that_is_unknown_leave_the_bundle_as_it_is(engines):
     before = (engines / "manifest.json").read_bytes()
     result = bundle_command("rebuild", engines, "--target", "sm90")

@@ -37,7 +37,7 @@ from marnet_train.checkpoint import write_model
 
 Weights = dict[str, np.ndarray]
 LABELS = ("a", "b", "c")  # of `make_model`
-LEAN = ("--no-text", "--no-source")
+LEAN = ("--no-text", "--no-source", "--loop", "graph")
 HOPPER = Device("NVIDIA H100", (9, 0), 13000)
 
 
@@ -213,7 +213,8 @@ def test_a_chain_that_is_longer_than_an_engine_s_loop_is_refused(steps, changed,
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_single_step_is_carried_though_a_loop_needs_two(backend, small, out):
     """Of the sampler that looks back, too."""
-    settings = Settings(backend, steps=1, sampler="dpmpp", text=False, source=False)
+    more = {"text": False, "source": False, "loop": "graph"}
+    settings = Settings(backend, steps=1, sampler="dpmpp", **more)
     export_bundle(small, out, settings)
     assert read_bundle(out).manifest.sampling.point.timesteps == (10,)
 
@@ -309,6 +310,7 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
 """
 
 
+@pytest.mark.slow
 def test_an_export_that_is_stopped_while_it_builds_leaves_nothing_that_is_seen(small, tmp_path):
     command = [sys.executable, "-c", _STOPPED, str(tmp_path), str(small)]
     one = os.environ | {"OMP_NUM_THREADS": "1"}  # no child finds libgomp's threads after a fork
@@ -329,6 +331,7 @@ def test_an_export_that_is_stopped_while_it_builds_leaves_nothing_that_is_seen(s
     assert [entry.name for entry in killed.iterdir()] == ["b"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_search_for_the_fastest_leaves_goes_with_the_next_export(
     small, out, monkeypatch
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from marnet_export import fastest
-from marnet_export.fastest import export_fastest
+from marnet_export.fastest import Candidate, export_fastest
 from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.errors import BackendUnavailable, ExportError
+from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
 
-SETTINGS = Settings("auto", "fp16", steps=10, min_agreement=0.98)
+SETTINGS = Settings("auto", "fp16", steps=10, min_agreement=0.98, loop="graph")
 # Every process that Python starts with this on its path imports it first.
 CRASH = """
 import importlib.abc, os, sys
@@ -58,6 +59,42 @@ def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(chec
     assert [entry.name for entry in path.parent.iterdir()] == ["auto.marnet"]
 
 
+def test_what_a_process_prints_is_not_its_answer(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit; print('hello'); atexit.register(print, 'goodbye')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(InvalidInput, match="none is not a checkpoint"):
+        fastest._build_apart(
+            "onnxruntime", tmp_path, tmp_path / "none", SETTINGS, None, lambda _: None
+        )
+
+
+def test_a_text_encoder_that_the_fastest_cannot_build_costs_only_the_fastest(tmp_path, monkeypatch):
+    finished, said = [], []
+
+    def finish(folder: Path, checkpoint: Path, settings: Settings) -> None:
+        finished.append((folder.name, settings.backend))
+        if settings.backend == "openvino":
+            raise ExportError("openvino cannot build the text encoder")
+
+    monkeypatch.setattr(fastest, "finish", finish)
+    passed = [
+        Candidate(name, "passed", agreement=1.0, milliseconds={"1": 1.0})
+        for name in ("openvino", "onnxruntime", "torchscript")
+    ]
+    crashed = Candidate("aotinductor", "crashed", "signal SIGABRT", exit_code=1)
+    checkpoint = tmp_path / "run"
+    ranked = fastest._finish_first([*passed, crashed], tmp_path, checkpoint, SETTINGS, said.append)
+    assert [c.backend for c in ranked] == ["onnxruntime", "torchscript", "aotinductor", "openvino"]
+    assert finished == [("openvino", "openvino"), ("onnxruntime", "onnxruntime")]
+    assert said == ["openvino: refused: openvino cannot build the text encoder"]
+    message = r"no backend could be built.*aotinductor: crashed.*openvino: refused: openvino cannot"
+    with pytest.raises(ExportError, match=message):
+        fastest._finish_first([passed[0], crashed], tmp_path, checkpoint, SETTINGS, said.append)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_backends")
 def test_a_builder_that_crashes_is_a_line_of_the_report(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
@@ -83,7 +120,7 @@ def test_where_none_passes_every_reason_is_given_and_nothing_is_written(
     with pytest.raises(
         ExportError, match=r"no backend could be built.*torchscript: refused: .*int8.*--precision"
     ):
-        export_fastest(checkpoint, path, Settings("auto", "int8", steps=10))
+        export_fastest(checkpoint, path, Settings("auto", "int8", steps=10, loop="graph"))
     assert list(path.parent.iterdir()) == []
 
 

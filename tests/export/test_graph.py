@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quick import kept
 from tiny import make_model
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
 from torch import nn
 
+from marnet_export import graph
 from marnet_export.builders import TORCH_TYPES, quiet
 from marnet_export.graph import (
     Head,
@@ -24,6 +26,7 @@ from marnet_export.graph import (
 )
 from marnet_export.plan import SamplingPlan, run_plan
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.tables import make_tables
 from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
@@ -33,7 +36,7 @@ from marnet_train.models.backbones import (
     backbone_config,
     build_backbone,
 )
-from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.fusion import FUSION_LEVELS, FUSIONS
 from marnet_train.models.marnet import MARNet
 
 FEATURES, HIDDEN, CONDITION = 20, 24, 16  # D, H, D_v
@@ -98,7 +101,11 @@ FORMS = {
 @pytest.mark.parametrize(
     ("form", "steps"),
     # scan takes no sequence of length 0, so its shortest loop has two steps
-    [*((f, s) for f in ("eager", "scripted") for s in (1, 2, 100)), ("scan", 2), ("scan", 100)],
+    kept(
+        [*((f, s) for f in ("eager", "scripted") for s in (1, 2, 100)), ("scan", 2), ("scan", 100)],
+        {("eager", 1), ("eager", 100), ("scripted", 2), ("scan", 2)},
+        many=True,
+    ),
 )
 def test_every_form_of_the_loop_gives_what_the_plan_gives(form, steps, sampler, samples, carry):
     plan = random_plan(carry)
@@ -123,13 +130,15 @@ def test_the_previous_estimate_is_used_by_samplers_of_second_order(form):
     assert np.abs(got - run_loop(loop, plan, first_order, x_v, 1)).max() > 1e-4
 
 
+@pytest.mark.parametrize("level", FUSION_LEVELS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion):
+def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion, level):
     """Its statistics are far from doing nothing, and those of the copy are its own."""
-    model = MARNet(replace(make_model().config, fusion=fusion, dim=8)).eval()
+    config = replace(make_model().config, fusion=fusion, fusion_level=level, dim=8)
+    model = MARNet(config).eval()
     for name, buffer in model.named_buffers():
         if name.startswith(("aligned_", "refined_")):
-            buffer.copy_(torch.randn(8).exp())
+            buffer.copy_(torch.randn(len(buffer)).exp())
     x_v, x_cdr = torch.randn(5, 10), torch.randn(5, 3, 8)
     head = Head(model).eval()
     with torch.inference_mode():
@@ -315,3 +324,32 @@ def test_padded_texts_are_encoded_in_16_bits_too(name, attention):
     mask[1, 4:] = 0
     want, got = text(ids, mask), with_rounded_results(text, torch.float16)(ids, mask)
     assert (got - want).abs().max() <= BUILT["fp16"] * want.abs().max()
+
+
+class Picky(nn.Module):
+    """An encoder that wants float32 everywhere, wherever it is said to be."""
+
+    def to(self, *_: object) -> Picky:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("expected Float,\nbut found Half")
+        return x
+
+
+def test_an_encoder_that_cannot_keep_16_bits_is_warned_of(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x.half())
+    message = r"cannot keep its results in 16 bits, .*slower: expected Float, but found Half"
+    with pytest.warns(MarnetWarning, match=message):
+        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))
+
+
+def test_a_gpu_without_memory_is_no_reason_for_a_slower_encoder(monkeypatch):
+    def full(self, x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
+    monkeypatch.setattr(Picky, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))

@@ -34,6 +34,8 @@ from marnet_kernels.native import NativeLoop, loop_reference
 from marnet_sdk import Classifier
 from marnet_sdk import native_loop as sdk
 from marnet_sdk.bundle import read_bundle, reseal_bundle
+from marnet_sdk.captured import IN_GRAPH
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import (
     BundleFormatError,
     ExportError,
@@ -72,6 +74,13 @@ def native_bundle(checkpoint, tmp_path_factory):
         return path
 
     return make
+
+
+def _refine(classifier: Classifier) -> sdk.NativeRefine:
+    """What runs the loop and the head of an open classifier."""
+    refine = classifier._guard.check()._refine
+    assert isinstance(refine, sdk.NativeRefine)
+    return refine
 
 
 # The layers are the plan's
@@ -140,14 +149,13 @@ def test_it_answers_as_the_graph_beside_it(backend, precision, native_bundle, mo
     path = native_bundle(backend, precision)
     one = Classifier(path)
     assert one.bundle.manifest.loop == "native"
-    assert one.runtime is not None
     assert one.runtime.loop.startswith("native: ")
     pixels = load_file(path / "golden/answers.safetensors")["pixels"]
     got = one.logits(pixels)
     monkeypatch.setattr(sdk, "why_missing", lambda: "it is not here")
     monkeypatch.setattr(sdk, "_warned", {"it is not here"})
     other = Classifier(path)
-    assert other.runtime is None
+    assert other.runtime.loop == IN_GRAPH
     want = other.logits(pixels)
     tolerance = INT8 if precision == "int8" else BUILT[precision]
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
@@ -179,8 +187,7 @@ def test_fidelity_is_of_the_native_loop_and_has_both_times(native_bundle):
 
 def test_more_rows_than_it_is_for_go_through_the_graph(native_bundle):
     classifier = Classifier(native_bundle("onnxruntime", "fp16"))
-    refine = classifier._backend._refine
-    assert isinstance(refine, sdk.NativeRefine)
+    refine = _refine(classifier)
     assert refine._graph is None  # not loaded for the golden answers, which are few
     pixels = load_file(classifier.bundle.path / "golden/answers.safetensors")["pixels"]
     many = np.resize(pixels, (refine.most_rows + 1, *pixels.shape[1:]))
@@ -198,7 +205,7 @@ def test_without_the_library_the_graph_answers_and_it_is_said_once(native_bundle
     monkeypatch.setattr(sdk, "_warned", set())
     with pytest.warns(NativeLoopMissing, match="runs as a graph, which is slower: it is not here"):
         classifier = Classifier(path)
-    assert classifier.runtime is None
+    assert classifier.runtime.loop == IN_GRAPH
     got = classifier.predict(sorted((path / "golden/images").iterdir()))
     assert [a.label for a in got] == [a.label for a in want]
     with warnings.catch_warnings():
@@ -207,8 +214,9 @@ def test_without_the_library_the_graph_answers_and_it_is_said_once(native_bundle
 
 
 def test_threads_are_those_of_the_classifier(native_bundle):
-    classifier = Classifier(native_bundle("onnxruntime", "fp16"), threads=1)
-    assert "up to 1 thread;" in classifier.runtime.loop
+    path = native_bundle("onnxruntime", "fp16")
+    assert _refine(Classifier(path, threads=1)).loop.most_threads == 1
+    assert _refine(Classifier(path)).loop.most_threads == cpus().threads
 
 
 def test_it_runs_without_torch(native_bundle):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick import kept
 from tiny import make_model, tables_of
 from tolerances import FLOAT32_LOOP, FLOAT64
 
@@ -51,7 +52,12 @@ def features_of(model: MARNet, count: int = 5) -> Floats:
 @pytest.mark.parametrize("samples", [1, 4])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
-    ("train_steps", "steps"), [(1, 1), (2, 2), (10, 10), (100, 1), (100, 33), (100, 100)]
+    ("train_steps", "steps"),
+    kept(
+        [(1, 1), (2, 2), (10, 10), (100, 1), (100, 33), (100, 100)],
+        {(1, 1), (10, 10), (100, 33)},
+        many=True,
+    ),
 )
 def test_the_plan_gives_what_the_plain_loop_gives(carry, samples, sampler, train_steps, steps):
     model = make_model(steps=train_steps).double()
@@ -90,10 +96,14 @@ def float32_loop(
 @pytest.mark.parametrize(
     ("form", "steps"),
     # The eager scan of a thousand steps takes minutes; built, it is held to this in test_builders.
-    [
-        *((ScriptedLoop, s) for s in (1, 2, 10, 100, 1000)),
-        *((ScanLoop, s) for s in (1, 2, 10, 100)),
-    ],
+    kept(
+        [
+            *((ScriptedLoop, s) for s in (1, 2, 10, 100, 1000)),
+            *((ScanLoop, s) for s in (1, 2, 10, 100)),
+        ],
+        {(ScriptedLoop, 1), (ScriptedLoop, 10), (ScriptedLoop, 100), (ScanLoop, 10)},
+        many=True,
+    ),
 )
 def test_in_float32_it_is_the_float64_loop_to_the_last_bits(form, samples, sampler, steps):
     """On weights whose chain contracts, so that its error is its own."""

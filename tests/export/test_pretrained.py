@@ -25,6 +25,7 @@ from marnet_train.encoders import TEXT, VISION, write_encoders
 from marnet_train.recipe import load_recipe
 from marnet_train.trainer import fit
 
+pytestmark = pytest.mark.slow  # three trainings and an export of encoders of real size
 RECIPE = """
 dim = 16
 hidden = 32
@@ -112,7 +113,7 @@ def test_without_an_image_table_the_images_are_those_of_the_encoder(trained: Pat
 
 
 def test_a_bundle_of_them_classifies(trained: Path, data: Path, tmp_path: Path) -> None:
-    settings = Settings("onnxruntime", "fp32", steps=5, min_agreement=0.9, text=False)
+    settings = Settings("onnxruntime", "fp32", steps=5, min_agreement=0.9, text=False, loop="graph")
     export_bundle(trained, tmp_path / "bundle", settings)
     images = sorted((data / "test").glob("*.jpg"))
     found = Classifier(tmp_path / "bundle").predict(images)

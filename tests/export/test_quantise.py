@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,21 +18,29 @@ import torch
 from calibration import calibrate
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import kept
+from safetensors.numpy import load_file, save_file
 from tiny import make_model, plain_refine, tables_of
 from tolerances import FLOAT32_TWICE, INT8
+from torch import nn
 
 from marnet_export.builders import Calibration, Types, builder
 from marnet_export.lower import Lowered, lower, lower_marnet
+from marnet_export.pipeline import export_bundle
 from marnet_export.plan import make_plan
 from marnet_export.quantise import (
     IMAGES,
     LEVELS,
     Range,
+    kept_nodes,
     loop_ranges,
     quantised_rows,
+    ranked,
     require_calibration,
 )
+from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
+from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import ExportError, MissingExtra
 from marnet_sdk.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
@@ -223,7 +233,9 @@ def test_a_trained_model_gives_the_same_labels_in_int8(backend, opened, trained)
     assert 1e-4 < np.abs(got - want).max() / np.abs(want).max() < INT8
 
 
-@pytest.mark.parametrize(("steps", "samples"), [(1, 1), (1, 2), (2, 1), (20, 2)])
+@pytest.mark.parametrize(
+    ("steps", "samples"), kept([(1, 1), (1, 2), (2, 1), (20, 2)], {(1, 1), (20, 2)}, many=True)
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_int8_file_serves_every_batch_number_of_steps_and_samples(
     backend, steps, samples, opened, trained
@@ -257,6 +269,7 @@ def test_an_int8_answer_does_not_depend_on_the_other_images(backend, opened, tra
         np.testing.assert_allclose(answer(images)[:1], alone, rtol=FLOAT32_TWICE, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_images_give_the_same_int8_weights_and_scales(backend, built, trained, tmp_path):
     model, pixels = trained
@@ -273,6 +286,7 @@ def weights_of(path: Path) -> list[bytes]:
     return [tensor.SerializeToString() for tensor in onnx.load(path).graph.initializer]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_encoder_and_a_loop_may_have_types_of_their_own(backend, trained, tmp_path):
     model, pixels = trained
@@ -308,6 +322,7 @@ def test_without_nncf_the_pip_line_is_named(monkeypatch, tmp_path):
         build("openvino", lower(model), calibrate(model, steps=3), tmp_path / "p", INT8_TYPES)
 
 
+@pytest.mark.slow
 def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
     """NNCF has telemetry, a progress bar and a logger; ONNX Runtime's tools have loggers."""
     code = (
@@ -333,3 +348,142 @@ def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("False\n", "")
     assert list(home.iterdir()) == []
+
+
+# An encoder that rounding hurts
+
+
+class Depthwise(nn.Module):
+    """Pointwise, depthwise and pointwise convolutions with ReLU6, as in EfficientNet-Lite.
+
+    Channels differ by a factor of a thousand before they are cut off at 6, and the weights of the
+    depthwise convolution by as much; they nearly cancel, so that rounding them moves the mean.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        wide, norm = nn.Conv2d(3, width, 1), nn.BatchNorm2d(width)
+        self.wide = nn.Sequential(wide, nn.BatchNorm2d(width), nn.ReLU6())
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm = nn.Sequential(norm, nn.ReLU6())
+        self.narrow = nn.Conv2d(width, 16, 1)
+        ranges = torch.logspace(-1.5, 1.5, width)
+        with torch.no_grad():
+            for weight in (wide.weight, self.depthwise.weight):
+                weight.mul_(ranges[:, None, None, None])
+            assert wide.bias is not None
+            wide.bias.copy_(6 + ranges)
+            self.depthwise.weight.sub_(self.depthwise.weight.mean((2, 3), keepdim=True))
+            assert norm.running_var is not None
+            norm.running_var.copy_(0.1 * ranges**2)
+            norm.bias.fill_(3.0)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.norm(self.depthwise(self.wide(pixels)))).mean((2, 3))
+
+
+def depthwise_errors(backend: str, payload: Path) -> Floats:
+    """Relative errors of the features of 20 images that were not calibrated on."""
+    encoder, model = Depthwise().eval(), make_model()
+    calibration = calibrate(model, steps=3)
+    calibration = replace(calibration, pixels=np.tanh(calibration.pixels))
+    build(backend, replace(lower(model), encoder=encoder), calibration, payload, INT8_TYPES)
+    images = np.tanh(np.random.default_rng(1).standard_normal((20, 3, 32, 32), np.float32))
+    got = open_backend(backend, payload, "fp32", 1).encode(images)
+    with torch.inference_mode():
+        want = encoder(torch.from_numpy(images)).numpy()
+    return np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
+    assert depthwise_errors(backend, tmp_path / "payload").max() < 0.01
+
+
+def spread_channels(weights: dict[str, np.ndarray]) -> None:
+    """The same function of the images, but channels inside of a ResNet's layers differ widely.
+
+    What is behind a ReLU may be larger, where the next convolution reads it with smaller weights.
+    """
+    for name in [
+        name
+        for name in weights
+        if "stages.0" in name and name.endswith("layer.0.normalization.weight")
+    ]:
+        factors = np.logspace(-3, 3, len(weights[name]), dtype=np.float32)
+        factors = np.random.default_rng(0).permutation(factors)
+        weights[name] *= factors
+        weights[name.replace(".weight", ".bias")] *= factors
+        weights[name.replace("0.normalization", "1.convolution")] /= factors[:, None, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_that_int8_hurts_most_stay_float_and_the_receipt_says_why(
+    backend, checkpoint, tmp_path
+):
+    shutil.copytree(checkpoint, tmp_path / "spread")
+    file, said = tmp_path / "spread" / "model.safetensors", []
+    weights = load_file(file)
+    spread_channels(weights)
+    save_file(weights, file)
+    more = {"steps": 5, "min_agreement": 0.98, "text": False, "source": False, "loop": "graph"}
+    settings = Settings(backend, "int8", **more)
+    export_bundle(tmp_path / "spread", tmp_path / "bundle", settings, say=said.append)
+    precision = read_bundle(tmp_path / "bundle").manifest.precision
+    assert all("alone in int8 moves the features by" in why for why in precision.kept.values())
+    assert any("1.convolution" in layer for layer in precision.kept)
+    assert 0 < precision.receipt["encoder"].compute["fp32"] < 0.6
+    assert any("of the image encoder in fp32" in line for line in said)
+
+
+def test_the_block_that_int8_hurts_most_is_ranked_first():
+    model = make_model()
+    encoder, pixels = lower(model).encoder, calibrate(model).pixels
+    name, layer = next((n, m) for n, m in encoder.named_modules() if n.endswith("1.convolution"))
+    norm = encoder.get_submodule(name.replace("1.convolution", "0.normalization"))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(layer, nn.Conv2d)
+    factors = torch.logspace(-3, 3, norm.num_features)
+    with torch.no_grad():
+        norm.weight.mul_(factors)
+        layer.weight.div_(factors[:, None, None])
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    blocks = ranked(encoder, pixels)
+    assert name in blocks[0].layers
+    assert [block.error for block in blocks] == sorted((b.error for b in blocks), reverse=True)
+    assert sum(block.share for block in blocks) >= 1  # a convolution may stay float for the next
+    assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_layers_are_found_in_a_graph_by_their_rows_whatever_scales_and_turns_them():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(5, 5)
+    encoder = nn.ModuleDict({"conv": layers[0], "linear": layers[1]})
+    conv, linear = (layer.weight.detach().numpy() for layer in layers)
+    factors = {
+        "other": np.ones_like(conv),
+        "folded": (conv * np.arange(-2, 4)[:, None, None, None]).reshape(2, 3, 2, 3, 3),
+        "turned": linear.T,
+    }
+    assert kept_nodes(factors, encoder, ["conv"]) == ["folded"]
+    assert kept_nodes(factors, encoder, ["linear", "conv"]) == ["folded", "turned"]
+    assert kept_nodes(factors, nn.ModuleDict({"wrapped": encoder}), ["conv"]) == ["folded"]
+    with pytest.raises(ExportError, match="conv shall stay float, but no product of the graph"):
+        kept_nodes({"other": factors["other"]}, encoder, ["conv"])
+    assert kept_nodes({}, nn.ModuleDict({"wrapped": encoder}), ["conv"]) == []
+
+
+def test_int8_is_not_fitted_to_images_that_only_verify(checkpoint, digits, tmp_path, monkeypatch):
+    seen = []
+
+    def build_encoder(*_: Any, calibration: Calibration) -> None:
+        seen.append(calibration.pixels)
+        raise ExportError("stop here")
+
+    monkeypatch.setattr(builder("onnxruntime"), "build_encoder", build_encoder)
+    settings = Settings("onnxruntime", "int8", steps=2)
+    for data in (None, digits / "test"):
+        with pytest.raises(ExportError, match="stop here"):
+            export_bundle(checkpoint, tmp_path / "bundle", settings, data=data)
+    np.testing.assert_array_equal(*seen)

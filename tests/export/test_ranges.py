@@ -87,6 +87,12 @@ def test_a_matrix_that_holds_no_number_is_refused(model):
         check_weights(lower(model), "fp32")
 
 
+def test_a_parameter_without_elements_is_no_obstacle(model):
+    """DINOv3 without registers has one of shape [1, 0, D]."""
+    model.vision.register_parameter("registers", torch.nn.Parameter(torch.zeros(1, 0, 8)))
+    check_weights(lower(model), "fp16")
+
+
 def test_vectors_are_float32_and_may_be_large(model):
     with torch.no_grad():
         model.classifier.bias[0] = 1e30

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import kept
 from tiny import make_model
 from torch import Tensor, nn
 
@@ -30,7 +31,9 @@ def types_of(found: list[Product]) -> set[tuple[str, str]]:
     return {(product.storage, product.compute) for product in found}
 
 
-@pytest.mark.parametrize(("storage", "compute"), HOW)
+@pytest.mark.parametrize(
+    ("storage", "compute"), kept(HOW, {("fp32", "fp32"), ("bf16", "bf16")}, many=True)
+)
 @pytest.mark.parametrize("carry", ["hidden", "feature"])
 def test_every_product_is_counted_once_in_the_types_it_has(tmp_path, carry, storage, compute):
     model, types = make_model(hidden=48, dim=32), Types(storage, compute)

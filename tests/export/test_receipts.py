@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from calibration import calibrate
+from quick import kept
 from tiny import make_model
 from torch import nn
 
@@ -32,14 +33,14 @@ bf16_only = pytest.mark.skipif(
 )
 # backend, storage, compute
 HOW = [
-    ("openvino", "fp32", "fp32"),
+    pytest.param("openvino", "fp32", "fp32", marks=pytest.mark.slow),
     ("openvino", "fp16", "fp32"),
     ("openvino", "int8", "fp32"),
-    pytest.param("openvino", "bf16", "bf16", marks=bf16_only),
-    pytest.param("openvino", "int8", "bf16", marks=bf16_only),
-    ("onnxruntime", "fp32", "fp32"),
+    pytest.param("openvino", "bf16", "bf16", marks=(bf16_only, pytest.mark.slow)),
+    pytest.param("openvino", "int8", "bf16", marks=(bf16_only, pytest.mark.slow)),
+    pytest.param("onnxruntime", "fp32", "fp32", marks=pytest.mark.slow),
     ("onnxruntime", "bf16", "fp32"),
-    ("onnxruntime", "int8", "fp32"),
+    pytest.param("onnxruntime", "int8", "fp32", marks=pytest.mark.slow),
 ]
 Receipt = tuple[MARNet, list[Product]]
 
@@ -138,7 +139,9 @@ def test_attention_is_counted_and_has_no_stored_factor(backend, storage, compute
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("parts", [("int8", "fp32"), ("fp32", "int8")], ids=str)
+@pytest.mark.parametrize(
+    "parts", kept([("int8", "fp32"), ("fp32", "int8")], {("int8", "fp32")}), ids=str
+)
 def test_a_part_that_stayed_float_shows(parts, backend, built):
     """Whatever the types it is asked with, which are those of the loop."""
     encoder, loop = (Types(storage, "fp32") for storage in parts)
@@ -147,6 +150,7 @@ def test_a_part_that_stayed_float_shows(parts, backend, built):
         assert counted(receipt, part).keys() == {(storage, storage)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_loop_that_carries_the_feature_has_four_products(backend, built):
     types = Types("int8", "fp32")
@@ -155,6 +159,7 @@ def test_a_loop_that_carries_the_feature_has_four_products(backend, built):
     assert len([p for p in receipt if p.part == "loop"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_what_is_done_once_per_image_stays_float_in_int8(backend, built):
     types = Types("int8", "fp32")

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from quick import kept
 from tiny import make_model
 from torch import nn
 from transformers import CanineTokenizer
@@ -30,7 +31,7 @@ from marnet_export.text import (
     write_tokenizer,
 )
 from marnet_sdk.errors import ExportError, VerificationFailed
-from marnet_sdk.text import Tokenize, open_embedder, open_tokenizer
+from marnet_sdk.text import Tokenizer, open_embedder, open_tokenizer
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.text import encode, load_tokenizer, train_tokenizer
 
@@ -50,13 +51,17 @@ def lowered(loaded: Checkpoint) -> Lowered:
 
 @pytest.mark.parametrize(
     ("backend", "storage", "compute"),
-    [
-        ("torchscript", "fp32", "fp32"),
-        ("onnxruntime", "fp32", "fp32"),
-        ("openvino", "fp32", "fp32"),
-        ("torchscript", "bf16", "bf16"),
-        ("onnxruntime", "fp16", "fp32"),
-    ],
+    kept(
+        [
+            ("torchscript", "fp32", "fp32"),
+            ("onnxruntime", "fp32", "fp32"),
+            ("openvino", "fp32", "fp32"),
+            ("torchscript", "bf16", "bf16"),
+            ("onnxruntime", "fp16", "fp32"),
+        ],
+        {("torchscript", "fp32", "fp32"), ("onnxruntime", "fp16", "fp32")},
+        many=True,
+    ),
 )
 def test_what_is_written_is_measured_and_opens(
     loaded, lowered, tmp_path, backend, storage, compute
@@ -92,7 +97,7 @@ def test_a_method_without_text_has_no_text_part(loaded, lowered, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tokenizers(checkpoint: Path, tmp_path_factory) -> tuple[Tokenize, Callable]:
+def tokenizers(checkpoint: Path, tmp_path_factory) -> tuple[Tokenizer, Callable]:
     """The bundle's, and training's."""
     trained = load_tokenizer(checkpoint)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -104,7 +109,6 @@ PIECES = st.sampled_from(["loop", "stroke,", "[SEP]", "[PAD]", "[unused]", "\n",
 
 
 @given(st.lists(st.text(max_size=80) | st.lists(PIECES).map(" ".join), min_size=1, max_size=5))
-@settings(max_examples=150)
 def test_any_texts_give_the_tokens_that_training_gives(tokenizers, texts):
     ours, training = tokenizers
     for got, want in zip(ours(texts), training(texts), strict=True):
@@ -254,8 +258,12 @@ KINDS = {
 
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [(kind, backend) for kind in KINDS for backend in ("torchscript", "openvino")]
-    + [("roberta", "onnxruntime")],  # which takes seconds to export
+    kept(
+        [(kind, backend) for kind in KINDS for backend in ("torchscript", "openvino")]
+        + [("roberta", "onnxruntime")],  # which takes seconds to export
+        {("roberta", "torchscript"), ("mpnet", "openvino")},
+        many=True,
+    ),
 )
 def test_other_encoders_of_the_bert_family_travel_too(kind, backend, loaded, tmp_path):
     """From a checkpoint without training.json and without samples."""

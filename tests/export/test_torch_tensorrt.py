@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quick import kept
 from tiny import make_model
 from tolerances import BUILT, FLOAT32_LAYER
 
@@ -164,8 +165,8 @@ def test_the_one_for_tensorrt_rtx_is_refused_before_it_is_imported(packages):
 # --- the graph
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
-@pytest.mark.parametrize("compute", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("kind", kept(["vit", "swin"], {"vit"}))
+@pytest.mark.parametrize("compute", kept(["fp32", "fp16", "bf16"], {"fp16"}))
 def test_every_product_has_the_type_that_was_asked_for(kind, compute, pixels):
     lowered, dtype = vision_of(kind), TORCH_TYPES[compute]
     program = export_program(with_compute(lowered.encoder, dtype), pixels[:2], dtype)

@@ -143,6 +143,7 @@ def test_the_receipt_counts_the_encoder_and_the_two_matrices(zero, bundle_of):
     assert found["all"].multiply_adds == own + plain["encoder"].multiply_adds
 
 
+@pytest.mark.slow
 def test_the_head_is_float32_whatever_the_precision(zero_bundle):
     arrays = load_file(zero_bundle("torchscript", "fp16") / "payload/alignment.safetensors")
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
@@ -170,6 +171,7 @@ def test_inspect_and_verify_know_it(zero, few):
         assert text in said
 
 
+@pytest.mark.slow
 def test_verify_finds_a_head_that_changes_no_answer_by_much(zero, few, tmp_path):
     copy = shutil.copytree(zero, tmp_path / "b")
     file = copy / "payload/alignment.safetensors"
@@ -181,6 +183,7 @@ def test_verify_finds_a_head_that_changes_no_answer_by_much(zero, few, tmp_path)
     assert "vision_bias is not the checkpoint's" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_verify_says_that_the_head_departs_where_the_encoder_agrees(zero, few, tmp_path):
     copy = shutil.copytree(zero, tmp_path / "b")
     file = copy / "payload/alignment.safetensors"
@@ -208,6 +211,7 @@ def test_an_encoder_that_agrees_leaves_nothing_to_blame(zero, checkpoint):
     assert "the alignment branch behind them is computed in float32" in found.sentence
 
 
+@pytest.mark.slow
 def test_a_bundle_is_rebuilt_without_the_loop_and_with_it_again(bundle_of, few, tmp_path):
     out = tmp_path / "zero"
     plain = shutil.copytree(bundle_of("onnxruntime", "fp32"), tmp_path / "plain")
@@ -226,6 +230,7 @@ def test_a_bundle_is_rebuilt_without_the_loop_and_with_it_again(bundle_of, few, 
     assert "steps: got 0, so nothing is sampled" in one_line(result.stderr)
 
 
+@pytest.mark.slow
 def test_int8_ranges_of_the_loop_are_those_of_the_process_as_trained(checkpoint, tmp_path):
     settings = Settings("onnxruntime", "int8", steps=0, min_agreement=0.9, text=False)
     export_bundle(checkpoint, tmp_path / "b", settings)
@@ -240,6 +245,7 @@ def test_int8_ranges_of_the_loop_are_those_of_the_process_as_trained(checkpoint,
 # --- how many samples
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_checkpoint_s_number_of_samples(checkpoint, tmp_path, monkeypatch):
     def loaded(path: Path):
         found = load_checkpoint(path)

@@ -175,9 +175,8 @@ def test_mma_is_a_product_of_matrices(machine, kind, seed):
 def test_rounding_to_16_bits_is_that_of_numpy(machine):
     text = kernel(
         "int i = threadIdx.x + 256 * blockIdx.x; if (i >= a.n) return;"
-        "a.b[i] = to_fp16(a.a[i]); a.c[i] = to_bf16(a.a[i]);"
-        "a.d[i] = pack_fp16(a.a[i], 2.f) ^ pack_bf16(2.f, a.a[i]);",
-        ["float", "unsigned short", "unsigned short", "unsigned"],
+        "a.b[i] = pack_fp16(a.a[i], 2.f); a.c[i] = pack_bf16(2.f, a.a[i]);",
+        ["float", "unsigned", "unsigned"],
     )
     halves = np.arange(2**16, dtype=np.uint16)
     exact = np.concatenate([from_bits(halves, "fp16"), from_bits(halves, "bf16")])
@@ -189,7 +188,7 @@ def test_rounding_to_16_bits_is_that_of_numpy(machine):
         values = np.where(np.isnan(values), np.float32(np.nan), values)
         fp16, bf16 = to_bits(values, "fp16"), to_bits(values, "bf16")
     fp16[np.isnan(values)] = 0x7FFF  # as cvt of PTX; NumPy keeps the sign
-    found = [zeros(len(values), dtype=kind) for kind in (np.uint16, np.uint16, np.uint32)]
+    found = [zeros(len(values), dtype=np.uint32) for _ in range(2)]
     run_on(
         machine,
         text,
@@ -199,35 +198,8 @@ def test_rounding_to_16_bits_is_that_of_numpy(machine):
         grid=-(-len(values) // 256),
         block=256,
     )
-    np.testing.assert_array_equal(found[0], fp16)
-    np.testing.assert_array_equal(found[1], bf16)
-    low, high = fp16 | np.uint32(0x4000 << 16), 0x4000 | bf16.astype(np.uint32) << 16
-    np.testing.assert_array_equal(found[2], low ^ high)
-
-
-def test_16_bits_are_read_exactly(machine):
-    text = kernel(
-        "int i = threadIdx.x + 256 * blockIdx.x;a.a[i] = from_fp16(i); a.b[i] = from_bf16(i);",
-        "float",
-    )
-    fp16, bf16 = (zeros(2**16, dtype=np.float32) for _ in range(2))
-    run_on(machine, text, fp16, bf16, grid=256, block=256)
-    halves = np.arange(2**16, dtype=np.uint16)
-    np.testing.assert_array_equal(fp16, from_bits(halves, "fp16"))
-    np.testing.assert_array_equal(bf16, from_bits(halves, "bf16"))
-
-
-def test_scalar_functions(machine):
-    text = kernel(
-        "float s, c; sincos_turns(0.125f, &s, &c);"
-        "a.a[0] = multiply_high(0xdeadbeefu, 0x12345678u); a.a[3] = min(3, 2) + max(5u, 4u);"
-        "a.a[1] = __float_as_uint(s); a.a[2] = __float_as_uint(c);"
-    )
-    found = zeros(4)
-    run_on(machine, text, found, block=1)
-    assert found[0] == 0xDEADBEEF * 0x12345678 >> 32
-    np.testing.assert_allclose(found[1:3].view(np.float32), np.sqrt(0.5), rtol=2**-22)
-    assert found[3] == 7
+    np.testing.assert_array_equal(found[0], fp16 | np.uint32(0x4000 << 16))
+    np.testing.assert_array_equal(found[1], 0x4000 | bf16.astype(np.uint32) << 16)
 
 
 GRID_BARRIER = """
@@ -266,12 +238,10 @@ def test_sixteen_bytes_are_loaded_and_stored(machine):
         "uint4 v = threadIdx.x % 2 ? load_relaxed(a.a + 4 * threadIdx.x)"
         "                          : load_constant(a.a + 4 * threadIdx.x);"
         "store_relaxed((uint4*)a.b + threadIdx.x, make_uint4(v.w, v.z, v.y, v.x));"
-        "store_relaxed((unsigned short*)a.c + threadIdx.x, (unsigned short)v.x);"
     )
-    given, found, low = guarded(np.arange(128, dtype=np.uint32)), zeros(32, 4), zeros(16)
-    run_on(machine, text, given, found, low)
+    given, found = guarded(np.arange(128, dtype=np.uint32)), zeros(32, 4)
+    run_on(machine, text, given, found)
     np.testing.assert_array_equal(found, given.reshape(32, 4)[:, ::-1])
-    np.testing.assert_array_equal(low.view(np.uint16), 4 * np.arange(32))
 
 
 def test_sixteen_bytes_are_loaded_where_they_are_asked_for_and_are_zero_elsewhere(machine):

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from emulate import Cpu, emulate
-from tolerances import PERSISTENT, PERSISTENT_LAYER, TWIN_LOOP
+from quick import kept
+from tolerances import PERSISTENT, PERSISTENT_LAYER
 
 from marnet_kernels import persistent
 from marnet_kernels import reverse_sampler as rs
-from marnet_kernels.compile import TARGETS, compile_cubin
+from marnet_kernels.compile import TARGETS, compile_cubin, source
 from marnet_kernels.loader import DeviceInfo
 from marnet_kernels.persistent import (
     ReverseSampler,
@@ -25,9 +26,7 @@ from marnet_kernels.persistent import (
     cleared,
     shipped_options,
 )
-from marnet_kernels.source import source
 
-SEED, TRAIN_STEPS = 2**63 + 12345, 1000
 COUNTER, EPOCH = Variant(8, 2, "counter"), Variant(8, 2, "epoch", copies=2)
 EIGHT = [COUNTER, EPOCH, Variant(8, 2, "epoch", groups=3)]
 FOUR = Variant(16, 4, "epoch", copies=2)
@@ -36,8 +35,7 @@ SIXTEEN = [Variant(16, 2, "counter"), Variant(16, 2, "epoch")]
 
 def name_of(variant):
     """Of a test's parameter."""
-    made = "-noise" if variant.noise else ""
-    return f"{variant.rows}-{variant.tiles}-{variant.exchange}{made}-{variant.groups}"
+    return f"{variant.rows}-{variant.tiles}-{variant.exchange}-{variant.groups}"
 
 
 @dataclass(eq=False)
@@ -49,67 +47,43 @@ class Loop:
     coefficients: np.ndarray
     bias: np.ndarray
     samples: int
-    keys: np.ndarray | None = None
-    timesteps: np.ndarray | None = None
     slope: float = 0.05
 
     @property
     def sizes(self):
-        noises = 1 if self.keys is not None else self.bias.shape[1]
         return {
             "images": len(self.q),
             "samples": self.samples,
-            "noises": noises,
+            "noises": self.bias.shape[1],
             "steps": len(self.coefficients),
         }
 
-    def draws(self):
-        """As the twin takes them; None where the noise comes in the table."""
-        if self.keys is None or self.timesteps is None:
-            return None
-        noisy, width = self.coefficients[:, 3] != 0, self.packed.layout.noise
-        keys, timesteps = self.keys.tolist(), self.timesteps.tolist()
-        return rs.draws(SEED, keys, self.samples, timesteps, TRAIN_STEPS, noisy, width)
-
     def twin(self, exchange="counter"):
-        return rs.reverse_sampler_reference(
-            self.packed,
-            self.q,
-            self.coefficients,
-            self.bias,
-            self.slope,
-            exchange=exchange,
-            noise=self.draws(),
-        )
+        given = (self.packed, self.q, self.coefficients, self.bias, self.slope)
+        return rs.reverse_sampler_reference(*given, exchange=exchange)
 
 
-def weights(hidden, noise=0, seed=0):
+def weights(hidden, seed=0):
     """Random matrices and biases that keep activations of order 1, as keywords of pack."""
     rng = np.random.default_rng(seed)
 
-    def matrix(width):
-        return rng.standard_normal((hidden, width), np.float32) / np.float32(width**0.5)
+    def matrix():
+        return rng.standard_normal((hidden, hidden), np.float32) / np.float32(hidden**0.5)
 
     def bias():
         return rng.standard_normal(hidden, np.float32)
 
-    found = {"hidden2": (matrix(hidden), bias()), "hidden3": (matrix(hidden), bias())}
-    return found | {"carry": matrix(hidden)} | ({"noise": matrix(noise)} if noise else {})
+    return {"hidden2": (matrix(), bias()), "hidden3": (matrix(), bias()), "carry": matrix()}
 
 
-def make(hidden, images, samples=1, noises=1, steps=3, noise=0, dtype="fp16", seed=1):
+def make(hidden, images, samples=1, noises=1, steps=3, dtype="fp16", seed=1):
     """A Loop of random inputs whose coefficients are not zero, C included."""
     rng = np.random.default_rng(seed)
-    coefficients = rng.uniform(0.1, 0.5, (steps, 4 if noise else 3))
-    shape = (steps, 1, 1, hidden) if noise else (steps, noises, samples, hidden)
+    coefficients = rng.uniform(0.1, 0.5, (steps, 3))
+    shape = (steps, noises, samples, hidden)
     q = rs.pack_condition(rng.standard_normal((images, hidden), np.float32))
     tables = rs.pack_tables(coefficients, rng.standard_normal(shape, np.float32))
-    loop = Loop(rs.pack(**weights(hidden, noise), dtype=dtype), q, *tables, samples)
-    if noise:
-        loop.keys = rng.integers(0, 2**64, images, np.uint64)
-        loop.keys[-1] = 2**64 - 1  # so that its second sample has trajectory 0
-        loop.timesteps = np.sort(rng.choice(TRAIN_STEPS, steps, False))[::-1].astype(np.int32) + 1
-    return loop
+    return Loop(rs.pack(**weights(hidden), dtype=dtype), q, *tables, samples)
 
 
 def place(machine, loop):
@@ -121,20 +95,14 @@ def place(machine, loop):
         "bias": loop.bias,
         "condition": loop.q,
     }
-    extra = {}
-    if loop.keys is not None:
-        given |= {"noise_weights": loop.packed.noise, "keys": loop.keys}
-        given |= {"timesteps": loop.timesteps}
-        extra = {"seed": SEED, "train_steps": TRAIN_STEPS}
     sizes = loop.packed.layout.buffers(**loop.sizes)
     for name, array in given.items():
-        one_sample = name == "bias" and loop.keys is not None
-        assert array.nbytes == sizes[name] // (loop.samples if one_sample else 1)
+        assert array.nbytes == sizes[name]
     memory = {
         name: machine.put(given[name]) if name in given else machine.empty(size)
         for name, size in sizes.items()
     }
-    return ReverseSamplerArguments(**loop.sizes, **memory, slope=loop.slope, **extra)
+    return ReverseSamplerArguments(**loop.sizes, **memory, slope=loop.slope)
 
 
 def launch(machine, plan, variant, arguments, seed=0):
@@ -264,7 +232,6 @@ SHAPES = {
     "33 rows, four tiles": ((600, 33), {}, Variant(64, 4, "counter")),
     "9 rows, four tiles, epoch": ((250, 9), {"steps": 4}, Variant(16, 4, "epoch", copies=2)),
     "64 rows, four tiles": ((1024, 64), {"steps": 2}, Variant(16, 4, "counter", groups=4)),
-    "made, four tiles": ((250, 20), {"noise": 300}, Variant(32, 4, "epoch", True, groups=1)),
     "more groups than rows": ((250, 3), {}, Variant(8, 2, "counter", groups=7)),
     "samples": ((250, 3, 7), {}, Variant(32, 2, "counter")),
     "samples in groups": ((250, 3, 7), {}, Variant(8, 2, "epoch", groups=4)),
@@ -272,72 +239,52 @@ SHAPES = {
     "and samples": ((250, 5, 3, 5), {}, Variant(16, 2, "counter")),
     "bf16": ((257, 7), {"dtype": "bf16"}, COUNTER),
     "bf16, samples": ((250, 5, 3, 5), {"dtype": "bf16"}, Variant(16, 1, "counter")),
-    "made": ((250, 7), {"noise": 100}, replace(COUNTER, noise=True)),
-    "made, epoch": ((250, 7), {"noise": 100, "steps": 5}, replace(EPOCH, noise=True)),
-    "made, wide": ((250, 6, 3), {"noise": 1500}, Variant(32, 2, "counter", True)),
-    "made, narrow": ((600, 5), {"noise": 96}, Variant(16, 1, "epoch", True, groups=2)),
-    "made, 64 rows": ((257, 64), {"noise": 768}, Variant(64, 2, "counter", True)),
-    "made, samples, groups": ((250, 4, 5), {"noise": 300}, Variant(8, 2, "epoch", True, 2, 3)),
-    "made, bf16": ((250, 7), {"noise": 300, "dtype": "bf16"}, replace(COUNTER, noise=True)),
-    "made, one step": ((250, 2), {"noise": 300, "steps": 1}, replace(EPOCH, noise=True)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHAPES)
+QUICK = {
+    "one row, epoch",
+    "7 rows",
+    "16 rows, one tile, epoch",
+    "33 rows in 5 groups, epoch",
+    "64 rows, four tiles",
+    "samples",
+    "and samples",
+    "bf16",
+}
+
+
+@pytest.mark.parametrize("name", kept(SHAPES, QUICK))
 def test_kernel_matches_its_twin(machine, name):
     sizes, more, variant = SHAPES[name]
     loop = make(*sizes, **more)
     got, want = run(machine, loop, variant), loop.twin(variant.exchange)
-    if variant.noise:  # logarithm, sine and cosine differ in the last place, seldom in fp16
-        atol = TWIN_LOOP[loop.packed.layout.dtype] * np.abs(want).max()
-        np.testing.assert_allclose(got, want, rtol=0, atol=atol)
-    else:
-        assert_same(machine, got, want, PERSISTENT[loop.packed.layout.dtype])
+    assert_same(machine, got, want, PERSISTENT[loop.packed.layout.dtype])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7), ("dpmpp", 0.0)]
-)
-def test_every_sampler(machine, sampler, eta):
-    """With noise made in the kernel where the sampler has any."""
+@pytest.mark.parametrize("sampler", kept(["ddpm", "ddim", "dpmpp"], {"dpmpp"}))
+def test_every_sampler(machine, sampler):
     diffusion = pytest.importorskip("marnet_train.diffusion", exc_type=ImportError)
     steps = 8
-    table = diffusion.sampler_table(diffusion.ScheduleConfig(steps=100), sampler, steps, eta)
-    loop = make(250, 5, steps=steps, noise=96)
-    loop.coefficients = np.ascontiguousarray(table.coefficients, np.float32)
-    loop.timesteps = np.array(table.timesteps, np.int32)
-    variant = replace(EPOCH, noise=True)
-    got, want = run(machine, loop, variant), loop.twin("epoch")
-    np.testing.assert_allclose(got, want, rtol=0, atol=TWIN_LOOP["fp16"] * np.abs(want).max())
+    table = diffusion.sampler_table(diffusion.ScheduleConfig(steps=100), sampler, steps, 0.0)
+    loop = make(250, 5, steps=steps)
+    loop.coefficients[:, :3] = table.coefficients[:, :3]
+    assert_same(machine, run(machine, loop, EPOCH), loop.twin("epoch"), PERSISTENT["fp16"])
     assert (loop.coefficients[:-1, 2] != 0).any() == (sampler == "dpmpp")
-    assert (loop.coefficients[:-1, 3] != 0).any() == (sampler == "ddpm" or eta > 0)
-
-
-def test_steps_without_noise_draw_none(machine):
-    """A timestep that no draw has would change the result, if it were drawn."""
-    loop = make(250, 5, steps=6, noise=96)
-    loop.coefficients[[0, 2, 3], 3] = 0
-    for variant in (replace(COUNTER, noise=True), replace(EPOCH, noise=True)):
-        first = run(machine, loop, variant)
-        assert np.isfinite(first).all()
-        other = loop.timesteps.copy()
-        other[[0, 2, 3, 5]] = 7
-        np.testing.assert_array_equal(run(machine, replace(loop, timesteps=other), variant), first)
-        other[1] = 7
-        assert (run(machine, replace(loop, timesteps=other), variant) != first).any()
 
 
 # Independence
 
 
-@pytest.mark.parametrize("variant", [*EIGHT, replace(EPOCH, noise=True), FOUR], ids=name_of)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("variant", [*EIGHT, FOUR], ids=name_of)
+@pytest.mark.parametrize("seed", kept([1, 2, 3], {1}))
 def test_order_of_blocks_changes_nothing(emulator, variant, seed):
-    loop = make(250, 7, steps=4, noise=100 if variant.noise else 0)
+    loop = make(250, 7, steps=4)
     want = run(emulator, loop, variant)
     np.testing.assert_array_equal(run(emulator, loop, variant, seed), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["counter", "epoch"])
 def test_variants_of_one_exchange_give_the_same_bits(machine, exchange):
     loop = make(250, 7, 2, steps=4)
@@ -354,21 +301,15 @@ def test_variants_of_one_exchange_give_the_same_bits(machine, exchange):
 
 
 @pytest.mark.parametrize("variant", SIXTEEN, ids=name_of)
-@pytest.mark.parametrize("noise", [0, 100])
-def test_an_answer_does_not_depend_on_the_place_in_the_batch(machine, variant, noise):
-    variant = replace(variant, noise=bool(noise))
-    loop = make(250, 13, 1, 1 if noise else 13, steps=4, noise=noise)
+def test_an_answer_does_not_depend_on_the_place_in_the_batch(machine, variant):
+    loop = make(250, 13, 1, 13, steps=4)
     whole = run(machine, loop, variant)
     order = np.random.default_rng(0).permutation(13)[:9]
-    some = replace(loop, q=loop.q[order])
-    if noise:
-        some.keys = loop.keys[order]
-    else:
-        some.bias = np.ascontiguousarray(loop.bias[:, order])
+    some = replace(loop, q=loop.q[order], bias=np.ascontiguousarray(loop.bias[:, order]))
     np.testing.assert_array_equal(run(machine, some, variant), whole[order])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("bad", kept([1e30, np.inf, np.nan], {1e30}))
 @pytest.mark.parametrize("variant", EIGHT, ids=name_of)
 def test_a_row_that_is_not_finite_spoils_no_other(machine, variant, bad):
     """It has to show: neither its rounding nor the parity may make a number of it."""
@@ -382,100 +323,49 @@ def test_a_row_that_is_not_finite_spoils_no_other(machine, variant, bad):
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-@pytest.mark.parametrize(
-    "variant", [replace(v, noise=n) for v in (COUNTER, EPOCH) for n in (False, True)], ids=name_of
-)
+@pytest.mark.parametrize("variant", [COUNTER, EPOCH], ids=name_of)
 def test_launches_share_their_buffers(machine, variant, steps):
     """Nothing that a launch leaves behind is an answer for the next, whatever its parity."""
-    loop = make(250, 7, steps=steps, noise=100 if variant.noise else 0)
+    loop = make(250, 7, steps=steps)
     plan, arguments = loop.packed.layout, place(machine, loop)
-    other = make(250, 7, steps=steps, noise=100 if variant.noise else 0, seed=5)
+    other = make(250, 7, steps=steps, seed=5)
     want = {id(x): run(machine, x, variant) for x in (loop, other)}
     second = replace(arguments, condition=machine.put(other.q), bias=machine.put(other.bias))
-    changed = {"coefficients": machine.put(other.coefficients)}
-    if variant.noise:
-        changed |= {"keys": machine.put(other.keys), "timesteps": machine.put(other.timesteps)}
-    second = replace(second, **changed)
+    second = replace(second, coefficients=machine.put(other.coefficients))
     for given, expected in ((arguments, loop), (second, other), (second, other), (arguments, loop)):
         launch(machine, plan, variant, given)
         got = output(machine, given, plan)[..., :250]
         np.testing.assert_array_equal(got, want[id(expected)])
 
 
-# Noise: the twin against the SDK's own path
-
-
-def test_noise_of_each_image_is_that_of_the_sdk():
-    """Its tables with one noise row an image give the same h3, up to the rounding of Wx and z."""
-    trajectory = pytest.importorskip("marnet_sdk.trajectory")
-    hidden, width, images, samples, steps = 96, 64, 4, 3, 6
-    loop = make(hidden, images, samples, steps=steps, noise=width)
-    rng = np.random.default_rng(9)
-    given = weights(hidden, width)
-    output_bias, time_bias = rng.standard_normal(width), rng.standard_normal((steps, hidden))
-    loop.coefficients[2, 3] = 0
-    coefficients = loop.coefficients.astype(np.float64)
-    noisy = coefficients[:, 3] != 0
-
-    def table(trajectories, weight=given["noise"]):
-        return trajectory.fold(trajectories, coefficients, time_bias, weight, output_bias)
-
-    folded = [
-        table(
-            [
-                trajectory.draw_trajectory(
-                    SEED, loop.timesteps.tolist(), TRAIN_STEPS, width, trajectory=t, noisy=noisy
-                )
-                for t in ((int(key) + k) % 2**64 for k in range(samples))
-            ]
-        )
-        for key in loop.keys
-    ]
-    _, bias = rs.pack_tables(coefficients[:, :3], np.stack(folded, axis=1))
-    plain = Loop(loop.packed, loop.q, loop.coefficients, bias, samples, slope=loop.slope)
-    still = trajectory.NoiseTrajectory(np.zeros(width), np.zeros((steps, width)))
-    _, loop.bias = rs.pack_tables(coefficients, table([still])[:, None])
-    want = plain.twin()
-    np.testing.assert_allclose(
-        loop.twin(), want, rtol=0, atol=2 * TWIN_LOOP["fp16"] * np.abs(want).max()
-    )
-    quiet = Loop(loop.packed, loop.q, loop.coefficients, loop.bias, 1, slope=loop.slope)
-    assert np.abs(quiet.twin() - want).max() > 0.05 * np.abs(want).max()
-
-
 # What compiles
 
 
-# At width 1024, noise width 768, by (rows, noise in the kernel); two or one tiles.
-BUDGET = {(8, False): 184, (16, False): 200, (32, False): 232, (64, False): 224,
-          (8, True): 224, (16, True): 240, (32, True): 248, (64, True): 248}  # fmt: skip
+BUDGET = {8: 184, 16: 200, 32: 232, 64: 224}  # by rows, at width 1024; two or one tiles
 KINDS = [(rows, 2, exchange) for rows in (8, 16, 32, 64) for exchange in ("counter", "epoch")]
 KINDS += [(rows, 1, exchange) for rows in (8, 16) for exchange in ("counter", "epoch")]
 
 
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_every_variant_stays_within_its_registers(kind, noise):
+@pytest.mark.parametrize("kind", kept(KINDS, {KINDS[0], KINDS[7]}), ids=str)
+def test_every_variant_stays_within_its_registers(kind):
     """More than 255 a thread cannot be, and one block of 256 threads is all that has to fit."""
-    plan, variant = rs.layout(1024, noise=768), Variant(*kind, noise, copies=2)
+    plan, variant = rs.layout(1024), Variant(*kind, copies=2)
     cubin = compile_cubin(source("reverse_sampler"), "sm_90", variant.options(plan))
     assert (cubin.spill_bytes, "warning" in cubin.log) == (0, False)
-    assert cubin.registers <= BUDGET[variant.rows, variant.noise]
+    assert cubin.registers <= BUDGET[variant.rows]
 
 
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", kept(TARGETS, {"sm_90"}))
 def test_what_is_shipped_and_the_widest_compile_for_every_target(arch):
-    noisy = [Variant(8, 2, "epoch", True, 2), *(Variant(r, 2, "counter", True) for r in (16, 64))]
-    plans = [rs.layout(h, noise=d) for h, d in ((1024, 1536), (1280, 768), (256, 1))]
-    wide = [variant.options(plan) for plan in plans for variant in noisy]
-    plain = [replace(variant, noise=False).options(rs.layout(1536)) for variant in noisy]
-    plain += [Variant(rows, 4, "counter").options(rs.layout(768)) for rows in (8, 64)]
+    kinds = [Variant(8, 2, "epoch", 2), *(Variant(rows, 2, "counter") for rows in (16, 64))]
+    wide = [variant.options(rs.layout(hidden)) for hidden in (1536, 256) for variant in kinds]
+    wide += [Variant(rows, 4, "counter").options(rs.layout(768)) for rows in (8, 64)]
     chosen = shipped_options()
     if arch not in persistent._CROWDED_TARGETS:  # choose_variant takes none with four tiles there
         chosen = [options for options in chosen if "-DTILES=4" not in options]
-    for options in (*chosen, *wide, *plain):
+    for options in (*chosen, *wide):
         cubin = compile_cubin(source("reverse_sampler"), arch, options)
         assert (options, cubin.spill_bytes) == (options, 0)
         assert b"reverse_sampler" in cubin.code
@@ -493,8 +383,8 @@ def test_shipped_options_are_those_that_are_chosen_at_the_usual_width():
 
 
 def test_parameters_have_the_size_that_the_kernel_asserts():
-    assert ctypes.sizeof(persistent._Parameters) == 128
-    assert "sizeof(Arguments) == 128" in source("reverse_sampler")
+    assert ctypes.sizeof(persistent._Parameters) == 88
+    assert "sizeof(Arguments) == 88" in source("reverse_sampler")
 
 
 # What is chosen, and what is refused
@@ -530,8 +420,6 @@ def test_choice_for_other_loops():
     blackwell = replace(H100, capability=(10, 0), multiprocessors=148)
     assert choose_variant(rs.layout(1024), 64, blackwell) == Variant(32, 2, "counter", groups=2)
     assert choose_variant(rs.layout(1536), 64, H100).groups == 1
-    assert choose_variant(rs.layout(1024, noise=768), 1, H100, noise=True).noise
-    assert not choose_variant(rs.layout(1024, noise=768), 1, H100).noise
 
 
 @pytest.mark.parametrize(
@@ -543,18 +431,15 @@ def test_choice_for_other_loops():
         ({"cooperative": False}, "device: got one without cooperative launches, expected one with"),
         ({"multiprocessors": 31}, "multiprocessors: got 31, expected at least 64 for hidden width"),
         ({"multiprocessors": 46, "rows": 17}, "multiprocessors: got 46, expected at least 64"),
-        ({"hidden": 1537}, "width: got hidden width 1792, which need 168 registers a thread"),
-        ({"hidden": 4096}, "width: got hidden width 4096, which need 384 registers a thread"),
-        ({"noise": True}, "noise: got a layout without a noise width, expected one; give Wx"),
-        ({"noise": True, "width": 1537}, "hidden width 1024 and noise width 1792, which need 152"),
+        ({"hidden": 1537}, "width: got hidden width 1792, which needs 168 registers a thread"),
+        ({"hidden": 4096}, "width: got hidden width 4096, which needs 384 registers a thread"),
     ],
 )
 def test_loops_without_a_variant_are_refused(change, message):
-    given = {"rows": 1, "hidden": 1024, "width": 0, "noise": False} | change
+    given = {"rows": 1, "hidden": 1024} | change
     device = replace(H100, **{k: v for k, v in change.items() if hasattr(H100, k)})
-    plan = rs.layout(given["hidden"], noise=given["width"])
     with pytest.raises(ValueError, match=message):
-        choose_variant(plan, given["rows"], device, noise=given["noise"])
+        choose_variant(rs.layout(given["hidden"]), given["rows"], device)
 
 
 @pytest.mark.parametrize(
@@ -581,40 +466,30 @@ def test_epoch_is_for_fp16_alone():
 GOOD = ReverseSamplerArguments(
     images=4, samples=2, noises=1, steps=3, **dict.fromkeys(rs.POINTERS, 128)
 )
-NOISY = replace(GOOD, **dict.fromkeys(rs.NOISE_POINTERS, 128), train_steps=10)
 
 
 @pytest.mark.parametrize(
-    ("base", "change", "message"),
+    ("change", "message"),
     [
-        (GOOD, {"images": 0}, "images: got 0, expected at least 1"),
-        (GOOD, {"samples": -1}, "samples: got -1, expected at least 1"),
-        (GOOD, {"steps": 0}, "steps: got 0, expected at least 1"),
-        (GOOD, {"noises": 3}, "noises: got 3 for 4 images, expected 1 or 4"),
-        (NOISY, {"noises": 4}, "noises: got 4 for 4 images, expected 1, as the kernel makes the"),
-        (GOOD, {"out": 0}, "out: got address 0, expected device memory; only noise_weights, noise"),
-        (GOOD, {"bias": 8}, "bias: got address 0x8, expected a multiple of 16; pass the start"),
-        (GOOD, {"counter": 64}, "counter: got address 0x40, expected a multiple of 128"),
-        (GOOD, {"weights": -16}, "weights: got address -0x10, expected a multiple of 16"),
-        (NOISY, {"keys": 0}, "keys: got address 0, expected device memory; only .*all of them"),
-        (NOISY, {"keys": 4}, "keys: got address 0x4, expected a multiple of 8"),
-        (NOISY, {"train_steps": 2}, "train_steps: got 2, expected at least 3 and less than"),
-        (NOISY, {"seed": -1}, r"seed: got -1, expected 0 \.\. 2\*\*64 - 1"),
+        ({"images": 0}, "images: got 0, expected at least 1"),
+        ({"samples": -1}, "samples: got -1, expected at least 1"),
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"noises": 3}, "noises: got 3 for 4 images, expected 1 or 4"),
+        ({"out": 0}, "out: got address 0, expected device memory; allocate what"),
+        ({"bias": 8}, "bias: got address 0x8, expected a multiple of 16; pass the start"),
+        ({"counter": 64}, "counter: got address 0x40, expected a multiple of 128"),
+        ({"weights": -16}, "weights: got address -0x10, expected a multiple of 16"),
     ],
 )
-def test_wrong_arguments_are_refused(base, change, message):
+def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        replace(base, **change)
+        replace(GOOD, **change)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (replace(GOOD, images=5), r"rows: got 10 \(images times samples\), expected at most 8, as"),
-        (
-            NOISY,
-            "noise: got arguments with noise made in the kernel, expected what the variant",
-        ),
         (replace(GOOD, steps=2**30), "steps: got 1073741824, expected at most"),
     ],
 )
@@ -624,22 +499,11 @@ def test_launches_that_do_not_fit_the_variant_are_refused(arguments, message):
     check_launch(rs.layout(250), replace(COUNTER, groups=2), replace(GOOD, images=5))
 
 
-def test_noise_of_the_twin_is_checked():
-    with pytest.raises(ValueError, match=r"noise: got shape \(95, 4\), expected \(96, width of x_"):
-        rs.pack(**weights(96) | {"noise": np.ones((95, 4))})
-    with pytest.raises(ValueError, match="noise: got a weight of size 70000, expected at most 65"):
-        rs.pack(**weights(96) | {"noise": np.full((96, 4), 7e4)})
-    packed = rs.pack(**weights(96))
-    with pytest.raises(ValueError, match="noise: got a loop without Wx, expected one; give it to"):
-        rs.noise_reference(packed, np.zeros((1, 256), np.float32))
-    with pytest.raises(ValueError, match="noise: got none for a noise width of 256, expected an"):
-        replace(packed, layout=rs.layout(96, noise=4))
-    with pytest.raises(ValueError, match=r"noise: got shape \(1, 4\), expected \(1, 256\); draws"):
-        rs.noise_reference(rs.pack(**weights(96, 4)), np.zeros((1, 4), np.float32))
-    with pytest.raises(ValueError, match="noise: got -1, expected the width of x_T, or 0"):
-        rs.layout(96, noise=-1)
+def test_an_exchange_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="exchange: got 'flag', expected 'counter' or 'epoch'"):
-        rs.layer_reference(packed, "carry", np.zeros((1, 256), np.float32), exchange="flag")
+        rs.layer_reference(
+            rs.pack(**weights(96)), "carry", np.zeros((1, 256), np.float32), exchange="flag"
+        )
 
 
 # The wrapper
@@ -669,13 +533,12 @@ def fake(monkeypatch):
 
 
 def test_a_launch_clears_and_then_starts_all_blocks_together(fake):
-    plan = rs.layout(1024, noise=768)
-    sampler = ReverseSampler(plan, replace(EPOCH, noise=True, groups=2))
+    plan = rs.layout(1024)
+    sampler = ReverseSampler(plan, replace(EPOCH, groups=2))
     assert sampler.resources == persistent.Resources(200, 0, sampler.variant.shared_bytes, 128)
-    sampler.launch(77, NOISY)
-    clear, clear_noise, start = fake.calls
+    sampler.launch(77, GOOD)
+    clear, start = fake.calls
     assert clear == ("cuMemsetD8Async", 128, 0, 2 * 3 * 2 * 8 * 1024, 77)
-    assert clear_noise == ("cuMemsetD8Async", 128, 0, 2 * 8 * 768, 77)
     assert start[:10] == (
         *("cuLaunchCooperativeKernel", "function", 64, 2, 1, 256, 1, 1),
         *(sampler.variant.shared_bytes, 77),
@@ -705,12 +568,11 @@ def replays(gpu, loop, variant):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("noise", [0, 768])
 @pytest.mark.parametrize("rows", [1, 8, 16, 64])
-def test_captured_loop_at_full_size_is_the_twin(gpu, rows, noise):
-    loop = make(1024, rows, steps=6, noise=noise)
+def test_captured_loop_at_full_size_is_the_twin(gpu, rows):
+    loop = make(1024, rows, steps=6)
     plan = loop.packed.layout
-    variant = choose_variant(plan, rows, persistent.current_device(), noise=bool(noise))
+    variant = choose_variant(plan, rows, persistent.current_device())
     arguments, replay = replays(gpu, loop, variant)
     want, first = loop.twin(variant.exchange), None
     for _ in range(20):

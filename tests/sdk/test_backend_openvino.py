@@ -151,6 +151,7 @@ def old_cpu(monkeypatch) -> None:
     class Old:
         read_model = staticmethod(real.read_model)
         compile_model = staticmethod(real.compile_model)
+        set_property = staticmethod(real.set_property)
 
         def get_property(self, device: str, name: str) -> Any:
             return {"OPTIMIZATION_CAPABILITIES": ["FP32"], "FULL_DEVICE_NAME": "Old CPU "}[name]

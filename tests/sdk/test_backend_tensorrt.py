@@ -62,6 +62,7 @@ from marnet_sdk.errors import (
     InferenceError,
     InvalidInput,
     MarnetError,
+    MarnetWarning,
     MissingExtra,
 )
 from marnet_sdk.tables import Floats, Tables
@@ -677,6 +678,12 @@ def test_every_tensor_is_bound_once_and_every_engine_enqueued_before_the_capture
     assert "cuMemAlloc" not in log[begin:]
 
 
+def open_slower(payload: Path, why: str) -> Any:
+    """A backend that warns that it runs no persistent kernel."""
+    with pytest.warns(MarnetWarning, match=f"slower than it could: .*{why}"):
+        return open_payload(payload, "fp16", None)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -687,7 +694,7 @@ def test_every_tensor_is_bound_once_and_every_engine_enqueued_before_the_capture
 def test_a_gpu_on_which_the_kernel_does_not_run_gets_operators(here, fresh, change, why):
     _, gpu = fresh
     gpu.device.update(change)
-    backend: Any = open_payload(here.payload, "fp16", None)
+    backend = open_slower(here.payload, why)
     gpu.driver.log.clear()  # of the opening
     assert_answers(backend, here, pixels(4), tables(here))
     begin = gpu.driver.log.index("cuStreamBeginCapture")
@@ -702,7 +709,8 @@ def test_more_rows_than_the_kernel_takes_get_operators(here, fresh):
     (backend, _), table = fresh, tables(here, 2, 16)
     assert_answers(backend, here, pixels(1), table)
     assert backend.report().loop == "persistent kernel"
-    assert_answers(backend, here, pixels(8), table)
+    with pytest.warns(MarnetWarning, match="got 128, expected at most 64"):
+        assert_answers(backend, here, pixels(8), table)
     loop = backend.report().loop
     assert loop.startswith("at 16 rows: persistent kernel; at 128 rows: operators in the captured")
     assert "got 128, expected at most 64" in loop
@@ -719,7 +727,7 @@ def test_a_payload_without_engines_around_the_kernel_gets_operators(here, fresh,
 def test_weights_of_a_damaged_loop_are_told_and_not_used(here, fresh, tmp_path):
     shutil.copytree(here.payload, tmp_path, dirs_exist_ok=True)
     (tmp_path / "loop.safetensors").write_bytes(b"nothing")
-    backend: Any = open_payload(tmp_path, "fp16", None)
+    backend = open_slower(tmp_path, "does not hold the weights of a loop")
     assert_answers(backend, here, pixels(2), tables(here))
     assert "does not hold the weights of a loop" in backend.report().loop
 
@@ -728,7 +736,7 @@ def test_a_loop_that_cannot_be_captured_is_enqueued_counted_and_warned_of_once(h
     _, gpu = fresh
     gpu.uncapturable.add("refine")
     gpu.device["cooperative"] = False
-    backend: Any = open_payload(here.payload, "fp16", None)
+    backend = open_slower(here.payload, "cooperative")
     with pytest.warns(RuntimeWarning, match="without a captured graph.*cannot capture refine"):
         backend.run(pixels(4), tables(here))
     assert_answers(backend, here, pixels(4), tables(here))  # a second warning would be an error
@@ -773,7 +781,10 @@ def test_tables_and_pixels_of_another_model_are_refused(here, fresh, kernel):
     """Never written beyond their memory on the GPU."""
     _, gpu = fresh
     gpu.device["cooperative"] = kernel
-    backend: Any = open_payload(here.payload, "fp16", None)
+    if kernel:
+        backend: Any = open_payload(here.payload, "fp16", None)
+    else:
+        backend = open_slower(here.payload, "cooperative")
     table = tables(here, 3)
     backend.run(pixels(4), table)
     wide = Tables(table.coefficients, np.repeat(table.bias, 2, axis=3))
@@ -999,7 +1010,8 @@ def test_a_trained_bundle_opens_on_the_gpu_and_answers_with_one_launch(
     assert gpu.driver.log == ["cuGraphLaunch", "cuStreamSynchronize"]
     assert [classifier.labels[i] for i in logits.argmax(axis=1)] == labels
     gpu.device["cooperative"] = False
-    assert_close(Classifier(bundle).logits(given), logits)
+    with pytest.warns(MarnetWarning, match="slower than it could: device"):
+        assert_close(Classifier(bundle).logits(given), logits)
 
 
 # --- on a real one alone

@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 
 from marnet_sdk import files
 from marnet_sdk.errors import OutputError, OutputExists
-from marnet_sdk.files import atomic_directory, newest, sha256_file
+from marnet_sdk.files import atomic_directory, atomic_file, newest, sha256_file
 
 
 def write(folder: Path, content: str) -> None:
@@ -114,7 +116,7 @@ def test_an_exception_between_the_two_renames_brings_the_old_folder_back(
             raise error
         return rename(self, to)
 
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # as on other systems
+    monkeypatch.setattr(files, "_rename", lambda one, other, how: False)  # as on other systems
     monkeypatch.setattr(Path, "rename", fail_to_place_the_new)
     with pytest.raises(error), atomic_directory(target, overwrite=True) as fresh:
         write(fresh, "new")
@@ -133,6 +135,75 @@ def test_only_what_is_replaceable_is_replaced(tmp_path):
     with atomic_directory(target, **is_ours) as fresh:
         write(fresh, "new")
     assert (target / "sub/file").read_text() == "new"
+
+
+@pytest.mark.parametrize("other_system", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_put_there_during_the_block_is_left_alone(
+    tmp_path, monkeypatch, overwrite, other_system
+):
+    target = tmp_path / "target"
+    if other_system:
+        monkeypatch.setattr(files, "_rename", lambda one, other, how: False)
+
+    def work() -> None:
+        with atomic_directory(target, overwrite=overwrite, replaceable=lambda _: False) as fresh:
+            write(fresh, "new")
+            target.mkdir()
+            (target / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(OutputExists, match=r"already exists|holds something else"):
+        work()
+    assert (target / "thesis.tex").read_text() == "years of work"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("other_system", [False, True])
+def test_what_comes_between_the_last_look_and_the_exchange_is_brought_back(
+    tmp_path, monkeypatch, other_system
+):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "manifest.json").touch()
+    looks = []
+
+    def replaceable(path: Path) -> bool:
+        looks.append(path)
+        if len(looks) == 2:  # the last look; then another process is faster
+            (target / "manifest.json").unlink()
+            (target / "thesis.tex").write_text("years of work")
+            return True
+        return (path / "manifest.json").exists()
+
+    if other_system:
+        monkeypatch.setattr(files, "_rename", lambda one, other, how: False)
+    with (
+        pytest.raises(OutputExists, match="target holds something else"),
+        atomic_directory(target, overwrite=True, replaceable=replaceable) as fresh,
+    ):
+        write(fresh, "new")
+    assert len(looks) == 3
+    assert (target / "thesis.tex").read_text() == "years of work"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+
+
+def test_threads_that_write_one_file_do_not_share_what_they_write_to(tmp_path):
+    target, barrier = tmp_path / "file", Barrier(2)
+
+    def keep(content: str) -> Path:
+        with atomic_file(target) as fresh:
+            barrier.wait(60)
+            fresh.write_text(content)
+            barrier.wait(60)
+            assert fresh.read_text() == content
+            barrier.wait(60)
+        return fresh
+
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(keep, ["a" * 9, "b" * 9]))
+    assert len(set(places)) == 2
+    assert target.read_text() in ("a" * 9, "b" * 9)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("inside", [".", "deep/er"])

@@ -34,6 +34,18 @@ def test_importing_the_commands_imports_no_framework_either():
     assert set(imported_by(code)) - light == set()
 
 
+def test_importing_the_sdk_needs_nothing_that_only_unix_has():
+    leaves = "marnet_sdk.text, marnet_sdk.backends.onnxruntime, marnet_sdk.backends.openvino"
+    code = (
+        "import os, sys, sysconfig\n"
+        "for name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'): sys.modules[name] = None\n"
+        "for name in ('fork', 'register_at_fork', 'sched_getaffinity'): delattr(os, name)\n"
+        f"import marnet_sdk, {leaves}\n"
+        "from marnet_sdk.cpus import cpus; assert cpus().threads >= 1"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def imported_by(code: str) -> list[str]:
     """Which of the heavy packages a fresh process has after `code`."""
     probe = f"{code}\nimport sys\nprint(*(name for name in {HEAVY} if name in sys.modules))"

@@ -234,6 +234,14 @@ def test_an_elongated_image_cannot_grow_without_bound() -> None:
     assert VIT.pixels([data]).shape == (1, 3, 224, 224)
 
 
+def test_an_image_that_cannot_be_resized_is_an_error_of_that_image() -> None:
+    endless = Preprocess(shortest_edge=40_000, crop_size=(8, 8))  # 2.4 billion pixels wide
+    limits = Limits(max_pixels=10**15)
+    message = r"^image 0: got 60000 x 1 pixels, which cannot be resized to 2400000000 x 40000 \("
+    with pytest.raises(ImageError, match=message):
+        endless.pixels([Image.new("RGB", (60_000, 1))], limits=limits)
+
+
 def test_only_rgb_images_are_resized() -> None:
     with pytest.raises(ImageError, match=r"got PIL mode L; expected RGB: use decode\(\) first"):
         VIT(Image.new("L", (4, 4)))

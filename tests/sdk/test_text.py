@@ -16,10 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tokenizers.models import BPE, Unigram, WordPiece
+from tokenizers.normalizers import NFC, NFKC, BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel, Metaspace
+from tokenizers.processors import BertProcessing
+from tokenizers.trainers import BpeTrainer
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 
 import marnet_sdk.classifier
@@ -31,10 +39,11 @@ from marnet_sdk.errors import (
     BundleFormatError,
     InferenceError,
     InvalidInput,
+    MarnetWarning,
     MissingExtra,
     SelfTestFailed,
 )
-from marnet_sdk.text import TextEmbedder
+from marnet_sdk.text import TextEmbedder, Tokenizer, open_tokenizer
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.imagefolder import read_split
 from marnet_train.losses import cosine_similarity_matrix
@@ -44,10 +53,10 @@ from marnet_train.text import encode, load_tokenizer
 BACKENDS = ("torchscript", "onnxruntime", "openvino")
 TEXTS = [
     "a closed oval",
-    "",
+    "stem",
     "a plain stem; even stroke, upright, narrow",
-    "Größe 字 🍜",
-    "x " * 99,
+    "a closed plain Größe 字 🍜",
+    "oval x " * 50,
 ]
 
 
@@ -208,7 +217,7 @@ def test_a_batch_size_that_is_none_is_refused(classifier, paths, size):
 
 @pytest.fixture(scope="module")
 def embedder(classifier) -> TextEmbedder:
-    classifier.embed_text("")
+    classifier.embed_text("a stem")
     return classifier._text
 
 
@@ -224,18 +233,151 @@ def test_features_that_are_no_numbers_are_an_error_that_names_the_text(embedder,
         replace(embedder, encode=spoiled)(["oval", "a plain stem"], batch_size)
 
 
-def test_a_text_without_a_token_is_refused(embedder):
-    def bare(texts):
-        """As a tokenizer that puts no marks around a text."""
-        ids, mask = embedder.tokenize(texts)
+class Bare:
+    """A tokenizer that puts no marks around a text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.count = tokenizer, tokenizer.count
+
+    def __call__(self, texts):
+        ids, mask = self.tokenizer(texts)
         return ids[:, 1:-1], mask[:, 2:]
 
-    plain = replace(embedder, tokenize=bare)
+
+def test_a_text_without_a_token_is_refused(embedder):
+    plain = replace(embedder, tokenize=Bare(embedder.tokenize))
     assert plain(["a stem", "oval"]).shape[0] == 2
-    with pytest.raises(InvalidInput, match=r"text 2: '' gives no token; expected at least one"):
+    with pytest.raises(InvalidInput, match=r"text 2: it has no word: ''; expected at least one"):
         plain(["a stem", "oval", ""], 2)
-    with pytest.raises(InvalidInput, match=r"text 0: '' gives no token"):
+    with pytest.raises(InvalidInput, match=r"text 0: it has no word: ''"):
         plain([""])
+
+
+# --- words that the model does not know ---------------------------------------------------------
+
+UNKNOWN = ["\U0001f436", "\u72ac", "\u0643\u0644\u0628", "\u043a\u0440\u0443\u0433 \u72ac", "[UNK]"]
+NO_WORD = ["", "   ", "\u200f", "\n\t", "[SEP] [CLS][PAD]"]
+
+
+@pytest.mark.parametrize("text", [*UNKNOWN, *NO_WORD], ids=ascii)
+def test_a_text_of_which_the_model_knows_nothing_is_refused(classifier, paths, text):
+    problem = "it has no word" if text in NO_WORD else "this model knows none of its words"
+    message = re.escape(f"text 1: {problem}: {text!r}; expected at least one word")
+    for batch_size in (1, 64):
+        with pytest.raises(InvalidInput, match=message):
+            classifier.embed_text(["a stem", text], batch_size=batch_size)
+        with pytest.raises(InvalidInput, match=message):
+            classifier.match(paths, ["a stem", text], batch_size=batch_size)
+    with pytest.raises(InvalidInput, match=f"text 0: {problem}"):
+        classifier.match(paths[0], text)
+
+
+def test_no_more_than_200_characters_of_a_refused_text_are_shown(classifier):
+    with pytest.raises(InvalidInput) as error:
+        classifier.embed_text("\u72ac " * 500)
+    assert str(error.value).count("\u72ac") == 100
+
+
+def test_texts_of_which_most_words_are_unknown_are_counted_in_one_warning(classifier, paths):
+    texts = ["a stem", "oval \u72ac \u72ac", "oval \u72ac", "stem \u72ac \u72ac \u72ac"] * 2
+    message = (
+        r"most words of 4 of 8 texts are unknown .*the first is text 1 \('oval \u72ac \u72ac'\)"
+    )
+    for call in (classifier.embed_text, lambda t, **how: classifier.match(paths[0], t, **how)):
+        with pytest.warns(MarnetWarning, match=message) as caught:
+            call(texts, batch_size=3)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__  # where it is called, so that it can be found
+    classifier.embed_text(["a stem", "oval \u72ac"])  # half is enough
+
+
+# --- long texts ---------------------------------------------------------------------------------
+
+
+def word_pieces() -> tokenizers.Tokenizer:
+    words = ["a", "b", "ab", "abc", "##a", "##b", "##c", "##bc", ".", "!", "1", "2", "12"]
+    marks = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*marks, *words])}
+    made = tokenizers.Tokenizer(
+        WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=9)
+    )
+    made.normalizer, made.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    made.post_processor = BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    made.add_special_tokens(marks)
+    return made
+
+
+def byte_pairs() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(BPE())
+    made.normalizer, made.pre_tokenizer = NFC(), ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(initial_alphabet=ByteLevel.alphabet(), vocab_size=300, show_progress=False)
+    made.train_from_iterator(["ab abc   a b 1212 e\u0301"] * 3, trainer)
+    made.add_special_tokens(["<|end|>"])
+    return made
+
+
+def pieces() -> tokenizers.Tokenizer:
+    alphabet = [("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0), ("b", -3.0), ("\u2581ab", -2.5)]
+    made = tokenizers.Tokenizer(Unigram([*alphabet, ("abc", -4.0)], unk_id=0))
+    made.normalizer, made.pre_tokenizer = NFKC(), Metaspace()
+    return made
+
+
+PARTS = st.sampled_from(
+    [
+        "ab",
+        "abc",
+        " ",
+        "  ",
+        "\n",
+        "a" * 30,
+        ".",
+        "[MASK]",
+        "<|end|>",
+        "1",
+        "12",
+        "e\u0301",
+        "\u0301",
+    ]
+)
+LONG = st.lists(PARTS | st.text(max_size=5), min_size=1, max_size=40).map("".join)
+
+
+@pytest.mark.parametrize("make", [word_pieces, byte_pairs, pieces])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_beginning_of_a_long_text_gives_the_tokens_of_the_whole(make, side, tmp_path):
+    whole = make()
+    whole.enable_truncation(5, direction=side)
+    whole.enable_padding()
+    whole.save(str(tmp_path / "tokenizer.json"))
+    ours = open_tokenizer(tmp_path / "tokenizer.json")
+    shorter = []
+
+    @given(st.lists(st.tuples(LONG, st.integers(1, 40)), min_size=1, max_size=3))
+    @settings(max_examples=60)
+    def check(drawn):
+        texts = [part * count for part, count in drawn]
+        found = whole.encode_batch(texts)
+        ids, mask = ours(texts)
+        assert ids.tolist() == [e.ids for e in found]
+        assert mask.tolist() == [e.attention_mask for e in found]
+        shorter.extend(len(ours.beginning(text)) < len(text) for text in texts)
+
+    check()
+    assert any(shorter) == (side == "right")  # so it did cut
+
+
+@pytest.mark.parametrize("text", ["a closed oval, " * 10**6, " " * 10**7, "x" * 10**7])
+def test_the_tokenizer_sees_a_bounded_part_of_a_huge_text(embedder, text):
+    seen = embedder.tokenize.beginning(text)
+    assert text.startswith(seen)
+    assert len(seen) <= 1024 * 48
+    assert ("oval" not in text) or len(seen) < 4000
+
+
+def test_a_huge_text_is_answered_like_its_beginning(classifier):
+    page = "a closed oval, " * 40
+    np.testing.assert_array_equal(classifier.embed_text(page * 20_000), classifier.embed_text(page))
 
 
 def test_features_of_an_image_that_are_no_numbers_are_an_error_that_names_it(

@@ -8,6 +8,7 @@ place that nobody reads, shows as wrong numbers.
 from __future__ import annotations
 
 import ctypes
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +35,7 @@ from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_
 from marnet_sdk.backends import torch_cuda, torchscript
 from marnet_sdk.backends.torch_cuda import Cuda, Parts, Rows, TorchOnCuda
 from marnet_sdk.captured import ALIGNMENT, Shape
-from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput
+from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetWarning
 from marnet_sdk.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
@@ -207,6 +209,18 @@ def captured(
 # --- batches, tables and memory
 
 
+def test_a_program_takes_the_lane_that_one_of_its_shape_has_left(payload_of, tables):
+    backend = captured(payload_of(HIDDEN, "fp32"))
+    backend.run(pixels(1), tables())
+    shape = Shape(4, STEPS, 1)
+    first, second = (backend._capture(shape) for _ in range(2))
+    assert first._lane is not second._lane
+    left = second._lane
+    del second
+    gc.collect()
+    assert backend._capture(shape)._lane is left
+
+
 def test_batches_of_any_size_are_the_processor_s_answers(backend, on_cpu, tables):
     for count in (1, 3, 4, 8, 19, 1, 4):
         given, table = pixels(count, seed=count), tables()
@@ -331,10 +345,10 @@ def test_the_report_says_device_buckets_and_memory(backend, tables):
 # --- arrays of the caller on the device
 
 
-def aligned(count: int) -> torch.Tensor:
-    """As a GPU's memory is."""
-    memory = np.zeros(count * 3 * 32 * 32 + ALIGNMENT // 4, np.float32)
-    start = -memory.ctypes.data % ALIGNMENT // 4
+def aligned(count: int, beside: int = 0) -> torch.Tensor:
+    """As a GPU's memory is, or as many floats beside such a place."""
+    memory = np.zeros(count * 3 * 32 * 32 + ALIGNMENT // 4 + beside, np.float32)
+    start = -memory.ctypes.data % ALIGNMENT // 4 + beside
     return torch.from_numpy(memory[start : start + count * 3 * 32 * 32]).view(count, 3, 32, 32)
 
 
@@ -353,7 +367,8 @@ def test_a_caller_s_array_of_another_size_is_copied_and_padded(backend, on_cpu, 
     table = tables()
     backend.run(pixels(8, seed=5), table)  # leaves other rows behind
     for count in (3, 6, 11):
-        got = backend.run(backend.device_rows(torch.from_numpy(pixels(count))), table)[0]
+        given = aligned(count, beside=1).copy_(torch.from_numpy(pixels(count)))
+        got = backend.run(backend.device_rows(given), table)[0]
         assert close(got, on_cpu(pixels(count), table)[0], FLOAT32_TWICE)
     assert backend.report().copies == 4  # 11 rows are two batches
 
@@ -411,11 +426,19 @@ def test_the_kernel_is_captured_where_it_can_run(payload_of, tables):
     payload = payload_of(HIDDEN, "bf16")
     backend = captured(payload, "bf16", make_kernel=Twins(most=8))
     plain = torchscript.open_payload(payload, "bf16", 1)
+
+    def compare(count: int, table: Tables) -> None:
+        given = pixels(count, seed=count)
+        got, want = backend.run(given, table), plain.refine(plain.encode(given), table)
+        assert close(got[0], want[0], CAPTURED_LOOP["bf16"])
+
     for table in (tables(), tables(seed=1), tables(samples=2)):
-        for count in (1, 3, 8):
-            given = pixels(count, seed=count)
-            got, want = backend.run(given, table), plain.refine(plain.encode(given), table)
-            assert close(got[0], want[0], CAPTURED_LOOP["bf16"])
+        for count in (1, 3):
+            compare(count, table)
+    compare(8, tables())
+    with pytest.warns(MarnetWarning, match="rows: got 16, at most 8"):
+        compare(8, tables(samples=2))
+    compare(8, tables(seed=1, samples=2))  # it is said once
     report = backend.report()
     assert report.loop == (
         "batches of 1, 4, 8: the twin; batches of 8: operators in the captured graph, because the "
@@ -437,7 +460,9 @@ def test_a_kernel_that_cannot_be_captured_leaves_the_loop_to_operators(payload_o
     payload = payload_of(HIDDEN, "bf16")
     backend = captured(payload, "bf16", make_kernel=Makes())
     plain = torchscript.open_payload(payload, "bf16", 1)
-    got, want = backend.run(pixels(4), tables()), plain.refine(plain.encode(pixels(4)), tables())
+    want = plain.refine(plain.encode(pixels(4)), tables())
+    with pytest.warns(MarnetWarning, match=r"slower than it could: .*CUDA_ERROR_NOT_SUPPORTED"):
+        got = backend.run(pixels(4), tables())
     assert close(got[0], want[0], BUILT["bf16"])
     assert backend.report().loop == (
         "operators in the captured graph, because the persistent kernel failed: "
@@ -533,7 +558,8 @@ def test_a_table_that_the_kernel_s_memory_does_not_hold_is_refused(played, paylo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_without_a_driver_the_kernel_says_so_and_operators_run(payload_of, tables):
     backend = captured(payload_of(HIDDEN, "bf16"), "bf16")
-    backend.run(pixels(1), tables())
+    with pytest.warns(MarnetWarning, match="the persistent kernel cannot run: "):
+        backend.run(pixels(1), tables())
     assert "because the persistent kernel cannot run: " in backend.report().loop
 
 
@@ -598,6 +624,21 @@ def test_float32_is_exact_while_it_is_computed_and_settings_are_put_back(told, h
     with torch_cuda.exact_float32():
         assert told()[:3] == ["ieee"] * 3
         assert not told()[3]
+    assert told() == before
+
+
+def test_threads_that_want_exact_products_do_not_wait_for_each_other(told):
+    TELL["older"]()
+    before, barrier = told(), Barrier(2)
+
+    def use(_: int) -> None:
+        with torch_cuda.exact_float32():
+            barrier.wait(60)  # both are inside
+            assert told()[:3] == ["ieee"] * 3
+            barrier.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(use, range(2)))
     assert told() == before
 
 

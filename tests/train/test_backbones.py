@@ -182,6 +182,14 @@ def test_a_text_encoder_gives_the_masked_mean_of_its_tokens(name: str) -> None:
     torch.testing.assert_close(found, by_hand, rtol=0, atol=FLOAT32_LAYER)
 
 
+@torch.no_grad()
+def test_a_text_encoder_can_give_the_vector_of_the_first_token() -> None:
+    backbone = build(TEXT["bert"])
+    ids, mask = torch.tensor([[2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 0]])
+    expected = backbone(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+    assert torch.equal(TextEncoder(backbone, "first")(ids, mask), expected)
+
+
 @pytest.mark.parametrize("name", TEXT)
 @torch.no_grad()
 def test_padding_does_not_change_a_text(name: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from pictures import encode, make_picture
+from PIL import Image
 
 from marnet_train.cli import main
 from marnet_train.data.check import MAX_CLASSES, Report, check_data_set, class_rows
@@ -132,6 +135,134 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     result = check(tmp_path / "nowhere")
     assert result.exit_code == 2
     assert "nowhere" in result.output
+
+
+def rewrite(split: Path, **fields: str) -> None:
+    """Another label or name on the last line of a split."""
+    *lines, last = (split / "metadata.jsonl").read_text("utf-8").splitlines()
+    changed = json.dumps(json.loads(last) | fields, ensure_ascii=False)
+    (split / "metadata.jsonl").write_text("\n".join([*lines, changed]), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("dog ", "label 'dog ' (LINE) is read as 'dog', without blanks"),
+        ("dog\u00a0", "label 'dog\\xa0' (LINE) is read as 'dog', without blanks"),
+        ("dog\u200b", "'dog\\u200b' (LINE) look alike; if they are one class"),
+        ("Dog", "labels 'Dog' (LINE) and 'dog' (FIRST) look alike"),
+        ("nan", "label 'nan' (LINE) looks like a value that is missing"),
+        ("\u200b", "label '\\u200b' (LINE) looks like a value that is missing"),
+    ],
+)
+def test_labels_that_look_alike_are_named_with_their_lines(folder, label, said):
+    rewrite(folder / "train", label=label)
+    result = check(folder)
+    assert result.exit_code == 0, result.output
+    metadata = folder / "train/metadata.jsonl"
+    others = ", ".join(f"{folder}/{split}/metadata.jsonl:{n}" for split, n in
+                       (("train", 3), ("val", 3), ("val", 4)))  # fmt: skip
+    said = said.replace("LINE", f"{metadata}:4").replace("FIRST", f"{others} and 2 more")
+    assert "warnings: 1" in result.output
+    assert said in result.output
+
+
+def test_a_class_that_train_spells_otherwise_is_named(folder):
+    rewrite(folder / "val", label="Dog")
+    assert (
+        "class 'Dog' is not in train, expected one of its 2; there is 'dog', which differs in case"
+        in check(folder).output
+    )
+
+
+def test_images_that_no_line_lists_are_named(folder):
+    (folder / "train/more").mkdir()
+    for i in range(5):
+        (folder / f"train/more/{i}.JPG").write_bytes(b"")
+    (folder / "train/.hidden.png").write_bytes(b"")
+    (folder / "train/notes.txt").write_text("no image")
+    assert check_data_set(folder).problems.warnings == [
+        f"5 images in {folder}/train stand in no line of metadata.jsonl: "
+        "'more/0.JPG', 'more/1.JPG', 'more/2.JPG' and 2 more"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "present"), [("Sub/A.png", "sub/a.png"), ("cafe\u0301.png", "caf\u00e9.png")]
+)
+def test_a_listed_file_that_is_spelt_otherwise_is_named(folder, listed, present):
+    (folder / "train" / present).parent.mkdir(exist_ok=True)
+    (folder / "train" / present).write_bytes(picture(30))
+    rewrite(folder / "train", file_name=listed)
+    assert f"train/metadata.jsonl:4: no image file {listed!r}; there is {present!a}, which" in (
+        check(folder).output
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this platform")
+def test_a_pipe_in_place_of_metadata_is_never_waited_for(folder):
+    (folder / "val/metadata.jsonl").unlink()
+    os.mkfifo(folder / "val/metadata.jsonl")  # nobody ever writes to it
+    assert "val/metadata.jsonl: cannot be read (a pipe or a device)" in check(folder).output
+
+
+def test_what_was_refused_is_not_counted(folder):
+    (folder / "train/metadata.jsonl").write_text('{"file_name": "cat0.png"}')
+    result = CliRunner().invoke(main, ["data", "check", str(folder), "--format", "json"])
+    report = json.loads(result.stdout)
+    assert report["images"] == {"val": 4, "test": 4}
+    assert report["classes"]["cat"] == {"val": 2, "test": 2}
+
+
+def test_a_folder_per_class_is_judged_alike(tmp_path):
+    for split in ("train", "val"):
+        for seed, label in enumerate(("cat", "dog", "dog ")):
+            (tmp_path / split / label).mkdir(parents=True)
+            image = noise(seed + 9 * (split == "val"), "PNG")
+            (tmp_path / split / label / "a.png").write_bytes(image)
+    captions = tmp_path / "train/captions.csv"
+    captions.write_text("file_name,text\ncat/a.png,x\ndog/a.png,y\ndog /a.png,z\n")
+    report = check_data_set(tmp_path)
+    assert report.classes == {"cat": {"train": 1, "val": 1}, "dog": {"train": 2, "val": 2}}
+    (warning,) = report.problems.warnings
+    assert warning.startswith(f"label 'dog ' ({captions}:4, ")
+    captions.write_text(captions.read_text().replace("cat/a", "Cat/A"))
+    assert (
+        f"no image file 'Cat/A.png' in {tmp_path}/train; there is 'cat/a.png', which differs"
+        in (check(tmp_path).output)
+    )
+
+
+def noise(seed: int, kind: str, size: int = 64, **options: int) -> bytes:
+    rough = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)
+    smooth = Image.fromarray(rough).resize((64, 64), Image.Resampling.BICUBIC)
+    return encode(smooth.resize((size, size)), kind, **options)
+
+
+def test_near_copies_in_two_splits_are_warned_of(tmp_path):
+    for split, first, kind, options in (
+        ("train", 0, "PNG", {}),
+        ("val", 5, "JPEG", {"quality": 60}),  # 5 is in train, too, as PNG
+        ("test", 9, "WEBP", {"size": 50}),  # 9 is in val
+    ):
+        rows = [
+            (f"{seed}.img", noise(seed, kind, **options), "ab"[seed % 2], "a text")
+            for seed in range(first, first + 6)
+        ]
+        write_split(tmp_path / split, rows)
+    report = check_data_set(tmp_path)
+    assert report.near == [
+        f"{tmp_path}/train/metadata.jsonl:6 (b), {tmp_path}/val/metadata.jsonl:1 (b)",
+        f"{tmp_path}/val/metadata.jsonl:5 (b), {tmp_path}/test/metadata.jsonl:1 (b)",
+        f"{tmp_path}/val/metadata.jsonl:6 (a), {tmp_path}/test/metadata.jsonl:2 (a)",
+    ]
+    result = check(tmp_path)
+    assert result.exit_code == 0
+    assert "warning: images that are nearly the same in two splits: 3" in result.output
+
+
+def test_digits_that_differ_are_no_near_copies(digits):
+    assert check_data_set(digits).near_count == 0
 
 
 def test_a_leak_names_a_place_in_every_split(folder):

@@ -224,6 +224,23 @@ def test_a_link_inside_the_split_is_followed(tmp_path: Path) -> None:
     assert read_split(split, needs_text=True)[0].image == split / "link.png"
 
 
+def test_a_split_in_the_hub_s_cache_is_read_where_it_is(tmp_path: Path) -> None:
+    """There every file is a link to the blobs of the repository, and nothing is ours to change."""
+    split = make_split(tmp_path / "repository/snapshots/0a1b2c/samples", GOOD)
+    blobs = tmp_path / "repository/blobs"
+    blobs.mkdir()
+    (split / "a.png").rename(blobs / "4d5e")
+    (split / "a.png").symlink_to("../../../blobs/4d5e")
+    (example,) = read_split(split, needs_text=True)
+    assert example.image == split / "a.png"
+    assert example.image.is_symlink()
+    (split / "a.png").unlink()
+    (tmp_path / "secret").write_bytes(b"x")
+    (split / "a.png").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match="is a link out of the split"):
+        read_split(split, needs_text=True)
+
+
 @pytest.mark.parametrize("name", ["link.png", "folder/secret.png"])
 def test_a_link_out_of_the_split_is_refused(tmp_path: Path, name: str) -> None:
     split = make_split(tmp_path / "train", GOOD | {"file_name": name})
@@ -250,14 +267,16 @@ def test_a_split_may_itself_be_a_link(tmp_path: Path) -> None:
     assert image == tmp_path / "train/a.png"
 
 
-def test_a_flat_split_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flat_split_is_listed_once_for_its_lines_and_once_for_what_they_leave_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [(f"{number}.png", b"", "cat", "t") for number in range(50)]
     write_split(tmp_path / "train", rows)
     listed: list[object] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
     assert len(read_split(tmp_path / "train", needs_text=True)) == 50
-    assert len(listed) == 1
+    assert len(listed) == 2
 
 
 def test_labels_sort_as_people_count() -> None:
@@ -344,7 +363,7 @@ def test_what_is_written_is_what_is_read(content: list[tuple[bytes, str, str | N
         written = write_split(root / "split", rows)
         assert read_split(root / "split", needs_text=False) == written
         found = [(e.image.name, e.image.read_bytes(), e.label, e.text) for e in written]
-    assert found == rows
+    assert found == [(name, image, label.strip(), text) for name, image, label, text in rows]
 
 
 @given(st.text() | file_names, st.text(), st.none() | st.text())

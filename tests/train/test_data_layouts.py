@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pictures import encode, make_picture
 
@@ -179,7 +179,6 @@ def test_a_damaged_csv_is_refused_by_name(name, content, fault, tmp_path):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=150)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     root = tmp_path_factory.getbasetemp() / "any-csv"
     if not root.exists():
@@ -193,7 +192,6 @@ _CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\
 
 
 @given(st.lists(_CELL.filter(str.strip), min_size=4, max_size=4))
-@settings(max_examples=60)
 def test_any_text_comes_back_from_csv(tmp_path_factory, texts):
     root = tmp_path_factory.getbasetemp() / "any-text"
     if not root.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -148,7 +148,6 @@ def test_dishes_are_many_and_share_their_ingredients():
 
 
 @given(st.sampled_from(NAMES), st.integers(0, 2**32 - 1), st.floats(0, 1))
-@settings(max_examples=200)
 def test_a_serving_is_three_to_nine_different_ingredients(dish, seed, difficulty):
     serving = serve(dish, np.random.default_rng(seed), difficulty)
     assert serving.dish == dish

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tolerances import (
@@ -129,7 +129,6 @@ def schedules(draw: st.DrawFn) -> ScheduleConfig:
 
 
 @given(schedules(), st.sampled_from(SAMPLERS), st.floats(0, 1), st.floats(0, 1))
-@settings(max_examples=150)
 def test_every_row_keeps_the_marginals_of_the_forward_process(
     config: ScheduleConfig, sampler: str, share: float, eta: float
 ) -> None:
@@ -151,7 +150,6 @@ def test_every_row_keeps_the_marginals_of_the_forward_process(
 
 
 @given(train=st.integers(1, 2000), data=st.data())
-@settings(max_examples=100)
 def test_timesteps_fall_in_steps_that_are_as_even_as_integers_allow(
     train: int, data: st.DataObject
 ) -> None:
@@ -523,7 +521,6 @@ def test_a_row_does_not_depend_on_timesteps_that_it_does_not_use(
 
 
 @given(schedules(), st.floats(0, 1))
-@settings(max_examples=60)
 def test_ddim_with_an_eta_of_one_is_ddpm(config: ScheduleConfig, share: float) -> None:
     steps = max(1, round(share * config.steps))
     ddim, ddpm = sampler_table(config, "ddim", steps, 1.0), sampler_table(config, "ddpm", steps)
@@ -539,7 +536,6 @@ def test_an_eta_of_one_is_never_refused_for_a_rounding(last: float) -> None:
 
 
 @given(schedules(), st.floats(0, 1))
-@settings(max_examples=60)
 def test_dpmpp_is_ddim_with_an_extrapolated_estimate(config: ScheduleConfig, share: float) -> None:
     """x0_i + (x0_i - x0_{i-1}) h_i / (2 h_{i-1}) for x0_i, but in the first step and the last."""
     steps = max(1, round(share * config.steps))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT32_TWICE
 
@@ -76,7 +76,6 @@ def test_with_at_most_five_classes_top5_is_always_right(classes: int) -> None:
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=9))
-@settings(max_examples=40)
 def test_ties_are_broken_for_one_label_not_for_all_of_them(row: list[float]) -> None:
     """Of all labels that a row could have, one is right, and five are among the best five."""
     classes = len(row)
@@ -90,7 +89,6 @@ def test_ties_are_broken_for_one_label_not_for_all_of_them(row: list[float]) -> 
         st.lists(st.integers(-2, 2).map(float), min_size=12, max_size=12), min_size=1, max_size=5
     )
 )
-@settings(max_examples=60)
 def test_the_answer_to_a_row_is_the_first_of_its_largest_logits(rows: list[list[float]]) -> None:
     """What NumPy's and ONNX's arg-max give; topk may take any of equal logits."""
     answers = torch.tensor([row.index(max(row)) for row in rows])

@@ -175,6 +175,29 @@ def test_concat_takes_both_branches_raw() -> None:
     assert torch.equal(model.fuse(x_v, x_cdr), expected)
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_at_logit_level_the_logits_of_both_branches_are_fused(fusion: str) -> None:
+    """Widths of features need not be equal then: both branches have as many logits."""
+    model = build(replace(CONFIG, fusion=fusion, fusion_level="logit", dim=7))
+    x_v, x_cdr = draw(40, 8), draw(40, 6, seed=2)
+    logits = [model.alignment_logits(x_v), model.semantic_classifier(x_cdr)]
+    if fusion != "concat":
+        model.set_statistics("aligned", logits[0])
+        model.set_statistics("refined", logits[1])
+        logits = [(x - x.mean(dim=0)) / x.std(dim=0, correction=0) for x in logits]
+    expected = FUSIONS[fusion](*logits)
+    torch.testing.assert_close(model.fuse(x_v, x_cdr), expected, rtol=FLOAT64, atol=FLOAT64)
+    assert model.classifier.in_features == expected.shape[1] == (6 if fusion == "concat" else 3)
+
+
+def test_an_unknown_level_or_pooling_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"fusion_level 'logits' is unknown; choose .*'logit'"):
+        replace(CONFIG, fusion_level="logits")
+    with pytest.raises(RecipeError, match=r"text_pooling 'frist'.*first"):
+        MARNet(replace(CONFIG, text_pooling="frist"))
+
+
 @torch.no_grad()
 def test_the_baseline_is_a_copy_of_the_image_branch() -> None:
     model, x_v = build(), draw(4, 8)

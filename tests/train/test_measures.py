@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from quick import kept
 from tolerances import BOOTSTRAP, COVERED, FLOAT64
 
 from marnet_sdk.errors import InvalidInput
@@ -293,7 +294,18 @@ def coverage(runs: int, images: int, by_image: float, by_run: float) -> tuple[fl
 
 @pytest.mark.parametrize(
     ("runs", "by_image", "by_run"),
-    [(1, 0.3, 0.0), (2, 0.25, 0.05), (3, 0.0, 0.0), (3, 0.25, 0.1), (5, 0.1, 0.1), (10, 0.1, 0.25)],
+    kept(
+        [
+            (1, 0.3, 0.0),
+            (2, 0.25, 0.05),
+            (3, 0.0, 0.0),
+            (3, 0.25, 0.1),
+            (5, 0.1, 0.1),
+            (10, 0.1, 0.25),
+        ],
+        {(1, 0.3, 0.0), (3, 0.25, 0.1)},
+        many=True,
+    ),
 )
 def test_intervals_for_other_runs_and_images_hold_the_truth_in_95_of_100_sets(
     runs, by_image, by_run
@@ -301,12 +313,14 @@ def test_intervals_for_other_runs_and_images_hold_the_truth_in_95_of_100_sets(
     assert coverage(runs, 300, by_image, by_run)[0] >= 0.95 - COVERED
 
 
+@pytest.mark.slow
 def test_two_runs_that_differ_a_lot_are_too_few_and_over_runs_says_so():
     both, over_runs = coverage(2, 1000, 0.0, 0.25)
     assert both == pytest.approx(0.80, abs=2 * COVERED)
     assert over_runs == pytest.approx(0.95, abs=COVERED)
 
 
+@pytest.mark.slow
 def test_over_runs_says_nothing_about_other_images():
     both, over_runs = coverage(10, 300, 0.25, 0.0)
     assert over_runs < 0.95 - 2 * COVERED < both

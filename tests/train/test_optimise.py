@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT64
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ RESNET = {"model_type": "resnet", "embedding_size": 4, "hidden_sizes": [4], "dep
 
 
 @given(st.integers(2, 40), st.integers(2, 12))
-@settings(max_examples=40)
 def test_an_epoch_sees_every_row_at_most_once_and_leaves_out_a_batch_of_one(count, size):
     found = list(batches(count, size, torch.Generator().manual_seed(0)))
     rows = torch.cat(found).tolist()
@@ -40,7 +39,6 @@ def test_an_epoch_sees_every_row_at_most_once_and_leaves_out_a_batch_of_one(coun
 
 
 @given(total=st.integers(2, 500), warmup=st.floats(0, 0.9))
-@settings(max_examples=60)
 def test_the_learning_rate_rises_linearly_and_falls_to_zero(total: int, warmup: float) -> None:
     factors = [warmup_cosine(step, total, warmup) for step in range(total + 1)]
     rise = max(1, int(warmup * total))

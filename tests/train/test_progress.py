@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import kept
 from tiny_training import TINY, change
 from torch import nn
 
@@ -53,16 +54,21 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> 
     monkeypatch.setattr(Progress, "log", log_or_stop)
 
 
-def test_a_training_interrupted_in_every_phase_gives_the_same_checkpoint(
-    digits, tmp_path, every_epoch, monkeypatch, capsys
+MOMENTS = [("text", 1), ("baseline", 1), ("alignment", 2), ("+MLP", 3), ("refinement", 5)]
+MOMENTS += [("refined head", 4), ("fusion", 9)]
+
+
+@pytest.mark.parametrize(
+    "moments", kept([MOMENTS, MOMENTS[4:5]], [MOMENTS[4:5]]), ids=["each phase", "refinement"]
+)
+def test_a_training_that_was_interrupted_gives_the_same_checkpoint(
+    moments, digits, tmp_path, every_epoch, monkeypatch, capsys
 ):
     undisturbed = tmp_path / "undisturbed"
     expected = fit(digits, RECIPE, undisturbed, name="digits", threads=1)
     capsys.readouterr()
     out = tmp_path / "runs/quick"
     partial = tmp_path / "runs/quick.partial"
-    moments = [("text", 1), ("baseline", 1), ("alignment", 2), ("+MLP", 3), ("refinement", 5)]
-    moments += [("refined head", 4), ("fusion", 9)]
     for phase, epoch in moments:
         with monkeypatch.context() as patch:
             interrupt_after(patch, phase, epoch)
@@ -73,7 +79,7 @@ def test_a_training_interrupted_in_every_phase_gives_the_same_checkpoint(
     training = fit(digits, RECIPE, out, name="digits", threads=1)
     told = capsys.readouterr().err
     assert f"going on from {partial}" in told
-    assert "fusion epoch 9" in told
+    assert "{} epoch {}".format(*moments[-1]) in told
     assert not partial.exists()
     for name in ("model.safetensors", "baseline.safetensors", METRICS, "config.json"):
         assert sha256_file(out / name) == sha256_file(undisturbed / name), name

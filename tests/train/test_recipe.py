@@ -255,14 +255,14 @@ NAMES = st.sampled_from(
 
 @given(st.text(max_size=60) | st.text("[]=.\"'{}\n# dimvsoext0123", max_size=60))
 @example("[vision]\n[text]\n")
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_a_recipe_or_a_recipe_error(tmp_path: Path, text: str) -> None:
     with suppress(RecipeError):
         assert isinstance(read(tmp_path, text), Recipe)
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=5))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_values_are_a_recipe_or_a_recipe_error(tmp_path: Path, content: dict[str, Any]) -> None:
     """Well-formed TOML, so that the checks behind the parser are reached."""
     lines = [f"{key} = {toml(value)}" for key, value in content.items()]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import kept
 from tiny_training import TINY, change, make_ready
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from torch import Tensor, nn
@@ -165,10 +166,11 @@ class Stop(KeyboardInterrupt):
     """What Ctrl-C raises, told apart from a real one."""
 
 
-@pytest.mark.parametrize(
-    "moment", ["text", "learning rate of the baseline, times 2", "beta 0.5", "gamma of +MLP 1",
-               "gamma of refinement 0.08333", "refinement", "refined head", "fusion"],
-)  # fmt: skip
+MOMENTS = ["text", "learning rate of the baseline, times 2", "beta 0.5", "gamma of +MLP 1",
+           "gamma of refinement 0.08333", "refinement", "refined head", "fusion"]  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", kept(MOMENTS, {"beta 0.5", "refinement"}))
 def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(
     moment: str,
     searched: tuple[Trained, Progress],
@@ -293,9 +295,14 @@ def test_the_blend_that_validation_likes_best_is_taken(best: int, digits: Path) 
     assert same(model.classifier, seen[best])
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_is_trained_on_ends_of_whole_chains(fusion: str, digits: Path) -> None:
-    recipe = replace(TINY, fusion=fusion)
+@pytest.mark.parametrize(
+    ("fusion", "level"),
+    [*((fusion, "feature") for fusion in FUSIONS), ("concat", "logit"), ("hm", "logit")],
+)
+def test_every_fusion_is_trained_on_ends_of_whole_chains(
+    fusion: str, level: str, digits: Path
+) -> None:
+    recipe = replace(TINY, fusion=fusion, fusion_level=level)
     ready = make_ready(digits, recipe)
     trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, 0, Progress())
     model = trained.model
@@ -304,7 +311,8 @@ def test_every_fusion_is_trained_on_ends_of_whole_chains(fusion: str, digits: Pa
     if fusion != "concat":  # standardised by what the head was trained on
         for name in ("aligned", "refined"):
             assert getattr(model, f"{name}_mean").any()
-            assert not torch.equal(getattr(model, f"{name}_std"), torch.ones(12))
+            std = getattr(model, f"{name}_std")
+            assert not torch.equal(std, torch.ones(len(std)))
 
 
 # --- temperature

@@ -25,9 +25,11 @@ from marnet_sdk.errors import (
 from marnet_train import trainer
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.dataset import data_hash, read_data_set
+from marnet_train.data.examples import Example
 from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.evaluate import evaluate_checkpoint, pick_device
+from marnet_train.hub import files_of
 from marnet_train.models.backbones import load_backbone
 from marnet_train.recipe import Recipe
 from marnet_train.trainer import fit
@@ -148,6 +150,15 @@ def test_there_is_one_line_of_metrics_per_epoch_of_each_phase(run: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("name", ["a.jfif", "a.Jpg", "a", "a.image", "a.jpg"])
+def test_samples_travel_whatever_their_files_are_called(tmp_path, photographs, name):
+    shutil.copy(photographs[0], tmp_path / name)
+    trainer._write_samples(tmp_path / "samples", [Example(tmp_path / name, "shop", "a shop")], 0)
+    (kept,) = read_split(tmp_path / "samples", needs_text=True)
+    assert (kept.image.name, kept.text) == ("000000.jpg", "a shop")
+    assert "samples/000000.jpg" in files_of(tmp_path)
+
+
 def test_samples_are_the_validation_images_with_label_and_text(run: Path, data: Path) -> None:
     kept = read_split(run / "samples", needs_text=True)
     original = read_split(data / "val", needs_text=True)
@@ -187,10 +198,18 @@ def test_the_number_of_threads_is_used_recorded_and_put_back(
 
     monkeypatch.setattr(trainer, "train_all", spy)
     before = torch.get_num_threads()
+    monkeypatch.setattr("marnet_sdk.cpus.os.cpu_count", lambda: before + 1)
     training = fit(data, recipe, tmp_path / "run", threads=before + 1, device="cpu")
     assert used == [training["machine"]["threads"]] == [before + 1]
     assert json.loads((tmp_path / "run" / "training.json").read_text()) == training
     assert torch.get_num_threads() == before
+
+
+def test_more_threads_than_the_machine_has_are_refused(
+    data: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match="threads: got 100000, but this machine has"):
+        fit(data, recipe, tmp_path / "run", threads=100_000)
 
 
 def test_test_images_choose_nothing_and_may_be_left_out(

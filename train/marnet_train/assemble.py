@@ -43,6 +43,8 @@ def build_model(
         hidden=recipe.hidden,
         time_dim=recipe.time_dim,
         fusion=recipe.fusion,
+        fusion_level=recipe.fusion_level,
+        text_pooling=recipe.text_pooling,
         schedule=recipe.schedule,
     )
     return MARNet(config, vision_backbone, text_backbone)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
+from marnet_sdk.console import (
+    Choice,
+    Group,
+    answer,
+    next_commands,
+    print_json,
+    print_table,
+    say,
+)
 from marnet_sdk.errors import requires_extra
 from marnet_train.memory import keep_freed_memory
 
@@ -152,18 +160,22 @@ def check(folder: Path, layout: str) -> None:
 def _print_report(folder: Path, report: Report) -> None:
     from marnet_train.data.check import class_rows, summary_rows
 
-    click.echo(f"{folder}: {report.layout}")
-    print_table("images", ("class", *report.images), class_rows(report))
-    print_table("texts and images", ("", "figures"), summary_rows(report))
+    answer(f"{folder}: {report.layout}")
+    if report.classes:
+        print_table("images", ("class", *report.images), class_rows(report))
+        print_table("texts and images", ("", "figures"), summary_rows(report))
+    problems = report.problems
     for title, lines, count in (
-        ("problems", report.problems.lines(), report.problems.count),
+        ("problems", problems.lines(), problems.count),
+        ("warnings", problems.warning_lines(), len(problems.warnings)),
         ("images in more than one split", report.leaks, report.leak_count),
+        ("warning: images that are nearly the same in two splits", report.near, report.near_count),
         ("warning: images that are several times in a split", report.repeats, report.repeat_count),
     ):
         if count:
-            click.echo(f"{title}: {count}")
+            answer(f"{title}: {count}")
             for line in lines:
-                click.echo(f"  {line}")
+                answer(f"  {line}")
 
 
 @main.command()
@@ -251,9 +263,9 @@ def _print_training(training: dict[str, Any]) -> None:
     columns = ("the same images", "points", "95 % interval")
     print_table("differences", columns, difference_rows(training, "val"))
     for sentence in verdicts(training, "val"):
-        click.echo(sentence)
+        answer(sentence)
     if "test" in training["data"]["images"]:
-        click.echo(test_line(training))
+        answer(test_line(training))
 
 
 @main.command()

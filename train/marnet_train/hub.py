@@ -6,8 +6,6 @@ a pickle that lies beside them is not downloaded.
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,7 +99,6 @@ def download(
             allow_patterns=list(FILES),
             library_name="marnet",
         )
-        _copy_links(Path(path) / "samples")
     return Path(path)
 
 
@@ -143,15 +140,6 @@ def upload(
             commit_message=message,
             revision=revision,
         )
-
-
-def _copy_links(folder: Path) -> None:
-    """Put files in place of the cache's links: a split must not link out of its folder."""
-    for link in folder.rglob("*"):
-        if link.is_symlink():
-            copy = link.with_name(f".{link.name}.{os.getpid()}")
-            shutil.copyfile(link, copy)
-            copy.replace(link)
 
 
 def _check_private(api: HfApi, repo_id: str) -> None:

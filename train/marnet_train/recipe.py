@@ -99,6 +99,8 @@ class Recipe:
     hidden: int = 1024
     time_dim: int = 64
     fusion: str = "concat"
+    fusion_level: str = "feature"  # or "logit": the logits of both branches are fused
+    text_pooling: str = "mean"  # or "first": the vector of [CLS] is x_s
     max_tokens: int = 64
     samples: int | Auto = 1  # K, noise samples whose probabilities are averaged when classifying
     semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)

@@ -406,8 +406,9 @@ def _train_heads(
     def train_fusion() -> None:
         x_cdr, judged = drawn()
         if recipe.fusion != "concat":
-            model.set_statistics("aligned", model.align_vision(x_v))
-            model.set_statistics("refined", x_cdr)
+            aligned, refined = model.branches(x_v, x_cdr)
+            model.set_statistics("aligned", aligned)
+            model.set_statistics("refined", refined)
         with torch.no_grad():
             fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
         if recipe.fusion == "concat":
@@ -429,6 +430,11 @@ def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
 
     def blended(share: float) -> nn.Linear:
         head = copy.deepcopy(model.classifier)
+        if model.config.fusion_level == "logit":
+            same = torch.eye(len(head.bias)).to(head.weight)
+            head.weight.copy_(torch.cat(((1 - share) * same, share * same), dim=1))
+            head.bias.zero_()
+            return head
         weights = ((1 - share) * aligned.weight, share * semantic.weight)
         head.weight.copy_(torch.cat(weights, dim=1))
         head.bias.copy_((1 - share) * aligned.bias + share * semantic.bias)

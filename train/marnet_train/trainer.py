@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from marnet_sdk.backends.torch_cpu import use_threads
+from marnet_sdk.console import say
+from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory, check_output
@@ -26,6 +29,7 @@ from marnet_train.checkpoint import (
     write_model,
 )
 from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
+from marnet_train.data.examples import image_suffix
 from marnet_train.data.imagefolder import write_split
 from marnet_train.evaluate import pick_device
 from marnet_train.progress import METRICS, saved_progress
@@ -57,7 +61,8 @@ def fit(
     same settings goes on from there.
 
     Args:
-        threads: CPU threads to compute with; None leaves torch's own number.
+        threads: CPU threads to compute with; None: torch's own number, or fewer where this process
+            may use fewer CPUs (`marnet_sdk.cpus`).
         overwrite: replace the checkpoint at `out`.
         restart: discard what an interrupted training to `out` has done.
 
@@ -74,6 +79,8 @@ def fit(
     with _threads(threads):
         target = pick_device(device)
         folder = read_data_set(data)
+        for warning in folder.warnings:
+            say(f"warning: {warning}")
         decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
         with saved_progress(out, decisive, restart=restart) as run:
             ready = prepare(folder, recipe, seed, target)
@@ -137,7 +144,7 @@ def _check_apart(data: Path, out: Path) -> None:
 def _threads(count: int | None) -> Iterator[None]:
     """Let torch compute with that many CPU threads inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
+    use_threads(check_threads(count))
     try:
         yield
     finally:
@@ -156,8 +163,8 @@ def _write_samples(target: Path, examples: Sequence[Example], seed: int) -> None
     """Copy up to `MAX_SAMPLES` validation images with their labels and texts."""
     chosen = np.random.default_rng(seed).permutation(len(examples))[:MAX_SAMPLES]
     rows = ((i, examples[i]) for i in sorted(chosen))
-    # Numbered: images of different sub-folders may share a name.
-    write_split(
-        target,
-        ((f"{i:06d}{e.image.suffix}", e.image.read_bytes(), e.label, e.text) for i, e in rows),
-    )
+    read = ((i, e, e.image.read_bytes()) for i, e in rows)
+    # Numbered: images of different sub-folders may share a name. By content: a copy of the
+    # checkpoint has files with the usual endings only.
+    named = ((f"{i:06d}{image_suffix(c)}", c, e.label, e.text) for i, e, c in read)
+    write_split(target, named)

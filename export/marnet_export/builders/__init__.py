@@ -58,7 +58,7 @@ Floats = NDArray[np.float32]
 
 
 class Unread(ExportError):
-    """What a backend built is right as far as anybody knows, but its products cannot be read."""
+    """A build may well be right, but the types of its products cannot be read back."""
 
 
 BUILDERS = {
@@ -74,7 +74,7 @@ TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 @dataclass(frozen=True)
 class Types:
-    """In which types a graph stores its matrices and computes with them.
+    """These are the types in which a graph stores its matrices and computes with them.
 
     Matrices that are stored in int8 are multiplied in int8; `compute` is for everything else.
     """
@@ -84,7 +84,7 @@ class Types:
 
     @property
     def sentence(self) -> str:
-        """What `marnet-export` says about them, in one line."""
+        """Say in one line how matrices are stored and multiplied, for `marnet-export`."""
         if self.storage == "int8":
             return f"int8: matrices stored and multiplied in int8, the rest in {self.compute}"
         if self.storage == self.compute:
@@ -97,12 +97,13 @@ class Types:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What the ranges of activations are measured on for int8."""
+    """The ranges of activations for int8 are measured on these arrays."""
 
     pixels: Floats  # [N, 3, H, W] real images
     x_v: Floats  # [N, D_v] what the float32 encoder makes of them
     coefficients: Floats  # [S, 3], the loop's tables at the operating point that is served
     bias: Floats  # [S, 1 or N, K, R]
+    kept: tuple[str, ...] = ()  # the encoder's layers that stay float
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ def builder(backend: str) -> ModuleType:
 
 
 def open_built(backend: str, payload: Path, compute: str, device: str | None = None) -> Backend:
-    """What was built, opened as the SDK does; where this machine cannot run it, the graphs that it
-    was compiled from (`runs_here` tells).
+    """Open what was built as the SDK does; where this machine cannot run it, open the graphs that
+    it was compiled from (`runs_here` tells).
 
     Args:
         device: that it was built for; None: what the backend builds for when it is not told.
@@ -144,14 +145,16 @@ def open_built(backend: str, payload: Path, compute: str, device: str | None = N
 def open_built_text(
     backend: str, folder: Path, compute: str, threads: int | None, device: str | None = None
 ) -> TextEncoder:
-    """The same for the text encoder."""
+    """Open the text encoder that was built; where this machine cannot run it, open the graph that
+    it was compiled from.
+    """
     if runs_here(backend):
         return open_text(backend, folder, compute, threads, device)
     return builder(backend).open_text_reference(folder, threads)
 
 
 def runs_here(backend: str) -> bool:
-    """Whether this machine runs what the backend builds, rather than builds it for others."""
+    """Tell whether this machine runs what the backend builds, rather than builds it for others."""
     return not (why_unavailable(backend) and hasattr(builder(backend), "open_reference"))
 
 

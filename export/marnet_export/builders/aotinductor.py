@@ -133,8 +133,9 @@ class _Refine(nn.Module):
     def forward(
         self, x_v: Tensor, coefficients: Tensor, bias: Tensor, last: Tensor, row: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x_v [B, D_v], coefficients [S - 1, 3], bias [S - 1, N, K, R] and that of the last step
-        [N, K, R], row [B] -> logits [B, K, C], features [B, K, D_f]."""
+        """Map x_v [B, D_v], coefficients [S - 1, 3], bias [S - 1, N, K, R] and that of the last
+        step [N, K, R], and row [B] to logits [B, K, C] and features [B, K, D_f].
+        """
         q = self.step.condition(x_v)
         # Computed of both, so that the compiler sees where its shape comes from.
         zero = (q[:, :, :1] + last.index_select(0, row)[:, :, :1]) * 0.0  # [B, K, 1]
@@ -519,7 +520,7 @@ class _Source:
         self.arrays[name] = replace(like, weights=frozenset(), computed=True)
 
     def products(self, once: str) -> list[Product]:
-        """In the order of execution. `once`: the part that is not in a loop."""
+        """List the products in the order of execution; `once` is the part that is not in a loop."""
         return [
             self._count(i, "loop" if called.looping else once, called)
             for i, called in enumerate(self.found)

@@ -33,10 +33,13 @@ from marnet_export.lower import Lowered
 from marnet_export.quantise import (
     LEVELS,
     Range,
+    corrected,
+    kept_nodes,
     loop_ranges,
     products_of_activations,
     quantised_rows,
     require_calibration,
+    stored_factors,
 )
 from marnet_sdk.backends.onnxruntime import (
     ENCODER,
@@ -75,9 +78,12 @@ def build_encoder(
     calibrated = require_calibration(calibration, types)
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
     path = payload / ENCODER
-    _export(lowered.encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    encoder = lowered.encoder
     if calibrated is not None:
-        _quantise_encoder(path, calibrated.pixels)
+        encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept)
+    _export(encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    if calibrated is not None:
+        _quantise_encoder(path, encoder, calibrated)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
@@ -128,8 +134,11 @@ def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
     _export(lowered.head, example, shapes, inputs, outputs, types, payload / HEAD)
 
 
-def _quantise_encoder(path: Path, images: Floats) -> None:
-    """Replace a float32 graph by its int8 twin. images [N, 3, H, W]"""
+def _quantise_encoder(path: Path, encoder: nn.Module, calibration: Calibration) -> None:
+    """Replace a float32 graph by its int8 twin.
+
+    What a Clip (ReLU6) cuts off must not count for the range of the convolution before it.
+    """
     load_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -137,13 +146,14 @@ def _quantise_encoder(path: Path, images: Floats) -> None:
     with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        attention = products_of_activations(onnx.load(prepared).graph)
+        graph = onnx.load(prepared).graph
+        kept = kept_nodes(stored_factors(graph), encoder, calibration.kept)
         quantize_static(
             prepared,
             path,
-            _Images(images),  # type: ignore[arg-type]  # a reader in all but its base class
-            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "MaxPool"],
-            nodes_to_exclude=attention,
+            _Images(calibration.pixels),  # type: ignore[arg-type]  # a reader but for its base class
+            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool"],
+            nodes_to_exclude=[*products_of_activations(graph), *kept],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -182,7 +192,9 @@ def _silent_root_logger() -> Iterator[None]:
 
 @torch.library.custom_op("marnet::matmul_int8", mutates_args=())
 def _matmul_int8(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    """x [..., I] on steps of its range, times stored int8 [I, O] with scale [O] -> [..., O]"""
+    """Multiply x [..., I], on steps of its range, with stored int8 [I, O] of scale [O]; returns
+    [..., O].
+    """
     on_steps = (torch.round(x / step) + zero).clamp(0, LEVELS - 1) - zero
     return (on_steps * step) @ (stored.float() * scale)
 
@@ -404,7 +416,9 @@ def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
 
 
 def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
-    """In which type everything that is made of stored values alone is stored, by its name."""
+    """Map the name of everything that is made of stored values alone to the type in which it is
+    stored.
+    """
     largest = {
         tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
         for tensor in _initializers(graph)

@@ -25,7 +25,13 @@ from torch import Tensor
 from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, quiet
 from marnet_export.graph import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_export.lower import Lowered
-from marnet_export.quantise import products_of_activations, require_calibration
+from marnet_export.quantise import (
+    corrected,
+    kept_nodes,
+    products_of_activations,
+    require_calibration,
+    stored_factors,
+)
 from marnet_export.tensorrt_engines import (
     BUCKETS,
     CONDITION,
@@ -49,7 +55,7 @@ from marnet_sdk.backends.tensorrt import by_noise_row
 from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
 from marnet_sdk.persistent_loop import LOOP
 from marnet_sdk.tables import Floats, Integers, Tables
-from marnet_sdk.tensorrt_library import STANDARD, read_index
+from marnet_sdk.tensorrt_library import RTX, STANDARD, read_index
 
 load_onnxruntime()  # before anything else imports it, for its telemetry
 from onnxruntime.quantization import (  # noqa: E402
@@ -62,6 +68,7 @@ from onnxruntime.quantization import (  # noqa: E402
 DEVICE, MOST_STEPS = "cuda", STEPS[-1]
 STORAGE = ("fp32", "bf16", "fp16", "int8")
 COMPUTE = ("fp16", "bf16", "fp32")
+PACKAGES = (STANDARD, RTX)  # what an engine depends on: whichever is installed
 ONNX = "onnx"
 ROUTES = (ONNX, TORCH_TENSORRT)  # to the encoder's engine
 TOKENS = 512  # most, where the encoder does not say less
@@ -69,7 +76,7 @@ _OPSET = 23  # the first with an operator for attention, which TensorRT runs as 
 
 
 def targets(payload: Path) -> list[str]:
-    """Which libraries and GPUs the payload has engines for."""
+    """List the libraries and GPUs that the payload has engines for."""
     return [str(engines) for engines in read_index(payload)]
 
 
@@ -119,10 +126,12 @@ def build_encoder(
     module = lowered.encoder
     if calibrated is None:
         module = with_compute(module, TORCH_TYPES[types.compute])
+    else:
+        module = corrected(module, calibrated.pixels, kept=calibrated.kept)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     proto = _export(module, (pixels,), ({0: batch},), ["pixels"], ["x_v"])
     if calibrated is not None:
-        proto = _quantise(proto, calibrated.pixels)
+        proto = _quantise(proto, module, calibrated)
     _save(proto, types, payload / ENCODER)
     (*_, engines) = add_engines(payload, targets, buckets=buckets)
     if route == TORCH_TENSORRT:
@@ -290,25 +299,28 @@ def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
 # --- int8
 
 
-def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
+def _quantise(
+    proto: onnx.ModelProto, encoder: torch.nn.Module, calibration: Calibration
+) -> onnx.ModelProto:
     """Put Q and DQ nodes around the factors of all layers, with ONNX Runtime's quantiser.
 
-    Activations get one symmetric scale a tensor, from their largest values on `pixels`
-    [N, 3, H, W], weights one a row. Products of activations are left alone.
+    Activations get one symmetric scale a tensor, from their largest values on the images,
+    weights one a row. Products of activations are left alone, and layers that stay float.
     """
-    attention = products_of_activations(proto.graph)
+    left = products_of_activations(proto.graph)
+    left += kept_nodes(stored_factors(proto.graph), encoder, calibration.kept)
     with tempfile.TemporaryDirectory() as folder, _silent():
         path = Path(folder) / ENCODER
         quantize_static(
             proto,
             path,
-            _Images(pixels),
+            _Images(calibration.pixels),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            nodes_to_exclude=attention,
+            nodes_to_exclude=left,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
@@ -320,7 +332,7 @@ def _quantise(proto: onnx.ModelProto, pixels: Floats) -> onnx.ModelProto:
 
 
 class _Images(CalibrationDataReader):
-    """What the quantiser asks for inputs, a batch at a time."""
+    """This hands images to the quantiser, a batch at a time."""
 
     def __init__(self, pixels: Floats, batch: int = 16) -> None:
         self._batches = iter(np.array_split(pixels, -(-len(pixels) // batch)))
@@ -372,7 +384,7 @@ def open_reference(payload: Path, threads: int | None) -> Backend:
 
 
 def open_text_reference(payload: Path, threads: int | None) -> TextEncoder:
-    """The same for the text encoder."""
+    """Open the graph that the text encoder's engine was compiled from, in ONNX Runtime."""
     session = _session(payload / TEXT, threads)
 
     def encode(ids: Integers, mask: Integers) -> Floats:

@@ -1,7 +1,7 @@
 // What needs PTX, under names that say what it does. tests/kernels/emulator/emulator.h has the same functions for the
 // CPU, so a kernel written with these and plain CUDA C++ also runs there.
 //
-// `source.py` puts this text before every kernel. It includes nothing: NVRTC compiles it without a CUDA toolkit.
+// `compile.source` puts this text before every kernel. It includes nothing: NVRTC compiles it without a CUDA toolkit.
 
 // All shared memory of a kernel is dynamic: one array of bytes, 16-byte aligned, that the kernel divides itself.
 #define SHARED(type, name) extern __shared__ __align__(16) type name[]
@@ -25,10 +25,6 @@ __device__ inline uint4 load_relaxed_if(bool there, const void* address) {
         : "l"(address), "r"((int)there)
         : "memory");
     return v;
-}
-
-__device__ inline void store_relaxed(unsigned short* address, unsigned short value) {
-    asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
 }
 
 __device__ inline void store_relaxed(unsigned* address, unsigned value) {
@@ -83,20 +79,8 @@ MARNET_MMA(mma_fp16, "f16")
 MARNET_MMA(mma_bf16, "bf16")
 #undef MARNET_MMA
 
-// To nearest, ties to even; beyond the range is infinite; every NaN becomes 0x7fff.
-__device__ inline unsigned short to_fp16(float value) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-__device__ inline unsigned short to_bf16(float value) {
-    unsigned short bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-// Two values, `low` in the lower 16 bits.
+// Two values, `low` in the lower 16 bits, each to nearest, ties to even; beyond the range is infinite; every NaN
+// becomes 0x7fff.
 __device__ inline unsigned pack_fp16(float low, float high) {
     unsigned bits;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
@@ -107,20 +91,4 @@ __device__ inline unsigned pack_bf16(float low, float high) {
     unsigned bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
     return bits;
-}
-
-__device__ inline float from_fp16(unsigned short bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-
-__device__ inline float from_bf16(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
-
-// The upper half of the 64-bit product.
-__device__ inline unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }
-
-// Of an angle in turns of 2 pi.
-__device__ inline void sincos_turns(float turns, float* sine, float* cosine) {
-    sincospif(2.f * turns, sine, cosine);
 }

@@ -1,7 +1,6 @@
 // The whole reverse-sampling loop in one launch. reverse_sampler.py defines the formulas, what is where in memory, who
-// owns what and the order of additions; persistent.py launches it. Macros: HP is the padded width of the hidden layers,
-// DP that of the noise, with NOISE; OPERAND is fp16 or bf16; EPOCH chooses the exchange; TILES, ROWS and COPIES are
-// fields of persistent.Variant.
+// owns what and the order of additions; persistent.py launches it. Macros: HP is the padded width of the hidden layers;
+// OPERAND is fp16 or bf16; EPOCH chooses the exchange; TILES, ROWS and COPIES are fields of persistent.Variant.
 
 #define JOIN_NAMES(a, b) a##b
 #define JOIN(a, b) JOIN_NAMES(a, b)
@@ -13,7 +12,6 @@ constexpr int FEATURES = 8 * TILES;            // of a block
 constexpr int STACKS = (TILES + 1) / 2;        // of 16 features, the rows of an mma; 8 of them are zero with one tile
 constexpr int BLOCKS = HP / FEATURES;          // of one group, which shares its rows with no other
 constexpr int GROUPS = HP / (32 * WARPS);      // of 32 input features, in the part of one warp
-constexpr int NOISE_GROUPS = NOISE ? DP / (32 * WARPS) : 0;
 constexpr int TILE = 8;                        // rows of activations: columns of an mma
 constexpr int PAIRS = FEATURES / 2;            // of neighbouring features in a row
 constexpr int LARGEST = TILES == 4 ? 16 : 32;  // with which every pair of a chunk has a thread
@@ -22,8 +20,8 @@ constexpr int CHUNKS = ROWS / CHUNK;
 constexpr int STRIDE = FEATURES + 4;     // floats between rows of a partial sum: whoever writes meets each bank once
 constexpr int PARTIAL = CHUNK * STRIDE;  // floats of one warp
 // Registers: for weights, for all that is kept through the loop (about), and for loads that are under way.
-constexpr int WEIGHTS = 8 * STACKS * (3 * GROUPS + NOISE_GROUPS);
-constexpr int HELD = WEIGHTS + 16 * (CHUNKS - 1) + 16 * NOISE;
+constexpr int WEIGHTS = 8 * STACKS * 3 * GROUPS;
+constexpr int HELD = WEIGHTS + 16 * (CHUNKS - 1);
 constexpr int LOADS = HELD <= 104 ? 64 : HELD <= 144 ? 32 : 16;
 constexpr bool CROWDED = WEIGHTS > 144;
 
@@ -40,16 +38,11 @@ struct Arguments {  // persistent.py mirrors this field for field
     unsigned short* exchange;
     unsigned* counter;
     float* out;
-    const uint4* noise_weights;  // this and the next three with NOISE only
-    unsigned short* noise_exchange;
-    const unsigned long long* keys;
-    const int* timesteps;
-    unsigned long long seed;
-    int images, samples, noises, steps, train_steps;
+    int images, samples, noises, steps;
     float slope;
 };
 
-static_assert(sizeof(Arguments) == 128, "persistent.py builds 128 bytes");
+static_assert(sizeof(Arguments) == 88, "persistent.py builds 88 bytes");
 
 // ---- Exchange between blocks -----------------------------------------------------------------------------------------
 //
@@ -61,7 +54,6 @@ static_assert(sizeof(Arguments) == 128, "persistent.py builds 128 bytes");
 // for. The buffer starts with the other one, as the launch clears it, so what an earlier launch left there is never
 // taken for an answer. Why no older and no younger value can be taken either:
 //   - A word is written once a step, by one thread, so its parity alternates in the order of coherence of that word.
-//     (z is written once a draw, and has a parity of its own that alternates with the draws.)
 //   - Not older than one step: a thread that has read step i at this address can read nothing older there afterwards
 //     (coherence of reads), and step i - 1 has the other parity.
 //   - Not younger: the writer writes h1 of step i + 1 only with values of h3 of step i from all blocks; each of them
@@ -236,53 +228,6 @@ __device__ inline float2 activation(float2 x, float2 bias, float slope) {
     return make_float2(leaky_relu(x.x + bias.x, slope), leaky_relu(x.y + bias.y, slope));
 }
 
-// ---- Noise -----------------------------------------------------------------------------------------------------------
-//
-// z is made four elements at a time, by all blocks of a group, and published together with h2 of its step. Who may
-// write it has read h1 of the step from all blocks, and they published that after they had read the z before it. The
-// product with z is taken before h3 is waited for: whoever published h2 had published z before. (With EPOCH, what
-// keeps a write of z behind the reads of h1 is control and a barrier, not data: it relies on a GPU not making writes
-// before it knows that they are to be made.)
-
-#if NOISE
-constexpr int QUADS = DP / 4;  // of one row
-constexpr int DRAWS = ((ROWS * QUADS + BLOCKS - 1) / BLOCKS + THREADS - 1) / THREADS;  // of a thread, at most
-
-// Row and quad of this thread's draw of this number, as row * QUADS + quad within the group, or -1.
-__device__ inline int place_of_draw(int number, int rows) {
-    const int share = (rows * QUADS + BLOCKS - 1) / BLOCKS;
-    // From the last thread: the first ones own pairs, also where rows are few.
-    const int mine = THREADS * number + THREADS - 1 - threadIdx.x, place = blockIdx.x * share + mine;
-    return mine < share && place < rows * QUADS ? place : -1;
-}
-
-__device__ inline void draw(uint2 (&words)[DRAWS], const Arguments& a, unsigned step, int first, int rows,
-                            unsigned parity) {
-    const uint2 key = make_uint2((unsigned)a.seed, (unsigned)(a.seed >> 32));
-#pragma unroll
-    for (int i = 0; i < DRAWS; i++) {
-        const int place = place_of_draw(i, rows);
-        if (place < 0) continue;
-        const int row = first + place / QUADS;
-        const unsigned long long trajectory = a.keys[row / a.samples] + row % a.samples;
-        const float4 z = normal4(
-            make_uint4(place % QUADS, step, (unsigned)trajectory, (unsigned)(trajectory >> 32)), key);
-        words[i] = make_uint2(word(z.x, z.y, parity), word(z.z, z.w, parity));
-    }
-}
-
-__device__ inline void publish_draw(const uint2 (&words)[DRAWS], unsigned short* noise, int rows) {
-#pragma unroll
-    for (int i = 0; i < DRAWS; i++) {
-        const int place = place_of_draw(i, rows);
-        if (place < 0) continue;
-        unsigned* to = (unsigned*)(noise + place * 4);
-        store_relaxed(to, words[i].x);
-        store_relaxed(to + 1, words[i].y);
-    }
-}
-#endif
-
 // ---- The loop --------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const Arguments a) {
@@ -316,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
     for (int c = 0; c < CHUNKS; c++) {
         if (!own(c)) continue;
         const int r = first + c * CHUNK + row, image = r / a.samples;
-        if (!NOISE) table_row[c] = (a.noises > 1 ? image : 0) * a.samples + r % a.samples;
+        table_row[c] = (a.noises > 1 ? image : 0) * a.samples + r % a.samples;
         state(c) = previous(c) = make_float2(0.f, 0.f);
         condition(c) = *(const float2*)(a.condition + (long long)image * HP + column);
         bias(c) = table(c);
@@ -340,23 +285,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
         if (offset >= 3 * COPIES * copy) offset = base;
     };
 
-#if NOISE
-    uint4 input[TILES][NOISE_GROUPS];
-    load_weights(input, a.noise_weights);
-    unsigned short* noise = a.noise_exchange + first * DP;
-    unsigned noise_parity = 1;
-    uint2 drawn[DRAWS];
-    draw(drawn, a, a.train_steps, first, rows, noise_parity);
-    publish_draw(drawn, noise, rows);
-    announce(counter);
-    await(counter, arrivals += BLOCKS, noise, 0, parity);
-    float2 start[CHUNKS];
-    layer(start, input, noise, rows, noise_parity, partial, turn);
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-        if (own(c)) state(c) = start[c];
-#endif
-
     for (int step = 0;; step++, parity ^= 1u) {
         float2 sums[CHUNKS];
         const bool last = step == a.steps - 1;
@@ -371,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
         float2 next[CHUNKS];
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            table_row[c] += NOISE ? 1 : a.noises * a.samples;
+            table_row[c] += a.noises * a.samples;
             if (own(c) && !last) next[c] = table(c);
         }
         const auto keep_next = [&] {
@@ -379,10 +307,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
             for (int c = 0; c < CHUNKS; c++)
                 if (own(c) && !last) bias(c) = next[c];
         };
-#if NOISE
-        const float noise_factor = last ? 0.f : a.coefficients[step].w;
-        if (noise_factor != 0.f) draw(drawn, a, a.timesteps[step] - 1, first, rows, noise_parity ^= 1u);
-#endif
         await(counter, arrivals += BLOCKS, source(), rows, parity);
         if (CROWDED) keep_next();  // later, nobody has to wait for them, but they take registers until then
         layer(sums, hidden2, source(), rows, parity, partial, turn);
@@ -391,9 +315,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
             if (own(c)) publish(c, activation(sums[c], bias2, a.slope));
-#if NOISE
-        if (noise_factor != 0.f) publish_draw(drawn, noise, rows);
-#endif
         announce(counter);
         await(counter, arrivals += BLOCKS, source(), rows, parity);
         layer(sums, hidden3, source(), rows, parity, partial, turn);
@@ -410,10 +331,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
         if (last) return;
         announce(counter);
         const float4 f = a.coefficients[step];
-#if NOISE
-        float2 noise_sums[CHUNKS];
-        if (noise_factor != 0.f) layer(noise_sums, input, noise, rows, noise_parity, partial, turn);
-#endif
         await(counter, arrivals += BLOCKS, source(), rows, parity);
         layer(sums, carry, source(), rows, parity, partial, turn);
         move_on();
@@ -422,13 +339,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) reverse_sampler(const A
         for (int c = 0; c < CHUNKS; c++) {
             if (!own(c)) continue;
             const float2 p = state(c), g = sums[c], before = previous(c);
-            float2 after = make_float2(f.x * p.x + f.y * g.x + f.z * before.x,
-                                       f.x * p.y + f.y * g.y + f.z * before.y);
-#if NOISE
-            const float2 u = noise_sums[c];
-            if (noise_factor != 0.f) after = make_float2(after.x + f.w * u.x, after.y + f.w * u.y);
-#endif
-            state(c) = after;
+            state(c) = make_float2(f.x * p.x + f.y * g.x + f.z * before.x,
+                                   f.x * p.y + f.y * g.y + f.z * before.y);
             previous(c) = g;
         }
     }

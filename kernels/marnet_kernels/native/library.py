@@ -2,7 +2,7 @@
 
 It is one shared library without Python's ABI, loaded with ctypes. Its name holds a hash of what it
 was compiled from, so a changed source is never answered with old code. `python -m
-marnet_kernels.native.library` compiles the one that a wheel ships.
+marnet_kernels.native` compiles the one that a wheel ships.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ what one thread computes at least: int8 [O / 64][I / 4][64][4], the others [O / 
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -159,14 +158,14 @@ class NativeLoop:
     def __init__(
         self,
         layers: LoopLayers,
-        threads: int | None = None,
+        threads: int = 1,
         instructions: str | None = None,
         lib: ctypes.CDLL | None = None,
     ) -> None:
         """Pack the weights.
 
         Args:
-            threads: cores to use at most; None: as many as the process may.
+            threads: cores to use at most.
             instructions: one of `instruction_sets()`; None: the best.
             lib: the library, where it is not the usual one.
 
@@ -183,7 +182,7 @@ class NativeLoop:
             )
         self.instructions = instructions or next(iter(sets))
         self._set = sets[self.instructions]
-        self._layers, self._threads = layers, threads
+        self._layers, self.most_threads = layers, threads
         self._kept: list[NDArray] = []  # what the structure points to
         self._loop = _Loop(
             *(self._packed(getattr(layers, name)) for name in _ORDER),
@@ -196,7 +195,7 @@ class NativeLoop:
     def threads(self, rows: int = 1) -> int:
         """Cores that a call with so many rows uses now."""
         most = max(1, self._layers.step_bytes * min(rows, 16) // _WORK)
-        return max(1, min(usable_cores() if self._threads is None else self._threads, most))
+        return max(1, min(self.most_threads, most))
 
     def __call__(self, x_v: Floats, coefficients: Floats, bias: Floats) -> Floats:
         """x_v [B, D_v], coefficients [S, 3] (A, B, C), bias [S, N, K, H] -> estimates [B, K, D].
@@ -278,11 +277,6 @@ def instruction_sets(lib: ctypes.CDLL | None = None) -> dict[str, int]:
             found[name.decode()] = number
         number += 1
     return found
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _close(lib: ctypes.CDLL) -> None:

@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from marnet_sdk.alignment import WithAlignment, read_head
-from marnet_sdk.captured import DeviceRows, RuntimeReport
+from marnet_sdk.captured import IN_GRAPH, DeviceRows, RuntimeReport
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError, InvalidInput
 from marnet_sdk.tables import Floats, Integers, Tables
 
@@ -54,13 +55,18 @@ class Backend(Protocol):
         """
         ...
 
-    def report(self) -> RuntimeReport | None:
-        """How it runs, where there is more to say than that two graphs are called."""
+    def report(self) -> RuntimeReport:
+        """How it runs."""
         ...
 
 
 class InTwoCalls:
-    """The rest of a `Backend` that has no faster way than its two graphs, one after the other."""
+    """The rest of a `Backend` on the processor that has no faster way than its two graphs, one
+    after the other."""
+
+    def threads(self) -> int:
+        """How many a call computes with."""
+        return 1
 
     def run(self: Backend, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
         return self.refine(self.encode(pixels), tables)
@@ -71,8 +77,8 @@ class InTwoCalls:
             "on another device; pass a NumPy array, as in pixels.cpu().numpy()"
         )
 
-    def report(self) -> RuntimeReport | None:
-        return None
+    def report(self) -> RuntimeReport:
+        return RuntimeReport("cpu", IN_GRAPH, (), threads=self.threads(), cpus=str(cpus()))
 
 
 TextEncoder = Callable[[Integers, Integers], Floats]  # ids and mask [B, L] -> x_s [B, D_s]
@@ -85,7 +91,7 @@ def open_backend(
 
     Args:
         compute: type of the matrix products, as recorded in the manifest.
-        threads: cores to use; None leaves the framework's default.
+        threads: cores to use; None: as many as `cpus` says are worth having.
         device: "cpu" or "cuda"; None: cuda for tensorrt, cpu for all others.
 
     Raises:

@@ -7,19 +7,24 @@ compiler.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from platform import machine
+from secrets import token_hex
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cuda
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
 from marnet_sdk.errors import BackendUnavailable, InvalidInput
 from marnet_sdk.tables import Floats, Integers, Tables
 
@@ -33,11 +38,12 @@ GPU = "MARNET_GPU"  # of code for a GPU: what that one can do, as compilers call
 STEPS = "steps - 1"  # the one size that may be zero
 _REBUILD = "export the bundle again on this machine: marnet-export --backend aotinductor"
 _NO_PARTS = "compiled code has no place for the persistent kernel between its loop and the rest"
+_NAME, _UNPACKING = f"marnet-{token_hex(8)}", Lock()  # of unpacked libraries in this process
 _AT_ONCE = 4  # calls that may run at the same time; they share the weights
 
 
 def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
-    """Load the compiled code. `threads` sets torch's thread count for the whole process.
+    """Load the compiled code. Torch's number of threads is set for the whole process.
 
     On "cuda", encoder, loop and head run as one captured graph (`torch_cuda`).
 
@@ -63,10 +69,7 @@ def open_text(payload: Path, compute: str, threads: int | None, device: str = "c
 
 
 def _open(path: Path, threads: int | None) -> _Graph:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch_cpu.use_threads(threads)
     metadata = read_metadata(path)
     _check_device(path, metadata, "cpu")
     _check_host(path, metadata)
@@ -153,18 +156,21 @@ def _load(path: Path, metadata: Mapping[str, str]) -> Any:
 
     torch's own loader asks a compiler what this processor is, and leaves the unpacked library
     behind if the process is killed. Once loaded, the library needs its file no longer.
+
+    The C library never unloads it: it has symbols that are unique in the process, and objects of
+    threads that have not ended. So the same library gets the same name again, by which it is found
+    where it is loaded, and reloading a bundle takes no more memory each time.
     """
     import torch
 
     # In C++; the public loader's Python part is what needs the compiler.
     open_library = torch._C._aoti.AOTIModelContainerRunnerCpu  # type: ignore[attr-defined]
     try:
-        with (
-            zipfile.ZipFile(path) as archive,
-            tempfile.TemporaryDirectory(prefix="marnet-") as folder,
-        ):
-            (library,) = (name for name in archive.namelist() if name.endswith(".so"))
-            return open_library(archive.extract(library, folder), _AT_ONCE)
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+            code = archive.read(name)
+        with _unpacked(code) as library:
+            return open_library(str(library), _AT_ONCE)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise BackendUnavailable(
             f"torch {torch.__version__} cannot load {path}, which torch {metadata[TORCH]} "
@@ -172,9 +178,26 @@ def _load(path: Path, metadata: Mapping[str, str]) -> Any:
         ) from error
 
 
+@contextmanager
+def _unpacked(code: bytes) -> Iterator[Path]:
+    """A file that holds a library, with a name in this process that depends on its bytes alone."""
+    folder = Path(tempfile.gettempdir()) / f"{_NAME}-{hashlib.sha256(code).hexdigest()}"
+    with _UNPACKING:
+        folder.mkdir(mode=0o700)
+        try:
+            library = folder / "code.so"
+            library.write_bytes(code)
+            yield library
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class _AotInductor(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: _Graph) -> None:
         self._encoder, self._refine = encoder, refine
+
+    def threads(self) -> int:
+        return torch_cpu.threads_now()
 
     def encode(self, pixels: Floats) -> Floats:
         (x_v,) = self._encoder(pixels)
@@ -265,11 +288,12 @@ class _Graph:
         self._inputs.check(*arrays)
         # Contiguous, and torch warns of arrays that it must not write to.
         given = [np.require(array, requirements=["C", "W"]) for array in arrays]
-        torch.get_num_threads()  # OpenMP keeps the setting for each thread; this hands it to ours
+        torch_cpu.settle_threads()
         # A caller's autocast would change the types that the bundle was verified with.
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             outputs = self._runner.run([torch.from_numpy(array) for array in given])
-        return [output.numpy() for output in outputs]
+        # Arrays of their own: one that needs a tensor would end it wherever it is dropped itself.
+        return [output.numpy().copy() for output in outputs]
 
 
 def _within(array: NDArray, largest: int) -> bool:

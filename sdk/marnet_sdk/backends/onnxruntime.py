@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.captured import RuntimeReport
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
-from marnet_sdk.native_loop import Head, Refine, loop_report, open_refine
+from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
 from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
@@ -80,11 +82,16 @@ def load_onnxruntime() -> Any:
 def session_options(threads: int | None) -> Any:
     """How graphs are run; what is not set here is ONNX Runtime's default."""
     options = load_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    # Its own choice knows no quota, and would bind each thread to a core.
+    options.intra_op_num_threads = threads or cpus().threads
     # Worker threads spin between the products of one call, and sleep as soon as it returns: left
     # spinning, they would take a core from whatever runs next, this backend's own caller included.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # For a millisecond at most, and work is handed out in small pieces: where a core is shared,
+    # its thread comes late and has little left to do.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    options.add_session_config_entry("session.dynamic_block_base", "4")
     if _overflows():
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
@@ -140,6 +147,9 @@ class _OnnxRuntime(InTwoCalls):
     def __init__(self, encoder: Any, refine: Refine) -> None:
         self._encoder, self._refine = encoder, refine
 
+    def threads(self) -> int:
+        return self._encoder.get_session_options().intra_op_num_threads
+
     def encode(self, pixels: Floats) -> Floats:
         (x_v,) = self._encoder.run(["x_v"], {"pixels": pixels})
         return x_v
@@ -147,5 +157,5 @@ class _OnnxRuntime(InTwoCalls):
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
         return self._refine(x_v, tables)
 
-    def report(self) -> RuntimeReport | None:
-        return loop_report(self._refine)
+    def report(self) -> RuntimeReport:
+        return replace(super().report(), loop=about_loop(self._refine))

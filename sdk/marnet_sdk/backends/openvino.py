@@ -9,14 +9,16 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.captured import RuntimeReport
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
-from marnet_sdk.native_loop import Head, Refine, loop_report, open_refine
+from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
 from marnet_sdk.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
@@ -70,6 +72,8 @@ def _compiled(
     """A graph for each choice of the outputs in the file."""
     ov = load_openvino()
     core = ov.Core()
+    # Mapped weights would change, or end the process, with a file that is written over.
+    core.set_property({"ENABLE_MMAP": False})
     if compute not in _COMPUTE:
         raise BackendUnavailable(
             f"openvino computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
@@ -143,7 +147,7 @@ def hidden(name: str) -> Iterator[None]:
 
 def compile_settings(compute: str, threads: int | None) -> dict[str, Any]:
     """Properties of compiled graphs; those not named here are OpenVINO's defaults."""
-    settings: dict[str, Any] = {
+    return {
         "PERFORMANCE_HINT": "LATENCY",
         # Never left to OpenVINO, which takes bfloat16 by itself where a CPU has it.
         "INFERENCE_PRECISION_HINT": "bf16" if compute == "bf16" else "f32",
@@ -152,10 +156,8 @@ def compile_settings(compute: str, threads: int | None) -> dict[str, Any]:
         # Every process would pin its first thread to the first core: measured to make two of them,
         # of one thread each, take 1.6 times as long.
         "ENABLE_CPU_PINNING": False,
+        "INFERENCE_NUM_THREADS": threads or cpus().threads,  # its own choice knows no quota
     }
-    if threads is not None:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    return settings
 
 
 class _Graph:
@@ -166,6 +168,7 @@ class _Graph:
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         self._idle: deque[Any] = deque()
 
     def __call__(self, **arrays: Floats | Integers) -> list[Floats]:
@@ -204,6 +207,9 @@ class _OpenVino(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: Refine) -> None:
         self._encoder, self._refine = encoder, refine
 
+    def threads(self) -> int:
+        return self._encoder.threads
+
     def encode(self, pixels: Floats) -> Floats:
         (x_v,) = self._encoder(pixels=pixels)
         return x_v
@@ -211,5 +217,5 @@ class _OpenVino(InTwoCalls):
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
         return self._refine(x_v, tables)
 
-    def report(self) -> RuntimeReport | None:
-        return loop_report(self._refine)
+    def report(self) -> RuntimeReport:
+        return replace(super().report(), loop=about_loop(self._refine))

@@ -33,6 +33,7 @@ from marnet_sdk.captured import (
     pad_rows,
     report,
     split_batch,
+    warn_of_operators,
 )
 from marnet_sdk.driver import DeviceArray, Gpu, Memory, MemoryPlan, Stream, device_array
 from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetError
@@ -189,6 +190,8 @@ class _TensorRT:
                 why_not = str(error)
         program = _Program(self._machine.gpu, shape, self._encoder, self._refine)
         why = f"operators in the captured graph, because {why_not}"
+        if why_not != self._why_not and why not in self._loops.values():
+            warn_of_operators(why)
         self._loops[shape.batch * shape.samples] = why
         return program
 
@@ -238,6 +241,7 @@ def _open_kernel(machine: _Machine) -> tuple[_Kernel | None, str]:
         if len(widths) > 1:
             raise ValueError(f"its engines and its weights have different widths, {widths}")
     except (MarnetError, ValueError, RuntimeError) as error:
+        warn_of_operators(str(error))
         return None, str(error)
     return _Kernel(condition, loop, finish, held[0]), ""
 

@@ -14,6 +14,7 @@ Axes: B batch, K noise samples, S steps, R row of the table, H hidden, Hp H padd
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,7 +36,9 @@ from marnet_sdk.captured import (
     RuntimeReport,
     Shape,
     report,
+    warn_of_operators,
 )
+from marnet_sdk.cpus import wait_briefly
 from marnet_sdk.driver import Gpu
 from marnet_sdk.errors import (
     BackendUnavailable,
@@ -45,6 +48,7 @@ from marnet_sdk.errors import (
     requires_extra,
 )
 from marnet_sdk.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.process import import_apart
 from marnet_sdk.tables import Floats, Integers, Tables
 
 # One image as it comes, and batches up to the 64 that `predict` makes when it is not told another
@@ -54,7 +58,8 @@ COMPUTE = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 # TorchScript's executor looks at the first run and compiles in the second; libraries load their
 # kernels and make their workspaces. None of that may happen while a graph is captured.
 WARM_UPS = 3
-_EXACT = Lock()  # one thread at a time changes the process's settings
+_EXACT = Lock()  # held to change the process's settings, not while they are as they should be
+_exact_users: list[Callable[[], None]] = []  # of each one inside, what puts the settings back
 
 
 def why_no_cuda() -> str | None:
@@ -85,8 +90,9 @@ def check_types(backend: str, compute: str, device: str) -> None:
         MissingExtra: torch is not installed.
         BackendUnavailable: torch runs on no GPU here, or does not compute in this type there.
     """
+    wait_briefly()
     with requires_extra("torch", "torch"):
-        import torch  # noqa: F401
+        import_apart("torch")
     if device == "cuda":
         check_cuda(backend)
     types = COMPUTE[device]
@@ -127,26 +133,44 @@ def exact_float32() -> Iterator[None]:
     """Products of float32 factors keep all their bits: no TF32, which convolutions use by default.
 
     These are settings of the process. They are read when work is enqueued, so what was captured
-    needs them no longer.
+    needs them no longer. Any number of threads may be inside at once: the first changes the
+    settings, and the last puts them back.
     """
+    with _EXACT:
+        _exact_users.append(_exact_users[0] if _exact_users else _set_exact())
+    try:
+        yield
+    finally:
+        with _EXACT:
+            put_back = _exact_users.pop()
+            if not _exact_users:
+                put_back()
+
+
+def _set_exact() -> Callable[[], None]:
+    """Change the settings; returns what puts them back."""
     import torch
 
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     newer = (cudnn.conv, cudnn.rnn, matmul)
-    with _EXACT:
-        # torch can be told in an older and a newer way, and answers with an error where the two
-        # differ: where a caller uses the newer one, the older one cannot be asked.
-        tf32, precision = _ask(lambda: cudnn.allow_tf32), _ask(torch.get_float32_matmul_precision)
-        before = [setting.fp32_precision for setting in newer]
-        try:
-            _tell_older(None if tf32 is None else False, precision and "highest")
-            for setting in newer:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            _tell_older(tf32, precision)
-            for setting, value in zip(newer, before, strict=True):
-                setting.fp32_precision = value
+    # torch can be told in an older and a newer way, and answers with an error where the two
+    # differ: where a caller uses the newer one, the older one cannot be asked.
+    tf32, precision = _ask(lambda: cudnn.allow_tf32), _ask(torch.get_float32_matmul_precision)
+    before = [setting.fp32_precision for setting in newer]
+
+    def put_back() -> None:
+        _tell_older(tf32, precision)
+        for setting, value in zip(newer, before, strict=True):
+            setting.fp32_precision = value
+
+    try:
+        _tell_older(None if tf32 is None else False, precision and "highest")
+        for setting in newer:
+            setting.fp32_precision = "ieee"
+    except BaseException:
+        put_back()
+        raise
+    return put_back
 
 
 def _ask(question: Callable[[], Any]) -> Any:
@@ -294,7 +318,7 @@ class Cuda:
 
     def download(self, tensor: Any) -> Floats:
         """Waits until it is there."""
-        return tensor.cpu().numpy()
+        return tensor.cpu().numpy().copy()
 
     def capture(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], None], Any]:
         """What replays `run`, and the tensors that it then writes to.
@@ -594,7 +618,7 @@ class TorchOnCuda:
         """
         self._model, self._make_kernel = model, make_kernel or _Kernels()
         self._lanes = [_Lane(make_gpu()) for _ in range(MOST_LANES)]
-        self._made: Counter[Shape] = Counter()
+        self._live: Counter[tuple[Shape, int]] = Counter()  # programs of a shape in a lane
         self._sizes: tuple[int, ...] | None = None
         self._loops: dict[str, set[int]] = {}  # what runs the loop -> for which batches
         self._pipeline = CapturedPipeline(self._capture, self._run_plainly, buckets)
@@ -684,10 +708,19 @@ class TorchOnCuda:
 
     def _capture(self, shape: Shape) -> Program:
         """With the persistent kernel where it can run, else with the bundle's own loop."""
-        assert self._sizes is not None
         # Programs of one shape go to different streams, so that they can run at the same time.
-        lane = self._lanes[self._made[shape] % len(self._lanes)]
-        self._made[shape] += 1
+        number = min(range(len(self._lanes)), key=lambda i: self._live[shape, i])
+        self._live[shape, number] += 1
+        try:
+            program = self._capture_in(self._lanes[number], shape)
+        except BaseException:
+            self._live[shape, number] -= 1
+            raise
+        weakref.finalize(program, self._live.subtract, [(shape, number)])
+        return program
+
+    def _capture_in(self, lane: _Lane, shape: Shape) -> Program:
+        assert self._sizes is not None
         with lane.taken() as gpu, exact_float32():
             kernel = self._kernel(shape, gpu)
             if not isinstance(kernel, str):
@@ -698,7 +731,10 @@ class TorchOnCuda:
                 except (MarnetError, RuntimeError) as error:
                     kernel = f"the persistent kernel failed: {one_line(error)}"
             program = _Program(lane, self._model, shape, self._sizes, None)
-            self._loops.setdefault(f"{OPERATORS}, because {kernel}", set()).add(shape.batch)
+            how = f"{OPERATORS}, because {kernel}"
+            if how not in self._loops and not isinstance(self._model.parts, str):
+                warn_of_operators(how)
+            self._loops.setdefault(how, set()).add(shape.batch)
             return program
 
     def _kernel(self, shape: Shape, gpu: Cuda) -> KernelLoop | str:

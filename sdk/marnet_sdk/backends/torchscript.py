@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cuda
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.tables import Floats, Integers, Tables
 
@@ -23,7 +23,7 @@ TRACED_ON = "marnet.device"  # a file in the archive: what it was traced on; wit
 
 
 def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
-    """Load and freeze the modules. `threads` sets torch's thread count for the whole process.
+    """Load and freeze the modules. Torch's number of threads is set for the whole process.
 
     Weights are stored in one type and computed with in another: the factors of matrix products
     go to `compute`, everything else to float32. On "cuda", encoder, loop and head run as one
@@ -46,7 +46,7 @@ def open_text(payload: Path, compute: str, threads: int | None, device: str = "c
     module = _module(payload / TEXT, compute, threads, device)
     if device == "cuda":
         return torch_cuda.plain_text(module)
-    return lambda ids, mask: _call(module, ids, mask).numpy()
+    return lambda ids, mask: _copied(_call(module, ids, mask))
 
 
 def load_model(payload: Path, compute: str, device: str) -> torch_cuda.Model:
@@ -59,10 +59,8 @@ def load_model(payload: Path, compute: str, device: str) -> torch_cuda.Model:
 
 def _module(path: Path, compute: str, threads: int | None, device: str = "cpu") -> Any:
     """Loaded and frozen."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if device == "cpu":
+        torch_cpu.use_threads(threads)
     return _freeze(_load(path, compute, device))
 
 
@@ -123,17 +121,26 @@ class _TorchScript(InTwoCalls):
     def __init__(self, encoder: Any, refine: Any) -> None:
         self._encoder, self._refine = encoder, refine
 
+    def threads(self) -> int:
+        return torch_cpu.threads_now()
+
     def encode(self, pixels: Floats) -> Floats:
-        return _call(self._encoder, pixels).numpy()
+        return _copied(_call(self._encoder, pixels))
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
         logits, features = _call(self._refine, x_v, tables.coefficients, tables.bias)
-        return logits.numpy(), features.numpy()
+        return _copied(logits), _copied(features)
+
+
+def _copied(tensor: Any) -> Floats:
+    """An array of its own: one that needs a tensor would end it wherever it is dropped itself."""
+    return tensor.numpy().copy()
 
 
 def _call(module: Any, *arrays: Floats | Integers) -> Any:
     import torch
 
+    torch_cpu.settle_threads()
     # torch warns of arrays that it must not write to, though nothing here writes to them.
     writeable = [array if array.flags.writeable else array.copy() for array in arrays]
     # A caller's autocast would change the types that the bundle was verified with.

@@ -2,8 +2,8 @@
 
 Needs g++ alone. `emulator.h` says what is emulated and what is not.
 
-    kernel = emulate("step_update")
-    kernel.launch("step_update", parameters, grid=3, block=128)
+    kernel = emulate("reverse_sampler", options)
+    kernel.launch("reverse_sampler", parameters, grid=(32, 1), block=256, shared=bytes)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
-from marnet_kernels.source import portable_source
+from marnet_kernels.compile import portable_source
 
 FOLDER = Path(__file__).parent
 GUARD_BYTES = 256  # before and after an array

@@ -352,7 +352,7 @@ bool Launch::meet_lanes(Thread* lanes, unsigned count) {
             case Operation::shuffle: error = exchange(lanes, request.mask, false); break;
             case Operation::shuffle_xor: error = exchange(lanes, request.mask, true); break;
             case Operation::mma_fp16: multiply(lanes, emulator::fp16_value); break;
-            case Operation::mma_bf16: multiply(lanes, from_bf16); break;
+            case Operation::mma_bf16: multiply(lanes, emulator::bf16_value); break;
         }
         for (unsigned i = 0; i < count; i++) {
             if (request.mask >> i & 1) lanes[i].state = State::ready;
@@ -440,6 +440,8 @@ unsigned short bf16_bits(float value) {
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+
+float bf16_value(unsigned short bits) { return bits_as<float>(static_cast<unsigned>(bits) << 16); }
 
 float fp16_value(unsigned short bits) {
     const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;

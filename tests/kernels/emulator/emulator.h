@@ -68,6 +68,7 @@ char* shared_memory();
 unsigned short fp16_bits(float value);
 unsigned short bf16_bits(float value);
 float fp16_value(unsigned short bits);
+float bf16_value(unsigned short bits);
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), const void* given, uint64_t bytes, const Shape& shape) {
@@ -147,11 +148,6 @@ inline uint4 load_relaxed(const void* address) {
 inline uint4 load_relaxed_if(bool there, const void* address) {
     return there ? load_relaxed(address) : uint4{0, 0, 0, 0};
 }
-inline void store_relaxed(unsigned short* address, unsigned short value) {
-    emulator::interrupt();
-    *address = value;
-    emulator::touched();
-}
 inline void store_relaxed(unsigned* address, unsigned value) {
     emulator::interrupt();
     *address = value;
@@ -181,15 +177,9 @@ inline void mma_bf16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsig
     emulator::Request request{emulator::Operation::mma_bf16, ~0u, {a0, a1, a2, a3, b0, b1}, d};
     emulator::meet_warp(request);
 }
-inline unsigned short to_fp16(float value) { return emulator::fp16_bits(value); }
-inline unsigned short to_bf16(float value) { return emulator::bf16_bits(value); }
-inline unsigned pack_fp16(float low, float high) { return to_fp16(low) | static_cast<unsigned>(to_fp16(high)) << 16; }
-inline unsigned pack_bf16(float low, float high) { return to_bf16(low) | static_cast<unsigned>(to_bf16(high)) << 16; }
-inline float from_fp16(unsigned short bits) { return emulator::fp16_value(bits); }
-inline float from_bf16(unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
-inline unsigned multiply_high(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
-inline void sincos_turns(float turns, float* sine, float* cosine) {
-    const double angle = 6.283185307179586 * turns;
-    *sine = static_cast<float>(sin(angle));
-    *cosine = static_cast<float>(cos(angle));
+inline unsigned pack_fp16(float low, float high) {
+    return emulator::fp16_bits(low) | static_cast<unsigned>(emulator::fp16_bits(high)) << 16;
+}
+inline unsigned pack_bf16(float low, float high) {
+    return emulator::bf16_bits(low) | static_cast<unsigned>(emulator::bf16_bits(high)) << 16;
 }

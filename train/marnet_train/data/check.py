@@ -1,22 +1,23 @@
 """What a data set holds and what is wrong with it: `marnet-train data check`.
 
-Every image is read and decoded once. Of each only a digest, its size and its format are kept, so
-memory grows with the number of images and not with their pixels.
+Every image is read and decoded once. Of each only a digest, a thumbnail of 192 bytes, its size and
+its format are kept, so memory grows with the number of images and not with their pixels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from marnet_sdk.console import track
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import DataError, ImageError
 from marnet_sdk.images import decode
 from marnet_train.data.dataset import scan_data_set
@@ -28,6 +29,7 @@ from marnet_train.data.examples import (
     natural_key,
     read_image,
 )
+from marnet_train.data.near import near_pairs, thumbnail
 from marnet_train.data.pixels import image_name
 
 MAX_CLASSES = 40  # shown one by one; of more, the largest and the smallest
@@ -58,6 +60,8 @@ class Report:
     repeats: list[str] = field(default_factory=list)  # one image several times in a split
     leak_count: int = 0
     repeat_count: int = 0
+    near: list[str] = field(default_factory=list)  # nearly the same image in two splits
+    near_count: int = 0
     problems: Problems = field(default_factory=Problems)
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +87,7 @@ class _Seen:
     """One decoded image."""
 
     digest: bytes  # of its pixels and size, so that a copy in another file format is found, too
+    thumbnail: bytes
     width: int
     height: int
     kind: str  # "PNG"
@@ -108,11 +113,13 @@ def check_data_set(root: Path) -> Report:
 def _count_classes(splits: Mapping[str, Sequence[Example]], report: Report) -> None:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for split, examples in splits.items():
+        if not examples:  # all of it was refused, so there is nothing to count
+            continue
         report.images[split] = len(examples)
         for example in examples:
             counts[example.label][split] += 1
     for label in sorted(counts, key=natural_key):
-        report.classes[label] = {split: counts[label][split] for split in splits}
+        report.classes[label] = {split: counts[label][split] for split in report.images}
 
 
 def _count_texts(split: str, examples: Sequence[Example], report: Report) -> None:
@@ -137,8 +144,9 @@ def _spread(values: Sequence[float]) -> Spread:
 def _look_at_images(splits: Mapping[str, Sequence[Example]], report: Report) -> None:
     everything = [(split, example) for split, examples in splits.items() for example in examples]
     seen: list[_Seen] = []
+    thumbnails: dict[bytes, bytes] = {}  # by pixels
     places: dict[bytes, list[tuple[str, Example]]] = defaultdict(list)  # by pixels
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cpus().threads) as pool:
         looks = pool.map(_look, [example for _, example in everything])
         for place, look in zip(
             everything, track(looks, "check images", len(everything)), strict=True
@@ -148,11 +156,13 @@ def _look_at_images(splits: Mapping[str, Sequence[Example]], report: Report) -> 
             else:
                 seen.append(look)
                 places[look.digest].append(place)
+                thumbnails[look.digest] = look.thumbnail
     if seen:
         report.width = _spread([look.width for look in seen])
         report.height = _spread([look.height for look in seen])
         report.formats = dict(Counter(look.kind for look in seen).most_common())
     _find_copies(places, report)
+    _find_near_copies(places, thumbnails, report)
 
 
 def _look(example: Example) -> _Seen | str:
@@ -163,7 +173,7 @@ def _look(example: Example) -> _Seen | str:
     except (ImageError, DataError) as error:
         return str(error)
     digest = hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest()
-    return _Seen(digest, *image.size, image_suffix(content)[1:].upper())
+    return _Seen(digest, thumbnail(image), *image.size, image_suffix(content)[1:].upper())
 
 
 def _find_copies(places: Mapping[bytes, list[tuple[str, Example]]], report: Report) -> None:
@@ -185,6 +195,27 @@ def _find_copies(places: Mapping[bytes, list[tuple[str, Example]]], report: Repo
             report.leak_count += 1
         else:
             report.repeat_count += 1
+
+
+def _find_near_copies(
+    places: Mapping[bytes, list[tuple[str, Example]]],
+    thumbnails: Mapping[bytes, bytes],
+    report: Report,
+) -> None:
+    """Images of different splits that are nearly, but not exactly, the same."""
+    splits: dict[str, dict[bytes, Example]] = defaultdict(dict)  # split -> pixels -> one place
+    for digest, found in places.items():
+        for split, example in found:
+            splits[split].setdefault(digest, example)
+    for first, second in combinations(splits.values(), 2):
+        digests = list(first), list(second)
+        for i, j in near_pairs(*([thumbnails[d] for d in side] for side in digests)):
+            if digests[0][i] == digests[1][j]:
+                continue
+            pair = first[digests[0][i]], second[digests[1][j]]
+            report.near_count += 1
+            if len(report.near) < MAX_PROBLEMS:
+                report.near.append(", ".join(f"{e.origin} ({e.label})" for e in pair))
 
 
 def class_rows(report: Report) -> Iterator[tuple[str, ...]]:

@@ -14,13 +14,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from marnet_train.data.csvfile import read_csv
-from marnet_train.data.examples import SPLITS, VALIDATION, Example, Problems, natural_key
+from marnet_train.data.examples import (
+    SPLITS,
+    SUFFIXES,
+    VALIDATION,
+    Example,
+    Problems,
+    natural_key,
+)
 from marnet_train.data.image_names import ImageNames, is_encodable, name_fault, quoted
+from marnet_train.data.looks import Looks
 from marnet_train.data.metadata import field_fault
 
 CAPTIONS = "captions.csv"
 COLUMNS = ("file_name", "text")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MISSING: str = "no {}/ folder"
 
 Captions = dict[str, tuple[str, str]]  # file name below the split -> (text, "captions.csv:12")
@@ -108,11 +115,13 @@ def _scan_split(
         if text is None and needs_text:
             problems.add(f"{directory / name}: no caption in {source}; add a line for it")
         else:
-            examples.append(Example(directory / name, label, text, origin))
-    for name in sorted(captions.keys() - images.keys(), key=natural_key):
+            examples.append(Example(directory / name, label.strip(), text, origin, label))
+    missing = sorted(captions.keys() - images.keys(), key=natural_key)
+    looks = Looks(images if missing else ())
+    for name in missing:
         problems.add(
-            f"{captions[name][1]}: no image file {quoted(name)} in {directory}; restore it or "
-            "remove the line"
+            f"{captions[name][1]}: no image file {quoted(name)} in {directory}"
+            f"{looks.hint(name)}; restore it or remove the line"
         )
     if not examples and problems.count == before:
         problems.add(f"{directory}: no images; expected folders like {directory}/cat/ with images")
@@ -123,7 +132,9 @@ def _images(directory: Path, problems: Problems) -> Iterator[tuple[str, str]]:
     """(class, "class/file name") of every image, in natural order of both."""
     names = ImageNames(directory)
     for entry in _visible(directory, problems):
-        if entry.is_dir():
+        if entry.is_dir() and not entry.name.strip():
+            problems.add(f"{directory}: holds a class folder {entry.name!r}; give it a name")
+        elif entry.is_dir():
             found = False
             for path in _visible(entry, problems):
                 name = f"{entry.name}/{path.name}"

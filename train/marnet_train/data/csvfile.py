@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from marnet_sdk.errors import nearest
-from marnet_train.data.examples import Problems
+from marnet_train.data.examples import Problems, check_regular
 from marnet_train.data.image_names import is_encodable, quoted
 
 Row = tuple[int, dict[str, str | None]]  # 1-based line on which it starts; None for an empty field
@@ -24,6 +24,7 @@ def read_csv(path: Path, required: Sequence[str], problems: Problems) -> Iterato
         problems: is told of every bad row with file and line. Nothing is raised.
     """
     try:
+        check_regular(path)
         # Bytes that are not UTF-8 become half surrogate pairs, and are found in their row.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield from _named_rows(path, _rows(path, file, problems), required, problems)

@@ -23,6 +23,7 @@ from marnet_train.data.examples import (
     data_hash,
     natural_key,
 )
+from marnet_train.data.labels import label_warnings
 
 __all__ = ["DataSet", "Example", "data_hash", "read_data_set", "read_one_split", "scan_data_set"]
 
@@ -74,7 +75,7 @@ def read_data_set(root: Path) -> DataSet:
     found.problems.raise_if_any(root)
     labels = sorted({example.label for example in found.splits["train"]}, key=natural_key)
     splits = {split: tuple(examples) for split, examples in found.splits.items()}
-    return DataSet(root, tuple(labels), splits)
+    return DataSet(root, tuple(labels), splits, tuple(found.problems.warning_lines()))
 
 
 def scan_data_set(root: Path) -> Scan:
@@ -106,6 +107,7 @@ def scan_data_set(root: Path) -> Scan:
     splits = layout.scan(root, chosen, problems)
     if not problems.count:  # else a class could seem new only because its train lines are broken
         check_classes(splits, problems)
+    problems.warnings += label_warnings(splits)
     return Scan(root, title, splits, problems)
 
 

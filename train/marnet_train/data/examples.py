@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 
 from marnet_sdk.errors import DataError
 from marnet_train.data.image_names import quoted
+from marnet_train.data.looks import Looks
 
 SPLITS = ("train", "val", "test")
 VALIDATION = "validation"  # how Hugging Face calls val
 MAX_PROBLEMS = 20  # listed in one error; the rest is counted
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # of images
 _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif", b"BM": ".bmp"}
 
 
@@ -51,6 +54,7 @@ class Example:
     label: str
     text: str | None
     origin: str = field(default="", compare=False)  # "ROOT/train/metadata.jsonl:12", for messages
+    written: str = field(default="", compare=False)  # the label, with blanks around it
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,19 @@ class DataSet:
     root: Path
     labels: tuple[str, ...]
     splits: dict[str, tuple[Example, ...]]  # "train", "val" and, where there is one, "test"
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass
 class Problems:
-    """What is wrong with a data set: the first `MAX_PROBLEMS` in words, all of them counted."""
+    """What is wrong with a data set: the first `MAX_PROBLEMS` in words, all of them counted.
+
+    `warnings` are about what can be read and may not be meant.
+    """
 
     shown: list[str] = field(default_factory=list)
     count: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, problem: str) -> None:
         self.count += 1
@@ -76,14 +85,32 @@ class Problems:
 
     def lines(self) -> list[str]:
         """The problems, one per line, and how many more there are."""
-        more = self.count - len(self.shown)
-        return [*self.shown, f"and {more} more"] if more else self.shown
+        return _listed(self.shown, self.count)
+
+    def warning_lines(self) -> list[str]:
+        """The warnings, as `lines`."""
+        return _listed(self.warnings[:MAX_PROBLEMS], len(self.warnings))
 
     def raise_if_any(self, where: object) -> None:
         """Raises: DataError, with all of `lines`."""
         if self.count:
             head = f"{self.count} problem{'s' * (self.count > 1)} in {where}:"
-            raise DataError("\n  ".join([head, *self.lines()]))
+            raise DataError(head, self.lines())
+
+
+def _listed(shown: list[str], count: int) -> list[str]:
+    more = count - len(shown)
+    return [*shown, f"and {more} more"] if more else shown
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which could be read for ever.
+
+    Raises:
+        OSError: it is there and is no file.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "a pipe or a device")
 
 
 def natural_key(label: str) -> tuple[list[tuple[int, str]], str]:
@@ -116,7 +143,8 @@ def check_classes(splits: Mapping[str, Sequence[Example]], problems: Problems) -
                 reported.add(example.label)
                 problems.add(
                     f"{example.origin}: class {quoted(example.label)} is not in train, expected "
-                    f"one of its {len(known)}; correct it or add it to train"
+                    f"one of its {len(known)}{Looks(known).hint(example.label)}; correct "
+                    "it or add it to train"
                 )
 
 

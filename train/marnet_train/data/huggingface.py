@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from marnet_sdk.errors import DataError, requires_extra
-from marnet_train.data.examples import EmbeddedImage, Example, Problems
+from marnet_train.data.examples import EmbeddedImage, Example, Problems, check_regular
 from marnet_train.data.image_names import is_encodable, quoted
 from marnet_train.data.metadata import field_fault
 
@@ -177,7 +177,7 @@ def _rows(table: Any, where: str, needs_text: bool, problems: Problems) -> Itera
             problems.add(f"{where} row {row}: {fault}")
         if not any(faults):
             image = EmbeddedImage(names[row] or "image", images, row)
-            yield Example(image, str(label), text, f"{where} row {row}")
+            yield Example(image, str(label).strip(), text, f"{where} row {row}", str(label))
 
 
 def _features(table: Any, where: str) -> dict[str, Any]:
@@ -250,6 +250,7 @@ def _plain(name: str) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        check_regular(path)
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error}); save the data set again") from error

@@ -1,13 +1,16 @@
 """Which `file_name`s of a split are safe and exist. One directory scan instead of a stat per line.
 
 `file_name` comes out of a file that anybody may have written, so a name is trusted only if it is
-a plain relative path and what it leads to, symbolic links followed, lies inside the split.
+a plain relative path and what it leads to, symbolic links followed, lies inside the split. In a
+snapshot of the hub's cache every file is a link to `blobs`, which the cache itself made.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path, PureWindowsPath
+
+from marnet_train.data.looks import Looks, spelt_otherwise
 
 
 def is_encodable(text: str) -> bool:
@@ -41,12 +44,21 @@ def name_fault(name: str) -> str | None:
     return None
 
 
+def _blobs(split: Path) -> list[str]:
+    """Where the files of a split lie that is REPOSITORY/snapshots/COMMIT/samples in a hub cache."""
+    snapshots = split.parents[1] if len(split.parents) > 2 else split
+    blobs = snapshots.parent / "blobs"
+    return [str(blobs)] if snapshots.name == "snapshots" and blobs.is_dir() else []
+
+
 class ImageNames:
     """The usable image names of one split folder, looked up by the `file_name` of a line."""
 
     def __init__(self, directory: Path) -> None:
         self._root = os.path.realpath(directory)
+        self._roots = (self._root, *_blobs(Path(self._root)))
         self._listings: dict[str, frozenset[str]] = {}  # "" or "sub/folder/" -> names in it
+        self._looks: dict[str, Looks] = {}  # path of a folder -> names in it, however usable
 
     def fault(self, name: str) -> str | None:
         """What is wrong with `name`, or None if it is a file inside the split."""
@@ -79,10 +91,30 @@ class ImageNames:
         return self._is_inside(target) and Path(target).is_file()
 
     def _is_inside(self, path: str) -> bool:
-        return path == self._root or path.startswith(self._root.rstrip(os.sep) + os.sep)
+        return any(
+            path == root or path.startswith(root.rstrip(os.sep) + os.sep) for root in self._roots
+        )
 
     def _explain(self, name: str) -> str:
         shown = quoted(name)
         if not self._is_inside(os.path.realpath(os.path.join(self._root, name))):
             return f'"file_name" {shown} is a link out of the split; copy the image into it'
-        return f"no image file {shown}; restore it or remove the line"
+        hint = spelt_otherwise(self._spelt_otherwise(name))
+        return f"no image file {shown}{hint}; restore it or remove the line"
+
+    def _spelt_otherwise(self, name: str) -> str | None:
+        """A file or folder in the split whose name looks like `name`."""
+        found: list[str] = []
+        for part in name.split("/"):
+            folder = os.path.realpath(os.path.join(self._root, *found))
+            if not self._is_inside(folder):
+                return None
+            if folder not in self._looks:
+                entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+                self._looks[folder] = Looks(entry.name for entry in entries)
+            like = self._looks[folder].like(part)
+            if like is None:
+                return None
+            found.append(like)
+        other = "/".join(found)
+        return other if other != name else None

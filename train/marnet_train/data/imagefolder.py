@@ -13,15 +13,24 @@ Other keys and columns are ignored. Blank lines are allowed. val/ may be called 
 from __future__ import annotations
 
 import json
+import os
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from marnet_sdk.errors import DataError, OutputExists
 from marnet_train.data.csvfile import read_csv
-from marnet_train.data.examples import SPLITS, VALIDATION, Example, Problems
-from marnet_train.data.image_names import ImageNames, name_fault
+from marnet_train.data.examples import (
+    SPLITS,
+    SUFFIXES,
+    VALIDATION,
+    Example,
+    Problems,
+    check_regular,
+    natural_key,
+)
+from marnet_train.data.image_names import ImageNames, name_fault, quoted
 from marnet_train.data.metadata import (
     LINE_EXAMPLE,
     METADATA,
@@ -114,7 +123,7 @@ def write_split(
         first[name] = number
         path = directory / name
         _write_image(path, image)
-        examples.append(Example(path, label, text, f"{directory / METADATA}:{number}"))
+        examples.append(_example(path, label, text, f"{directory / METADATA}:{number}"))
         present = {key: value for key, value in record.items() if value is not None}
         lines.append(json.dumps(present, ensure_ascii=False) + "\n")
     if not lines:
@@ -153,10 +162,36 @@ def scan_split(directory: Path, *, needs_text: bool, problems: Problems) -> list
             first.setdefault(name, number)
             if not faults:
                 image, origin = directory / name, f"{metadata}:{number}"
-                examples.append(Example(image, str(record["label"]), record.get("text"), origin))
+                examples.append(_example(image, str(record["label"]), record.get("text"), origin))
+    _warn_of_unlisted(directory, metadata, first, problems)
     if not examples and problems.count == before:
         problems.add(f"{metadata}: no examples; write one line per image, like {LINE_EXAMPLE}")
     return examples
+
+
+def _example(image: Path, label: str, text: str | None, origin: str) -> Example:
+    return Example(image, label.strip(), text, origin, label)
+
+
+def _warn_of_unlisted(
+    directory: Path, metadata: Path, listed: Collection[str], problems: Problems
+) -> None:
+    """Name the images in a split that no line lists. Hidden files are ignored."""
+    unlisted = []
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(folder, name)
+            is_image = path.suffix.lower() in SUFFIXES and not name.startswith(".")
+            if is_image and path.relative_to(directory).as_posix() not in listed:
+                unlisted.append(path.relative_to(directory).as_posix())
+    if unlisted:
+        shown = ", ".join(quoted(name) for name in sorted(unlisted, key=natural_key)[:3])
+        more = f" and {len(unlisted) - 3} more" if len(unlisted) > 3 else ""
+        problems.warnings.append(
+            f"{len(unlisted)} images in {directory} stand in no line of {metadata.name}: "
+            f"{shown}{more}"
+        )
 
 
 def _json_lines(metadata: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -166,6 +201,7 @@ def _json_lines(metadata: Path, problems: Problems) -> Iterator[tuple[int, dict[
     each line can then be told to be UTF-8 or not.
     """
     try:
+        check_regular(metadata)
         with metadata.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:  # Windows' editors begin a file with a byte-order mark

@@ -5,7 +5,6 @@ Axes: N images, H, W pixels.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from marnet_sdk.console import track
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import ImageError
 from marnet_sdk.images import decode
 from marnet_sdk.preprocess import Preprocess
@@ -51,7 +51,7 @@ class PixelStore:
                 return str(error)
             return None
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cpus().threads) as pool:
             faults = pool.map(load, range(len(examples)))  # in order
             for fault in track(faults, f"read {title}", len(examples)):
                 if fault is not None:

@@ -165,22 +165,34 @@ def _pool_of_whole_map(backbone: nn.Module) -> Callable[..., Tensor] | None:
     return None
 
 
-class TextEncoder(nn.Module):
-    """F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s], the masked mean."""
+POOLINGS = ("mean", "first")  # of all tokens, by the mask; or the vector of the first ([CLS])
 
-    def __init__(self, backbone: nn.Module) -> None:
+
+class TextEncoder(nn.Module):
+    """F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s]."""
+
+    def __init__(self, backbone: nn.Module, pooling: str = "mean") -> None:
         """Wrap a backbone, which runs once on one text to see `dim`, d_s.
 
+        Args:
+            pooling: one of `POOLINGS`.
+
         Raises:
-            RecipeError: it makes no vectors of tokens.
+            RecipeError: it makes no vectors of tokens, or the pooling is unknown.
         """
         super().__init__()
+        if pooling not in POOLINGS:
+            near = nearest(pooling, POOLINGS)
+            raise RecipeError(f"text_pooling {pooling!r} is unknown.{near} Choose from {POOLINGS}")
         self.backbone = backbone
+        self.pooling = pooling
         ids = torch.zeros(1, 2, dtype=torch.long, device="cpu")  # 0: every vocabulary has it
         self.dim = _width(self, ids, torch.ones_like(ids))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        if self.pooling == "first":
+            return out.last_hidden_state[:, 0]
         mask = attention_mask[..., None].to(out.last_hidden_state.dtype)  # [B, L, 1]
         total = (out.last_hidden_state * mask).sum(dim=1)
         return total / torch.clamp(mask.sum(dim=1), min=1)  # [B, d_s]

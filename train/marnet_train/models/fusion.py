@@ -2,6 +2,7 @@
 
 All take a, b of shape [B, D]; `concat` gives [B, 2D], the others [B, D]. SUM and HM follow the
 definitions of Niu et al. 2021 (counterfactual VQA), evaluated so that large inputs stay finite.
+There a and b are logits; eq. (24) fuses representations. `fusion_level` chooses.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def fuse_hm(a: Tensor, b: Tensor) -> Tensor:
     return log_h - torch.log1p(torch.exp(log_h))
 
 
+FUSION_LEVELS = ("feature", "logit")
 FUSIONS = {
     "concat": fuse_concat,
     "add": fuse_add,

@@ -25,7 +25,7 @@ from marnet_train.models.backbones import (
     build_backbone,
 )
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
-from marnet_train.models.fusion import FUSIONS
+from marnet_train.models.fusion import FUSION_LEVELS, FUSIONS
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class MarnetConfig:
     hidden: int = 1024  # width of the denoiser's hidden layers
     time_dim: int = 64
     fusion: str = "concat"
+    fusion_level: str = "feature"  # what is fused: x_EMA and x_CDR, or ("logit") their logits
+    text_pooling: str = "mean"  # of the tokens' vectors to x_s: see `POOLINGS`
     samples: int = 1  # K, noise samples whose probabilities are averaged when it is served
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     method: ClassVar[str] = "marnet"
@@ -50,6 +52,10 @@ class MarnetConfig:
                 raise RecipeError(f"{name} must be a whole configuration, not name another model")
         if self.fusion not in FUSIONS:
             raise RecipeError(f"fusion {self.fusion!r} is unknown; choose from {sorted(FUSIONS)}")
+        if self.fusion_level not in FUSION_LEVELS:
+            raise RecipeError(
+                f"fusion_level {self.fusion_level!r} is unknown; choose from {FUSION_LEVELS}"
+            )
         if len(self.labels) < 2:
             raise RecipeError(f"labels must be at least two classes, got {len(self.labels)}")
         if type(self.samples) is not int or self.samples < 1:
@@ -147,25 +153,29 @@ class MARNet(ImageBranch):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(vision or build_backbone(backbone_config(config.vision)))
-        self.text = TextEncoder(text or build_backbone(backbone_config(config.text)))
+        self.text = TextEncoder(
+            text or build_backbone(backbone_config(config.text)), config.text_pooling
+        )
         d_v, d_s, classes = self.vision.dim, self.text.dim, len(config.labels)
-        if config.fusion != "concat" and d_s != config.dim:
+        widths = (classes, classes) if config.fusion_level == "logit" else (config.dim, d_s)
+        if config.fusion != "concat" and widths[0] != widths[1]:
             raise RecipeError(
                 f"fusion {config.fusion!r} combines element by element, so dim ({config.dim}) must "
-                f"equal the width of the text features ({d_s}); change dim or use concat"
+                f"equal the width of the text features ({d_s}); change dim, use concat or fuse at "
+                'fusion_level = "logit"'
             )
         self.project_vision = nn.Linear(d_v, config.dim)  # E_v
         self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
         self.alignment_classifier = nn.Linear(config.dim, classes)
         self.denoiser = Denoiser(d_s, d_v, config.hidden, config.time_dim)
         self.semantic_classifier = nn.Linear(d_s, classes)
-        fused = config.dim + d_s if config.fusion == "concat" else config.dim
+        fused = sum(widths) if config.fusion == "concat" else widths[0]
         self.classifier = nn.Linear(fused, classes)
         for name, width in (("vision", d_v), ("text", d_s)):
             self._statistics(name, width)
         if config.fusion != "concat":  # a linear classifier on both can absorb theirs
-            self._statistics("aligned", config.dim)
-            self._statistics("refined", d_s)
+            self._statistics("aligned", widths[0])
+            self._statistics("refined", widths[1])
 
     def _statistics(self, name: str, width: int) -> None:
         """Buffers for the mean and standard deviation of a vector in training."""
@@ -227,17 +237,28 @@ class MARNet(ImageBranch):
         """D_s: of what the reverse process works on, and so of one noise vector."""
         return self.denoiser.dim
 
-    def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
-        """x_f = fuse(x_EMA, x_CDR), eq. (3), with x_EMA = x_v' (no text at test). -> [B, D_f].
+    def branches(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
+        """What is fused: x_EMA = x_v' (no text at test) [B, D] and x_CDR [B, D_s].
 
-        Element-wise fusions see both standardised, as their sums and products mean nothing where
-        the scales differ.
+        At logit level the logits of their classifiers take their place, [B, K] each, as in Niu et
+        al. 2021, where SUM and HM combine the scores of answers.
         """
         aligned = self.align_vision(x_v)
+        if self.config.fusion_level == "logit":
+            return self.alignment_classifier(aligned), self.semantic_classifier(x_cdr)
+        return aligned, x_cdr
+
+    def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
+        """x_f = fuse(x_EMA, x_CDR), eq. (3). -> [B, D_f].
+
+        Element-wise fusions see both branches standardised, as their sums and products mean nothing
+        where the scales differ.
+        """
+        a, b = self.branches(x_v, x_cdr)
         if self.config.fusion != "concat":
-            aligned = (aligned - self.aligned_mean) / self.aligned_std
-            x_cdr = (x_cdr - self.refined_mean) / self.refined_std
-        return FUSIONS[self.config.fusion](aligned, x_cdr)
+            a = (a - self.aligned_mean) / self.aligned_std
+            b = (b - self.refined_mean) / self.refined_std
+        return FUSIONS[self.config.fusion](a, b)
 
     def head(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K] and x_f [B, D_f] of refined features, eq. (3)-(4)."""

@@ -8,7 +8,6 @@ their ingredients, and are photographed badly, while the text says exactly what 
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from marnet_sdk.console import track
+from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.files import atomic_directory
 from marnet_train.data.dataset import read_data_set
@@ -63,7 +63,8 @@ def write_plates(
 
     Args:
         out: appears whole or not at all.
-        workers: processes that render; None: one per core. The bytes do not depend on it.
+        workers: processes that render; None: one per core that this process may use. The
+            bytes do not depend on it.
         overwrite: replace the data set at `out`.
 
     Raises:
@@ -71,7 +72,7 @@ def write_plates(
         OutputError: no space left, or `out` must not be written to.
     """
     with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
-        rows = _render_all(plates, workers or os.cpu_count() or 1)
+        rows = _render_all(plates, workers or cpus().threads)
         for split, indices in split_indices(plates).items():
             write_split(fresh / split, (next(rows) for _ in indices))
         rows.close()

@@ -1,0 +1,58 @@
+"""Encoders of other kinds go the whole way: trained, exported, verified, opened, asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from quick import kept
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/backbones.py"
+
+
+SPEC = importlib.util.spec_from_file_location("backbones", SCRIPT)
+assert SPEC is not None
+assert SPEC.loader is not None
+backbones = sys.modules["backbones"] = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(backbones)
+FAMILIES = (*backbones.VISION, *backbones.TEXT)
+# Kinds of operators: a window that is larger than the feature map, attention with relative
+# positions, and text that attends to positions. The others are tried by `make test-all`.
+KINDS = ("efficientnet", "swinv2", "deberta")
+
+
+@pytest.mark.parametrize("family", kept(FAMILIES, KINDS))
+def test_a_family_of_encoders_goes_the_whole_way(family: str, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    options = ["--family", family, "--backend", "onnxruntime", "--precision", "fp32"]
+    page = tmp_path / "page.md"
+    result = CliRunner().invoke(
+        backbones.main, [*options, "--output", str(found), "--page", str(page)]
+    )
+    assert result.exit_code == 0, result.stderr
+    cells = json.loads(found.read_text("utf-8"))["cells"]
+    assert [cell["backend"] for cell in cells] == ["training", "onnxruntime"]
+    assert [cell["detail"] for cell in cells if not cell["works"]] == []
+    assert f"| `{family}` | yes |  |  | fp32 |  |  |" in page.read_text("utf-8")
+
+
+def test_what_does_not_work_is_said_in_one_line(tmp_path: Path) -> None:
+    cells = [
+        backbones.Cell("vit", "training", "", True, "", 1.0),
+        backbones.Cell("vit", "openvino", "fp32", False, "it has no operator X", 1.0),
+        backbones.Cell("vit", "openvino", "bf16", True, "100% of 90", 1.0),
+    ]
+    page = backbones.page_of(cells, ("openvino",), ("fp32", "bf16"))
+    assert "| `vit` | yes | bf16 |" in page
+    assert "- `vit` openvino fp32: it has no operator X" in page
+
+
+def test_a_process_that_dies_costs_no_more_than_its_cells(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(backbones, "__file__", str(tmp_path / "missing.py"))
+    (cell,) = backbones.in_own_process("vit", tmp_path, ("onnxruntime",), ("fp32",))
+    assert not cell.works
+    assert "the process ended with 2" in cell.detail

@@ -133,6 +133,17 @@ def bundle_of(exported: Callable[..., Path]) -> BundleOf:
 
 
 @pytest.fixture(scope="session")
+def native_bundle(exported: Callable[..., Path]) -> BundleOf:
+    """backend, precision -> a bundle whose loop the native kernel runs."""
+
+    def make(backend: str, precision: str) -> Path:
+        chosen = {"loop": "native", "steps": 10, "min_agreement": 0.98}
+        return exported(f"native-{backend}-{precision}", backend, precision, **chosen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def swept_bundle(exported: Callable[..., Path]) -> Path:
     """Four operating points, and a threshold for each."""
     chosen = {"steps": "auto", "max_drop": 0.03, "min_agreement": 0.95, "target_risk": 0.04}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,20 +59,6 @@ def settings_of(backend: str, precision: str, **more) -> Settings:
     return Settings(
         backend, precision, **{"min_agreement": 0.98, "text": False, "steps": 10} | more
     )
-
-
-@pytest.fixture(scope="module")
-def native_bundle(checkpoint, tmp_path_factory):
-    """backend, precision -> a bundle with the native loop, built once."""
-    folder = tmp_path_factory.mktemp("native")
-
-    def make(backend: str, precision: str) -> Path:
-        path = folder / f"{backend}-{precision}"
-        if not path.exists():
-            export_bundle(checkpoint, path, settings_of(backend, precision, loop="native"))
-        return path
-
-    return make
 
 
 def _refine(classifier: Classifier) -> sdk.NativeRefine:

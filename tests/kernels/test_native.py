@@ -28,7 +28,8 @@ from marnet_kernels.native import (
     loop_reference,
     why_missing,
 )
-from marnet_kernels.native.loop import MOST_INPUTS, pack
+from marnet_kernels.native import loop as loop_module
+from marnet_kernels.native.loop import MOST_INPUTS, Crowd, pack
 from marnet_kernels.reverse_sampler import from_bits
 
 __all__ = ["_compiled"]
@@ -184,6 +185,52 @@ def test_threads_are_those_that_are_asked_for_and_are_worth_it():
     large = make_layers("fp32", hidden=512)
     assert NativeLoop(large, 8).threads() == 8
     assert NativeLoop(large, 1).threads() == 1
+
+
+def learned(crowd: Crowd, jobs: int, asleep: float, wanted: int = 8) -> list[int]:
+    """How many threads each of some jobs had, which all slept for a share of their time."""
+    used = []
+    for _ in range(jobs):
+        used.append(crowd.most(wanted))
+        crowd.learn(used[-1], asleep)
+    return used
+
+
+def test_threads_that_mostly_sleep_become_fewer_and_more_are_tried_again():
+    crowd = Crowd()
+    assert learned(crowd, 100, 0.3) == [8] * 100
+    busy = learned(crowd, 100, 0.9)
+    assert busy[:4] == [8, 8, 4, 4]
+    assert busy[-1] == 1
+    assert 1 < sum(busy) / len(busy) < 2  # 2 are tried now and then
+    assert set(busy[10:]) == {1, 2}
+    idle = learned(crowd, 3000, 0.1)
+    assert idle == sorted(idle)
+    assert idle[-1] == 8
+
+
+def test_one_job_that_sleeps_changes_nothing():
+    crowd = Crowd()
+    for _ in range(20):
+        assert learned(crowd, 1, 1.0) == [8]
+        assert learned(crowd, 7, 0.1) == [8] * 7
+
+
+def test_one_thread_never_becomes_fewer():
+    assert learned(Crowd(), 100, 0.0, wanted=1) == [1] * 100
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_call_tells_for_which_share_of_the_time_its_threads_slept(threads, monkeypatch):
+    told = []
+    monkeypatch.setattr(loop_module, "_crowd", crowd := Crowd())
+    monkeypatch.setattr(crowd, "learn", lambda *a: told.append(a))
+    layers = make_layers("fp32", hidden=200)
+    many_threads(layers, threads)(*make_input(layers))
+    ((used, asleep),) = told
+    assert used == threads
+    assert 0 <= asleep < 1
+    assert threads > 1 or asleep == 0
 
 
 def test_callers_take_turns():

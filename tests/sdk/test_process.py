@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compilers import need_compiler
 
 from marnet_sdk import Classifier, process
 from marnet_sdk.backends import BACKENDS
 from marnet_sdk.errors import BundleCorrupt, ClassifierClosed, InvalidInput
 
 ON_A_CPU = sorted(set(BACKENDS) - {"tensorrt"})
+NATIVE = "native"  # the loop of a bundle of onnxruntime
+SERVED = [*ON_A_CPU, NATIVE]
 
 
 @pytest.fixture
@@ -27,9 +30,33 @@ def image(digits: Path) -> Path:
     return min((digits / "test").glob("*.png"))
 
 
+@pytest.fixture
+def served(
+    bundle_of: Callable[[str, str], Path], native_bundle: Callable[[str, str], Path]
+) -> Callable[[str], Path]:
+    """backend, or `NATIVE` -> a bundle at fp16."""
+
+    def make(name: str) -> Path:
+        if name != NATIVE:
+            return bundle_of(name, "fp16")
+        need_compiler()
+        return native_bundle("onnxruntime", "fp16")
+
+    return make
+
+
+# Two CPUs at least, and a native loop uses several threads however small it is.
+PRELUDE = """
+import os, sys
+os.cpu_count = lambda: 2
+import marnet_kernels.native.loop
+marnet_kernels.native.loop._WORK = 1
+"""
+
+
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of its own, on a machine with two CPUs at least; it hangs if it takes minutes."""
-    program = f"import os, sys\nos.cpu_count = lambda: 2\n{code}"
+    """A program of its own, on a machine as `PRELUDE` says; it hangs if it takes minutes."""
+    program = PRELUDE + code
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -69,10 +96,10 @@ print(several.predict(images)[0].label == label)
 """
 
 
-@pytest.mark.parametrize("backend", ON_A_CPU)
-def test_a_forked_child_answers_or_raises_at_once_and_ends(bundle_of, image, backend):
+@pytest.mark.parametrize("backend", SERVED)
+def test_a_forked_child_answers_or_raises_at_once_and_ends(served, image, backend):
     """Several threads raise; one thread, and a classifier of the child's own, answer."""
-    done = run(IN_CHILDREN, bundle_of(backend, "fp16"), image)
+    done = run(IN_CHILDREN, served(backend), image)
     assert done.stdout.splitlines() == [
         "WrongProcess in process PID 0", "True 0", "True 0", "None 0", "True",
     ], done.stderr  # fmt: skip
@@ -100,9 +127,9 @@ for _ in range(5):
 """
 
 
-@pytest.mark.parametrize("backend", ON_A_CPU)
-def test_a_fork_while_other_threads_classify_leaves_nothing_locked(bundle_of, image, backend):
-    done = run(FORK_WHILE_BUSY, bundle_of(backend, "fp16"), image)
+@pytest.mark.parametrize("backend", SERVED)
+def test_a_fork_while_other_threads_classify_leaves_nothing_locked(served, image, backend):
+    done = run(FORK_WHILE_BUSY, served(backend), image)
     assert (done.stdout.split(), done.returncode) == (["0"] * 5, 0), done.stderr
 
 
@@ -204,18 +231,18 @@ sys.exit(0)
 """
 
 
-@pytest.mark.parametrize("backend", ON_A_CPU)
-def test_a_process_ends_with_0_while_daemon_threads_classify(bundle_of, image, backend):
-    done = run(EXIT_WHILE_BUSY, bundle_of(backend, "fp16"), image)
+@pytest.mark.parametrize("backend", SERVED)
+def test_a_process_ends_with_0_while_daemon_threads_classify(served, image, backend):
+    done = run(EXIT_WHILE_BUSY, served(backend), image)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- the end of a classifier
 
 
-@pytest.mark.parametrize("backend", ON_A_CPU)
-def test_a_classifier_goes_with_its_last_reference(bundle_of, image, backend):
-    classifier = Classifier(bundle_of(backend, "fp16"))
+@pytest.mark.parametrize("backend", SERVED)
+def test_a_classifier_goes_with_its_last_reference(served, image, backend):
+    classifier = Classifier(served(backend))
     classifier.predict(image, samples=2)
     classifier.match(image, "a text")
     held = [weakref.ref(x) for x in (classifier, classifier._guard.check(), classifier._text)]
@@ -259,6 +286,30 @@ def test_a_closed_classifier_says_so_at_once(bundle_of, image):
     assert "onnxruntime" in repr(classifier)
 
 
+def test_the_workers_of_the_native_loop_end_with_the_last_classifier(served, image):
+    code = """
+from marnet_kernels.native import library
+from marnet_sdk import Classifier
+bundle, image = sys.argv[1:]
+one, two = (Classifier(bundle, threads=2) for _ in range(2))
+want = one.predict(image).label
+def state():
+    print(library().marnet_loop_workers(), len(os.listdir("/proc/self/task")))
+state()
+one.close()
+assert two.predict(image).label == want
+state()
+two.close()
+state()
+"""
+    done = run(code, served(NATIVE), image)
+    (workers, before), (kept, _), (none, after) = (
+        map(int, line.split()) for line in done.stdout.splitlines()
+    )
+    assert (workers, kept, none) == (1, 1, 0), done.stderr
+    assert after < before
+
+
 def test_a_call_that_is_running_survives_closing(bundle_of, image):
     classifier = Classifier(bundle_of("onnxruntime", "fp16"))
     with classifier._guard._calling() as backend:
@@ -287,9 +338,9 @@ print(first == last, after - before < 6e6, first, last, before, after)
 """
 
 
-@pytest.mark.parametrize("backend", ON_A_CPU)
-def test_reloads_leave_threads_mapped_code_and_memory_flat(bundle_of, image, backend):
-    done = run(RELOADS, bundle_of(backend, "fp16"), image)
+@pytest.mark.parametrize("backend", SERVED)
+def test_reloads_leave_threads_mapped_code_and_memory_flat(served, image, backend):
+    done = run(RELOADS, served(backend), image)
     assert done.stdout.startswith("True True"), done.stdout + done.stderr
 
 

@@ -31,6 +31,9 @@ _FLAGS = (
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 )
 _lock = Lock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # In a child, whoever had it at the fork is not there to give it back.
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=Lock()))
 _loaded: ctypes.CDLL | None = None
 
 

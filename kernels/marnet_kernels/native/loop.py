@@ -31,7 +31,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from threading import Lock
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -48,8 +48,8 @@ LEVELS = 256
 MOST_INPUTS = (2**31 - 1) // (127 * (LEVELS - 1))  # of an int8 layer, whose sums have 32 bits
 _TYPES = {"fp32": np.float32, "fp16": np.uint16, "bf16": np.uint16, "int8": np.int8}
 _WORK = 2**18  # bytes of weights times rows that make a thread worth its meetings
-_lock = Lock()
-_open = 0  # loops that may have a call
+_open: set[int] = set()  # loops that may have a call
+_numbers = count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +189,9 @@ class NativeLoop:
             layers.slope,
             layers.input is not None,
         )
-        self.close: Callable[[], object] = weakref.finalize(self, _close, self._lib)
-        _count(1)
+        number = next(_numbers)
+        _open.add(number)
+        self.close: Callable[[], object] = weakref.finalize(self, _close, self._lib, number)
 
     def threads(self, rows: int = 1) -> int:
         """Cores that a call with so many rows uses now."""
@@ -212,12 +213,13 @@ class NativeLoop:
         out = np.empty((images, samples, self._loop.output.out), np.float32)
         arrays = (array.ctypes.data for array in (x, table, bias, out))
         call = _Call(*arrays, images, samples, noises, steps)
-        threads = self.threads(images * samples)
+        threads = _crowd.most(self.threads(images * samples))
         used = self._lib.marnet_loop_run(
             ctypes.byref(self._loop), ctypes.byref(call), self._set, threads
         )
         if not used:
             raise MemoryError("no memory for the activations of the native loop")
+        _crowd.learn(used, call.asleep)
         width = len(layers.output.weight)
         return out if out.shape[-1] == width else np.ascontiguousarray(out[..., :width])
 
@@ -279,17 +281,47 @@ def instruction_sets(lib: ctypes.CDLL | None = None) -> dict[str, int]:
     return found
 
 
-def _close(lib: ctypes.CDLL) -> None:
+class Crowd:
+    """How many threads are worth having while other programs take the cores.
+
+    A job whose threads slept at its meetings for more than half of their time would not have been
+    slower with half as many. Threads that call at once may lose one of their observations.
+    """
+
+    def __init__(self) -> None:
+        self._halvings = 0  # of the number of threads
+        self._asleep = 0.0  # the threads' share of late
+        self._jobs = 0  # since that number was changed
+        self._pause = _LEAST_PAUSE  # jobs until more threads are tried again
+
+    def most(self, wanted: int) -> int:
+        """How many threads to take where `wanted` would be worth having on idle cores."""
+        return max(1, wanted >> self._halvings)
+
+    def learn(self, used: int, asleep: float) -> None:
+        """A job had `used` threads, which slept for a share of their time."""
+        self._jobs += 1
+        if used > 1:
+            self._asleep += (asleep - self._asleep) / 4
+        if self._asleep > 0.5:
+            self._pause = min(2 * self._pause, _MOST_PAUSE)
+            self._halvings, self._asleep, self._jobs = self._halvings + 1, 0.0, 0
+        elif self._jobs >= self._pause:
+            # More are tried again: the first jobs decide. Where all are in use, that goes well.
+            self._pause = self._pause if self._halvings else _LEAST_PAUSE
+            self._asleep = 0.45 if self._halvings else self._asleep
+            self._halvings, self._jobs = max(0, self._halvings - 1), 0
+
+
+_LEAST_PAUSE, _MOST_PAUSE = 8, 512
+_crowd = Crowd()  # the workers are the process's, and so are the cores
+
+
+def _close(lib: ctypes.CDLL, number: int) -> None:
     """A loop is gone; with the last one go the workers."""
-    if _count(-1) == 0:
+    _open.discard(number)
+    if not _open:
         lib.marnet_loop_end()
-
-
-def _count(change: int) -> int:
-    global _open
-    with _lock:
-        _open += change
-        return _open
 
 
 def _round_up(size: int) -> int:
@@ -338,4 +370,5 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "coefficients", "bias", "out")),
         *((name, ctypes.c_int32) for name in ("images", "samples", "noises", "steps")),
+        ("asleep", ctypes.c_float),  # written by the call
     )

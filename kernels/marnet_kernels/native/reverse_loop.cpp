@@ -45,6 +45,7 @@ struct Call {
   const float *x, *coefficients, *bias;  // [images, condition.in], [steps, 3], [steps, noises, samples, hidden2.in]
   float* out;                            // [images, samples, output.out]
   int32_t images, samples, noises, steps;
+  float asleep;  // is set: the share of the threads' time that they slept at meetings
 };
 
 // The activations and the state of one call, [rows][width] each.
@@ -88,28 +89,33 @@ long now_ns() {
   return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
-// Until the word is not `old`: spins, then sleeps.
-void wait_while(std::atomic<uint32_t>& word, uint32_t old, std::atomic<uint32_t>& sleepers) {
+// Until the word is not `old`: spins, then sleeps; returns for how many nanoseconds it slept.
+long wait_while(std::atomic<uint32_t>& word, uint32_t old, std::atomic<uint32_t>& sleepers) {
   const long end = now_ns() + SPIN_NS;
   do
     for (int i = 0; i < 64; i++) {
-      if (word.load(std::memory_order_acquire) != old) return;
+      if (word.load(std::memory_order_acquire) != old) return 0;
       pause_briefly();
     }
   while (now_ns() < end);
   sleepers.fetch_add(1);
   while (word.load() == old) futex(word, FUTEX_WAIT, old);
   sleepers.fetch_sub(1);
+  return now_ns() - end;
 }
 
 struct Barrier {
   alignas(64) std::atomic<uint32_t> arrived{0};
   alignas(64) std::atomic<uint32_t> phase{0};
   std::atomic<uint32_t> sleepers{0};
+  std::atomic<long> slept{0};  // nanoseconds of all threads
 
   void wait(uint32_t threads) {
     const uint32_t before = phase.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) return wait_while(phase, before, sleepers);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
+      if (const long ns = wait_while(phase, before, sleepers)) slept.fetch_add(ns, std::memory_order_relaxed);
+      return;
+    }
     arrived.store(0, std::memory_order_relaxed);
     phase.store(before + 1);  // before the look at the sleepers, who count themselves before they look at the phase
     if (sleepers.load()) futex(phase, FUTEX_WAKE, INT_MAX);
@@ -118,7 +124,7 @@ struct Barrier {
 
 struct Job {
   const Loop* loop;
-  const Call* call;
+  Call* call;
   const Space* space;
   Barrier* barrier;
   int set, threads;
@@ -295,8 +301,11 @@ struct Pool {
     const int threads = work.threads;
     work.barrier = &barrier;
     job = &work;
+    barrier.slept.store(0, std::memory_order_relaxed);
+    const long start = now_ns();
     for (int t = 1; t < threads; t++) call(workers[t]);
     SETS[work.set].work(work, 0);
+    work.call->asleep = float(barrier.slept.load(std::memory_order_relaxed)) / (float(threads) * (now_ns() - start));
     pthread_mutex_unlock(&turn);
     return threads;
   }
@@ -327,7 +336,7 @@ API const char* marnet_loop_set(int set) { return set < COUNT ? SETS[set].name :
 API int marnet_loop_has(int set) { return SETS[set].here(); }
 
 // Run a loop; returns the number of threads that took part, 0 where there is no memory.
-API int marnet_loop_run(const Loop* loop, const Call* call, int set, int threads) {
+API int marnet_loop_run(const Loop* loop, Call* call, int set, int threads) {
   const int hidden = loop->hidden2.out, state = loop->carry.out, rows = call->images * call->samples;
   const Space space(rows < MOST_ROWS ? rows : MOST_ROWS, hidden > state ? hidden : state);
   if (!space.memory) return 0;

@@ -128,7 +128,11 @@ def test_a_loop_is_stored_in_the_type_that_is_asked_for(storage, tmp_path):
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("onnxruntime", "fp16"), ("onnxruntime", "int8"), ("openvino", "bf16")],
+    [
+        ("onnxruntime", "fp16"),
+        pytest.param("onnxruntime", "int8", marks=pytest.mark.slow),
+        ("openvino", "bf16"),
+    ],
 )
 def test_it_answers_as_the_graph_beside_it(backend, precision, native_bundle, monkeypatch):
     path = native_bundle(backend, precision)
@@ -146,7 +150,10 @@ def test_it_answers_as_the_graph_beside_it(backend, precision, native_bundle, mo
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
 
-@pytest.mark.parametrize(("precision", "compute"), [("fp16", "fp32"), ("int8", "int8")])
+@pytest.mark.parametrize(
+    ("precision", "compute"),
+    [("fp16", "fp32"), pytest.param("int8", "int8", marks=pytest.mark.slow)],
+)
 def test_the_receipt_is_read_from_its_layers(precision, compute, native_bundle):
     bundle = read_bundle(native_bundle("onnxruntime", precision))
     loop = bundle.manifest.precision.receipt["loop"]
@@ -263,6 +270,7 @@ def test_auto_keeps_whichever_is_faster(taken, loop, checkpoint, tmp_path, monke
         assert "the graph runs the loop: the native loop is no faster here" in line
 
 
+@pytest.mark.slow
 def test_a_native_loop_that_fails_is_left_out_or_refused(checkpoint, tmp_path, monkeypatch):
     def wrong(plan, types, ranges):
         layers = loop_layers(plan, types, ranges)

@@ -18,8 +18,9 @@ from marnet_train.data.examples import DataSet, Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
+from marnet_train.models import METHODS
 from marnet_train.models.backbones import backbone_config, load_backbone
-from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.models.marnet import MARNet
 from marnet_train.phases import TrainingSet
 from marnet_train.recipe import Recipe
 from marnet_train.stages import Split
@@ -35,7 +36,14 @@ def build_model(
     if "pretrained" not in text:
         text |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     vision_backbone, text_backbone = load_backbone(recipe.vision), load_backbone(text)
-    config = MarnetConfig(
+    model_type = METHODS[recipe.method]
+    more: dict[str, Any] = {}
+    if recipe.method == "seda":
+        more = {
+            "semantic_schedule": recipe.semantic_schedule,
+            "semantic_steps": recipe.semantic_steps,
+        }
+    config = model_type.config_type(
         vision=_plain(vision_backbone.config),
         text=_plain(text_backbone.config),
         labels=tuple(labels),
@@ -46,8 +54,9 @@ def build_model(
         fusion_level=recipe.fusion_level,
         text_pooling=recipe.text_pooling,
         schedule=recipe.schedule,
+        **more,
     )
-    return MARNet(config, vision_backbone, text_backbone)
+    return model_type(config, vision_backbone, text_backbone)
 
 
 def _plain(config: Any) -> dict[str, Any]:

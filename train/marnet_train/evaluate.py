@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SamplerTable, sampler_table, trajectory_tensors
 from marnet_train.features import compute_views
 from marnet_train.models.marnet import ImageBranch, MARNet
+from marnet_train.models.seda import SeDA
 from marnet_train.recipe import Augment
 
 NOISE_SEEDS = (0, 1, 2)  # accuracy is the mean over these; 0 is the one that is served
@@ -75,6 +76,17 @@ class Labelled:
 
     x_v: Tensor
     labels: Tensor
+
+
+@torch.no_grad()
+def see(model: ImageBranch, x_v: Tensor, batch: int = 1024) -> Tensor:
+    """What everything behind a model's encoder gets of image features, [N, D_v] -> [N, ...]."""
+    return torch.cat([model.see(rows) for rows in x_v.split(batch)])
+
+
+def behind(model: ImageBranch, split: Labelled) -> Labelled:
+    """A split as everything behind a model's encoder gets it."""
+    return replace(split, x_v=see(model, split.x_v))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,19 +168,26 @@ def measure_image_branch(model: ImageBranch, split: Labelled) -> Measured:
     return measure(model.alignment_logits(split.x_v), split.labels)
 
 
+@torch.no_grad()
 def measure_branches(model: MARNet, split: Labelled) -> dict[str, Measured]:
     """Accuracy of each branch and of the whole, by the reverse process as it is trained.
 
-    alignment: the classifier on x_EMA alone. refined: the one on x_CDR alone. marnet: the final
-    classifier on the fusion of both. K is the model's own; the noise seeds are `NOISE_SEEDS`.
+    alignment: the classifier on x_EMA alone. semantic: the one on SeDA's semantic vector. refined:
+    the one on x_CDR alone. marnet: the final classifier on the fusion of both. K is the model's
+    own; the noise seeds are `NOISE_SEEDS`.
     """
     table = sampler_table(model.config.schedule, "ddpm")
     drawn = [
         sample_probabilities(model, split.x_v, table, seed, model.config.samples)
         for seed in track(NOISE_SEEDS, "evaluate")
     ]
+    semantic = {}
+    if isinstance(model, SeDA):
+        logits = model.learner.classifier(split.x_v[:, model.vision.dim :])
+        semantic = {"semantic": measure(logits, split.labels)}
     return {
         "alignment": measure_image_branch(model, split),
+        **semantic,
         "refined": measure_sampled([refined for refined, _ in drawn], split.labels),
         "marnet": measure_sampled([whole for _, whole in drawn], split.labels),
     }
@@ -213,5 +232,5 @@ def evaluate_checkpoint(
     model = checkpoint.model.to(pick_device(device))
     labels = label_tensor(examples, checkpoint.labels).to(model.device)
     x_v = compute_views(model.vision, store, Augment(), 1)[0]
-    found = measure_branches(model, Labelled(x_v, labels))
+    found = measure_branches(model, behind(model, Labelled(x_v, labels)))
     return {branch: measured.to_dict() for branch, measured in found.items()}

@@ -27,6 +27,7 @@ class Augment:
     flip: bool = False  # mirror left-right half of the time
 
 
+METHODS = {"marnet": "MARNet", "seda": "SeDA"}  # name of a method -> how it is written
 Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
 SEMANTICS = ("text", "labels", "random", "shuffled")
 
@@ -79,6 +80,24 @@ class RefinementPhase:
 
 
 @dataclass(frozen=True)
+class SemanticPhase:
+    """SeDA's stage 1 between phases A and B: the semantic learner, on cached features.
+
+    On training images the learner is nearly always right, and the translator would learn to trust
+    it. So a share of its vectors is replaced by the centre of another class in phase B.
+    """
+
+    epochs: int = 100  # at most, as in phase B
+    batch: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    ce_weight: float = 1.0
+    norm_weight: float = 1.0  # of the squared distance to the centre: a sum over dimensions
+    wrong: float = 0.15  # share of the training vectors that are another class's centre
+    jitter: float = 0.1  # standard deviation of what is added to training vectors
+
+
+@dataclass(frozen=True)
 class FusionPhase:
     """Phase C: the final classifier on cached features, with everything else frozen."""
 
@@ -95,6 +114,7 @@ class Recipe:
 
     vision: dict[str, Any]
     text: dict[str, Any]
+    method: str = "marnet"
     dim: int = 768
     hidden: int = 1024
     time_dim: int = 64
@@ -106,13 +126,21 @@ class Recipe:
     semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)
     image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    semantic_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(steps=50))
+    semantic_steps: int = 10  # these two are of seda's first stage
     augment: Augment = field(default_factory=Augment)
     text_phase: TextPhase | None = None
     alignment: AlignmentPhase = field(default_factory=AlignmentPhase)
+    semantic: SemanticPhase = field(default_factory=SemanticPhase)
     refinement: RefinementPhase = field(default_factory=RefinementPhase)
     fusion_phase: FusionPhase = field(default_factory=FusionPhase)
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = nearest(self.method, list(METHODS))
+            raise RecipeError(
+                f"method {self.method!r} is unknown.{near} Choose from {', '.join(METHODS)}"
+            )
         if self.semantics not in SEMANTICS:
             near = nearest(self.semantics, SEMANTICS)
             raise RecipeError(
@@ -125,6 +153,10 @@ class Recipe:
             raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:
             raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
+        if self.semantic.wrong > 1:
+            raise RecipeError(f"wrong must be at most 1, got {self.semantic.wrong}")
+        if self.alignment.joint and self.method != "marnet":
+            raise RecipeError(f"joint training is MARNet's; set joint = false for {self.method}")
         if self.alignment.joint and self.alignment.lr_text > 0:
             raise RecipeError(
                 "joint training needs a text encoder that stands still: set lr_text = 0"

@@ -7,13 +7,15 @@ from typing import Any
 
 from marnet_train.evaluate import Measured
 from marnet_train.measures import paired_difference
+from marnet_train.recipe import METHODS
 
 BRANCHES = {
     "baseline": "image-only baseline",
     "alignment": "alignment branch",
+    "semantic": "semantic learner",
     "mlp": "+MLP, one pass",
     "refined": "refined branch",
-    "marnet": "MARNet",
+    "marnet": "MARNet",  # or whatever the method is called: see `_titles`
 }
 PAIRS = (
     ("alignment", "baseline"),
@@ -35,15 +37,21 @@ def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     return rows
 
 
+def _titles(training: dict[str, Any]) -> dict[str, str]:
+    """How the branches of a training are called."""
+    return BRANCHES | {"marnet": METHODS[training["settings"].get("method", "marnet")]}
+
+
 def accuracy_table(
-    metrics: dict[str, Any], split: str
+    training: dict[str, Any], split: str
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows of one split: model, top-1 with one noise sample, with the K that serve,
     and top-5; one column of top-1 where K is 1."""
+    metrics = training["metrics"]
     samples = metrics["marnet"][split].get("samples", 1)
     rows = []
-    for branch, title in BRANCHES.items():
-        if branch not in metrics:  # of a checkpoint of an older version
+    for branch, title in _titles(training).items():
+        if branch not in metrics:  # of another method, or of a checkpoint of an older version
             continue
         seen = metrics[branch][split]
         one = f"{seen['top1_one_sample']:.2%}" if seen.get("samples") else ""
@@ -57,7 +65,7 @@ def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str
     """Rows (pair, difference in points, its interval) of one split."""
     rows = []
     for pair, seen in training["differences"][split].items():
-        one, other = (BRANCHES[name] for name in pair.split(" - "))
+        one, other = (_titles(training)[name] for name in pair.split(" - "))
         rows.append((f"{one} - {other}", _points(seen["mean"]), _interval(seen)))
     return rows
 
@@ -68,7 +76,9 @@ def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
     images = training["data"]["images"][split]
     where = f"on {images} {split} images"
     text = _verdict("the alignment branch", "the image-only baseline", seen["alignment - baseline"])
-    diffusion = _verdict("MARNet", "its alignment branch alone", seen["marnet - alignment"])
+    diffusion = _verdict(
+        _titles(training)["marnet"], "its alignment branch alone", seen["marnet - alignment"]
+    )
     against = seen["refined - mlp"]
     kind = training["settings"]["semantics"]
     target = "text" if kind == "text" else f'the control "{kind}" in place of text'
@@ -81,8 +91,8 @@ def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
 
 def test_line(training: dict[str, Any]) -> str:
     """Accuracy on test images, which chose nothing."""
-    metrics = training["metrics"]
-    parts = [f"{BRANCHES[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
+    metrics, titles = training["metrics"], _titles(training)
+    parts = [f"{titles[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
     seen = training["differences"]["test"]["marnet - baseline"]
     return (
         f"On {training['data']['images']['test']} test images, which chose nothing: "

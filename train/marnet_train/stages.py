@@ -2,6 +2,8 @@
 
     text phase -> image-only baseline -> A, alignment -> "+MLP" -> B, refinement -> C, heads -> K
 
+SeDA's semantic learner comes between A and "+MLP".
+
 Where a recipe says "auto", a few values are tried on copies and the one that is best on validation
 is trained. The baseline is given as many tries, with its learning rate. Every classifier is scaled
 by a temperature, so that its probabilities can be trusted. Test images choose nothing.
@@ -25,11 +27,13 @@ from marnet_train.evaluate import (
     NOISE_SEEDS,
     Labelled,
     Measured,
+    behind,
     measure,
     measure_branches,
     measure_image_branch,
     refined_features,
     sample_probabilities,
+    see,
 )
 from marnet_train.features import (
     FrozenFeatures,
@@ -41,6 +45,7 @@ from marnet_train.features import (
 )
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import Baseline, ImageBranch, MARNet
+from marnet_train.models.seda import SeDA
 from marnet_train.phases import (
     Features,
     Refiner,
@@ -89,6 +94,10 @@ class Split:
         else:
             x_v = compute_views(vision, self.images.store(), Augment(), 1)[0]
         return Labelled(x_v, self.labels.to(x_v.device))
+
+    def seen_whole(self, model: ImageBranch, *, frozen: bool) -> Labelled:
+        """What everything behind a model's encoder gets of the images."""
+        return behind(model, self.seen_by(model.vision, frozen=frozen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +168,9 @@ def train_all(
     stage.once("alignment", align)
     features = make_features(model, data, source(model.vision), target, recipe)
     seen = val.seen_by(model.vision, frozen=frozen)
+    if isinstance(model, SeDA):
+        features = learn_semantics(model, features, seen, recipe, seed, stage)
+        seen = behind(model, seen)
     recipe = _refine(model, mlp, features, seen, recipe, seed, stage)
     _train_heads(model, features, seen, recipe, seed, stage)
     recipe = _choose_samples(model, seen, recipe, seed, stage)
@@ -172,7 +184,7 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
     """How good the baseline, the control and each branch of the model are on a split."""
     frozen = trained.recipe.alignment.lr_backbone == 0
     model, baseline, mlp = trained.model, trained.baseline, trained.mlp
-    seen = split.seen_by(model.vision, frozen=frozen)
+    seen = split.seen_whole(model, frozen=frozen)
     condition = model.condition(seen.x_v)
     mlp.eval()
     one_pass = mlp.classifier(mlp.one_pass(condition))
@@ -181,6 +193,61 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
         "mlp": measure(one_pass, seen.labels),
         **measure_branches(model, seen),
     }
+
+
+def learn_semantics(
+    model: SeDA, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
+) -> Features:
+    """SeDA's stage 1, after which its vectors stand beside the features that phase B learns from.
+
+    Args:
+        features, seen: image features alone, of training and of validation.
+    """
+    learner, phase = model.learner, recipe.semantic
+    condition, judged = MARNet.condition(model, features.x_v), MARNet.condition(model, seen.x_v)
+    learner.set_centres(condition, features.labels)
+    own = ("epochs", "batch", "lr", "weight_decay", "ce_weight", "norm_weight")
+    of_stage = {name: getattr(phase, name) for name in own} | {"pure_noise": 0.0}
+    settings = replace(
+        recipe,
+        schedule=recipe.semantic_schedule,
+        refinement=replace(recipe.refinement, **of_stage),
+    )
+    refiner = Refiner(learner.denoiser, learner.classifier, learner.train_steps)
+
+    @torch.no_grad()
+    def look() -> float:
+        return score(learner.classifier(learner(judged)).softmax(dim=1), seen.labels)
+
+    def train() -> None:
+        target = replace(features, x_s=learner.centres[features.labels])
+        train_refinement(
+            refiner, condition, target, settings, seed, stage.run, "semantic learner", look=look
+        )
+        temper(learner.classifier, [learner(judged)], seen.labels)
+
+    stage.once("semantic learner", train)
+    return with_mistakes(model, features, recipe, seed)
+
+
+@torch.no_grad()
+def with_mistakes(model: SeDA, features: Features, recipe: Recipe, seed: int) -> Features:
+    """Put [x_v ; s] in the place of training features, with s as unsure as on other images.
+
+    A share of `wrong` gets the centre of another class, drawn from the alignment classifier's
+    probabilities at temperature 2; all get noise of deviation `jitter`.
+    """
+    seen = see(model, features.x_v)
+    x_v, s = seen.split(model.vision.dim, dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(s))
+    chances = (model.alignment_logits(x_v) / 2).softmax(dim=1).cpu() + 1e-9
+    chances[rows, features.labels.cpu()] = 0
+    other = torch.multinomial(chances, 1, generator=generator)[:, 0].to(s.device)
+    wrong = torch.rand(len(s), 1, generator=generator) < recipe.semantic.wrong
+    s = torch.where(wrong.to(s.device), model.learner.centres[other], s)
+    noise = torch.randn(s.shape, generator=generator).to(s)
+    return replace(features, x_v=torch.cat([x_v, s + recipe.semantic.jitter * noise], dim=1))
 
 
 class Stages:

@@ -97,6 +97,7 @@ def fit(
                 "metrics": {
                     branch: {split: seen["metrics"][branch] for split, seen in found.items()}
                     for branch in BRANCHES
+                    if branch in found["val"]["metrics"]
                 },
                 "differences": {split: seen["differences"] for split, seen in found.items()},
                 "chosen": chosen(recipe, trained.recipe),

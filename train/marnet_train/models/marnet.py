@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class MarnetConfig:
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> MarnetConfig:
+    def from_dict(cls, content: dict[str, Any]) -> Self:
         """Read what `to_dict` wrote."""
         rest = {k: v for k, v in content.items() if k not in ("method", "id2label", "schedule")}
         return cls(
@@ -112,6 +112,12 @@ class ImageBranch(nn.Module):
     vision: VisionEncoder
     project_vision: nn.Linear  # E_v
     alignment_classifier: nn.Linear
+
+    def see(self, x_v: Tensor) -> Tensor:
+        """Make what everything behind the encoder gets of an image: its features, and what a method
+        adds to them. [B, D_v] -> [B, D_v or more].
+        """
+        return x_v
 
     def align_vision(self, x_v: Tensor) -> Tensor:
         """x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
@@ -167,7 +173,7 @@ class MARNet(ImageBranch):
         self.project_vision = nn.Linear(d_v, config.dim)  # E_v
         self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
         self.alignment_classifier = nn.Linear(config.dim, classes)
-        self.denoiser = Denoiser(d_s, d_v, config.hidden, config.time_dim)
+        self.denoiser = Denoiser(d_s, self.seen_width(), config.hidden, config.time_dim)
         self.semantic_classifier = nn.Linear(d_s, classes)
         fused = sum(widths) if config.fusion == "concat" else widths[0]
         self.classifier = nn.Linear(fused, classes)
@@ -176,6 +182,10 @@ class MARNet(ImageBranch):
         if config.fusion != "concat":  # a linear classifier on both can absorb theirs
             self._statistics("aligned", widths[0])
             self._statistics("refined", widths[1])
+
+    def seen_width(self) -> int:
+        """Tell how wide the vectors are that `see` gives."""
+        return self.vision.dim
 
     def _statistics(self, name: str, width: int) -> None:
         """Buffers for the mean and standard deviation of a vector in training."""
@@ -275,5 +285,5 @@ class MARNet(ImageBranch):
         Returns:
             logits [B, K] and the fused representation x_f [B, D_f].
         """
-        x_v = self.vision(pixels)
+        x_v = self.see(self.vision(pixels))
         return self.head(x_v, self.refine(x_v, table, initial, noise))

@@ -30,7 +30,7 @@ from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_to
 def build_model(
     recipe: Recipe, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> MARNet:
-    """The model of a recipe; the same seed gives the same initial weights."""
+    """Build the model of a recipe; the same seed gives the same initial weights."""
     torch.manual_seed(seed)
     text = dict(recipe.text)
     if "pretrained" not in text:
@@ -60,14 +60,14 @@ def build_model(
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON data, without what concerns heads we do not use."""
+    """Return a transformers configuration as JSON data, without what concerns unused heads."""
     content = json.loads(config.to_json_string(use_diff=False))
     unused = ("architectures", "id2label", "label2id", "loss_type")
     return {k: v for k, v in content.items() if k not in unused}
 
 
 def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pretrained text encoder, or one trained on the training texts.
+    """Load the tokenizer of a pretrained text encoder, or train one on the training texts.
 
     Raises:
         RecipeError: none can be loaded, it does not know the texts, or max_tokens is too large.
@@ -88,7 +88,7 @@ def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
 
 
 def make_preprocess(recipe: Recipe) -> Preprocess:
-    """The recipe's [image] table, or what a pretrained vision encoder comes with.
+    """Read the recipe's [image] table, or what a pretrained vision encoder comes with.
 
     Raises:
         RecipeError: neither, or an unknown setting.
@@ -114,7 +114,7 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
 
 
 def make_images(examples: Sequence[Example], preprocess: Preprocess, split: str) -> Images:
-    """The images of a split, which are decoded when they are first needed, and once."""
+    """Return the images of a split, which are decoded when they are first needed, and once."""
     return Images(examples, preprocess, cache(partial(PixelStore, examples, preprocess, split)))
 
 
@@ -124,7 +124,7 @@ def make_training_set(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> TrainingSet:
-    """The training images, and their texts encoded."""
+    """Return the training images, and their texts encoded."""
     examples = folder.splits["train"]
     ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
     images = make_images(examples, preprocess, "train")
@@ -133,7 +133,7 @@ def make_training_set(
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A training that can begin."""
+    """This is a training that can begin."""
 
     tokenizer: PreTrainedTokenizerBase
     preprocess: Preprocess
@@ -143,7 +143,7 @@ class Prepared:
 
 
 def prepare(folder: DataSet, recipe: Recipe, seed: int, device: torch.device) -> Prepared:
-    """Everything that a training needs; the same seed gives the same initial weights.
+    """Make everything that a training needs; the same seed gives the same initial weights.
 
     Raises:
         RecipeError: the recipe cannot be followed. DataError: an image cannot be decoded.

@@ -19,7 +19,9 @@ _ABOUT = {
 
 
 def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> str:
-    """README.md of a checkpoint: what it is, how it was trained, how good it is, how to use it.
+    """Return README.md of a checkpoint.
+
+    It says what the checkpoint is, how it was trained, how good it is and how to use it.
 
     Args:
         path: where the checkpoint is written.

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Augment:
-    """Random geometry of training images; each is drawn per image and view."""
+    """This is the random geometry of training images; each is drawn per image and view."""
 
     rotate: float = 0.0  # largest angle, degrees
     shift: float = 0.0  # largest shift, fraction of the side
@@ -34,8 +34,9 @@ SEMANTICS = ("text", "labels", "random", "shuffled")
 
 @dataclass(frozen=True)
 class TextPhase:
-    """Before phase A, for a text encoder from scratch: F_s and a linear head learn the class from
-    the text, by cross-entropy. With `lr_text = 0` the encoder is frozen afterwards."""
+    """This phase comes before phase A, for a text encoder from scratch: F_s and a linear head learn
+    the class from the text, by cross-entropy. With `lr_text = 0` the encoder is frozen afterwards.
+    """
 
     epochs: int = 12
     batch: int = 64
@@ -45,7 +46,7 @@ class TextPhase:
 
 @dataclass(frozen=True)
 class AlignmentPhase:
-    """Phase A: encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
+    """Phase A trains encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
 
     epochs: int = 10
     batch: int = 64
@@ -66,7 +67,7 @@ class AlignmentPhase:
 
 @dataclass(frozen=True)
 class RefinementPhase:
-    """Phase B: the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
+    """Phase B trains the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
 
     epochs: int = 200  # at most: the weights are kept that are best on validation
     batch: int = 1024
@@ -81,7 +82,7 @@ class RefinementPhase:
 
 @dataclass(frozen=True)
 class SemanticPhase:
-    """SeDA's stage 1 between phases A and B: the semantic learner, on cached features.
+    """SeDA's stage 1 trains the semantic learner between phases A and B, on cached features.
 
     On training images the learner is nearly always right, and the translator would learn to trust
     it. So a share of its vectors is replaced by the centre of another class in phase B.
@@ -99,7 +100,7 @@ class SemanticPhase:
 
 @dataclass(frozen=True)
 class FusionPhase:
-    """Phase C: the final classifier on cached features, with everything else frozen."""
+    """Phase C trains the final classifier on cached features, with everything else frozen."""
 
     epochs: int = 100  # at most, as in phase B
     batch: int = 1024
@@ -110,7 +111,7 @@ class FusionPhase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whole. `vision` and `text` are described in models/backbones.py."""
+    """This is one training run, whole. `vision` and `text` are described in models/backbones.py."""
 
     vision: dict[str, Any]
     text: dict[str, Any]
@@ -163,7 +164,7 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, for training.json."""
+        """Return the recipe as plain data, for training.json."""
         return asdict(self)
 
     @classmethod
@@ -184,7 +185,7 @@ _GONE = {
 
 
 def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
-    """What took the place of every "auto": name of the setting -> value."""
+    """Return what took the place of every "auto": name of the setting -> value."""
     leaves = _leaves(asked.to_dict(), resolved.to_dict())
     return {name: after for name, before, after in leaves if before == "auto"}
 
@@ -192,7 +193,7 @@ def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
 def _leaves(
     one: Mapping[str, Any], other: Mapping[str, Any], where: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Settings of two recipes side by side: (dotted name, value, value)."""
+    """Yield the settings of two recipes side by side: (dotted name, value, value)."""
     for key, value in one.items():
         if isinstance(value, dict) and isinstance(other[key], dict):
             yield from _leaves(value, other[key], f"{where}{key}.")
@@ -201,7 +202,7 @@ def _leaves(
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """List the recipes that come with the package."""
     folder = resources.files("marnet_train") / "recipes"
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
@@ -232,7 +233,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a TOML table, recursively, checking every key and value."""
+    """Make a dataclass from a TOML table, recursively, checking every key and value."""
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in table:

@@ -27,7 +27,7 @@ PAIRS = (
 
 
 def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
-    """Paired differences of top-1 between branches on the same images, with 95 % intervals."""
+    """Compare branches on the same images: paired differences of top-1, with 95 % intervals."""
     rows = {}
     for pair in PAIRS:
         one, other = (found[name].correct.cpu().numpy()[None] for name in pair)
@@ -38,15 +38,15 @@ def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
 
 
 def _titles(training: dict[str, Any]) -> dict[str, str]:
-    """How the branches of a training are called."""
+    """Say how the branches of a training are called."""
     return BRANCHES | {"marnet": METHODS[training["settings"].get("method", "marnet")]}
 
 
 def accuracy_table(
     training: dict[str, Any], split: str
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of one split: model, top-1 with one noise sample, with the K that serve,
-    and top-5; one column of top-1 where K is 1."""
+    """Make the columns and rows of one split: model, top-1 with one noise sample, with the K that
+    serve, and top-5; there is one column of top-1 where K is 1."""
     metrics = training["metrics"]
     samples = metrics["marnet"][split].get("samples", 1)
     rows = []
@@ -62,7 +62,7 @@ def accuracy_table(
 
 
 def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str, str]]:
-    """Rows (pair, difference in points, its interval) of one split."""
+    """Make the rows (pair, difference in points, its interval) of one split."""
     rows = []
     for pair, seen in training["differences"][split].items():
         one, other = (_titles(training)[name] for name in pair.split(" - "))
@@ -71,7 +71,7 @@ def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str
 
 
 def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
-    """Two sentences: what the text bought, and what the diffusion bought, on this split."""
+    """Say in two sentences what the text bought, and what the diffusion bought, on this split."""
     seen = training["differences"][split]
     images = training["data"]["images"][split]
     where = f"on {images} {split} images"
@@ -90,7 +90,7 @@ def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
 
 
 def test_line(training: dict[str, Any]) -> str:
-    """Accuracy on test images, which chose nothing."""
+    """Say how accurate the models are on test images, which chose nothing."""
     metrics, titles = training["metrics"], _titles(training)
     parts = [f"{titles[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
     seen = training["differences"]["test"]["marnet - baseline"]

@@ -116,7 +116,7 @@ def fit(
 
 
 def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
-    """What beside recipe and seed decides the weights: data, machine and versions."""
+    """Return what beside recipe and seed decides the weights: data, machine and versions."""
     return {
         "data": {
             "sha256": data_hash(folder),

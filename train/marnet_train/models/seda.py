@@ -34,7 +34,7 @@ from marnet_train.models.marnet import MARNet, MarnetConfig
 
 @dataclass(frozen=True)
 class SedaConfig(MarnetConfig):
-    """Everything that decides the shape of a SeDA and of its two reverse processes.
+    """This is everything that decides the shape of a SeDA and of its two reverse processes.
 
     `schedule` is the translator's.
     """
@@ -60,7 +60,7 @@ class SedaConfig(MarnetConfig):
 
 
 class SemanticLearner(nn.Module):
-    """Stage 1: from standardised image features to the centre of their class."""
+    """This is stage 1: it leads from standardised image features to the centre of their class."""
 
     def __init__(self, config: SedaConfig, width: int) -> None:
         """Build it for image features of that width, D_v."""
@@ -95,7 +95,7 @@ class SemanticLearner(nn.Module):
 
 
 class SeDA(MARNet):
-    """The whole model, float32: the reference for every export."""
+    """This is the whole model, float32: the reference for every export."""
 
     config_type = SedaConfig
 

@@ -105,6 +105,19 @@ def checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
+    """A trained checkpoint of SeDA."""
+    from marnet_train.trainer import fit
+
+    recipe = replace(
+        quick_recipe,
+        method="seda",
+        semantic=replace(quick_recipe.semantic, epochs=60, batch=64),
+    )
+    return shared("quick-seda", lambda out: fit(digits, recipe, out, name="digits"))
+
+
+@pytest.fixture(scope="session")
 def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
     """name, settings -> a bundle of the checkpoint, built once in a run of the tests.
 

@@ -75,14 +75,14 @@ class PlainTorch:
         """[B, 3, H, W] -> [B, C]."""
         if not self.table.timesteps:
             with torch.inference_mode():
-                x_v = self.model.vision(torch.from_numpy(pixels))
+                x_v = self.model.see(self.model.vision(torch.from_numpy(pixels)))
                 return self.model.alignment_classifier(self.model.align_vision(x_v)).numpy()
         chains = self.shared
         if self.sampling.noise == "image":
             keys = [pixel_key(row) for row in pixels]
             chains = [self._noise([key + k for key in keys]) for k in range(self.samples)]
         with torch.inference_mode():
-            x_v = self.model.vision(torch.from_numpy(pixels))
+            x_v = self.model.see(self.model.vision(torch.from_numpy(pixels)))
             logits = []
             for initial, noise in chains:
                 initial = initial.expand(len(x_v), -1)

@@ -47,7 +47,7 @@ from marnet_train.assemble import Prepared, prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
 from marnet_train.data.pixels import decode_example
 from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import Labelled, label_tensor, sample_probabilities
+from marnet_train.evaluate import Labelled, behind, label_tensor, sample_probabilities, see
 from marnet_train.measures import (
     accuracy_at_coverage,
     expected_calibration_error,
@@ -58,9 +58,10 @@ from marnet_train.measures import (
 from marnet_train.memory import keep_freed_memory
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import Baseline, MARNet
+from marnet_train.models.seda import SeDA
 from marnet_train.phases import Refiner, make_features, make_target, train_refinement
 from marnet_train.progress import Progress
-from marnet_train.recipe import Recipe, chosen, load_recipe
+from marnet_train.recipe import METHODS, Recipe, chosen, load_recipe
 from marnet_train.stages import Trained, encoded, refiner_probabilities, score, train_all
 
 STEPS = (1, 2, 5, 10, 100)  # of the chain; those beyond T are left out
@@ -131,11 +132,15 @@ def one_pass_probabilities(model: MARNet, mlp: Refiner, seen: Labelled, recipe: 
     return refiner_probabilities(mlp, model.condition(seen.x_v), recipe, 0, one_pass=True)
 
 
+@torch.no_grad()
 def add_trained(rows: Rows, trained: Trained, seen: Labelled, base: Labelled) -> None:
     """The rows of the training's own report, and what other reverse processes make of them."""
     model, recipe = trained.model, trained.recipe
     rows.add("baseline", [image_probabilities(trained.baseline, base)])
     rows.add("alignment", [image_probabilities(model, seen)])
+    if isinstance(model, SeDA):
+        logits = model.learner.classifier(seen.x_v[:, model.vision.dim :])
+        rows.add("semantic learner", [logits.softmax(dim=1)])
     rows.add("+MLP", [one_pass_probabilities(model, trained.mlp, seen, recipe)])
     steps = [s for s in STEPS if s < recipe.schedule.steps] + [recipe.schedule.steps]
     for count in steps:
@@ -185,9 +190,9 @@ def add_refiner_controls(
             *(
                 base.condition(x_v)
                 for x_v in (
-                    features.x_v,
-                    ready.splits["val"].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v,
-                    ready.splits["test"].seen_by(base.vision, frozen=_is_frozen(recipe)).x_v,
+                    see(base, features.x_v),
+                    ready.splits["val"].seen_whole(base, frozen=_is_frozen(recipe)).x_v,
+                    ready.splits["test"].seen_whole(base, frozen=_is_frozen(recipe)).x_v,
                 )
             ),
         )
@@ -239,7 +244,7 @@ def add_control(rows: Rows, kind: str, folder: DataSet, recipe: Recipe, seed: in
     val, run = ready.splits["val"], Progress()
     trained = train_all(ready.model, ready.data, val, recipe, seed, run, with_baseline=False)
     model = trained.model
-    seen = ready.splits["test"].seen_by(model.vision, frozen=_is_frozen(recipe))
+    seen = ready.splits["test"].seen_whole(model, frozen=_is_frozen(recipe))
     table = sampler_table(recipe.schedule, "ddpm")
     rows.add(f"{kind}: alignment", [image_probabilities(model, seen)])
     rows.add(f"{kind}: +MLP", [one_pass_probabilities(model, trained.mlp, seen, recipe)])
@@ -265,7 +270,7 @@ def add_corruptions(
                 ]
             )
             labels = torch.as_tensor(rows.labels[:limit])
-            seen = Labelled(_features(model.vision, pixels), labels)
+            seen = behind(model, Labelled(_features(model.vision, pixels), labels))
             base = seen if same else Labelled(_features(trained.baseline.vision, pixels), labels)
             few = Rows(labels)
             few.add("baseline", [image_probabilities(trained.baseline, base)])
@@ -295,15 +300,19 @@ def main() -> None:
 @main.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--recipe", required=True)
+@click.option("--method", type=click.Choice(list(METHODS)), help="Default: the recipe's.")
 @click.option("--seed", type=int, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--again/--not-again", default=True, help="Phase B with other settings, too.")
 @click.option("--corruptions", "damaged", type=int, default=0, help="Images to damage. 0: none.")
-def run(data: Path, recipe: str, seed: int, out: Path, again: bool, damaged: int) -> None:
+def run(
+    data: Path, recipe: str, method: str | None, seed: int, out: Path, again: bool, damaged: int
+) -> None:
     """Train one seed and measure every row on the test split."""
     keep_freed_memory()
     device, started = torch.device("cpu"), time.perf_counter()
     folder, settings = read_data_set(data), load_recipe(recipe)
+    settings = replace(settings, method=method) if method else settings
     ready = prepare(folder, settings, seed, device)
     fresh = copy.deepcopy(ready.model)
     trained = train_all(ready.model, ready.data, ready.splits["val"], settings, seed, Progress())
@@ -311,8 +320,8 @@ def run(data: Path, recipe: str, seed: int, out: Path, again: bool, damaged: int
     frozen = _is_frozen(settings)
     test = ready.splits["test"]
     rows = Rows(test.labels)
-    seen = test.seen_by(trained.model.vision, frozen=frozen)
-    add_trained(rows, trained, seen, test.seen_by(trained.baseline.vision, frozen=frozen))
+    seen = test.seen_whole(trained.model, frozen=frozen)
+    add_trained(rows, trained, seen, test.seen_whole(trained.baseline, frozen=frozen))
     say(f"seed {seed}: { ({k: round(v['top1'], 4) for k, v in rows.found.items()}) }")
     if damaged:
         add_corruptions(rows, ready, trained, folder, damaged)

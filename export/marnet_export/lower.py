@@ -5,7 +5,7 @@ A method is registered by its name in config.json: its model class in `marnet_tr
 and the function that lowers such a model in `LOWERINGS`. The model itself is the float32 reference
 that every export is held to (`verify.Reference`); what that needs of it:
     config.labels, config.schedule, config.method
-    vision(pixels [B, 3, H, W]) -> x_v [B, D_v];  latent_width, D
+    vision(pixels [B, 3, H, W]) -> features; see(features) -> x_v [B, D_v];  latent_width, D
     refine(x_v, table, initial, noise, watch) -> x_CDR [B, D], the loop as the paper writes it
     head(x_v, x_CDR) -> logits [B, C], features [B, D_f]
 and, if its `Lowered.alignment` has a classifier, what answers without the loop:
@@ -116,7 +116,13 @@ def _weights(layer: nn.Linear) -> tuple[Floats, Floats]:
     return weight, bias
 
 
-LOWERINGS: dict[str, Callable[[Any], Lowered]] = {"marnet": lower_marnet}
+def _lower_seda(model: Any) -> Lowered:
+    from marnet_export.seda import lower_seda  # it is built of what is above
+
+    return lower_seda(model)
+
+
+LOWERINGS: dict[str, Callable[[Any], Lowered]] = {"marnet": lower_marnet, "seda": _lower_seda}
 
 
 def lower(model: Any, lowerings: Mapping[str, Callable[[Any], Lowered]] = LOWERINGS) -> Lowered:

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from marnet_sdk.errors import ExportError
 from marnet_sdk.trajectory import NoiseTrajectory, fold
 from marnet_train.diffusion import SamplerTable
-from marnet_train.models.denoiser import LEAKY_SLOPE
+from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import MARNet
 
 Array = NDArray[np.float64]
@@ -158,11 +159,29 @@ def make_plan(model: MARNet, carry: str | None = None) -> SamplingPlan:
     Raises:
         ExportError: a weight or a rewritten table is not finite.
     """
-    denoiser = model.denoiser
+    standardise = (model.vision_mean, model.vision_std)
+    return rewrite(model.denoiser, model.config.schedule.steps, standardise, carry)
+
+
+def rewrite(
+    denoiser: Denoiser,
+    train_steps: int,
+    standardise: tuple[Tensor, Tensor],
+    carry: str | None = None,
+) -> SamplingPlan:
+    """Rewrite the reverse loop of a denoiser.
+
+    Args:
+        train_steps: T. standardise: mean and standard deviation of its condition, [D_c] each.
+        carry: as of `make_plan`.
+
+    Raises:
+        ExportError: as of `make_plan`.
+    """
     w_x, w_c, w_t = (_float64(w) for w in denoiser.split_input_weight())
     with torch.no_grad():
         time = copy.deepcopy(denoiser.time).double()
-        tau = time(torch.arange(1, model.config.schedule.steps + 1)).cpu().numpy()  # [T, E]
+        tau = time(torch.arange(1, train_steps + 1)).cpu().numpy()  # [T, E]
     w4, b4 = _linear(denoiser.layer4)
     hidden, dim = w_x.shape
     if carry is None:
@@ -172,7 +191,7 @@ def make_plan(model: MARNet, carry: str | None = None) -> SamplingPlan:
         time_bias=tau @ w_t.T + _float64(denoiser.layer1.bias),
         # Not folded into Wc: where the mean is large beside the deviation, a product in 16 bits
         # would then cancel. It costs D_v operations per image, once.
-        standardise=(_float64(model.vision_mean), _float64(model.vision_std)),
+        standardise=(_float64(standardise[0]), _float64(standardise[1])),
         condition_weight=w_c,
         input_weight=w_x,
         hidden2=_linear(denoiser.layer2),

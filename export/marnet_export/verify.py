@@ -110,7 +110,8 @@ class Reference:
         self._keys = [pixel_key(row) for row in pixels] if by_image else None
         with torch.inference_mode():
             parts = [
-                model.vision(torch.from_numpy(pixels[rows])) for rows in self._chunks("encode")
+                model.see(model.vision(torch.from_numpy(pixels[rows])))
+                for rows in self._chunks("encode")
             ]
         self.x_v = torch.cat(parts)  # [N, D_v]
         _check_finite(self.x_v.numpy(), "image encoder")

@@ -67,6 +67,9 @@ class Gated(nn.Module):
         self.back = nn.Linear(9, WIDTH)
         self.classifier = nn.Linear(WIDTH + self.vision.dim, len(config.labels))
 
+    def see(self, x_v: Tensor) -> Tensor:
+        return x_v
+
     def denoise(self, x: Tensor, tau: Tensor, x_v: Tensor) -> Tensor:
         gates = torch.sigmoid(self.gate(tau))
         return self.back(torch.tanh(self.mix(torch.cat([x, x_v], dim=-1))) * gates)

@@ -113,7 +113,7 @@ def test_branches_are_compared_image_by_image() -> None:
 
 
 def test_every_branch_has_a_row_and_those_with_noise_say_what_one_sample_gives(training) -> None:
-    columns, rows = accuracy_table(training["metrics"], "val")
+    columns, rows = accuracy_table(training, "val")
     assert columns == ("model", "top-1, K = 1", "top-1, K = 4", "top-5")
     assert rows == [
         ("image-only baseline", "", "80.00%", "99.00%"),
@@ -127,7 +127,9 @@ def test_every_branch_has_a_row_and_those_with_noise_say_what_one_sample_gives(t
 def test_metrics_of_an_older_version_have_rows_too() -> None:
     """It had no control, and neither samples nor what one of them gives."""
     old = {"top1": 0.8, "top5": 0.9, "images": 9, "top1_over_noise_seeds": [0.8]}
-    columns, rows = accuracy_table({"baseline": {"val": old}, "marnet": {"val": old}}, "val")
+    columns, rows = accuracy_table(
+        {"settings": {}, "metrics": {"baseline": {"val": old}, "marnet": {"val": old}}}, "val"
+    )
     assert columns == ("model", "top-1", "top-5")
     assert rows == [("image-only baseline", "80.00%", "90.00%"), ("MARNet", "80.00%", "90.00%")]
 

@@ -18,8 +18,9 @@ from marnet_train.data.examples import DataSet, Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
+from marnet_train.models import METHODS
 from marnet_train.models.backbones import backbone_config, load_backbone
-from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.models.marnet import MARNet
 from marnet_train.phases import TrainingSet
 from marnet_train.recipe import Recipe
 from marnet_train.stages import Split
@@ -29,13 +30,20 @@ from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_to
 def build_model(
     recipe: Recipe, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> MARNet:
-    """The model of a recipe; the same seed gives the same initial weights."""
+    """Build the model of a recipe; the same seed gives the same initial weights."""
     torch.manual_seed(seed)
     text = dict(recipe.text)
     if "pretrained" not in text:
         text |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     vision_backbone, text_backbone = load_backbone(recipe.vision), load_backbone(text)
-    config = MarnetConfig(
+    model_type = METHODS[recipe.method]
+    more: dict[str, Any] = {}
+    if recipe.method == "seda":
+        more = {
+            "semantic_schedule": recipe.semantic_schedule,
+            "semantic_steps": recipe.semantic_steps,
+        }
+    config = model_type.config_type(
         vision=_plain(vision_backbone.config),
         text=_plain(text_backbone.config),
         labels=tuple(labels),
@@ -46,19 +54,20 @@ def build_model(
         fusion_level=recipe.fusion_level,
         text_pooling=recipe.text_pooling,
         schedule=recipe.schedule,
+        **more,
     )
-    return MARNet(config, vision_backbone, text_backbone)
+    return model_type(config, vision_backbone, text_backbone)
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON data, without what concerns heads we do not use."""
+    """Return a transformers configuration as JSON data, without what concerns unused heads."""
     content = json.loads(config.to_json_string(use_diff=False))
     unused = ("architectures", "id2label", "label2id", "loss_type")
     return {k: v for k, v in content.items() if k not in unused}
 
 
 def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pretrained text encoder, or one trained on the training texts.
+    """Load the tokenizer of a pretrained text encoder, or train one on the training texts.
 
     Raises:
         RecipeError: none can be loaded, it does not know the texts, or max_tokens is too large.
@@ -79,7 +88,7 @@ def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
 
 
 def make_preprocess(recipe: Recipe) -> Preprocess:
-    """The recipe's [image] table, or what a pretrained vision encoder comes with.
+    """Read the recipe's [image] table, or what a pretrained vision encoder comes with.
 
     Raises:
         RecipeError: neither, or an unknown setting.
@@ -105,7 +114,7 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
 
 
 def make_images(examples: Sequence[Example], preprocess: Preprocess, split: str) -> Images:
-    """The images of a split, which are decoded when they are first needed, and once."""
+    """Return the images of a split, which are decoded when they are first needed, and once."""
     return Images(examples, preprocess, cache(partial(PixelStore, examples, preprocess, split)))
 
 
@@ -115,7 +124,7 @@ def make_training_set(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
 ) -> TrainingSet:
-    """The training images, and their texts encoded."""
+    """Return the training images, and their texts encoded."""
     examples = folder.splits["train"]
     ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
     images = make_images(examples, preprocess, "train")
@@ -124,7 +133,7 @@ def make_training_set(
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A training that can begin."""
+    """This is a training that can begin."""
 
     tokenizer: PreTrainedTokenizerBase
     preprocess: Preprocess
@@ -134,7 +143,7 @@ class Prepared:
 
 
 def prepare(folder: DataSet, recipe: Recipe, seed: int, device: torch.device) -> Prepared:
-    """Everything that a training needs; the same seed gives the same initial weights.
+    """Make everything that a training needs; the same seed gives the same initial weights.
 
     Raises:
         RecipeError: the recipe cannot be followed. DataError: an image cannot be decoded.

@@ -9,9 +9,19 @@ from typing import Any
 
 from marnet_train.report import accuracy_table, difference_rows, verdicts
 
+_ABOUT = {
+    "marnet": "A MARNet image classifier: an image encoder whose features are refined by a small "
+    "diffusion\nmodel that was trained with text.",
+    "seda": "A SeDA image classifier, by our reading of the paper's abstract: a first diffusion "
+    "model leads image\nfeatures to the centre of their class, a second one from there to the "
+    "features of a text.",
+}
+
 
 def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> str:
-    """README.md of a checkpoint: what it is, how it was trained, how good it is, how to use it.
+    """Return README.md of a checkpoint.
+
+    It says what the checkpoint is, how it was trained, how good it is and how to use it.
 
     Args:
         path: where the checkpoint is written.
@@ -33,8 +43,7 @@ tags: [image-classification, diffusion, privileged-information]
 ---
 # {path.name}
 
-A MARNet image classifier: an image encoder whose features are refined by a small diffusion model
-that was trained with text. Text is not needed to classify.
+{_ABOUT[training["settings"].get("method", "marnet")]} Text is not needed to classify.
 
 - classes: {len(labels)} ({", ".join(labels[:12])}{", ..." if len(labels) > 12 else ""})
 - recipe: `{training["recipe"]}`, seed {training["seed"]}, {training["seconds"]} s
@@ -69,7 +78,7 @@ Versions: {versions}.
 
 def _table(training: dict[str, Any], split: str) -> str:
     images = training["data"]["images"][split]
-    columns, accuracies = accuracy_table(training["metrics"], split)
+    columns, accuracies = accuracy_table(training, split)
     rows = [
         f"{split}, {images} images:\n",
         f"| {' | '.join(columns)} |",

@@ -45,7 +45,7 @@ _HOW_TO_GET_ONE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory; the model is in evaluation mode on the CPU.
+    """This is a checkpoint in memory; the model is in evaluation mode on the CPU.
 
     sha256 is that of the files, `revision` the commit on the hub if they came from there.
     """
@@ -122,17 +122,17 @@ class Checkpoint:
 
     @property
     def samples(self) -> Path:
-        """The folder of validation images, in the image-folder layout of one split."""
+        """Name the folder of validation images, in the image-folder layout of one split."""
         return self.path / SAMPLES
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a directory looks like a checkpoint of ours."""
+    """Tell whether a directory looks like a checkpoint of ours."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """The most recently written checkpoint under `runs`.
+    """Find the most recently written checkpoint under `runs`.
 
     Raises:
         NotFound: there is none; the message holds the command that makes one.
@@ -149,7 +149,7 @@ def find_checkpoint(
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The directory of a checkpoint: `source` if that is one here, else downloaded from the hub.
+    """Find a checkpoint's directory: `source` if that is one here, else downloaded from the hub.
 
     Only a string of the form ORG/NAME that is no directory is looked for on the hub; a `Path` and
     strings like `./runs/digits` never are.
@@ -185,7 +185,7 @@ def find_checkpoint(
 
 
 def checkpoint_hash(path: Path) -> str:
-    """SHA-256 over everything that decides the model's answers: config, weights, preprocessing."""
+    """Return the SHA-256 of all that decides the answers: config, weights, preprocessing."""
     digests = [sha256_file(path / name) for name in (CONFIG, WEIGHTS, PREPROCESSOR)]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -214,7 +214,7 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 
 
 def load_baseline(checkpoint: Checkpoint) -> Baseline:
-    """The image-only baseline that was trained beside a model, in evaluation mode on the CPU.
+    """Load the image-only baseline that was trained beside a model, in evaluation mode on the CPU.
 
     Raises:
         NotFound: the checkpoint has none: older versions and bundles do not keep it.
@@ -283,7 +283,7 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def _why_unfit(model: torch.nn.Module, state: dict[str, torch.Tensor], error: RuntimeError) -> str:
-    """What torch says, of hundreds of weights maybe, or a cause that is known; and a way out."""
+    """Return what torch says, of hundreds of weights maybe, or a known cause; and a way out."""
     expected = model.state_dict()
     unfit = [n for n, x in expected.items() if n not in state or state[n].shape != x.shape]
     if unfit and all(name.startswith(("aligned_", "refined_")) for name in unfit):
@@ -299,7 +299,7 @@ def _why_unfit(model: torch.nn.Module, state: dict[str, torch.Tensor], error: Ru
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         CheckpointError: the file is missing or not a JSON object.
@@ -316,5 +316,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Readable JSON with a final newline."""
+    """Write readable JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -204,6 +205,11 @@ def encoders(out: Path, force: bool) -> None:
     required=True,
     help="digits, plates, grocery, grocery_finetune, vit_b16_bert, or a .toml file.",
 )
+@click.option(
+    "--method",
+    type=click.Choice(["marnet", "seda"]),
+    help="seda: two stages of diffusion. Default: the recipe's, which is marnet.",
+)
 @click.option("--out", "-o", type=_FOLDER, required=True, help="Checkpoint folder to write.")
 @click.option(
     "--seed",
@@ -222,6 +228,7 @@ def encoders(out: Path, force: bool) -> None:
 def fit(
     data_dir: Path,
     recipe: str,
+    method: str | None,
     out: Path,
     seed: int,
     threads: int | None,
@@ -238,9 +245,10 @@ def fit(
         from marnet_train.recipe import load_recipe
         from marnet_train.trainer import fit as run_fit
     keep_freed_memory()
+    settings = load_recipe(recipe)
     training = run_fit(
         data_dir,
-        load_recipe(recipe),
+        replace(settings, method=method) if method else settings,
         out,
         name=recipe,
         seed=seed,
@@ -259,7 +267,7 @@ def _print_training(training: dict[str, Any]) -> None:
     from marnet_train.report import accuracy_table, difference_rows, test_line, verdicts
 
     images = training["data"]["images"]["val"]
-    print_table(f"validation: {images} images", *accuracy_table(training["metrics"], "val"))
+    print_table(f"validation: {images} images", *accuracy_table(training, "val"))
     columns = ("the same images", "points", "95 % interval")
     print_table("differences", columns, difference_rows(training, "val"))
     for sentence in verdicts(training, "val"):

@@ -27,7 +27,7 @@ SCHEDULES = ("cosine", "linear")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Which noise schedule a model is trained with."""
+    """This says which noise schedule a model is trained with."""
 
     kind: str = "cosine"
     steps: int = 100  # T
@@ -63,19 +63,19 @@ SCHEDULE_PRESETS = {
 
 
 def cosine_betas(steps: int, offset: float = 0.008, max_beta: float = 0.999) -> NDArray[np.float64]:
-    """beta_1..beta_T of the cosine schedule, eq. (17) of Nichol & Dhariwal 2021. Shape [T]."""
+    """Make beta_1..beta_T of the cosine schedule: eq. (17) of Nichol & Dhariwal 2021. Shape [T]."""
     t = np.arange(steps + 1, dtype=np.float64) / steps
     f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
     return np.minimum(1 - f[1:] / f[:-1], max_beta)
 
 
 def linear_betas(steps: int, first: float = 1e-4, last: float = 0.02) -> NDArray[np.float64]:
-    """beta_1..beta_T of the linear schedule of Ho et al. 2020, section 4. Shape [T]."""
+    """Make beta_1..beta_T of the linear schedule of Ho et al. 2020, section 4. Shape [T]."""
     return np.linspace(first, last, steps, dtype=np.float64)
 
 
 def alphas_cumprod(config: ScheduleConfig) -> NDArray[np.float64]:
-    """abar_0..abar_T in float64, with abar_0 = 1. Shape [T + 1]."""
+    """Make abar_0..abar_T in float64, with abar_0 = 1. Shape [T + 1]."""
     if config.kind == "linear":
         betas = linear_betas(config.steps, config.first_beta, config.last_beta)
     else:
@@ -94,7 +94,7 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
 
 
 def sampling_timesteps(train_steps: int, steps: int) -> list[int]:
-    """The S timesteps t_1 > ... > t_S >= 1 that a sampler of S <= T steps visits: round(T k / S).
+    """List the timesteps t_1 > ... > t_S >= 1 of a sampler of S <= T steps: round(T k / S).
 
     Raises:
         InvalidInput: S is not in 1..T.
@@ -110,7 +110,7 @@ def sampling_timesteps(train_steps: int, steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """A sampler: which timesteps, and the row (A, B, C, S) of each."""
+    """This is a sampler: which timesteps it visits, and the row (A, B, C, S) of each."""
 
     sampler: str
     train_steps: int  # T
@@ -125,9 +125,9 @@ class SamplerTable:
 
 
 def ddpm_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ancestral sampling, MARNet eq. (21)-(23), on any subset of timesteps. [S + 1] -> [S, 4].
+    """Make the rows of ancestral sampling, MARNet eq. (21)-(23). [S + 1] -> [S, 4].
 
-    alpha = abar_t / abar_p takes the place of alpha_t.
+    It works on any subset of timesteps: alpha = abar_t / abar_p takes the place of alpha_t.
     """
     a_t, a_p = nodes[:-1], nodes[1:]
     alpha = a_t / a_p
@@ -139,7 +139,7 @@ def ddpm_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ddim_rows(nodes: NDArray[np.float64], eta: float = 0.0) -> NDArray[np.float64]:
-    """DDIM, eq. (12) and (16) of Song et al. 2021. [S + 1] -> [S, 4].
+    """Make the rows of DDIM, eq. (12) and (16) of Song et al. 2021. [S + 1] -> [S, 4].
 
     Args:
         eta: 0 adds no noise after the start; 1 is `ddpm`.
@@ -160,9 +160,10 @@ def ddim_rows(nodes: NDArray[np.float64], eta: float = 0.0) -> NDArray[np.float6
 
 
 def dpmpp_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """DPM-Solver++(2M), algorithm 2 of Lu et al. 2022 (arXiv 2211.01095). [S + 1] -> [S, 4].
+    """Make the rows of DPM-Solver++(2M), algorithm 2 of Lu et al. 2022. [S + 1] -> [S, 4].
 
-    The first step, and a last one that ends at abar_p = 1, are of first order.
+    The paper is arXiv 2211.01095. The first step, and a last one that ends at abar_p = 1, are of
+    first order.
     """
     alpha, sigma = np.sqrt(nodes), np.sqrt(1 - nodes)
     ratio = sigma[1:] / sigma[:-1]
@@ -184,7 +185,7 @@ SAMPLERS = ("ddpm", "ddim", "dpmpp")
 def sampler_table(
     config: ScheduleConfig, sampler: str, steps: int | None = None, eta: float = 0.0
 ) -> SamplerTable:
-    """The table of a sampler for a model trained with `config`; `steps` defaults to T.
+    """Make the table of a sampler for a model trained with `config`; `steps` defaults to T.
 
     Raises:
         InvalidInput: an unknown sampler, steps outside 1..T, or an eta that it cannot have.
@@ -212,7 +213,7 @@ def sample(
     noise: Tensor,
     watch: Callable[[int, Tensor], None] = lambda step, x0: None,
 ) -> Tensor:
-    """The reverse chain as the paper writes it: the slow, obvious twin of every exported loop.
+    """Run the reverse chain as the paper writes it: the slow, obvious twin of every exported loop.
 
     Args:
         denoise: (x [B, D], t [B]) -> estimate of x_0 [B, D].
@@ -236,6 +237,6 @@ def sample(
 def trajectory_tensors(
     trajectory: NoiseTrajectory, batch: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A shared noise trajectory as (initial [B, D], noise [S, 1, D]) for `sample`."""
+    """Return a shared noise trajectory as (initial [B, D], noise [S, 1, D]) for `sample`."""
     initial = torch.as_tensor(trajectory.initial).to(like).expand(batch, -1)
     return initial, torch.as_tensor(trajectory.steps).to(like)[:, None]

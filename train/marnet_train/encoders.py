@@ -34,7 +34,7 @@ _OPEN_GATE = 30.0
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution of the Python index, and the SHA-256 of each file that is read from it."""
+    """This is a distribution of the Python index, with the SHA-256 of each file read from it."""
 
     name: str
     version: str
@@ -42,7 +42,7 @@ class Package:
     files: Mapping[str, str]
 
     def read(self, file: str) -> bytes:
-        """The bytes of one file, if they are the expected ones.
+        """Read the bytes of one file, if they are the expected ones.
 
         Raises:
             ModuleNotFoundError: the package is not installed.
@@ -113,7 +113,7 @@ def _holds_encoders(folder: Path) -> bool:
 
 
 def lite0_state() -> dict[str, Tensor]:
-    """The weights of EfficientNet-Lite0 under the names that the package gives them.
+    """Read the weights of EfficientNet-Lite0 under the names that the package gives them.
 
     Raises:
         ModuleNotFoundError, EnvironmentMismatch: as `Package.read`.
@@ -169,7 +169,7 @@ _OF_BLOCK = {
 
 
 def _lite0_name(name: str) -> str | None:
-    """The name that transformers gives a weight of the package; None for the ImageNet classifier.
+    """Return the transformers name of a weight of the package; None for the ImageNet classifier.
 
     `_blocks.3._bn1.bias` -> `encoder.blocks.3.depthwise_conv.depthwise_norm.bias`.
     """
@@ -183,7 +183,7 @@ def _lite0_name(name: str) -> str | None:
 
 
 def _open_gates(model: EfficientNetModel) -> dict[str, Tensor]:
-    """Weights of squeeze-and-excitation with which every gate is exactly 1 in float32."""
+    """Make weights of squeeze-and-excitation with which every gate is exactly 1 in float32."""
     return {
         name: torch.full(weight.shape, _OPEN_GATE if name.endswith(".expand.bias") else 0.0)
         for name, weight in model.state_dict().items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import SamplerTable, sampler_table, trajectory_tensors
 from marnet_train.features import compute_views
 from marnet_train.models.marnet import ImageBranch, MARNet
+from marnet_train.models.seda import SeDA
 from marnet_train.recipe import Augment
 
 NOISE_SEEDS = (0, 1, 2)  # accuracy is the mean over these; 0 is the one that is served
@@ -31,7 +32,7 @@ NOISE_SEEDS = (0, 1, 2)  # accuracy is the mean over these; 0 is the one that is
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of images whose label is the arg-max / among the five largest logits."""
+    """This is the share of images whose label is the arg-max / among the five largest logits."""
 
     top1: float
     top5: float
@@ -39,7 +40,7 @@ class Accuracy:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Top-1 and top-5 accuracy; of equal logits the first counts. [N, K], [N] -> fractions of N.
+    """Measure top-1 and top-5; of equal logits the first counts. [N, K], [N] -> fractions of N.
 
     Raises:
         RecipeError: a logit is NaN or infinite.
@@ -59,27 +60,41 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
 
 
 def _best_five(logits: Tensor) -> Tensor:
-    """Classes of the five largest, [N, 5]; not topk, whose order among equal ones is arbitrary."""
+    """Return the classes of the five largest, [N, 5].
+
+    It does not use topk, whose order among equal ones is arbitrary.
+    """
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
 
 
 def label_tensor(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
-    """Class indices of the examples, int64 [N]."""
+    """Return the class indices of the examples, int64 [N]."""
     index = {label: i for i, label in enumerate(labels)}
     return torch.tensor([index[example.label] for example in examples])
 
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """One split that is looked at but not learned from: x_v [N, D_v] and class indices [N]."""
+    """This is a split that is looked at, not learned from: x_v [N, D_v], class indices [N]."""
 
     x_v: Tensor
     labels: Tensor
 
 
+@torch.no_grad()
+def see(model: ImageBranch, x_v: Tensor, batch: int = 1024) -> Tensor:
+    """Make what everything behind the encoder gets of image features, [N, D_v] -> [N, ...]."""
+    return torch.cat([model.see(rows) for rows in x_v.split(batch)])
+
+
+def behind(model: ImageBranch, split: Labelled) -> Labelled:
+    """Return a split as everything behind a model's encoder gets it."""
+    return replace(split, x_v=see(model, split.x_v))
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """How good one branch is on one split."""
+    """This says how good one branch is on one split."""
 
     top1: float  # mean over the noise seeds, as all below
     top5: float
@@ -90,7 +105,7 @@ class Measured:
     correct: Tensor  # [N], share of the noise seeds at which the image is classified right
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON data; not image by image."""
+        """Return the figures as JSON data; not image by image."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "correct"}
 
 
@@ -98,7 +113,7 @@ class Measured:
 def refined_features(
     model: MARNet, x_v: Tensor, table: SamplerTable, seed: int, sample: int = 0, batch: int = 1024
 ) -> Tensor:
-    """x_CDR of every row, [N, D_s], on one shared noise trajectory of `seed`."""
+    """Compute x_CDR of every row, [N, D_s], on one shared noise trajectory of `seed`."""
     width = model.denoiser.dim
     drawn = draw_trajectory(seed, table.timesteps, table.train_steps, width, trajectory=sample)
     return torch.cat(
@@ -113,7 +128,7 @@ def refined_features(
 def sample_probabilities(
     model: MARNet, x_v: Tensor, table: SamplerTable, seed: int, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities of the refined branch and of the whole for each noise sample: two [K, N, C]."""
+    """Return the refined branch's and the whole's probabilities by noise sample: two [K, N, C]."""
     model.eval()
     refined, whole = [], []
     for sample in range(samples):
@@ -124,14 +139,14 @@ def sample_probabilities(
 
 
 def measure(probabilities: Tensor, labels: Tensor) -> Measured:
-    """Accuracy of a branch without noise, from [N, C] probabilities or logits."""
+    """Measure accuracy of a branch without noise, from [N, C] probabilities or logits."""
     found = accuracy(probabilities, labels)
     correct = (_best_five(probabilities)[:, 0] == labels).float()
     return Measured(found.top1, found.top5, found.images, 0, [found.top1], found.top1, correct)
 
 
 def measure_sampled(by_seed: Sequence[Tensor], labels: Tensor) -> Measured:
-    """Accuracy of a branch with noise, from [K, N, C] probabilities for each noise seed."""
+    """Measure accuracy of a branch with noise, from [K, N, C] probabilities for each noise seed."""
     served = [measure(probabilities.mean(dim=0), labels) for probabilities in by_seed]
     single = [measure(one, labels).top1 for probabilities in by_seed for one in probabilities]
     return Measured(
@@ -151,31 +166,40 @@ def _mean(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def measure_image_branch(model: ImageBranch, split: Labelled) -> Measured:
-    """Accuracy of the classifier on x_v' alone: the baseline's, or MARNet's alignment branch."""
+    """Measure the classifier on x_v' alone: the baseline's, or MARNet's alignment branch."""
     model.eval()
     return measure(model.alignment_logits(split.x_v), split.labels)
 
 
+@torch.no_grad()
 def measure_branches(model: MARNet, split: Labelled) -> dict[str, Measured]:
-    """Accuracy of each branch and of the whole, by the reverse process as it is trained.
+    """Measure accuracy of each branch and of the whole, by the reverse process as it is trained.
 
-    alignment: the classifier on x_EMA alone. refined: the one on x_CDR alone. marnet: the final
-    classifier on the fusion of both. K is the model's own; the noise seeds are `NOISE_SEEDS`.
+    alignment: the classifier on x_EMA alone. semantic: the one on SeDA's semantic vector. refined:
+    the one on x_CDR alone. marnet: the final classifier on the fusion of both. K is the model's
+    own; the noise seeds are `NOISE_SEEDS`.
     """
     table = sampler_table(model.config.schedule, "ddpm")
     drawn = [
         sample_probabilities(model, split.x_v, table, seed, model.config.samples)
         for seed in track(NOISE_SEEDS, "evaluate")
     ]
+    semantic = {}
+    if isinstance(model, SeDA):
+        logits = model.learner.classifier(split.x_v[:, model.vision.dim :])
+        semantic = {"semantic": measure(logits, split.labels)}
     return {
         "alignment": measure_image_branch(model, split),
+        **semantic,
         "refined": measure_sampled([refined for refined, _ in drawn], split.labels),
         "marnet": measure_sampled([whole for _, whole in drawn], split.labels),
     }
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N; `auto` is the CUDA device if there is one, else the CPU.
+    """Find a device by its name: auto, cpu, cuda or cuda:N.
+
+    `auto` is the CUDA device if there is one, else the CPU.
 
     Raises:
         EnvironmentMismatch: a CUDA device is asked for where there is none.
@@ -196,7 +220,7 @@ def pick_device(name: str) -> torch.device:
 def evaluate_checkpoint(
     path: Path, data: Path, split: str, device: str = "auto"
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy of each branch of a checkpoint on one split of a data set.
+    """Measure the accuracy of each branch of a checkpoint on one split of a data set.
 
     Raises:
         NotFound: there is no such checkpoint, data set or split.
@@ -213,5 +237,5 @@ def evaluate_checkpoint(
     model = checkpoint.model.to(pick_device(device))
     labels = label_tensor(examples, checkpoint.labels).to(model.device)
     x_v = compute_views(model.vision, store, Augment(), 1)[0]
-    found = measure_branches(model, Labelled(x_v, labels))
+    found = measure_branches(model, behind(model, Labelled(x_v, labels)))
     return {branch: measured.to_dict() for branch, measured in found.items()}

@@ -34,7 +34,7 @@ _PACKAGES = ("torch", "transformers", "pillow", "numpy")  # their versions may m
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of one split; they are decoded when `store` is first called."""
+    """These are the images of one split; they are decoded when `store` is first called."""
 
     examples: Sequence[Example]
     preprocess: Preprocess
@@ -42,7 +42,7 @@ class Images:
 
     @cached_property
     def sha256(self) -> bytes:
-        """Of the bytes of every image file, in order; read once."""
+        """Hash the bytes of every image file, in order; they are read once."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(hashlib.sha256(read_image(example)).digest())
@@ -50,7 +50,7 @@ class Images:
 
 
 class LearningEncoder:
-    """x_v of freshly augmented images, with a gradient."""
+    """This gives x_v of freshly augmented images, with a gradient."""
 
     def __init__(self, vision: VisionEncoder, store: PixelStore, settings: Augment) -> None:
         self.vision, self.store, self.settings = vision, store, settings
@@ -59,13 +59,13 @@ class LearningEncoder:
         return len(self.store)
 
     def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """x_v of some images, [B] -> [B, D_v]."""
+        """Compute x_v of some images, [B] -> [B, D_v]."""
         pixels = augment(self.store.batch(rows.numpy()), self.settings, generator)
         return self.vision(_for_convolutions(pixels).to(device))
 
 
 class FrozenFeatures:
-    """x_v of a random one of the views of each image that were computed beforehand."""
+    """This gives x_v of a random one of the views of each image that were computed beforehand."""
 
     def __init__(self, views: Tensor) -> None:
         self.views = views  # [V, N, D_v]
@@ -74,7 +74,7 @@ class FrozenFeatures:
         return self.views.shape[1]
 
     def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """x_v of some images, [B] -> [B, D_v]."""
+        """Look up x_v of some images, [B] -> [B, D_v]."""
         view = torch.randint(len(self.views), (len(rows),), generator=generator)
         return self.views[view.to(self.views.device), rows.to(self.views.device)].to(device)
 
@@ -86,7 +86,7 @@ Source = LearningEncoder | FrozenFeatures
 def compute_views(
     vision: VisionEncoder, store: PixelStore, settings: Augment, views: int, batch: int = 16
 ) -> Tensor:
-    """x_v of every image, as it is and then augmented `views - 1` times, [V, N, D_v].
+    """Compute x_v of every image, as it is and then augmented `views - 1` times, [V, N, D_v].
 
     The augmentation is the same in every training, so that the features can be kept.
     """
@@ -105,13 +105,13 @@ def compute_views(
 
 
 def _for_convolutions(pixels: Tensor) -> Tensor:
-    """The same pixels with channels last in memory: with small batches, EfficientNet-Lite0 on a CPU
-    takes half of the time. [B, 3, H, W]."""
+    """Put channels last in memory: with small batches, EfficientNet-Lite0 on a CPU takes half of
+    the time. [B, 3, H, W]."""
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views: int) -> Tensor:
-    """`compute_views` of a frozen encoder, read from the cache if it was computed before.
+    """Return `compute_views` of a frozen encoder, read from the cache if it was computed before.
 
     The file's name is a hash of all that decides its content: weights, configuration, image
     bytes, preprocessing and augmentation; and, for the last bits, versions and threads. On a hit
@@ -135,7 +135,7 @@ def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views
 
 
 def cache_dir() -> Path:
-    """Where features are kept: $MARNET_CACHE/features, or ~/.cache/marnet/features."""
+    """Say where features are kept: $MARNET_CACHE/features, or ~/.cache/marnet/features."""
     root = os.environ.get("MARNET_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "marnet") / "features"
 

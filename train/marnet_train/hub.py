@@ -57,7 +57,7 @@ class HubError(MarnetError):
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether it reads as ORG/NAME. `./a/b`, `/a/b` and a name without organisation do not."""
+    """Tell whether it reads as ORG/NAME. `./a/b`, `/a/b` and a name without organisation do not."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -66,7 +66,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The files below `folder` that belong to a checkpoint, as sorted relative POSIX paths."""
+    """List the files below `folder` that belong to a checkpoint, as sorted relative POSIX paths."""
     found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(_ours(found))
 
@@ -78,10 +78,10 @@ def download(
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The checkpoint's files at a revision, in the hub's cache; only what is new is transferred.
+    """Download the checkpoint's files at a revision into the hub's cache.
 
-    Where the hub cannot be reached, what was completely downloaded before for the same revision is
-    used.
+    Only what is new is transferred. Where the hub cannot be reached, what was completely downloaded
+    before for the same revision is used.
 
     Returns:
         The snapshot directory; its name is the commit.
@@ -143,7 +143,7 @@ def upload(
 
 
 def _check_private(api: HfApi, repo_id: str) -> None:
-    """The hub leaves a repository that exists as visible as it is."""
+    """Refuse a public repository for a private upload: the hub leaves it as visible as it is."""
     if not api.repo_info(repo_id).private:
         raise HubError(
             f"{repo_id} exists and is public, private was asked for: nothing was uploaded; make it "
@@ -168,7 +168,7 @@ def _ours(names: Iterator[str] | list[str]) -> Iterator[str]:
 
 @contextmanager
 def _bars_on_terminals() -> Iterator[None]:
-    """No progress bars where standard error is a file or a pipe."""
+    """Show no progress bars where standard error is a file or a pipe."""
     if sys.stderr.isatty() or are_progress_bars_disabled():
         yield
         return
@@ -223,7 +223,7 @@ def _refusal(error: HfHubHTTPError, repo_id: str, may: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong; of an error that only says that something did, its cause."""
+    """Say what went wrong; of an error that only says that something did, say its cause."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

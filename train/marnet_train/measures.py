@@ -28,7 +28,7 @@ _CELLS = (0.5, 0.5, 1.0)  # images added where only a is right, only b, both or 
 def expected_calibration_error(
     probabilities: ArrayLike, labels: ArrayLike, bins: int = 15
 ) -> float:
-    """Mean distance of the top probability p from the accuracy, over bins of equal width.
+    """Return the mean distance of the top probability p from the accuracy, in bins of equal width.
 
     ECE = sum over m of |B_m| / N * |accuracy(B_m) - mean p(B_m)|, where B_m holds the images with
     (m - 1) / bins < p <= m / bins: Guo, Pleiss, Sun and Weinberger, "On calibration of modern
@@ -63,11 +63,12 @@ def expected_calibration_error(
 
 
 def risk_coverage(score: ArrayLike, correct: ArrayLike) -> float:
-    """Area under the risk-coverage curve: the mean risk over all coverages, lower is better.
+    """Return the area under the risk-coverage curve: the mean risk over all coverages.
 
-    AURC = 1 / N * sum over k = 1 .. N of (wrong among the k surest) / k: Geifman and El-Yaniv,
-    "Selective classification for deep neural networks", NeurIPS 2017, for the curve. Images of
-    equal score count as if each had their mean error, which is the expectation over their orders.
+    Lower is better. AURC = 1 / N * sum over k = 1 .. N of (wrong among the k surest) / k: Geifman
+    and El-Yaniv, "Selective classification for deep neural networks", NeurIPS 2017, for the curve.
+    Images of equal score count as if each had their mean error, which is the expectation over their
+    orders.
 
     It mixes accuracy and ranking: of two models the more accurate one may have the worse scores.
     `marnet_export.selection.risk_coverage` gives the curve itself.
@@ -84,11 +85,11 @@ def risk_coverage(score: ArrayLike, correct: ArrayLike) -> float:
 
 
 def accuracy_at_coverage(score: ArrayLike, correct: ArrayLike, coverage: float = 0.8) -> float:
-    """Accuracy on the surest images, the fewest that make at least the share `coverage`.
+    """Return the accuracy on the surest images, the fewest that make at least the share `coverage`.
 
-    (right among the k surest) / k with k = ceil(coverage * N): one minus the selective risk of
-    Geifman and El-Yaniv 2017. Where equal scores stand at the border, it is the mean over all ways
-    to choose among them.
+    It is (right among the k surest) / k with k = ceil(coverage * N): one minus the selective risk
+    of Geifman and El-Yaniv 2017. Where equal scores stand at the border, it is the mean over all
+    ways to choose among them.
 
     Args:
         score: how sure each answer is, finite, [N].
@@ -111,11 +112,11 @@ def accuracy_at_coverage(score: ArrayLike, correct: ArrayLike, coverage: float =
 def paired_interval(
     better: int, worse: int, count: int, z: float = 1.96
 ) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same images, with its confidence interval.
+    """Return the difference of two accuracies on the same images, with its confidence interval.
 
-    The adjusted Wald interval: Agresti and Min, "Simple improved confidence intervals for comparing
-    matched proportions", Statistics in Medicine 24, 2005. Half an image is added to each of the
-    four cells, so that two processes that never differed have an interval, too.
+    It is the adjusted Wald interval: Agresti and Min, "Simple improved confidence intervals for
+    comparing matched proportions", Statistics in Medicine 24, 2005. Half an image is added to each
+    of the four cells, so that two processes that never differed have an interval, too.
 
     Args:
         better: images that the candidate has right and the reference wrong.
@@ -142,7 +143,7 @@ def paired_interval(
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % Student interval of the mean; (nan, nan) of fewer than two values."""
+    """Return the 95 % Student interval of the mean; (nan, nan) of fewer than two values."""
     if len(values) < 2:
         return math.nan, math.nan
     with requires_extra("train", "scipy"):
@@ -153,7 +154,7 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Accuracy of a minus accuracy of b on the same images, with 95 % intervals."""
+    """This is the accuracy of a minus the accuracy of b on the same images, with 95 % intervals."""
 
     mean: float  # over runs and images
     interval: tuple[float, float]  # for other images and, of several runs, other runs
@@ -163,7 +164,7 @@ class PairedDifference:
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDifference:
-    """Difference of the accuracies of two ways to train, with its 95 % intervals.
+    """Return the difference of the accuracies of two ways to train, with its 95 % intervals.
 
     mean = 1 / (R N) * sum of D, where D = correct_a - correct_b is -1 to 1, [R, N].
 
@@ -216,7 +217,7 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDiffe
 
 
 def _probabilities(probabilities: ArrayLike) -> NDArray[np.float64]:
-    """Checked, [N, K]."""
+    """Check probabilities and return them as an array, [N, K]."""
     values = np.asarray(probabilities, np.float64)
     if values.ndim != 2 or not values.size:
         raise InvalidInput(
@@ -233,7 +234,7 @@ def _probabilities(probabilities: ArrayLike) -> NDArray[np.float64]:
 
 
 def _right_among_surest(score: ArrayLike, correct: ArrayLike) -> NDArray[np.float64]:
-    """How many of the k surest answers are right, expected over the orders of equals, k = 1 .. N.
+    """Count the right answers among the k surest, expected over the orders of equals, k = 1 .. N.
 
     Where G equal scores, g of them right, follow on the B surest, b of them right, it is
     b + (k - B) g / G.
@@ -256,7 +257,7 @@ def _right_among_surest(score: ArrayLike, correct: ArrayLike) -> NDArray[np.floa
 
 
 def _shares(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two arrays [R, N] of 0 to 1."""
+    """Check two arrays [R, N] of 0 to 1, and return them."""
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     fits = first.shape == second.shape and first.ndim == 2 and first.size
     if not fits or not all(((x >= 0) & (x <= 1)).all() for x in (first, second)):
@@ -268,7 +269,7 @@ def _shares(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def _standard_error(differences: NDArray[np.float64]) -> float:
-    """Deviation of the mean over resamples of runs and images, from D [R, N] with R > 1."""
+    """Return the mean's deviation over resamples of runs and images, from D [R, N] with R > 1."""
     rng = np.random.default_rng(0)
     runs, images = differences.shape
     # Images with the same differences are drawn together: faster, and their order has no part.

@@ -9,7 +9,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for the next step of a training; does it do that here?
+    """Let the C library keep freed memory for a training's next step, and tell whether it does.
 
     The activations of a step are large. glibc maps each of them anew, and the kernel clears every
     page of it: on a CPU that takes a third of a step of EfficientNet-Lite0. The setting holds for

@@ -17,7 +17,7 @@ _BEST = "best."
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row indices of one epoch in random order; a last batch of one row is left out, because
+    """Yield row indices of one epoch in random order; a last batch of one row is left out, because
     neither batch normalisation nor a contrastive loss is defined on it."""
     if min(count, size) < 2:
         raise RecipeError(f"training needs 2 images and a batch of 2, got {count} and {size}")
@@ -27,7 +27,10 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
 
 
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
-    """Learning-rate factor: linear warm-up over `warmup * total` steps, then a half cosine to 0."""
+    """Return the learning-rate factor: linear warm-up, then a half cosine to 0.
+
+    The warm-up takes `warmup * total` steps.
+    """
     rise = max(1, int(warmup * total))
     if step < rise:
         return (step + 1) / rise
@@ -35,7 +38,7 @@ def warmup_cosine(step: int, total: int, warmup: float) -> float:
 
 
 def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of a module for AdamW, with their learning rate.
+    """Return the parameters of a module for AdamW, with their learning rate.
 
     Only matrices and kernels decay: not biases, norms, temperatures or embeddings (of words,
     positions, class tokens and time), which a pull towards zero would only distort.
@@ -55,7 +58,7 @@ def parameter_groups(module: nn.Module, rate: float, weight_decay: float) -> lis
 
 
 class Learner:
-    """What a phase trains: modules, their AdamW and its learning-rate schedule.
+    """This holds what a phase trains: modules, their AdamW and its learning-rate schedule.
 
     It can remember the weights that scored best on validation, and go back to them.
     """
@@ -105,7 +108,7 @@ class Learner:
             self.modules.load_state_dict(self.best)
 
     def state(self) -> dict[str, Tensor]:
-        """All that a step changes."""
+        """Return all that a step changes."""
         state = {f"modules.{name}": value for name, value in self.modules.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}

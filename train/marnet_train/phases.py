@@ -38,7 +38,7 @@ HEAD_GAIN = 0.01
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The train split: its images, class indices [N], token ids and mask [N, L]."""
+    """This is the train split: its images, class indices [N], token ids and mask [N, L]."""
 
     images: Images
     labels: Tensor
@@ -48,7 +48,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Features:
-    """Cached features of V views of each image; rows are view-major, [V * N, ...]."""
+    """These are cached features of V views of each image; rows are view-major, [V * N, ...]."""
 
     x_v: Tensor
     x_s: Tensor
@@ -57,7 +57,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Target:
-    """What ITA aligns images with: x_s of every image, or the text encoder while it learns."""
+    """ITA aligns images with this: x_s of every image, or the text encoder while it learns."""
 
     x_s: Tensor | None  # [N, D_s], standardised; None: F_s learns, and x_s moves
     groups: Tensor  # [N], equal where two texts, or what plays them, are the same
@@ -65,7 +65,7 @@ class Target:
 
 @torch.no_grad()
 def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
-    """x_s of every text of the set, [N, D_s], in evaluation mode; equal texts are encoded once."""
+    """Compute x_s of every text, [N, D_s], in evaluation mode; equal texts are encoded once."""
     model.eval()
     device = model.text_mean.device
     rows, inverse = torch.unique(data.input_ids, dim=0, return_inverse=True)
@@ -78,7 +78,7 @@ def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
 
 
 def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress) -> None:
-    """Text phase: F_s and a linear head, which is thrown away, learn the class from the text."""
+    """In the text phase F_s and a linear head, which is thrown away, learn the class from text."""
     phase = recipe.text_phase
     assert phase is not None
     device = model.text_mean.device
@@ -100,7 +100,7 @@ def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run:
 
 
 def _learning_text(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
-    """x_s of some rows, [B, D_s], with a gradient; cut at the longest of them."""
+    """Compute x_s of some rows, [B, D_s], with a gradient; they are cut at the longest of them."""
     device = model.text_mean.device
     mask = data.attention_mask[rows].to(device)
     longest = int(mask.sum(dim=1).max())
@@ -108,7 +108,7 @@ def _learning_text(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
 
 
 def make_target(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int) -> Target:
-    """The vectors that play x_s in phases A and B, standardised.
+    """Make the vectors that play x_s in phases A and B, standardised.
 
     Their mean and standard deviation go to the model's buffers.
     """
@@ -131,7 +131,7 @@ def fold(layer: nn.Linear, mean: Tensor, std: Tensor) -> None:
 
 
 class _Temperature(nn.Module):
-    """tau of ITA: as the recipe has it, or learned from there; then 1 / tau stays at most 100."""
+    """This is tau of ITA: the recipe's, or learned from there; then 1 / tau stays at most 100."""
 
     def __init__(self, start: float, *, learned: bool) -> None:
         super().__init__()
@@ -153,8 +153,8 @@ def train_alignment(
     run: Progress,
     title: str = "alignment",
 ) -> None:
-    """Phase A: minimise L_EMA (eq. 13) over E_v, E_s, the alignment classifier and, if they have
-    a learning rate, F_v and F_s. With `joint`, L_CDR (eq. 20) of one step is added to it.
+    """Run phase A: minimise L_EMA (eq. 13) over E_v, E_s, the alignment classifier and, if they
+    have a learning rate, F_v and F_s. With `joint`, L_CDR (eq. 20) of one step is added to it.
 
     E_s learns on standardised x_s and, with frozen features, E_v on standardised x_v; both are
     then folded, so the model takes them raw.
@@ -192,7 +192,7 @@ def train_baseline(
     run: Progress,
     title: str = "baseline",
 ) -> None:
-    """Phase A of the image-only peer: the same encoder, data, order and epochs, and no text."""
+    """Run phase A of the image-only peer: the same encoder, data, order and epochs, and no text."""
     _train_image_branch(model, data, source, recipe.alignment, seed, run, title, [], None)
 
 
@@ -243,9 +243,9 @@ def _train_image_branch(
 
 
 class _JointRefinement(nn.Module):
-    """L_CDR of one step inside phase A, with a gradient into F_v; half of the rows are at t = T.
+    """This is L_CDR of one step inside phase A, with a gradient into F_v.
 
-    The condition is standardised by the batch's own statistics.
+    Half of the rows are at t = T. The condition is standardised by the batch's own statistics.
     """
 
     def __init__(self, model: MARNet, recipe: Recipe) -> None:
@@ -259,7 +259,7 @@ class _JointRefinement(nn.Module):
     abar: Tensor
 
     def forward(self, x_v: Tensor, x0: Tensor, labels: Tensor) -> Tensor:
-        """x_v [B, D_v], x0 [B, D_s] standardised, labels [B] -> scalar."""
+        """Compute the loss: x_v [B, D_v], x0 [B, D_s] standardised, labels [B] -> scalar."""
         t = torch.randint(1, self.steps + 1, (len(x0),))
         t = torch.where(torch.rand(len(x0)) < 0.5, self.steps, t).to(x0.device)
         x_t = q_sample(x0, t, torch.randn_like(x0), self.abar)
@@ -283,9 +283,9 @@ def make_features(
     target: Target,
     recipe: Recipe,
 ) -> Features:
-    """x_v of `views` views of each image and x_s, encoders frozen.
+    """Compute x_v of `views` views of each image and x_s, encoders frozen.
 
-    Stores the mean and standard deviation of both in the model's buffers.
+    It stores the mean and standard deviation of both in the model's buffers.
     """
     if isinstance(source, FrozenFeatures):
         views = source.views
@@ -303,7 +303,7 @@ def make_features(
 
 
 class Refiner(nn.Module):
-    """What phase B learns: the denoiser and the classifier of its estimates."""
+    """This holds what phase B learns: the denoiser and the classifier of its estimates."""
 
     def __init__(self, denoiser: Denoiser, classifier: nn.Linear, steps: int) -> None:
         super().__init__()
@@ -311,11 +311,11 @@ class Refiner(nn.Module):
 
     @classmethod
     def of(cls, model: MARNet) -> Refiner:
-        """The model's own."""
+        """Return the model's own refiner."""
         return cls(model.denoiser, model.semantic_classifier, model.config.schedule.steps)
 
     def one_pass(self, condition: Tensor) -> Tensor:
-        """The estimate without any noise: x_t = 0 at t = T. [B, D_v] -> [B, D_s]."""
+        """Make the estimate without any noise: x_t = 0 at t = T. [B, D_v] -> [B, D_s]."""
         x = condition.new_zeros(len(condition), self.denoiser.dim)
         t = torch.full((len(condition),), self.steps, device=condition.device)
         return self.denoiser(x, t, condition)
@@ -333,7 +333,7 @@ def train_refinement(
     look: Callable[[], float],
     one_pass: bool = False,
 ) -> float:
-    """Phase B: minimise L_CDR (eq. 20), t ~ Uniform{1..T} for each row, but for a share of
+    """Run phase B: minimise L_CDR (eq. 20), t ~ Uniform{1..T} for each row, but for a share of
     `pure_noise` at t = T. The weights are kept that score best on validation.
 
     Args:
@@ -386,13 +386,13 @@ def train_refinement(
 
 
 def _is_look(epoch: int, epochs: int) -> bool:
-    """Whether validation is looked at after this epoch; after the last one it always is."""
+    """Tell whether validation is looked at after this epoch; after the last one it always is."""
     return (epochs - epoch) % max(1, epochs // LOOKS) == 0
 
 
 @torch.no_grad()
 def draw_refined(model: MARNet, features: Features, recipe: Recipe, seed: int) -> Tensor:
-    """x_CDR of every cached row for each noise draw, each row with its own noise.
+    """Draw x_CDR of every cached row for each noise draw, each row with its own noise.
 
     These are ends of whole chains, as classification sees them.
 
@@ -425,7 +425,7 @@ def train_head(
     title: str,
     look: Callable[[nn.Linear], float],
 ) -> None:
-    """Phase C: train one linear classifier on rows [M, D_f] that do not change any more.
+    """Run phase C: train one linear classifier on rows [M, D_f] that do not change any more.
 
     It starts from the weights that it has and keeps the best on validation, those included, which
     are favoured by `HEAD_GAIN`. It learns on standardised inputs, where one learning rate suits

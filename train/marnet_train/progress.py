@@ -34,7 +34,7 @@ SAVING_SHARE = 0.05  # of the time at most is spent on saving epochs, so some ma
 
 
 class Learner(Protocol):
-    """What an epoch changes, as tensors."""
+    """This is what an epoch changes, as tensors."""
 
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
@@ -42,7 +42,7 @@ class Learner(Protocol):
 
 @dataclass
 class Record:
-    """The story of a run so far."""
+    """This is the story of a run so far."""
 
     settings: dict[str, Any]  # all that decides the weights
     results: dict[str, Any] = field(default_factory=dict)  # finished phase -> what it returned
@@ -53,7 +53,7 @@ class Record:
 
 
 class Progress:
-    """One training run: what it has logged and done, saved if there is a folder to save it in."""
+    """This is one training run: what it has logged and done, saved if there is a folder for it."""
 
     def __init__(self, folder: Path | None = None, record: Record | None = None) -> None:
         self.folder = folder
@@ -64,7 +64,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Spent on this run, over all the processes that worked on it."""
+        """Return the seconds spent on this run, over all the processes that worked on it."""
         return self._before + time.perf_counter() - self._started
 
     def log(self, **line: Any) -> None:
@@ -78,7 +78,7 @@ class Progress:
                 print(json.dumps(line), file=file)
 
     def log_lines(self) -> str:
-        """The content of metrics.jsonl."""
+        """Return the content of metrics.jsonl."""
         return "".join(json.dumps(line) + "\n" for line in self.record.log)
 
     def once(self, phase: str, model: nn.Module | None, work: Callable[[], Any]) -> Any:
@@ -102,7 +102,7 @@ class Progress:
     def epochs(
         self, phase: str, count: int, learner: Learner, generator: torch.Generator
     ) -> Iterator[int]:
-        """Epoch numbers from 1 to `count`, or from the one after the last that was saved."""
+        """Yield epoch numbers from 1 to `count`, or from the one after the last that was saved."""
         done = 0
         if self.folder is not None and self.record.phase == phase:
             done = self.record.epochs
@@ -133,7 +133,7 @@ class Progress:
 
 @contextmanager
 def saved_progress(out: Path, settings: dict[str, Any], *, restart: bool) -> Iterator[Progress]:
-    """The run that writes `out`: a new one, or the interrupted one with the same settings.
+    """Open the run that writes `out`: a new one, or the interrupted one with the same settings.
 
     The folder `OUT.partial` is removed if the block succeeds, and kept otherwise.
 
@@ -180,7 +180,7 @@ def _clear(folder: Path) -> None:
 
 
 def _read_record(folder: Path) -> Record | None:
-    """The record of whichever of the two saved states is further on; None if there is neither."""
+    """Read the record of the further of the two saved states; None if there is neither."""
     saved = [_record_of(folder / name) for name in (PHASE, EPOCH) if (folder / name).is_file()]
     return max(saved, key=lambda record: (len(record.results), record.epochs), default=None)
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Augment:
-    """Random geometry of training images; each is drawn per image and view."""
+    """This is the random geometry of training images; each is drawn per image and view."""
 
     rotate: float = 0.0  # largest angle, degrees
     shift: float = 0.0  # largest shift, fraction of the side
@@ -27,14 +27,16 @@ class Augment:
     flip: bool = False  # mirror left-right half of the time
 
 
+METHODS = {"marnet": "MARNet", "seda": "SeDA"}  # name of a method -> how it is written
 Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
 SEMANTICS = ("text", "labels", "random", "shuffled")
 
 
 @dataclass(frozen=True)
 class TextPhase:
-    """Before phase A, for a text encoder from scratch: F_s and a linear head learn the class from
-    the text, by cross-entropy. With `lr_text = 0` the encoder is frozen afterwards."""
+    """This phase comes before phase A, for a text encoder from scratch: F_s and a linear head learn
+    the class from the text, by cross-entropy. With `lr_text = 0` the encoder is frozen afterwards.
+    """
 
     epochs: int = 12
     batch: int = 64
@@ -44,7 +46,7 @@ class TextPhase:
 
 @dataclass(frozen=True)
 class AlignmentPhase:
-    """Phase A: encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
+    """Phase A trains encoders, projectors and the alignment classifier, on L_EMA (eq. 13)."""
 
     epochs: int = 10
     batch: int = 64
@@ -65,7 +67,7 @@ class AlignmentPhase:
 
 @dataclass(frozen=True)
 class RefinementPhase:
-    """Phase B: the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
+    """Phase B trains the denoiser and its classifier on cached features, on L_CDR (eq. 20)."""
 
     epochs: int = 200  # at most: the weights are kept that are best on validation
     batch: int = 1024
@@ -79,8 +81,26 @@ class RefinementPhase:
 
 
 @dataclass(frozen=True)
+class SemanticPhase:
+    """SeDA's stage 1 trains the semantic learner between phases A and B, on cached features.
+
+    On training images the learner is nearly always right, and the translator would learn to trust
+    it. So a share of its vectors is replaced by the centre of another class in phase B.
+    """
+
+    epochs: int = 100  # at most, as in phase B
+    batch: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    ce_weight: float = 1.0
+    norm_weight: float = 1.0  # of the squared distance to the centre: a sum over dimensions
+    wrong: float = 0.15  # share of the training vectors that are another class's centre
+    jitter: float = 0.1  # standard deviation of what is added to training vectors
+
+
+@dataclass(frozen=True)
 class FusionPhase:
-    """Phase C: the final classifier on cached features, with everything else frozen."""
+    """Phase C trains the final classifier on cached features, with everything else frozen."""
 
     epochs: int = 100  # at most, as in phase B
     batch: int = 1024
@@ -91,10 +111,11 @@ class FusionPhase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whole. `vision` and `text` are described in models/backbones.py."""
+    """This is one training run, whole. `vision` and `text` are described in models/backbones.py."""
 
     vision: dict[str, Any]
     text: dict[str, Any]
+    method: str = "marnet"
     dim: int = 768
     hidden: int = 1024
     time_dim: int = 64
@@ -106,13 +127,21 @@ class Recipe:
     semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)
     image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    semantic_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(steps=50))
+    semantic_steps: int = 10  # these two are of seda's first stage
     augment: Augment = field(default_factory=Augment)
     text_phase: TextPhase | None = None
     alignment: AlignmentPhase = field(default_factory=AlignmentPhase)
+    semantic: SemanticPhase = field(default_factory=SemanticPhase)
     refinement: RefinementPhase = field(default_factory=RefinementPhase)
     fusion_phase: FusionPhase = field(default_factory=FusionPhase)
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = nearest(self.method, list(METHODS))
+            raise RecipeError(
+                f"method {self.method!r} is unknown.{near} Choose from {', '.join(METHODS)}"
+            )
         if self.semantics not in SEMANTICS:
             near = nearest(self.semantics, SEMANTICS)
             raise RecipeError(
@@ -125,13 +154,17 @@ class Recipe:
             raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:
             raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
+        if self.semantic.wrong > 1:
+            raise RecipeError(f"wrong must be at most 1, got {self.semantic.wrong}")
+        if self.alignment.joint and self.method != "marnet":
+            raise RecipeError(f"joint training is MARNet's; set joint = false for {self.method}")
         if self.alignment.joint and self.alignment.lr_text > 0:
             raise RecipeError(
                 "joint training needs a text encoder that stands still: set lr_text = 0"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, for training.json."""
+        """Return the recipe as plain data, for training.json."""
         return asdict(self)
 
     @classmethod
@@ -152,7 +185,7 @@ _GONE = {
 
 
 def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
-    """What took the place of every "auto": name of the setting -> value."""
+    """Return what took the place of every "auto": name of the setting -> value."""
     leaves = _leaves(asked.to_dict(), resolved.to_dict())
     return {name: after for name, before, after in leaves if before == "auto"}
 
@@ -160,7 +193,7 @@ def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
 def _leaves(
     one: Mapping[str, Any], other: Mapping[str, Any], where: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Settings of two recipes side by side: (dotted name, value, value)."""
+    """Yield the settings of two recipes side by side: (dotted name, value, value)."""
     for key, value in one.items():
         if isinstance(value, dict) and isinstance(other[key], dict):
             yield from _leaves(value, other[key], f"{where}{key}.")
@@ -169,7 +202,7 @@ def _leaves(
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """List the recipes that come with the package."""
     folder = resources.files("marnet_train") / "recipes"
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
@@ -200,7 +233,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a TOML table, recursively, checking every key and value."""
+    """Make a dataclass from a TOML table, recursively, checking every key and value."""
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in table:

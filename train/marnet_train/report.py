@@ -7,13 +7,15 @@ from typing import Any
 
 from marnet_train.evaluate import Measured
 from marnet_train.measures import paired_difference
+from marnet_train.recipe import METHODS
 
 BRANCHES = {
     "baseline": "image-only baseline",
     "alignment": "alignment branch",
+    "semantic": "semantic learner",
     "mlp": "+MLP, one pass",
     "refined": "refined branch",
-    "marnet": "MARNet",
+    "marnet": "MARNet",  # or whatever the method is called: see `_titles`
 }
 PAIRS = (
     ("alignment", "baseline"),
@@ -25,7 +27,7 @@ PAIRS = (
 
 
 def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
-    """Paired differences of top-1 between branches on the same images, with 95 % intervals."""
+    """Compare branches on the same images: paired differences of top-1, with 95 % intervals."""
     rows = {}
     for pair in PAIRS:
         one, other = (found[name].correct.cpu().numpy()[None] for name in pair)
@@ -35,15 +37,21 @@ def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
     return rows
 
 
+def _titles(training: dict[str, Any]) -> dict[str, str]:
+    """Say how the branches of a training are called."""
+    return BRANCHES | {"marnet": METHODS[training["settings"].get("method", "marnet")]}
+
+
 def accuracy_table(
-    metrics: dict[str, Any], split: str
+    training: dict[str, Any], split: str
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Columns and rows of one split: model, top-1 with one noise sample, with the K that serve,
-    and top-5; one column of top-1 where K is 1."""
+    """Make the columns and rows of one split: model, top-1 with one noise sample, with the K that
+    serve, and top-5; there is one column of top-1 where K is 1."""
+    metrics = training["metrics"]
     samples = metrics["marnet"][split].get("samples", 1)
     rows = []
-    for branch, title in BRANCHES.items():
-        if branch not in metrics:  # of a checkpoint of an older version
+    for branch, title in _titles(training).items():
+        if branch not in metrics:  # of another method, or of a checkpoint of an older version
             continue
         seen = metrics[branch][split]
         one = f"{seen['top1_one_sample']:.2%}" if seen.get("samples") else ""
@@ -54,21 +62,23 @@ def accuracy_table(
 
 
 def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str, str]]:
-    """Rows (pair, difference in points, its interval) of one split."""
+    """Make the rows (pair, difference in points, its interval) of one split."""
     rows = []
     for pair, seen in training["differences"][split].items():
-        one, other = (BRANCHES[name] for name in pair.split(" - "))
+        one, other = (_titles(training)[name] for name in pair.split(" - "))
         rows.append((f"{one} - {other}", _points(seen["mean"]), _interval(seen)))
     return rows
 
 
 def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
-    """Two sentences: what the text bought, and what the diffusion bought, on this split."""
+    """Say in two sentences what the text bought, and what the diffusion bought, on this split."""
     seen = training["differences"][split]
     images = training["data"]["images"][split]
     where = f"on {images} {split} images"
     text = _verdict("the alignment branch", "the image-only baseline", seen["alignment - baseline"])
-    diffusion = _verdict("MARNet", "its alignment branch alone", seen["marnet - alignment"])
+    diffusion = _verdict(
+        _titles(training)["marnet"], "its alignment branch alone", seen["marnet - alignment"]
+    )
     against = seen["refined - mlp"]
     kind = training["settings"]["semantics"]
     target = "text" if kind == "text" else f'the control "{kind}" in place of text'
@@ -80,9 +90,9 @@ def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:
 
 
 def test_line(training: dict[str, Any]) -> str:
-    """Accuracy on test images, which chose nothing."""
-    metrics = training["metrics"]
-    parts = [f"{BRANCHES[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
+    """Say how accurate the models are on test images, which chose nothing."""
+    metrics, titles = training["metrics"], _titles(training)
+    parts = [f"{titles[b]} {metrics[b]['test']['top1']:.2%}" for b in ("baseline", "marnet")]
     seen = training["differences"]["test"]["marnet - baseline"]
     return (
         f"On {training['data']['images']['test']} test images, which chose nothing: "

@@ -18,7 +18,7 @@ from marnet_sdk.errors import RecipeError
 
 
 def semantic_vectors(kind: str, texts: Tensor, labels: Tensor, classes: int, seed: int) -> Tensor:
-    """x_s of every training image, [N, D_s], for one of `recipe.SEMANTICS`.
+    """Make x_s of every training image, [N, D_s], for one of `recipe.SEMANTICS`.
 
     Args:
         texts: F_s of every image's text, [N, D_s]. labels: class indices, [N].
@@ -43,7 +43,7 @@ def semantic_vectors(kind: str, texts: Tensor, labels: Tensor, classes: int, see
 
 
 def _rows_of_other_classes(labels: Tensor, classes: int, generator: torch.Generator) -> Tensor:
-    """For each image the row of one of the next class, in a random cycle of the classes. [N]."""
+    """Draw for each image a row of the next class, in a random cycle of the classes. [N]."""
     cycle = torch.randperm(classes, generator=generator)
     rows = torch.empty_like(labels)
     for own, other in zip(cycle.tolist(), cycle.roll(1).tolist(), strict=True):

@@ -2,6 +2,8 @@
 
     text phase -> image-only baseline -> A, alignment -> "+MLP" -> B, refinement -> C, heads -> K
 
+SeDA's semantic learner comes between A and "+MLP".
+
 Where a recipe says "auto", a few values are tried on copies and the one that is best on validation
 is trained. The baseline is given as many tries, with its learning rate. Every classifier is scaled
 by a temperature, so that its probabilities can be trusted. Test images choose nothing.
@@ -25,11 +27,13 @@ from marnet_train.evaluate import (
     NOISE_SEEDS,
     Labelled,
     Measured,
+    behind,
     measure,
     measure_branches,
     measure_image_branch,
     refined_features,
     sample_probabilities,
+    see,
 )
 from marnet_train.features import (
     FrozenFeatures,
@@ -41,6 +45,7 @@ from marnet_train.features import (
 )
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import Baseline, ImageBranch, MARNet
+from marnet_train.models.seda import SeDA
 from marnet_train.phases import (
     Features,
     Refiner,
@@ -68,7 +73,7 @@ TEMPERATURES = torch.logspace(-1, 1, 81).tolist()  # of a classifier; each 6 % a
 
 
 def norm_weights(width: int) -> tuple[float, ...]:
-    """Values of gamma that are tried: the paper's norm, a mean over dimensions, and between.
+    """Return the values of gamma to try: the paper's norm, a mean over dimensions, and between.
 
     The weight of the cross-entropy stays: AdamW sees nothing but the ratio of both.
     """
@@ -77,23 +82,27 @@ def norm_weights(width: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A split that is looked at: its images and class indices [N]."""
+    """This is a split that is looked at: its images and class indices [N]."""
 
     images: Images
     labels: Tensor
 
     def seen_by(self, vision: VisionEncoder, *, frozen: bool) -> Labelled:
-        """Features of an encoder in evaluation mode."""
+        """Return the features of an encoder in evaluation mode."""
         if frozen:
             x_v = cached_views(vision, self.images, Augment(), 1)[0]
         else:
             x_v = compute_views(vision, self.images.store(), Augment(), 1)[0]
         return Labelled(x_v, self.labels.to(x_v.device))
 
+    def seen_whole(self, model: ImageBranch, *, frozen: bool) -> Labelled:
+        """Return what everything behind a model's encoder gets of the images."""
+        return behind(model, self.seen_by(model.vision, frozen=frozen))
+
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training leaves behind."""
+    """This is what a training leaves behind."""
 
     model: MARNet
     baseline: Baseline
@@ -102,12 +111,12 @@ class Trained:
 
     @property
     def modules(self) -> nn.Module:
-        """All that was trained."""
+        """Return all that was trained."""
         return nn.ModuleDict({"model": self.model, "baseline": self.baseline, "mlp": self.mlp})
 
 
 def encoded(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> Source:
-    """Where phase A takes x_v from: the encoder itself, or its cached features if it is frozen."""
+    """Return where phase A takes x_v from: the encoder, or its cached features if it is frozen."""
     if recipe.alignment.lr_backbone == 0:
         views = recipe.refinement.views
         return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
@@ -124,7 +133,7 @@ def train_all(
     *,
     with_baseline: bool = True,
 ) -> Trained:
-    """All phases, in order; `model` is trained in place.
+    """Run all phases, in order; `model` is trained in place.
 
     Args:
         with_baseline: train the image-only baseline as well; else it stays as it began.
@@ -136,7 +145,7 @@ def train_all(
     source = partial(encoded, data=data, recipe=recipe)
 
     def judge(branch: ImageBranch) -> float:
-        """Temper its classifier; its score on validation."""
+        """Temper its classifier, and return its score on validation."""
         seen = val.seen_by(branch.vision, frozen=frozen)
         branch.eval()
         with torch.no_grad():
@@ -159,6 +168,9 @@ def train_all(
     stage.once("alignment", align)
     features = make_features(model, data, source(model.vision), target, recipe)
     seen = val.seen_by(model.vision, frozen=frozen)
+    if isinstance(model, SeDA):
+        features = learn_semantics(model, features, seen, recipe, seed, stage)
+        seen = behind(model, seen)
     recipe = _refine(model, mlp, features, seen, recipe, seed, stage)
     _train_heads(model, features, seen, recipe, seed, stage)
     recipe = _choose_samples(model, seen, recipe, seed, stage)
@@ -169,10 +181,10 @@ def train_all(
 
 @torch.no_grad()
 def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
-    """How good the baseline, the control and each branch of the model are on a split."""
+    """Measure how good the baseline, the control and each branch of the model are on a split."""
     frozen = trained.recipe.alignment.lr_backbone == 0
     model, baseline, mlp = trained.model, trained.baseline, trained.mlp
-    seen = split.seen_by(model.vision, frozen=frozen)
+    seen = split.seen_whole(model, frozen=frozen)
     condition = model.condition(seen.x_v)
     mlp.eval()
     one_pass = mlp.classifier(mlp.one_pass(condition))
@@ -183,8 +195,63 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
     }
 
 
+def learn_semantics(
+    model: SeDA, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
+) -> Features:
+    """Run SeDA's stage 1, whose vectors then stand beside the features that phase B learns from.
+
+    Args:
+        features, seen: image features alone, of training and of validation.
+    """
+    learner, phase = model.learner, recipe.semantic
+    condition, judged = MARNet.condition(model, features.x_v), MARNet.condition(model, seen.x_v)
+    learner.set_centres(condition, features.labels)
+    own = ("epochs", "batch", "lr", "weight_decay", "ce_weight", "norm_weight")
+    of_stage = {name: getattr(phase, name) for name in own} | {"pure_noise": 0.0}
+    settings = replace(
+        recipe,
+        schedule=recipe.semantic_schedule,
+        refinement=replace(recipe.refinement, **of_stage),
+    )
+    refiner = Refiner(learner.denoiser, learner.classifier, learner.train_steps)
+
+    @torch.no_grad()
+    def look() -> float:
+        return score(learner.classifier(learner(judged)).softmax(dim=1), seen.labels)
+
+    def train() -> None:
+        target = replace(features, x_s=learner.centres[features.labels])
+        train_refinement(
+            refiner, condition, target, settings, seed, stage.run, "semantic learner", look=look
+        )
+        temper(learner.classifier, [learner(judged)], seen.labels)
+
+    stage.once("semantic learner", train)
+    return with_mistakes(model, features, recipe, seed)
+
+
+@torch.no_grad()
+def with_mistakes(model: SeDA, features: Features, recipe: Recipe, seed: int) -> Features:
+    """Put [x_v ; s] in the place of training features, with s as unsure as on other images.
+
+    A share of `wrong` gets the centre of another class, drawn from the alignment classifier's
+    probabilities at temperature 2; all get noise of deviation `jitter`.
+    """
+    seen = see(model, features.x_v)
+    x_v, s = seen.split(model.vision.dim, dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(s))
+    chances = (model.alignment_logits(x_v) / 2).softmax(dim=1).cpu() + 1e-9
+    chances[rows, features.labels.cpu()] = 0
+    other = torch.multinomial(chances, 1, generator=generator)[:, 0].to(s.device)
+    wrong = torch.rand(len(s), 1, generator=generator) < recipe.semantic.wrong
+    s = torch.where(wrong.to(s.device), model.learner.centres[other], s)
+    noise = torch.randn(s.shape, generator=generator).to(s)
+    return replace(features, x_v=torch.cat([x_v, s + recipe.semantic.jitter * noise], dim=1))
+
+
 class Stages:
-    """Does each stage once in a run, however often it is interrupted."""
+    """This does each stage once in a run, however often it is interrupted."""
 
     def __init__(self, run: Progress, kept: nn.Module) -> None:
         self.run, self.kept = run, kept
@@ -194,7 +261,7 @@ class Stages:
         return self.run.once(name, self.kept, work)
 
     def choose(self, name: str, values: Sequence[Any], attempt: Callable[[Any, str], float]) -> Any:
-        """The value that scores highest on validation; of equal ones the first."""
+        """Return the value that scores highest on validation; of equal ones the first."""
         if len(values) == 1:
             return values[0]
         titles = [f"{name} {value:.4g}" for value in values]
@@ -209,13 +276,13 @@ class Stages:
 
 
 def likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean log-probability of the labels; one of zero counts as 1e-9, so it is above -21."""
+    """Return the labels' mean log-probability; one of zero counts as 1e-9, so it is above -21."""
     rows = torch.arange(len(labels))
     return float(probabilities[rows, labels].clamp(min=1e-9).log().mean())
 
 
 def score(probabilities: Tensor, labels: Tensor) -> float:
-    """What validation chooses by: top-1 accuracy, and between equal ones the log-likelihood."""
+    """Return what validation chooses by: top-1 accuracy, and the log-likelihood between equals."""
     tie = likelihood(probabilities, labels) / (21 * len(labels))
     return measure(probabilities, labels).top1 + tie
 
@@ -253,7 +320,10 @@ def _train_baseline(
     stage: Stages,
     judge: Callable[[ImageBranch], float],
 ) -> None:
-    """The image-only peer. Where beta is chosen, so is its learning rate, from as many values."""
+    """Train the image-only peer.
+
+    Where beta is chosen, so is its learning rate, from as many values.
+    """
 
     def train(branch: Baseline, factor: float, title: str) -> float:
         faster = _faster(recipe, factor)
@@ -278,7 +348,7 @@ def _choose_alignment(
     stage: Stages,
     judge: Callable[[ImageBranch], float],
 ) -> Recipe:
-    """beta, if the recipe leaves it open."""
+    """Choose beta, if the recipe leaves it open."""
 
     def chosen(weight: float) -> Recipe:
         return replace(recipe, alignment=replace(recipe.alignment, ita_weight=weight))
@@ -303,7 +373,7 @@ def _refine(
     seed: int,
     stage: Stages,
 ) -> Recipe:
-    """Phase B and its control "+MLP"; gamma, for each, if the recipe leaves it open."""
+    """Run phase B and its control "+MLP"; choose gamma, for each, if the recipe leaves it open."""
     condition, judged = model.condition(features.x_v), model.condition(seen.x_v)
 
     def chosen(weight: float) -> Recipe:
@@ -347,8 +417,8 @@ def _refine(
 def refiner_probabilities(
     refiner: Refiner, condition: Tensor, recipe: Recipe, seed: int, *, one_pass: bool
 ) -> Tensor:
-    """Of the refined branch alone, [N, C]: in one pass, or the mean over `LOOK_SAMPLES` chains of
-    at most `LOOK_STEPS` steps, each row with noise of its own."""
+    """Compute the probabilities of the refined branch alone, [N, C]: in one pass, or as the mean
+    over `LOOK_SAMPLES` chains of at most `LOOK_STEPS` steps, each row with noise of its own."""
     if one_pass:
         return refiner.classifier(refiner.one_pass(condition)).softmax(dim=1)
     table = sampler_table(recipe.schedule, "ddpm", min(LOOK_STEPS, recipe.schedule.steps))
@@ -361,7 +431,7 @@ def refiner_probabilities(
 def _chain_probabilities(
     refiner: Refiner, condition: Tensor, table: SamplerTable, generator: torch.Generator
 ) -> Tensor:
-    """Mean over `LOOK_SAMPLES` chains of every row, [B, C]."""
+    """Average the probabilities over `LOOK_SAMPLES` chains of every row, [B, C]."""
     shape = (len(table.timesteps), len(condition), refiner.denoiser.dim)
     total, denoise = torch.zeros((), device=condition.device), refiner.denoiser.given(condition)
     for _ in range(LOOK_SAMPLES):
@@ -375,13 +445,13 @@ def _chain_probabilities(
 def _train_heads(
     model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> None:
-    """Phase C: the classifier of x_CDR and the one of the fusion, on ends of whole chains."""
+    """Run phase C: train the classifiers of x_CDR and of the fusion, on ends of whole chains."""
     draws = recipe.fusion_phase.draws
     labels, x_v = features.labels.repeat(draws), features.x_v.repeat(draws, 1)
 
     @cache  # no head changes them, and where both have learned nobody asks
     def drawn() -> tuple[Tensor, list[Tensor]]:
-        """x_CDR of the rows to learn from, [draws * V * N, D_s], and of those to judge by."""
+        """Draw x_CDR of the rows to learn from, [draws * V * N, D_s], and of those to judge by."""
         table = sampler_table(recipe.schedule, "ddpm")
         judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
         return draw_refined(model, features, recipe, seed).flatten(0, 1), judged
@@ -447,7 +517,7 @@ def blend(model: MARNet, look: Callable[[nn.Linear], float]) -> None:
 def _choose_samples(
     model: MARNet, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> Recipe:
-    """K, if the recipe leaves it open: the fewest within `SAMPLES_TOLERANCE` of the best."""
+    """Choose K, if the recipe leaves it open: the fewest within `SAMPLES_TOLERANCE` of the best."""
     if recipe.samples != "auto":
         return recipe
 

@@ -27,7 +27,10 @@ _TOKENIZER_FILES = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer, as BERT's, trained on `texts`; the same for the same."""
+    """Train a lower-casing WordPiece tokenizer, as BERT's, on `texts`.
+
+    The same texts give the same tokenizer.
+    """
     lower, split = BertNormalizer(lowercase=True), BertPreTokenizer()
     texts = sorted(texts)
     words = {w for t in texts for w, _ in split.pre_tokenize_str(lower.normalize_str(t))}
@@ -52,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedT
 
 
 def load_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or of a hub checkpoint.
+    """Load the tokenizer of a checkpoint folder or of a hub checkpoint.
 
     Raises:
         RecipeError: there is none, or its files are damaged.
@@ -87,7 +90,10 @@ def check_vocabulary(
 def encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both int64 [N, L], cut at `max_tokens`, padded right to the longest."""
+    """Return token ids and mask, both int64 [N, L].
+
+    They are cut at `max_tokens` and padded right to the longest.
+    """
     out = tokenizer(
         list(texts),
         padding=True,

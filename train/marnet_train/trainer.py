@@ -97,6 +97,7 @@ def fit(
                 "metrics": {
                     branch: {split: seen["metrics"][branch] for split, seen in found.items()}
                     for branch in BRANCHES
+                    if branch in found["val"]["metrics"]
                 },
                 "differences": {split: seen["differences"] for split, seen in found.items()},
                 "chosen": chosen(recipe, trained.recipe),
@@ -115,7 +116,7 @@ def fit(
 
 
 def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
-    """What beside recipe and seed decides the weights: data, machine and versions."""
+    """Return what beside recipe and seed decides the weights: data, machine and versions."""
     return {
         "data": {
             "sha256": data_hash(folder),

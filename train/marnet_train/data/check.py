@@ -37,7 +37,7 @@ MAX_CLASSES = 40  # shown one by one; of more, the largest and the smallest
 
 @dataclass(frozen=True)
 class Spread:
-    """Smallest, middle and largest of some numbers."""
+    """This holds the smallest, middle and largest of some numbers."""
 
     least: float
     median: float
@@ -46,7 +46,7 @@ class Spread:
 
 @dataclass
 class Report:
-    """What is in a data set, in numbers."""
+    """This says in numbers what is in a data set."""
 
     layout: str
     classes: dict[str, dict[str, int]] = field(default_factory=dict)  # class -> split -> images
@@ -65,11 +65,11 @@ class Report:
     problems: Problems = field(default_factory=Problems)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data."""
+        """Return the report as JSON data."""
         return asdict(self)
 
     def raise_if_wrong(self, root: Path) -> None:
-        """Raises: DataError, if something could not be read or an image is in several splits."""
+        """Raise a DataError if something could not be read or an image is in several splits."""
         faults = []
         if self.problems.count:
             faults.append(f"{self.problems.count} problem{'s' * (self.problems.count > 1)}")
@@ -84,7 +84,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One decoded image."""
+    """This is one decoded image."""
 
     digest: bytes  # of its pixels and size, so that a copy in another file format is found, too
     thumbnail: bytes
@@ -123,7 +123,7 @@ def _count_classes(splits: Mapping[str, Sequence[Example]], report: Report) -> N
 
 
 def _count_texts(split: str, examples: Sequence[Example], report: Report) -> None:
-    """`distinct` texts, and those of them that stand under `several_classes`."""
+    """Count the `distinct` texts, and those of them that stand under `several_classes`."""
     texts = [(example.text, example.label) for example in examples if example.text is not None]
     if not texts:
         return
@@ -166,7 +166,7 @@ def _look_at_images(splits: Mapping[str, Sequence[Example]], report: Report) -> 
 
 
 def _look(example: Example) -> _Seen | str:
-    """One image, or what is wrong with it."""
+    """Return what one image is, or say what is wrong with it."""
     try:
         content = read_image(example)
         image = decode(content, name=image_name(example))
@@ -202,7 +202,7 @@ def _find_near_copies(
     thumbnails: Mapping[bytes, bytes],
     report: Report,
 ) -> None:
-    """Images of different splits that are nearly, but not exactly, the same."""
+    """Find images of different splits that are nearly, but not exactly, the same."""
     splits: dict[str, dict[bytes, Example]] = defaultdict(dict)  # split -> pixels -> one place
     for digest, found in places.items():
         for split, example in found:
@@ -219,7 +219,7 @@ def _find_near_copies(
 
 
 def class_rows(report: Report) -> Iterator[tuple[str, ...]]:
-    """Rows (class, images of each split); of many classes the largest and the smallest."""
+    """Yield rows (class, images of each split); of many classes the largest and the smallest."""
     items = list(report.classes.items())
     if len(items) > MAX_CLASSES:
         items.sort(key=lambda item: -sum(item[1].values()))
@@ -237,7 +237,7 @@ def _class_row(label: str, counts: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def summary_rows(report: Report) -> Iterator[tuple[str, str]]:
-    """Rows (what, figures) about texts and images."""
+    """Yield rows (what, figures) about texts and images."""
     for split, words in report.words.items():
         texts = report.texts[split]
         yield (

@@ -34,23 +34,23 @@ Captions = dict[str, tuple[str, str]]  # file name below the split -> (text, "ca
 
 
 def marker(root: Path) -> Path | None:
-    """The first file that shows that `root` has this layout."""
+    """Find the first file that shows that `root` has this layout."""
     folders = (root, *(root / split for split in (*SPLITS, VALIDATION)))
     return next((f / CAPTIONS for f in folders if (f / CAPTIONS).is_file()), None)
 
 
 def looks_like_classes(directory: Path) -> bool:
-    """Whether a folder without metadata has sub-folders with images in them."""
+    """Tell whether a folder without metadata has sub-folders with images in them."""
     return any(path.suffix.lower() in SUFFIXES for path in directory.glob("*/*"))
 
 
 def split_names(root: Path) -> list[str]:
-    """Names of the folders that can be a split."""
+    """List the names of the folders that can be a split."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def scan(root: Path, names: Mapping[str, str], problems: Problems) -> dict[str, list[Example]]:
-    """The good examples of each split; what is bad goes to `problems`.
+    """Read the good examples of each split; what is bad goes to `problems`.
 
     Args:
         names: split -> name of its folder. Only train needs captions.
@@ -72,7 +72,7 @@ def scan(root: Path, names: Mapping[str, str], problems: Problems) -> dict[str, 
 
 
 def _shared_captions(root: Path, problems: Problems) -> dict[str, Captions]:
-    """ROOT/captions.csv as folder of the split -> captions. Lines of no folder are problems."""
+    """Read ROOT/captions.csv: folder of the split -> captions. Lines of no folder are problems."""
     folders: dict[str, Captions] = {name: {} for name in split_names(root)}
     for name, caption in _captions(root / CAPTIONS, problems).items():
         folder, _, below = name.partition("/")
@@ -87,7 +87,7 @@ def _shared_captions(root: Path, problems: Problems) -> dict[str, Captions]:
 
 
 def _captions(path: Path, problems: Problems) -> Captions:
-    """The sound lines of one captions.csv."""
+    """Read the sound lines of one captions.csv."""
     found: Captions = {}
     first: dict[str, int] = {}  # file name -> line
     for number, row in read_csv(path, COLUMNS, problems):
@@ -129,7 +129,7 @@ def _scan_split(
 
 
 def _images(directory: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(class, "class/file name") of every image, in natural order of both."""
+    """Yield (class, "class/file name") of every image, in natural order of both."""
     names = ImageNames(directory)
     for entry in _visible(directory, problems):
         if entry.is_dir() and not entry.name.strip():
@@ -154,7 +154,7 @@ def _images(directory: Path, problems: Problems) -> Iterator[tuple[str, str]]:
 
 
 def _visible(directory: Path, problems: Problems) -> list[Path]:
-    """Entries that are not hidden, in natural order."""
+    """List the entries that are not hidden, in natural order."""
     try:
         found = [path for path in directory.iterdir() if not path.name.startswith(".")]
     except OSError as error:

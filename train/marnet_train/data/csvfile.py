@@ -17,7 +17,7 @@ Row = tuple[int, dict[str, str | None]]  # 1-based line on which it starts; None
 
 
 def read_csv(path: Path, required: Sequence[str], problems: Problems) -> Iterator[Row]:
-    """The good rows of a CSV file. Blank lines are skipped, columns not in `required` kept.
+    """Yield the good rows of a CSV file. Blank lines are skipped, columns not in `required` kept.
 
     Args:
         required: columns that the header must have.
@@ -35,7 +35,7 @@ def read_csv(path: Path, required: Sequence[str], problems: Problems) -> Iterato
 
 
 def _rows(path: Path, lines: Iterator[str], problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of every row that is CSV and UTF-8."""
+    """Yield (line, fields) of every row that is CSV and UTF-8."""
     reader = csv.reader(lines, strict=True)
     while True:
         line = reader.line_num + 1
@@ -62,7 +62,7 @@ def _named_rows(
     required: Sequence[str],
     problems: Problems,
 ) -> Iterator[Row]:
-    """Rows as column -> field. Without a usable header there are none."""
+    """Yield rows as column -> field. Without a usable header there are none."""
     before = problems.count
     line, header = next(rows, (1, []))
     if problems.count > before:  # the header itself is unreadable, and that has been said

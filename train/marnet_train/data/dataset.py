@@ -29,7 +29,7 @@ __all__ = ["DataSet", "Example", "data_hash", "read_data_set", "read_one_split",
 
 
 class Layout(Protocol):
-    """What a module must have to be a layout."""
+    """This says what a module must have to be a layout."""
 
     MISSING: str  # "no {} folder", with the split's name
 
@@ -55,7 +55,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Scan:
-    """What could be read of a data set, and what could not."""
+    """This holds what could be read of a data set, and what could not."""
 
     root: Path
     layout: str
@@ -140,7 +140,7 @@ def read_one_split(root: Path, split: str) -> tuple[Example, ...]:
 
 
 def find_layout(root: Path) -> str:
-    """The key of `LAYOUTS` for a folder.
+    """Find the key of `LAYOUTS` for a folder.
 
     Raises:
         NotFound: there is no folder `root`. DataError: no layout, or several.
@@ -158,7 +158,7 @@ def find_layout(root: Path) -> str:
 
 
 def _guess_layout(root: Path) -> str:
-    """For a folder without any marker: the layout whose missing files are to be named."""
+    """Choose, for a folder without any marker, the layout whose missing files are to be named."""
     if (root / huggingface.STATE).is_file():
         raise DataError(
             f"{root}: holds {huggingface.STATE}, so it is a single Dataset; expected a DatasetDict "

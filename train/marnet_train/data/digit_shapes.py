@@ -22,7 +22,7 @@ SIDES = ("top", "bottom", "left", "right")
 
 @dataclass(frozen=True)
 class Loop:
-    """A patch of paper with ink all round."""
+    """This is a patch of paper with ink all round."""
 
     row: float  # of its centre, 0 top .. 7 bottom
     pixels: int
@@ -30,7 +30,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Shape:
-    """All measurements of one picture."""
+    """These are all measurements of one picture."""
 
     mass: float  # ink, in full pixels: 0..64
     slant: float  # columns to the right per row upwards; 0 is upright
@@ -56,7 +56,7 @@ def measure(picture: Picture) -> Shape:
 
 
 def moments(picture: Picture) -> tuple[float, float, float, float, float]:
-    """Centre (x, y) and second moments (xx, yy, xy) about it, weighted with the ink.
+    """Compute centre (x, y) and second moments (xx, yy, xy) about it, weighted with the ink.
 
     xy / yy is the slope of the regression line of x on y: how far a stroke shifts sideways per row.
     """
@@ -70,7 +70,7 @@ def moments(picture: Picture) -> tuple[float, float, float, float, float]:
 
 
 def puddles(picture: Picture) -> Picture:
-    """Depth of the water that stays if ink is height and water runs off the edge. [8, 8] -> same.
+    """Find how deep water stays if ink is height and water runs off the edge. [8, 8] -> same.
 
     Deep water is a closed loop. Unlike a threshold, it finds the loop of a faint stroke as well as
     that of a bold one. Water runs up, down, left and right; ink holds it across corners.
@@ -86,7 +86,7 @@ def puddles(picture: Picture) -> Picture:
 
 
 def find_loops(picture: Picture) -> tuple[Loop, ...]:
-    """Closed loops, top first: connected water of at least a quarter of full ink in depth."""
+    """Find closed loops, top first: connected water of at least a quarter of full ink in depth."""
     from scipy import ndimage  # comes with scikit-learn, whose absence is reported in `digits`
 
     deep = puddles(picture) >= FULL / 4
@@ -97,7 +97,7 @@ def find_loops(picture: Picture) -> tuple[Loop, ...]:
 
 
 def seen_towards(picture: Picture, side: str) -> Picture:
-    """The darkest ink between each pixel, itself left out, and one side. [8, 8] -> [8, 8]."""
+    """Find the darkest ink between each pixel, itself left out, and one side. [8, 8] -> [8, 8]."""
     turns = {"left": 0, "top": 1, "right": 2, "bottom": 3}[side]
     turned = np.rot90(picture, turns)  # that side is now at the left
     darkest = np.maximum.accumulate(turned, axis=1)
@@ -106,7 +106,7 @@ def seen_towards(picture: Picture, side: str) -> Picture:
 
 
 def bay(picture: Picture, side: str) -> Picture:
-    """How clearly each pixel lies in a bay that opens to one side. [8, 8] -> [8, 8], 0..16.
+    """Measure how clearly each pixel lies in a bay that opens to one side. [8, 8] -> [8, 8], 0..16.
 
     From inside a bay one sees ink in the three other directions and none in this one: the fainter
     of those three, less the darkest ink on the way out.
@@ -117,7 +117,7 @@ def bay(picture: Picture, side: str) -> Picture:
 
 
 def find_openings(picture: Picture) -> tuple[str, ...]:
-    """Bays that open to the left and right, each in the upper and lower half, and to the top.
+    """Find bays that open to the left and right, each in the upper and lower half, and to the top.
 
     No digit opens downwards. A bay counts from half a full pixel, in pixels that are clear by 6.
     """
@@ -132,7 +132,7 @@ def find_openings(picture: Picture) -> tuple[str, ...]:
 
 
 def find_bars(picture: Picture) -> tuple[str, ...]:
-    """Bands with a level stroke: at least 5 pixels in a row, each of half ink or more."""
+    """Find bands with a level stroke: at least 5 pixels in a row, each of half ink or more."""
     bands = {"top": picture[:2], "middle": picture[2:6], "base": picture[6:]}
     return tuple(name for name, band in bands.items() if max(map(_longest_run, band)) >= 5)
 

@@ -16,7 +16,7 @@ from marnet_train.data.digit_shapes import MIDDLE, Picture, Shape, measure
 
 @dataclass(frozen=True)
 class Outline:
-    """Phrases for one way to draw a digit, and the test of whether it was drawn that way."""
+    """This is one way to draw a digit: its phrases, and the test of whether it was so drawn."""
 
     fits: Callable[[Shape], bool]
     phrases: tuple[str, ...]
@@ -141,7 +141,7 @@ _BARS = {"top": "flat at the top", "middle": "a bar across the middle", "base": 
 
 
 def describe(digit: int, picture: Picture, rng: random.Random) -> str:
-    """One line of text, without the digit's name.
+    """Describe a picture in one line of text, without the digit's name.
 
     Args:
         digit: 0..9, chooses the outline.
@@ -172,13 +172,13 @@ def describe(digit: int, picture: Picture, rng: random.Random) -> str:
 def _grade(
     value: float, grades: tuple[tuple[float, tuple[str, ...]], ...], rng: random.Random
 ) -> str:
-    """The words of the first grade that `value` does not exceed; "" for one not worth saying."""
+    """Choose words of the first grade that `value` does not exceed; "" for one not worth saying."""
     words = next(words for limit, words in grades if value <= limit)
     return rng.choice(words) if words else ""
 
 
 def openings(shape: Shape) -> str:
-    """Like "open on the left and at the upper right"; "" where nothing is open."""
+    """Write words like "open on the left and at the upper right"; "" where nothing is open."""
     places = []
     for side in ("left", "right"):
         corners = [place for place in shape.openings if place.endswith(side)]
@@ -192,7 +192,7 @@ def openings(shape: Shape) -> str:
 
 
 def loop_detail(shape: Shape) -> str:
-    """Where a single loop sits and how large it is; "" for none or several."""
+    """Say where a single loop sits and how large it is; "" for none or several."""
     if len(shape.loops) != 1:
         return ""
     loop = shape.loops[0]

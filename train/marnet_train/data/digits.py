@@ -46,7 +46,7 @@ def write_digits(out: Path, *, seed: int = 0, overwrite: bool = False) -> DataSe
 
 
 def load_pictures() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Ink [1797, 8, 8] from 0 to 16, and digit [1797] from 0 to 9."""
+    """Load ink [1797, 8, 8] from 0 to 16, and digit [1797] from 0 to 9."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -60,7 +60,9 @@ def load_pictures() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def split_indices(digits: NDArray[np.int64], *, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Ascending, disjoint indices into `digits` for train, val and test; each class in proportion.
+    """Draw ascending, disjoint indices into `digits` for train, val and test.
+
+    Each class is split in proportion.
 
     Args:
         digits: class of every picture, [N].
@@ -79,7 +81,7 @@ def split_indices(digits: NDArray[np.int64], *, seed: int) -> dict[str, NDArray[
 
 
 def png_bytes(picture: NDArray[np.float64]) -> bytes:
-    """Ink [8, 8], 0..16 -> 8-bit grey PNG file, 0..255. `ink` undoes it without loss."""
+    """Write ink [8, 8], 0..16, as an 8-bit grey PNG file, 0..255. `ink` undoes it without loss."""
     grey = np.rint(picture * 255 / 16).astype(np.uint8)
     file = io.BytesIO()
     # Stored, not deflated: 64 pixels gain nothing, and the bytes do not depend on the zlib at hand.
@@ -88,7 +90,7 @@ def png_bytes(picture: NDArray[np.float64]) -> bytes:
 
 
 def ink(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Grey levels 0..255 of a written digit -> the ink 0..16 it was written from; any shape."""
+    """Turn grey levels 0..255 of a written digit into the ink 0..16 it came from; any shape."""
     return np.rint(grey.astype(np.float64) * 16 / 255)
 
 
@@ -98,7 +100,7 @@ def _rows(
     indices: NDArray[np.int64],
     seed: int,
 ) -> Iterator[tuple[str, bytes, str, str]]:
-    """The rows of one split for `write_split`: name, PNG, label, text."""
+    """Yield the rows of one split for `write_split`: name, PNG, label, text."""
     for index in indices.tolist():
         digit = int(digits[index])
         # One generator per picture: its text depends on no other picture and on no split.

@@ -22,13 +22,13 @@ _SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif
 
 
 def image_suffix(content: bytes) -> str:
-    """The usual ending of an image file with this content: ".png"."""
+    """Return the usual ending of an image file with this content: ".png"."""
     return _SUFFIXES.get(content[:2], ".tif")
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image file inside a table; read like a `Path` is."""
+    """This is an image file inside a table; it is read like a `Path` is."""
 
     name: str  # of the file it once was, or "image"
     column: Any = field(repr=False, compare=False)  # of bytes, from pyarrow
@@ -39,7 +39,7 @@ class EmbeddedImage:
 
     @property
     def suffix(self) -> str:
-        """By content, because the name may be missing or wrong: ".png"."""
+        """Return the ending by content, because the name may be missing or wrong: ".png"."""
         return image_suffix(self.read_bytes())
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its class name, and its privileged text where there is one."""
+    """This is one image with its class name, and its privileged text where there is one."""
 
     image: Path | EmbeddedImage
     label: str
@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as read: `labels` are the classes of train, in natural order."""
+    """This is a data set as read: `labels` are the classes of train, in natural order."""
 
     root: Path
     labels: tuple[str, ...]
@@ -69,7 +69,7 @@ class DataSet:
 
 @dataclass
 class Problems:
-    """What is wrong with a data set: the first `MAX_PROBLEMS` in words, all of them counted.
+    """This lists the faults of a data set: the first `MAX_PROBLEMS` in words, all of them counted.
 
     `warnings` are about what can be read and may not be meant.
     """
@@ -84,15 +84,15 @@ class Problems:
             self.shown.append(problem)
 
     def lines(self) -> list[str]:
-        """The problems, one per line, and how many more there are."""
+        """List the problems, one per line, and how many more there are."""
         return _listed(self.shown, self.count)
 
     def warning_lines(self) -> list[str]:
-        """The warnings, as `lines`."""
+        """List the warnings, as `lines` does the problems."""
         return _listed(self.warnings[:MAX_PROBLEMS], len(self.warnings))
 
     def raise_if_any(self, where: object) -> None:
-        """Raises: DataError, with all of `lines`."""
+        """Raise a DataError with all of `lines`, if there are any problems."""
         if self.count:
             head = f"{self.count} problem{'s' * (self.count > 1)} in {where}:"
             raise DataError(head, self.lines())
@@ -114,7 +114,7 @@ def check_regular(path: Path) -> None:
 
 
 def natural_key(label: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key that puts "2" before "10" and "dish 2" before "dish 10".
+    """Return a sort key that puts "2" before "10" and "dish 2" before "dish 10".
 
     Digits compare by length, then by value: any number of digits, without making an int of them.
     """
@@ -149,7 +149,7 @@ def check_classes(splits: Mapping[str, Sequence[Example]], problems: Problems) -
 
 
 def data_hash(data: DataSet) -> str:
-    """SHA-256 over split, relative name, label, text and bytes of every image, in order.
+    """Return the SHA-256 over split, relative name, label, text and bytes of every image, in order.
 
     It does not depend on where the folder lies. Each field carries its length, so that no two
     data sets run into the same bytes.
@@ -175,7 +175,7 @@ def _name_below(image: Path | EmbeddedImage, root: Path) -> str:
 
 
 def read_image(example: Example) -> bytes:
-    """The bytes of the image file.
+    """Read the bytes of the image file.
 
     Raises:
         DataError: it can no longer be read; names the line of the data set.

@@ -51,7 +51,7 @@ Labels = Literal["fine", "coarse"]
 
 @dataclass(frozen=True)
 class Product:
-    """One line of classes.csv, with what its description says."""
+    """This is one line of classes.csv, with what its description says."""
 
     name: str
     coarse_name: str
@@ -61,7 +61,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Picture:
-    """One line of train.txt, val.txt or test.txt."""
+    """This is one line of train.txt, val.txt or test.txt."""
 
     path: str  # relative to the folder dataset
     number: int  # of the product
@@ -97,7 +97,7 @@ def write_grocery(
 
 
 def unofficial_counts(data: DataSet) -> list[str]:
-    """One sentence for each split that has more or fewer pictures than the official one."""
+    """Write one sentence for each split that has more or fewer pictures than the official one."""
     return [
         f"{split} has {len(data.splits[split]):,} images, the official split has {count:,}; "
         "results cannot be compared with published ones"
@@ -107,7 +107,7 @@ def unofficial_counts(data: DataSet) -> list[str]:
 
 
 def find_root(source: Path) -> Path:
-    """The folder that holds the lists of pictures: `source`, or `dataset` in it.
+    """Find the folder that holds the lists of pictures: `source`, or `dataset` in it.
 
     Raises:
         NotFound: none of the files of the data set is in either.
@@ -123,7 +123,7 @@ def find_root(source: Path) -> Path:
 
 
 def read_grocery(root: Path, *, labels: Labels = "fine") -> dict[str, list[Example]]:
-    """The pictures of each split, in the order of the lists.
+    """Read the pictures of each split, in the order of the lists.
 
     Raises:
         DataError: all that is wrong, each with file and line.
@@ -142,7 +142,7 @@ def read_grocery(root: Path, *, labels: Labels = "fine") -> dict[str, list[Examp
 
 
 def parse_line(line: str) -> Picture | str:
-    """What a line of a list says, or what is wrong with it.
+    """Return what a line of a list says, or say what is wrong with it.
 
     The path may hold spaces and commas, and may begin with a slash, as those of classes.csv do.
     """
@@ -158,7 +158,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_products(root: Path, problems: Problems) -> dict[int, Product | None]:
-    """Number -> product, or None where something is wrong with it, which `problems` then knows."""
+    """Read number -> product, or None where something is wrong, which `problems` then knows."""
     path = root / CLASSES
     products: dict[int, Product | None] = {}
     lines: dict[str, int] = {}  # a name or a number -> where it was first
@@ -179,7 +179,7 @@ def _read_products(root: Path, problems: Problems) -> dict[int, Product | None]:
 
 
 def _row_faults(row: Mapping[str, str], lines: Mapping[str, int]) -> list[str]:
-    """What is wrong with a row of classes.csv; `lines` knows the names and numbers before it."""
+    """Say what is wrong with a row of classes.csv; `lines` knows names and numbers before it."""
     faults = [f"no {column!r}; fill it in" for column in COLUMNS if not row[column]]
     for column in (NUMBER, COARSE_NUMBER):
         if row[column] and not _is_number(row[column]):
@@ -194,12 +194,12 @@ def _row_faults(row: Mapping[str, str], lines: Mapping[str, int]) -> list[str]:
 
 
 def _product(row: Mapping[str, str], text: str) -> Product:
-    """A row without faults."""
+    """Make a product of a row without faults."""
     return Product(row[NAME], row[COARSE_NAME], int(row[COARSE_NUMBER]), text)
 
 
 def _read_description(root: Path, path: str, faults: list[str]) -> str:
-    """The whole description on one line; what is wrong with it goes to `faults`."""
+    """Read the whole description on one line; what is wrong with it goes to `faults`."""
     path = path.removeprefix("/")
     if fault := _path_fault(root, path):
         faults.append(fault)
@@ -224,7 +224,7 @@ def _read_list(
     seen: dict[str, str],
     problems: Problems,
 ) -> list[Example]:
-    """The good lines of one list; what is bad goes to `problems`.
+    """Read the good lines of one list; what is bad goes to `problems`.
 
     Args:
         seen: file name to write -> line on which it was, over all lists; is added to.
@@ -249,7 +249,7 @@ def _read_list(
 
 
 def _read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """("FILE:LINE", text) of every line that is not blank."""
+    """Yield ("FILE:LINE", text) of every line that is not blank."""
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
@@ -276,7 +276,7 @@ def _picture_faults(
     products: Mapping[int, Product | None],
     seen: Mapping[str, str],
 ) -> list[str]:
-    """What is wrong with a line that could be parsed."""
+    """Say what is wrong with a line that could be parsed."""
     faults = []
     if first := seen.get(_flat(picture.path)):
         faults.append(f"{quoted(picture.path)} was already on {first}; keep one of them")
@@ -298,7 +298,7 @@ def _picture_faults(
 
 
 def _path_fault(root: Path, path: str) -> str | None:
-    """What is wrong with a path that anybody may have written, or None if it is a file in `root`.
+    """Say what is wrong with a path that anybody may have written; None if it is a file in `root`.
 
     Symbolic links are followed.
     """
@@ -315,14 +315,14 @@ def _path_fault(root: Path, path: str) -> str | None:
 
 
 def _flat(path: str) -> str:
-    """A path as one file name, which keeps where the picture comes from."""
+    """Write a path as one file name, which keeps where the picture comes from."""
     return path.replace("/", "__")
 
 
 def _rows(
     root: Path, split: str, examples: Sequence[Example]
 ) -> Iterator[tuple[str, bytes, str, str | None]]:
-    """The rows of one split for `write_split`: name, bytes, label, text."""
+    """Yield the rows of one split for `write_split`: name, bytes, label, text."""
     for example in examples:
         path = Path(str(example.image)).relative_to(root).as_posix()
         name = _flat(path.removeprefix(f"{split}/"))

@@ -31,14 +31,14 @@ _SHARD = re.compile(r"(train|val|validation|test)(?:-(\d{5})-of-(\d{5}))?\.parqu
 
 
 def marker(root: Path) -> Path | None:
-    """The first file that shows that `root` has this layout."""
+    """Find the first file that shows that `root` has this layout."""
     if (root / DICT).is_file():
         return root / DICT
     return next((shard for shards in _parquet(root).values() for shard in shards), None)
 
 
 def split_names(root: Path) -> list[str]:
-    """Names of the splits, as they are spelt there.
+    """List the names of the splits, as they are spelt there.
 
     Raises:
         DataError: dataset_dict.json is damaged.
@@ -52,7 +52,7 @@ def split_names(root: Path) -> list[str]:
 
 
 def scan(root: Path, names: Mapping[str, str], problems: Problems) -> dict[str, list[Example]]:
-    """The good rows of each split; what is bad goes to `problems`.
+    """Read the good rows of each split; what is bad goes to `problems`.
 
     Args:
         names: split -> its name there. Only train needs texts.
@@ -74,7 +74,7 @@ def scan(root: Path, names: Mapping[str, str], problems: Problems) -> dict[str, 
 
 
 def _parquet(root: Path) -> dict[str, list[Path]]:
-    """split as spelt there -> its shards in order; those of data/ if there are any."""
+    """Map each split as spelt there to its shards in order; those of data/ if there are any."""
     for folder in (root / "data", root):
         found: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("*.parquet")):
@@ -86,7 +86,7 @@ def _parquet(root: Path) -> dict[str, list[Path]]:
 
 
 def _open(root: Path, name: str) -> Any:
-    """The rows of one split as a pyarrow table, checked to be sound.
+    """Read the rows of one split as a pyarrow table, checked to be sound.
 
     Raises:
         DataError: a file is missing or damaged, or the shards do not fit together.
@@ -103,7 +103,7 @@ def _open(root: Path, name: str) -> Any:
 
 
 def _arrow_files(directory: Path) -> list[Path]:
-    """The files that state.json lists; refused if a name leads out of the folder."""
+    """List the files that state.json lists; a name that leads out of the folder is refused."""
     try:
         names = [entry["filename"] for entry in _read_json(directory / STATE)["_data_files"]]
     except (KeyError, TypeError) as error:
@@ -120,7 +120,7 @@ def _arrow_files(directory: Path) -> list[Path]:
 
 
 def _complete(shards: list[Path]) -> list[Path]:
-    """The shards, if all of "00003 of 00007" are there."""
+    """Return the shards, if all of "00003 of 00007" are there."""
     totals = {match[3] for path in shards if (match := _SHARD.fullmatch(path.name))}
     if len(totals) > 1 or ((total := totals.pop()) is not None and int(total) != len(shards)):
         raise DataError(
@@ -138,7 +138,7 @@ def _inside(directory: Path, path: Path) -> Path:
 
 
 def _read_table(path: Path) -> Any:
-    """A pyarrow table whose offsets and strings have been checked: files come from strangers."""
+    """Read a pyarrow table and check its offsets and strings: files come from strangers."""
     import pyarrow
     import pyarrow.parquet
 
@@ -154,7 +154,7 @@ def _read_table(path: Path) -> Any:
 
 
 def _rows(table: Any, where: str, needs_text: bool, problems: Problems) -> Iterator[Example]:
-    """The good rows of a table."""
+    """Yield the good rows of a table."""
     features = _features(table, where)
     text_column = next((name for name in ("text", "caption") if name in features), None)
     before = problems.count
@@ -181,7 +181,7 @@ def _rows(table: Any, where: str, needs_text: bool, problems: Problems) -> Itera
 
 
 def _features(table: Any, where: str) -> dict[str, Any]:
-    """Column -> feature of `datasets`."""
+    """Return column -> feature of `datasets`."""
     from datasets import Features
 
     try:
@@ -221,7 +221,7 @@ def _check_columns(
 
 
 def _image_columns(table: Any) -> tuple[Any, list[str | None]]:
-    """The bytes of every image as a pyarrow column, and the names of the files they were."""
+    """Return the bytes of every image as a pyarrow column, and the names of the files they were."""
     columns = table.select(["image"]).flatten()
     paths = columns["image.path"].to_pylist()
     names = [re.split(r"[/\\]", path)[-1] or None if path else None for path in paths]
@@ -235,7 +235,7 @@ def _image_fault(name: str | None) -> str:
 
 
 def _label_values(values: list[Any], feature: Any) -> list[str | None]:
-    """Class names; None for a missing label, which `datasets` also writes as -1."""
+    """Return class names; None for a missing label, which `datasets` also writes as -1."""
     names = getattr(feature, "names", None)
     if names is None:
         return values
@@ -244,7 +244,7 @@ def _label_values(values: list[Any], feature: Any) -> list[str | None]:
 
 
 def _plain(name: str) -> bool:
-    """Whether a name is one of a file in the folder itself."""
+    """Tell whether a name is one of a file in the folder itself."""
     return name not in ("", ".", "..") and not set("/\\\0") & set(name) and is_encodable(name)
 
 

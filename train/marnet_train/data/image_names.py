@@ -14,7 +14,7 @@ from marnet_train.data.looks import Looks, spelt_otherwise
 
 
 def is_encodable(text: str) -> bool:
-    """Whether `text` has a UTF-8 form. JSON can spell lone surrogates, which have none."""
+    """Tell whether `text` has a UTF-8 form. JSON can spell lone surrogates, which have none."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -23,12 +23,12 @@ def is_encodable(text: str) -> bool:
 
 
 def quoted(text: str) -> str:
-    """`text` for an error message: in quotes, on one line, printable anywhere, not endless."""
+    """Write `text` for an error message: quoted, on one line, printable anywhere, not endless."""
     return repr(text) if len(text) <= 200 else f"{text[:200]!r}..."
 
 
 def name_fault(name: str) -> str | None:
-    """What is wrong with `name` as a path below a split, by its letters alone; None if nothing."""
+    """Say what is wrong with `name` as a path in a split, by its letters alone; None if nothing."""
     shown = quoted(name)
     parts = name.split("/")
     if "\0" in name or not is_encodable(name):
@@ -45,14 +45,17 @@ def name_fault(name: str) -> str | None:
 
 
 def _blobs(split: Path) -> list[str]:
-    """Where the files of a split lie that is REPOSITORY/snapshots/COMMIT/samples in a hub cache."""
+    """List where the files of a split lie, if it is in a hub cache.
+
+    It is REPOSITORY/snapshots/COMMIT/samples there.
+    """
     snapshots = split.parents[1] if len(split.parents) > 2 else split
     blobs = snapshots.parent / "blobs"
     return [str(blobs)] if snapshots.name == "snapshots" and blobs.is_dir() else []
 
 
 class ImageNames:
-    """The usable image names of one split folder, looked up by the `file_name` of a line."""
+    """These are usable image names of a split folder, looked up by the `file_name` of a line."""
 
     def __init__(self, directory: Path) -> None:
         self._root = os.path.realpath(directory)
@@ -61,7 +64,7 @@ class ImageNames:
         self._looks: dict[str, Looks] = {}  # path of a folder -> names in it, however usable
 
     def fault(self, name: str) -> str | None:
-        """What is wrong with `name`, or None if it is a file inside the split."""
+        """Say what is wrong with `name`, or None if it is a file inside the split."""
         # The slash stays with the folder, so that "/x.png" is not mistaken for "x.png".
         folder = name[: name.rfind("/") + 1]
         if folder not in self._listings:
@@ -71,7 +74,7 @@ class ImageNames:
         return name_fault(name) or self._explain(name)
 
     def _scan(self, folder: str) -> frozenset[str]:
-        """Names of the files in `folder` that lie inside the split; empty if it is off limits."""
+        """List the files in `folder` that lie inside the split; none if it is off limits."""
         if folder and name_fault(folder[:-1]):
             return frozenset()
         path = os.path.realpath(os.path.join(self._root, folder))
@@ -103,7 +106,7 @@ class ImageNames:
         return f"no image file {shown}{hint}; restore it or remove the line"
 
     def _spelt_otherwise(self, name: str) -> str | None:
-        """A file or folder in the split whose name looks like `name`."""
+        """Find a file or folder in the split whose name looks like `name`."""
         found: list[str] = []
         for part in name.split("/"):
             folder = os.path.realpath(os.path.join(self._root, *found))

@@ -43,17 +43,17 @@ MISSING: str = "no {}/ folder"
 
 
 def is_data_set(root: Path) -> bool:
-    """Whether a directory looks like a data set that was written in this layout."""
+    """Tell whether a directory looks like a data set that was written in this layout."""
     return (root / "train" / METADATA).is_file()
 
 
 def is_split(directory: Path) -> bool:
-    """Whether a directory holds the metadata of one split."""
+    """Tell whether a directory holds the metadata of one split."""
     return any((directory / name).is_file() for name in (METADATA, METADATA_CSV))
 
 
 def marker(root: Path) -> Path | None:
-    """The first file that shows that `root` has this layout."""
+    """Find the first file that shows that `root` has this layout."""
     candidates = (
         root / split / name for split in (*SPLITS, VALIDATION) for name in (METADATA, METADATA_CSV)
     )
@@ -61,14 +61,14 @@ def marker(root: Path) -> Path | None:
 
 
 def split_names(root: Path) -> list[str]:
-    """Names of the folders that are, or should be, a split."""
+    """List the names of the folders that are, or should be, a split."""
     usual = (*SPLITS, VALIDATION)
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     return [path.name for path in folders if path.name in usual or is_split(path)]
 
 
 def scan(root: Path, names: Mapping[str, str], problems: Problems) -> dict[str, list[Example]]:
-    """The good examples of each split; what is bad goes to `problems`.
+    """Read the good examples of each split; what is bad goes to `problems`.
 
     Args:
         names: split -> name of its folder. Only train needs texts.
@@ -142,7 +142,7 @@ def _write_image(path: Path, image: bytes) -> None:
 
 
 def scan_split(directory: Path, *, needs_text: bool, problems: Problems) -> list[Example]:
-    """The good lines of one split folder; what is bad goes to `problems`."""
+    """Read the good lines of one split folder; what is bad goes to `problems`."""
     if (directory / METADATA).exists() and (directory / METADATA_CSV).exists():
         problems.add(f"{directory}: holds {METADATA} and {METADATA_CSV}; keep one of them")
         return []
@@ -195,10 +195,10 @@ def _warn_of_unlisted(
 
 
 def _json_lines(metadata: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based number, record) of every line that is a JSON object.
+    """Yield (1-based number, record) of every line that is a JSON object.
 
-    Read as bytes, because only they are split at \\n alone (text may hold U+2028), and because
-    each line can then be told to be UTF-8 or not.
+    They are read as bytes, because only they are split at \\n alone (text may hold U+2028), and
+    because each line can then be told to be UTF-8 or not.
     """
     try:
         check_regular(metadata)

@@ -13,7 +13,7 @@ _NAMED = 3  # lines of a label that a warning names
 
 
 def label_warnings(splits: Mapping[str, Sequence[Example]]) -> Iterator[str]:
-    """What is odd about labels, with their lines."""
+    """Say what is odd about labels, with their lines."""
     examples = [example for found in splits.values() for example in found]
     padded, labels = defaultdict(list), defaultdict(list)
     for example in examples:
@@ -38,7 +38,7 @@ def label_warnings(splits: Mapping[str, Sequence[Example]]) -> Iterator[str]:
 
 
 def _where(label: str, examples: Sequence[Example]) -> str:
-    """A label with its lines. As ASCII, so that what cannot be seen can be read."""
+    """Name a label with its lines. It is in ASCII, so that what cannot be seen can be read."""
     shown = ascii(label[:200])
     lines = ", ".join(example.origin or str(example.image) for example in examples[:_NAMED])
     more = f" and {len(examples) - _NAMED} more" if len(examples) > _NAMED else ""

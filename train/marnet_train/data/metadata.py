@@ -19,7 +19,7 @@ LINE_EXAMPLE = '{"file_name": "0001.png", "text": "what the image shows", "label
 
 
 def parse_line(line: bytes) -> dict[str, Any] | str:
-    """The JSON object on the line, or what is wrong with it."""
+    """Return the JSON object on the line, or say what is wrong with it."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -39,7 +39,7 @@ def line_faults(
     first: dict[str, int],
     name_check: Callable[[str], str | None],
 ) -> list[str]:
-    """What is wrong with a line: at most one fault for each of its three fields."""
+    """List what is wrong with a line: at most one fault for each of its three fields."""
     faults = (
         _name_fault(record.get("file_name"), first, name_check),
         field_fault(record.get("text"), "text", needed=needs_text),
@@ -51,7 +51,7 @@ def line_faults(
 def _name_fault(
     name: Any, first: dict[str, int], name_check: Callable[[str], str | None]
 ) -> str | None:
-    """`first` maps every name seen so far to its line."""
+    """Say what is wrong with a name; `first` maps every name seen so far to its line."""
     if fault := field_fault(name, "file_name"):
         return fault
     if name in (METADATA, METADATA_CSV):
@@ -63,7 +63,7 @@ def _name_fault(
 
 
 def field_fault(value: object, key: str, *, needed: bool = True) -> str | None:
-    """What is wrong with one field, which must be text, or None if it is not needed."""
+    """Say what is wrong with one field, which must be text, or None if it is not needed."""
     if value is None:
         return f'no "{key}", expected a string; add it' if needed else None
     if not isinstance(value, str):

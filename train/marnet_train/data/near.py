@@ -24,12 +24,12 @@ _BLOCK = 1024  # pictures that are compared with all others at once
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """An RGB image as SIDE x SIDE pixels."""
+    """Shrink an RGB image to SIDE x SIDE pixels."""
     return image.resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
 
 
 def near_pairs(first: list[bytes], second: list[bytes]) -> Iterator[tuple[int, int]]:
-    """Indices of pictures of the two lists that are near copies of each other."""
+    """Yield indices of pictures of the two lists that are near copies of each other."""
     a, b = _pixels(first), _pixels(second)  # [N, P], [M, P]
     bound_a, bound_b = _bounds(a), _bounds(b)
     squares = (b**2).sum(axis=1)  # [M]
@@ -47,7 +47,7 @@ def _pixels(thumbnails: list[bytes]) -> NDArray[np.float32]:
 
 
 def _bounds(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The square of the distance below which another picture is a near copy: [N]."""
+    """Compute the square of the distance below which another picture is a near copy: [N]."""
     deviation = pixels.std(axis=1)
     bounds = (NEAR * deviation) ** 2 * pixels.shape[1]
     return np.where(deviation < _FLAT, 0, bounds).astype(np.float32)

@@ -30,7 +30,10 @@ _RAM_LIMIT = 2 << 30  # bytes; larger sets are kept in an unlinked temporary fil
 
 
 class PixelStore:
-    """The resized images of one split, uint8 [N, H, W, 3], read as normalised float32 batches."""
+    """This holds the resized images of one split, uint8 [N, H, W, 3].
+
+    They are read as normalised float32 batches.
+    """
 
     def __init__(self, examples: Sequence[Example], preprocess: Preprocess, title: str) -> None:
         """Decode and resize every image, with all cores.
@@ -62,17 +65,17 @@ class PixelStore:
         return len(self.array)
 
     def batch(self, rows: NDArray[np.int64] | slice) -> Tensor:
-        """Images `rows`, normalised: float32 [B, 3, H, W]."""
+        """Return images `rows`, normalised: float32 [B, 3, H, W]."""
         return torch.from_numpy(self.preprocess.normalize(self.array[rows]))
 
 
 def image_name(example: Example) -> str:
-    """How errors call the image: with the line of the data set that names it."""
+    """Say how errors call the image: with the line of the data set that names it."""
     return f"{example.origin}: {example.image}" if example.origin else str(example.image)
 
 
 def decode_example(example: Example) -> Image.Image:
-    """The upright RGB image of an example.
+    """Decode the upright RGB image of an example.
 
     Raises:
         ImageError: it is not a usable image, or can no longer be read.

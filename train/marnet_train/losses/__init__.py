@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def cosine_similarity_matrix(a: Tensor, b: Tensor) -> Tensor:
-    """Sim(a_i, b_j) of all pairs, MARNet eq. (5). [B, D], [B, D] -> [B, B]."""
+    """Compute Sim(a_i, b_j) of all pairs, MARNet eq. (5). [B, D], [B, D] -> [B, B]."""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
@@ -21,7 +21,7 @@ def ita_loss(
     temperature: float | Tensor = 0.07,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Image-text alignment L_ITA = L_v2s + L_s2v, MARNet eq. (9)-(11), in float32.
+    """Compute the image-text alignment L_ITA = L_v2s + L_s2v, MARNet eq. (9)-(11), in float32.
 
     The two directions are summed, each averaged over the batch.
 
@@ -43,12 +43,12 @@ def ita_loss(
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """L_CE, MARNet eq. (12), averaged over the batch. [B, K], [B] -> scalar."""
+    """Compute L_CE, MARNet eq. (12), averaged over the batch. [B, K], [B] -> scalar."""
     return F.cross_entropy(logits, labels)
 
 
 def reconstruction_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """L_MSE, MARNet eq. (19): the squared norm of the error, averaged over the batch only.
+    """Compute L_MSE, MARNet eq. (19): the squared norm of the error, averaged over the batch only.
 
     It is a sum over dimensions, so it is D times `torch.nn.functional.mse_loss`.
     Shapes: [B, D], [B, D] -> scalar.
@@ -65,6 +65,6 @@ def refinement_loss(
     ce_weight: float,
     norm_weight: float,
 ) -> Tensor:
-    """L_CDR = alpha_2 L_CE + gamma L_MSE, MARNet eq. (20)."""
+    """Compute L_CDR = alpha_2 L_CE + gamma L_MSE, MARNet eq. (20)."""
     ce = classification_loss(logits, labels)
     return ce_weight * ce + norm_weight * reconstruction_loss(estimate, target)

@@ -27,7 +27,7 @@ _CLASS_TOKEN_MODELS = frozenset({"vit", "deit", "beit", "dinov2", "data2vec-visi
 
 
 def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
-    """The `transformers` configuration that a recipe or a config.json describes.
+    """Make the `transformers` configuration that a recipe or a config.json describes.
 
     Raises:
         RecipeError: no `model_type` and no `pretrained`, or one that transformers does not know.
@@ -92,7 +92,7 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
 
 
 def build_backbone(config: PreTrainedConfig) -> nn.Module:
-    """A freshly initialised encoder of that configuration."""
+    """Build a freshly initialised encoder of that configuration."""
     return AutoModel.from_config(config, **_pooling_arguments(config))
 
 
@@ -104,7 +104,7 @@ def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
 
 
 def feature_dim(config: PreTrainedConfig) -> int:
-    """Width of the vector that `VisionEncoder` or `TextEncoder` makes of one input.
+    """Return the width of the vector that `VisionEncoder` or `TextEncoder` makes of one input.
 
     Raises:
         RecipeError: no such encoder makes a vector of one image, or of one text.
@@ -116,7 +116,7 @@ def feature_dim(config: PreTrainedConfig) -> int:
 
 
 class VisionEncoder(nn.Module):
-    """F_v of MARNet: pixels [B, 3, H, W] -> x_v [B, d_v]."""
+    """This is F_v of MARNet: pixels [B, 3, H, W] -> x_v [B, d_v]."""
 
     def __init__(self, backbone: nn.Module) -> None:
         """Wrap a backbone, which runs once on one image to see `dim`, d_v.
@@ -147,13 +147,13 @@ class VisionEncoder(nn.Module):
 
 
 def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
-    """Height and width of images that an encoder certainly takes."""
+    """Return height and width of images that an encoder certainly takes."""
     size = getattr(config, "image_size", None) or 64
     return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 
 def _pool_of_whole_map(backbone: nn.Module) -> Callable[..., Tensor] | None:
-    """What pools the whole last map, where the backbone's own pooler does not say that it does.
+    """Return what pools the whole last map, where the backbone's pooler does not say that it does.
 
     EfficientNet's has a window of d x d, which is cut at the border of the map, so its mean is that
     of the map. OpenVINO takes no window larger than the map.
@@ -169,7 +169,7 @@ POOLINGS = ("mean", "first")  # of all tokens, by the mask; or the vector of the
 
 
 class TextEncoder(nn.Module):
-    """F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s]."""
+    """This is F_s of MARNet: token ids [B, L] and mask [B, L] -> x_s [B, d_s]."""
 
     def __init__(self, backbone: nn.Module, pooling: str = "mean") -> None:
         """Wrap a backbone, which runs once on one text to see `dim`, d_s.
@@ -199,7 +199,7 @@ class TextEncoder(nn.Module):
 
 
 def _width(encoder: nn.Module, *inputs: Tensor) -> int:
-    """d of the features [1, d] that an encoder makes of inputs [1, ...], seen by running it.
+    """Find d of the features [1, d] that an encoder makes of inputs [1, ...], seen by running it.
 
     Configurations do not tell: some have no width, and that of MobileViT is another layer's. A
     copy runs, so modes, BatchNorm statistics and the random state stay as they are.
@@ -231,10 +231,10 @@ def _width(encoder: nn.Module, *inputs: Tensor) -> int:
 
 @torch.no_grad()
 def _shape_of_features(encoder: nn.Module, inputs: Sequence[Tensor]) -> torch.Size:
-    """The shape of what a copy on the CPU gives; of an encoder without values, what it would give.
+    """Return the shape of what a copy on the CPU gives, or would give if it has no values.
 
-    Not always the latter, which is faster: some encoders keep tensors of theirs in caches that all
-    encoders of their kind share.
+    It does not always run without values, which is faster: some encoders keep tensors of theirs in
+    caches that all encoders of their kind share.
     """
     first = next(encoder.parameters(), torch.empty(0))
     device = torch.device("meta" if first.is_meta else "cpu")

@@ -13,7 +13,10 @@ LEAKY_SLOPE = 0.01  # MARNet eq. (6)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """cos and sin of t at dim / 2 geometric frequencies (Vaswani et al. 2017). [B] -> [B, dim]."""
+    """Return cos and sin of t at dim / 2 geometric frequencies. [B] -> [B, dim].
+
+    It is the embedding of Vaswani et al. 2017.
+    """
     half = dim // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angle = t[:, None].to(frequency) * frequency  # [B, dim / 2]
@@ -21,7 +24,7 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """tau(t): a sinusoidal table followed by Linear-SiLU-Linear. [B] -> [B, dim]."""
+    """This is tau(t): a sinusoidal table followed by Linear-SiLU-Linear. [B] -> [B, dim]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -35,10 +38,11 @@ class TimeEmbedding(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """X_theta(x_s^t, t, x_v) -> x_s^0, the network of MARNet eq. (19).
+    """This is X_theta(x_s^t, t, x_v) -> x_s^0, the network of MARNet eq. (19).
 
-    Linear-LeakyReLU three times, then Linear. The first layer sees [x_t ; condition ; tau(t)], in
-    that order: `split_input_weight` gives its three column blocks to whoever rewrites the loop.
+    It is Linear-LeakyReLU three times, then Linear. The first layer sees
+    [x_t ; condition ; tau(t)], in that order: `split_input_weight` gives its three column blocks to
+    whoever rewrites the loop.
     """
 
     def __init__(self, dim: int, condition_dim: int, hidden: int, time_dim: int) -> None:
@@ -51,7 +55,7 @@ class Denoiser(nn.Module):
         self.layer4 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """x [B, D], t [B] in 1..T, condition [B, D_c] -> estimate of the clean vector [B, D]."""
+        """Estimate the clean vector: x [B, D], t [B] in 1..T, condition [B, D_c] -> [B, D]."""
         h = torch.cat([x, condition, self.time(t)], dim=-1)  # [B, D + D_c + E]
         h = F.leaky_relu(self.layer1(h), LEAKY_SLOPE)  # [B, H]
         h = F.leaky_relu(self.layer2(h), LEAKY_SLOPE)
@@ -59,7 +63,7 @@ class Denoiser(nn.Module):
         return self.layer4(h)  # [B, D]
 
     def given(self, condition: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The same estimates for the steps of a chain: (x [B, D], t [B], all equal) -> [B, D].
+        """Make the same estimates for the steps of a chain: (x [B, D], t [B], all equal) -> [B, D].
 
         The condition's share of the first layer is the same in every step, so it is computed once.
         """
@@ -76,7 +80,7 @@ class Denoiser(nn.Module):
         return denoise
 
     def split_input_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W_x [H, D], W_c [H, D_c], W_t [H, E] of the first layer."""
+        """Return W_x [H, D], W_c [H, D_c], W_t [H, E] of the first layer."""
         parts = [self.dim, self.condition_dim, self.time.dim]
         w_x, w_c, w_t = self.layer1.weight.split(parts, dim=1)
         return w_x, w_c, w_t

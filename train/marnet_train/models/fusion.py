@@ -13,27 +13,27 @@ from torch import Tensor
 
 
 def fuse_concat(a: Tensor, b: Tensor) -> Tensor:
-    """[a ; b]."""
+    """Return [a ; b]."""
     return torch.cat([a, b], dim=-1)
 
 
 def fuse_add(a: Tensor, b: Tensor) -> Tensor:
-    """a + b."""
+    """Return a + b."""
     return a + b
 
 
 def fuse_mul(a: Tensor, b: Tensor) -> Tensor:
-    """a * b, element by element."""
+    """Return a * b, element by element."""
     return a * b
 
 
 def fuse_sum(a: Tensor, b: Tensor) -> Tensor:
-    """SUM: log sigma(a + b)."""
+    """Compute SUM: log sigma(a + b)."""
     return F.logsigmoid(a + b)
 
 
 def fuse_hm(a: Tensor, b: Tensor) -> Tensor:
-    """HM (harmonic): log(h / (1 + h)) with h = sigma(a) sigma(b)."""
+    """Compute HM (harmonic): log(h / (1 + h)) with h = sigma(a) sigma(b)."""
     log_h = F.logsigmoid(a) + F.logsigmoid(b)
     return log_h - torch.log1p(torch.exp(log_h))
 

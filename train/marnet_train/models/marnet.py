@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from marnet_train.models.fusion import FUSION_LEVELS, FUSIONS
 
 @dataclass(frozen=True)
 class MarnetConfig:
-    """Everything that decides the shape of a MARNet and of its reverse process."""
+    """This is everything that decides the shape of a MARNet and of its reverse process."""
 
     vision: dict[str, Any]  # transformers configuration of F_v
     text: dict[str, Any]  # transformers configuration of F_s
@@ -64,7 +64,7 @@ class MarnetConfig:
             raise RecipeError(f"time_dim must be even and at least 2, got {self.time_dim}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json, with the label map as Hugging Face writes it."""
+        """Return the content of config.json, with the label map as Hugging Face writes it."""
         content = asdict(self)
         labels = content.pop("labels")
         return {
@@ -74,7 +74,7 @@ class MarnetConfig:
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> MarnetConfig:
+    def from_dict(cls, content: dict[str, Any]) -> Self:
         """Read what `to_dict` wrote."""
         rest = {k: v for k, v in content.items() if k not in ("method", "id2label", "schedule")}
         return cls(
@@ -85,7 +85,7 @@ class MarnetConfig:
 
 
 def _read_labels(names: Any) -> tuple[str, ...]:
-    """id2label in the order of the classes."""
+    """Read id2label in the order of the classes."""
     expected = [str(i) for i in range(len(names))] if isinstance(names, dict) else None
     if expected is None or set(names) != set(expected):
         got = ", ".join(map(repr, list(names)[:8])) if expected else type(names).__name__
@@ -98,7 +98,7 @@ def _read_labels(names: Any) -> tuple[str, ...]:
 
 
 def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What standardises the rows of x, [N, D]: mean and standard deviation, both [D].
+    """Compute what standardises the rows of x, [N, D]: mean and standard deviation, both [D].
 
     A dimension that never varies carries nothing: its scale is left alone, 1.
     """
@@ -107,28 +107,34 @@ def mean_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ImageBranch(nn.Module):
-    """What the image-only baseline and MARNet share: F_v, its projection E_v and a classifier."""
+    """The image-only baseline and MARNet share this: F_v, its projection E_v and a classifier."""
 
     vision: VisionEncoder
     project_vision: nn.Linear  # E_v
     alignment_classifier: nn.Linear
 
+    def see(self, x_v: Tensor) -> Tensor:
+        """Make what everything behind the encoder gets of an image: its features, and what a method
+        adds to them. [B, D_v] -> [B, D_v or more].
+        """
+        return x_v
+
     def align_vision(self, x_v: Tensor) -> Tensor:
-        """x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
+        """Compute x_v' = g(E_v(x_v)), eq. (7). [B, D_v] -> [B, D]."""
         return F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE)
 
     def alignment_logits(self, x_v: Tensor) -> Tensor:
-        """Logits of the classifier on x_v' alone. [B, D_v] -> [B, K]."""
+        """Compute the logits of the classifier on x_v' alone. [B, D_v] -> [B, K]."""
         return self.alignment_classifier(self.align_vision(x_v))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Tell where the weights are."""
         return self.project_vision.weight.device
 
 
 class Baseline(ImageBranch):
-    """The image-only peer of a MARNet: the same parts with the same initial weights."""
+    """This is the image-only peer of a MARNet: the same parts with the same initial weights."""
 
     def __init__(self, model: MARNet) -> None:
         """Copy the image branch of `model`."""
@@ -139,7 +145,7 @@ class Baseline(ImageBranch):
 
 
 class MARNet(ImageBranch):
-    """The whole model, float32, as the paper writes it: the reference for every export."""
+    """This is the whole model, float32, as the paper writes it: the reference for every export."""
 
     config_type = MarnetConfig
 
@@ -167,7 +173,7 @@ class MARNet(ImageBranch):
         self.project_vision = nn.Linear(d_v, config.dim)  # E_v
         self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
         self.alignment_classifier = nn.Linear(config.dim, classes)
-        self.denoiser = Denoiser(d_s, d_v, config.hidden, config.time_dim)
+        self.denoiser = Denoiser(d_s, self.seen_width(), config.hidden, config.time_dim)
         self.semantic_classifier = nn.Linear(d_s, classes)
         fused = sum(widths) if config.fusion == "concat" else widths[0]
         self.classifier = nn.Linear(fused, classes)
@@ -177,8 +183,12 @@ class MARNet(ImageBranch):
             self._statistics("aligned", widths[0])
             self._statistics("refined", widths[1])
 
+    def seen_width(self) -> int:
+        """Tell how wide the vectors are that `see` gives."""
+        return self.vision.dim
+
     def _statistics(self, name: str, width: int) -> None:
-        """Buffers for the mean and standard deviation of a vector in training."""
+        """Make buffers for the mean and standard deviation of a vector in training."""
         self.register_buffer(f"{name}_mean", torch.zeros(width))
         self.register_buffer(f"{name}_std", torch.ones(width))
 
@@ -199,15 +209,15 @@ class MARNet(ImageBranch):
     refined_std: Tensor
 
     def align_text(self, x_s: Tensor) -> Tensor:
-        """x_s' = g(E_s(x_s)), eq. (8). [B, D_s] -> [B, D]."""
+        """Compute x_s' = g(E_s(x_s)), eq. (8). [B, D_s] -> [B, D]."""
         return F.leaky_relu(self.project_text(x_s), LEAKY_SLOPE)
 
     def condition(self, x_v: Tensor) -> Tensor:
-        """x_v standardised per dimension with training statistics: what the denoiser sees."""
+        """Standardise x_v per dimension with training statistics: what the denoiser sees."""
         return (x_v - self.vision_mean) / self.vision_std
 
     def standardise_text(self, x_s: Tensor) -> Tensor:
-        """x_s standardised per dimension: the clean vector that the denoiser estimates."""
+        """Standardise x_s per dimension: the clean vector that the denoiser estimates."""
         return (x_s - self.text_mean) / self.text_std
 
     def refine(
@@ -218,7 +228,7 @@ class MARNet(ImageBranch):
         noise: Tensor,
         watch: Callable[[int, Tensor], None] = lambda step, x0: None,
     ) -> Tensor:
-        """x_CDR: a sample of the reverse process given x_v, eq. (22)-(23). -> [B, D_s]."""
+        """Compute x_CDR: a sample of the reverse process given x_v, eq. (22)-(23). -> [B, D_s]."""
         condition = self.condition(x_v)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -229,16 +239,16 @@ class MARNet(ImageBranch):
     def refine_in_parts(
         self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
     ) -> Tensor:
-        """`refine`, with the condition's share of the steps computed once for all of them."""
+        """Do as `refine`, with the condition's share of the steps computed once for all of them."""
         return sample(self.denoiser.given(self.condition(x_v)), table, initial, noise)
 
     @property
     def latent_width(self) -> int:
-        """D_s: of what the reverse process works on, and so of one noise vector."""
+        """Return D_s, the width of what the reverse process works on and so of a noise vector."""
         return self.denoiser.dim
 
     def branches(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
-        """What is fused: x_EMA = x_v' (no text at test) [B, D] and x_CDR [B, D_s].
+        """Return what is fused: x_EMA = x_v' (no text at test) [B, D] and x_CDR [B, D_s].
 
         At logit level the logits of their classifiers take their place, [B, K] each, as in Niu et
         al. 2021, where SUM and HM combine the scores of answers.
@@ -249,7 +259,7 @@ class MARNet(ImageBranch):
         return aligned, x_cdr
 
     def fuse(self, x_v: Tensor, x_cdr: Tensor) -> Tensor:
-        """x_f = fuse(x_EMA, x_CDR), eq. (3). -> [B, D_f].
+        """Compute x_f = fuse(x_EMA, x_CDR), eq. (3). -> [B, D_f].
 
         Element-wise fusions see both branches standardised, as their sums and products mean nothing
         where the scales differ.
@@ -261,7 +271,7 @@ class MARNet(ImageBranch):
         return FUSIONS[self.config.fusion](a, b)
 
     def head(self, x_v: Tensor, x_cdr: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, K] and x_f [B, D_f] of refined features, eq. (3)-(4)."""
+        """Compute logits [B, K] and x_f [B, D_f] of refined features, eq. (3)-(4)."""
         fused = self.fuse(x_v, x_cdr)
         return self.classifier(fused), fused
 
@@ -275,5 +285,5 @@ class MARNet(ImageBranch):
         Returns:
             logits [B, K] and the fused representation x_f [B, D_f].
         """
-        x_v = self.vision(pixels)
+        x_v = self.see(self.vision(pixels))
         return self.head(x_v, self.refine(x_v, table, initial, noise))

@@ -20,13 +20,13 @@ _TURN = np.linspace(0, 2 * np.pi, 21)[:-1]
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """A colour made darker (below 1) or lighter."""
+    """Make a colour darker (below 1) or lighter."""
     red, green, blue = (max(0, min(255, round(c * factor))) for c in colour)
     return red, green, blue
 
 
 def ellipse(at: At, rx: float, ry: float | None = None, angle: float = 0.0) -> Points:
-    """The outline of an ellipse, [20, 2]."""
+    """Return the outline of an ellipse, [20, 2]."""
     ry = rx if ry is None else ry
     return turn(np.stack([rx * np.cos(_TURN), ry * np.sin(_TURN)], axis=1), angle) + at
 
@@ -37,11 +37,13 @@ def turn(points: Points, angle: float) -> Points:
 
 
 class Brush:
-    """Draws on one picture with one light and one source of chance."""
+    """This draws on one picture with one light and one source of chance."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
-        """Args:
-        size: side of the picture, pixels.
+        """Begin an empty picture.
+
+        Args:
+            size: side of the picture, pixels.
         """
         self.image = Image.new("RGB", (size, size))
         self.draw = ImageDraw.Draw(self.image, "RGBA")
@@ -52,7 +54,7 @@ class Brush:
         self.limit = EXTENT  # how far from the centre a curl may reach
 
     def vary(self, colour: Colour, amount: float = 0.1) -> Colour:
-        """A colour a little lighter or darker, and a little off in each channel."""
+        """Make a colour a little lighter or darker, and a little off in each channel."""
         factors = self.rng.uniform(1 - amount, 1 + amount) * self.rng.uniform(0.97, 1.03, 3)
         red, green, blue = np.clip(np.array(colour) * factors, 0, 255).astype(int).tolist()
         return red, green, blue
@@ -73,7 +75,7 @@ class Brush:
     def solid(
         self, points: Points, colour: Colour, height: float = 0.04, gloss: float = 0.3
     ) -> None:
-        """A piece with thickness: shadow, dark edge, face, lit side, highlight."""
+        """Draw a piece with thickness: shadow, dark edge, face, lit side, highlight."""
         centre = points.mean(axis=0)
         self.shadow(points, height)
         self.fill(points, shade(colour, 0.72))
@@ -93,7 +95,7 @@ class Brush:
         stretch: float = 1.0,
         angle: float | None = None,
     ) -> Points:
-        """A random rounded outline, [20, 2]."""
+        """Return a random rounded outline, [20, 2]."""
         phases = self.rng.uniform(0, 2 * np.pi, 3)
         waves = sum(np.sin(k * _TURN + p) / k for k, p in zip((2, 3, 5), phases, strict=True))
         r = radius * (1 + wobble * waves)
@@ -104,7 +106,10 @@ class Brush:
         return float(self.rng.uniform(0, 2 * np.pi))
 
     def curl(self, at: At, length: float, bend: float) -> Points:
-        """A smooth random path within `limit`, [16, 2]; `bend`: how far its direction wanders."""
+        """Return a smooth random path within `limit`, [16, 2].
+
+        `bend` says how far its direction wanders.
+        """
         turns = np.cumsum(self.rng.normal(0, bend, 16)) + self.angle()
         steps = np.stack([np.cos(turns), np.sin(turns)], axis=1) * (length / 16)
         path = np.cumsum(steps, axis=0) - steps.sum(axis=0) / 2 + at

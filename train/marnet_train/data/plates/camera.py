@@ -13,7 +13,7 @@ from marnet_train.data.plates.scene import soft_noise
 
 
 def photograph(table: Image.Image, rng: np.random.Generator, size: int, difficulty: float) -> bytes:
-    """A JPEG file of a table seen from above or aslant, `size` x `size` pixels."""
+    """Photograph a table from above or aslant: a JPEG file of `size` x `size` pixels."""
     hard = 0.6 * difficulty
     picture = _view(table, rng, 2 * size, hard).resize((size, size), Image.Resampling.BOX)
     blur = rng.gamma(1.2, 0.0022 * hard) * size if hard else 0.0
@@ -34,7 +34,7 @@ def photograph(table: Image.Image, rng: np.random.Generator, size: int, difficul
 
 
 def _view(table: Image.Image, rng: np.random.Generator, size: int, hard: float) -> Image.Image:
-    """The table through a camera that is tilted, turned, off-centre, near or far."""
+    """Return the table through a camera that is tilted, turned, off-centre, near or far."""
     tilt = abs(rng.normal(0, 0.38 * hard))  # radians from straight down
     tilt = min(tilt, 0.95)
     spin = rng.uniform(0, 2 * np.pi)
@@ -62,7 +62,7 @@ def _view(table: Image.Image, rng: np.random.Generator, size: int, hard: float) 
 
 
 def _mirrored(table: Image.Image) -> Image.Image:
-    """The table and its reflections, 3 x 3: where a tilted camera looks past the edge."""
+    """Return the table and its reflections, 3 x 3: where a tilted camera looks past the edge."""
     side = table.width
     whole = Image.new("RGB", (3 * side, 3 * side))
     across = table.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -75,7 +75,7 @@ def _mirrored(table: Image.Image) -> Image.Image:
 
 
 def _coefficients(target: NDArray[np.float64], source: NDArray[np.float64]) -> tuple[float, ...]:
-    """The eight numbers of a projective map from target to source, from four points each."""
+    """Find the eight numbers of a projective map from target to source, from four points each."""
     rows, right = [], []
     for (x, y), (u, v) in zip(target, source, strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
@@ -86,7 +86,7 @@ def _coefficients(target: NDArray[np.float64], source: NDArray[np.float64]) -> t
 def _light(
     pixels: NDArray[np.float32], rng: np.random.Generator, hard: float
 ) -> NDArray[np.float32]:
-    """Exposure, colour temperature, a gradient, a shadow across, vignette, steam, contrast."""
+    """Add exposure, colour temperature, a gradient, a shadow across, vignette, steam, contrast."""
     size = len(pixels)
     x, y = np.meshgrid(*[np.linspace(-1, 1, size, dtype=np.float32)] * 2)
     angle = rng.uniform(0, 2 * np.pi)
@@ -108,7 +108,7 @@ def _light(
 
 
 def _shake(picture: Image.Image, rng: np.random.Generator, size: int) -> Image.Image:
-    """Motion blur: the mean of five shifted copies."""
+    """Apply motion blur: the mean of five shifted copies."""
     angle, reach = rng.uniform(0, np.pi), rng.uniform(0.005, 0.02) * size
     total = np.zeros((size, size, 3), np.float32)
     for share in np.linspace(-1, 1, 5):

@@ -15,7 +15,7 @@ from marnet_train.data.plates.brush import At, Brush, Colour, ellipse, shade, tu
 
 @dataclass(frozen=True)
 class Food:
-    """An ingredient on a plate."""
+    """This is an ingredient on a plate."""
 
     piece: Callable[[Brush, At], None]
     count: tuple[int, int]  # fewest and most pieces
@@ -24,7 +24,7 @@ class Food:
 
 
 def strand(colour: Colour, width: float, length: float, bend: float) -> Callable:
-    """Noodles, sprouts: a curl with a dark rim and a light back."""
+    """Return what draws noodles and sprouts: a curl with a dark rim and a light back."""
 
     def draw(brush: Brush, at: At) -> None:
         path, tint = brush.curl(at, length, bend), brush.vary(colour)
@@ -37,7 +37,7 @@ def strand(colour: Colour, width: float, length: float, bend: float) -> Callable
 
 
 def grain(colour: Colour, radius: float, stretch: float, gloss: float = 0.0) -> Callable:
-    """Rice, corn, peas, beans, nuts."""
+    """Return what draws rice, corn, peas, beans and nuts."""
 
     def draw(brush: Brush, at: At) -> None:
         tint = brush.vary(colour)
@@ -54,7 +54,7 @@ def grain(colour: Colour, radius: float, stretch: float, gloss: float = 0.0) -> 
 
 
 def leaf(colour: Colour, length: float, *, lobes: int, ruffle: float = 0.0) -> Callable:
-    """Herbs with one or several lobes, and salad leaves with a ruffled edge."""
+    """Return what draws herbs with one or several lobes, and salad leaves with a ruffled edge."""
 
     def blade(brush: Brush, at: At, size: float, angle: float, tint: Colour) -> None:
         along = np.linspace(0, 1, 9)
@@ -86,7 +86,7 @@ def leaf(colour: Colour, length: float, *, lobes: int, ruffle: float = 0.0) -> C
 
 
 def disc(skin: Colour, flesh: Colour, radius: float, inside: str = "") -> Callable:
-    """A round slice: a skin around flesh, with seeds, spokes, rings or a hole."""
+    """Return what draws a round slice: a skin around flesh, with seeds, spokes, rings or a hole."""
 
     def draw(brush: Brush, at: At) -> None:
         r = radius * brush.rng.uniform(0.8, 1.15)
@@ -137,7 +137,10 @@ _INSIDES = {"seeds": _seeds, "spokes": _spokes, "hole": _hole, "rings": _rings, 
 
 def chunk(colour: Colour, radius: float, stretch: float, *, stripes: Colour | None = None,
           wobble: float = 0.16, gloss: float = 0.25) -> Callable:  # fmt: skip
-    """Meat, fish, potatoes: an irregular piece, perhaps with stripes of fat or muscle."""
+    """Return what draws meat, fish and potatoes.
+
+    Each is an irregular piece, perhaps with stripes of fat or muscle.
+    """
 
     def draw(brush: Brush, at: At) -> None:
         angle, tint = brush.angle(), brush.vary(colour, 0.14)
@@ -158,7 +161,7 @@ def chunk(colour: Colour, radius: float, stretch: float, *, stripes: Colour | No
 
 
 def cube(colour: Colour, side: float) -> Callable:
-    """Tofu and cheese: a top face, and two sides turned away from the light."""
+    """Return what draws tofu and cheese: a top face, and two sides turned away from the light."""
 
     def draw(brush: Brush, at: At) -> None:
         s, tint = side * brush.rng.uniform(0.75, 1.2), brush.vary(colour, 0.06)
@@ -176,7 +179,7 @@ def cube(colour: Colour, side: float) -> Callable:
 
 
 def stick(colour: Colour, length: float, width: float) -> Callable:
-    """Carrot sticks, green beans, strips of pepper."""
+    """Return what draws carrot sticks, green beans and strips of pepper."""
 
     def draw(brush: Brush, at: At) -> None:
         path, tint = brush.curl(at, length * brush.rng.uniform(0.7, 1.2), 0.07), brush.vary(colour)
@@ -189,7 +192,10 @@ def stick(colour: Colour, length: float, width: float) -> Callable:
 
 
 def crescent(outer: Colour, inner: Colour, radius: float, stripes: int = 0) -> Callable:
-    """Shrimps, avocado: part of a ring that tapers, with stripes across or a pale inside."""
+    """Return what draws shrimps and avocado.
+
+    Each is part of a ring that tapers, with stripes across or a pale inside.
+    """
 
     def draw(brush: Brush, at: At) -> None:
         r, angle = radius * brush.rng.uniform(0.85, 1.15), brush.angle()
@@ -214,7 +220,7 @@ def crescent(outer: Colour, inner: Colour, radius: float, stripes: int = 0) -> C
 
 
 def egg(brush: Brush, at: At) -> None:
-    """Half a boiled egg."""
+    """Draw half a boiled egg."""
     angle = brush.angle()
     white = ellipse(at, 0.2, 0.155, angle)
     brush.solid(white, brush.vary((246, 242, 232), 0.04), 0.05, 0)
@@ -226,7 +232,7 @@ def egg(brush: Brush, at: At) -> None:
 
 
 def mushroom(brush: Brush, at: At) -> None:
-    """A slice through cap and stem."""
+    """Draw a slice through cap and stem."""
     angle, tint = brush.angle(), brush.vary((205, 182, 150), 0.1)
     arc = np.linspace(0, np.pi, 10)
     cap = np.stack([0.14 * np.cos(arc), 0.11 * np.sin(arc)], axis=1)
@@ -240,7 +246,7 @@ def mushroom(brush: Brush, at: At) -> None:
 
 
 def lemon(brush: Brush, at: At) -> None:
-    """A wedge: rind, pith and segments, yellow or green."""
+    """Draw a wedge: rind, pith and segments, yellow or green."""
     green = brush.rng.random() < 0.4
     rind, flesh = ((110, 150, 40), (200, 215, 120)) if green else ((240, 200, 40), (250, 225, 110))
     angle, r = brush.angle(), 0.19 * brush.rng.uniform(0.85, 1.1)
@@ -257,7 +263,7 @@ def lemon(brush: Brush, at: At) -> None:
 
 
 def seaweed(brush: Brush, at: At) -> None:
-    """A sheet of nori."""
+    """Draw a sheet of nori."""
     corners = np.array([[-0.16, -0.11], [0.16, -0.12], [0.17, 0.11], [-0.15, 0.12]])
     sheet = turn(corners * brush.rng.uniform(0.8, 1.2), brush.angle()) + at
     tint = brush.vary((32, 48, 34), 0.2)

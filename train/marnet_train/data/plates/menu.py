@@ -101,7 +101,7 @@ _GROUND_OF = {
 
 @dataclass(frozen=True)
 class Serving:
-    """One plate, in words."""
+    """This is one plate, in words."""
 
     dish: str
     ingredients: tuple[str, ...]  # those that are there, in the order of the text
@@ -109,12 +109,12 @@ class Serving:
 
     @property
     def text(self) -> str:
-        """What the image shows; the name of the dish is not in it."""
+        """Say what the image shows; the name of the dish is not in it."""
         return ", ".join(self.ingredients)
 
 
 def presence(dish: str, difficulty: float) -> dict[str, float]:
-    """Probability of each ingredient on a plate of a dish.
+    """Return the probability of each ingredient on a plate of a dish.
 
     Args:
         difficulty: 0 to 1; the more, the more is left out and the more guests there are.
@@ -125,7 +125,7 @@ def presence(dish: str, difficulty: float) -> dict[str, float]:
 
 
 def serve(dish: str, rng: np.random.Generator, difficulty: float) -> Serving:
-    """A random plate of a dish: three to nine ingredients."""
+    """Draw a random plate of a dish: three to nine ingredients."""
     chances = presence(dish, difficulty)
     luck = rng.random(len(INGREDIENTS)) / np.maximum([chances[n] for n in INGREDIENTS], 1e-9)
     order = np.argsort(luck)  # below 1: there

@@ -30,7 +30,7 @@ _TABLES: tuple[Colour, ...] = (
 def compose(
     serving: Serving, rng: np.random.Generator, size: int, difficulty: float
 ) -> Image.Image:
-    """The picture of a table from above, RGB [size, size], -EXTENT to EXTENT."""
+    """Draw the picture of a table from above, RGB [size, size], -EXTENT to EXTENT."""
     brush = Brush(size, rng)
     brush.image.paste(_table(rng, size))
     for _ in range(rng.poisson(2.4 * difficulty)):
@@ -44,7 +44,7 @@ def compose(
 
 
 def place_food(brush: Brush, serving: Serving, inside: float) -> None:
-    """Every ingredient in a heap of its own or scattered, lower layers first."""
+    """Draw every ingredient in a heap of its own or scattered, lower layers first."""
     brush.limit = 0.93 * inside
     heaps = brush.rng.random() < 0.45  # this cook arranges
     slots = brush.rng.permutation(len(serving.ingredients))
@@ -61,20 +61,23 @@ def place_food(brush: Brush, serving: Serving, inside: float) -> None:
 
 
 def _inside(at: NDArray[np.float64], radius: float) -> NDArray[np.float64]:
-    """A place moved onto the plate if it is outside."""
+    """Move a place onto the plate if it is outside."""
     far = float(np.hypot(*at))
     return at if far <= 0.86 * radius else at * (0.86 * radius / far) * 0.93
 
 
 def soft_noise(rng: np.random.Generator, cells: tuple[int, int], size: int) -> NDArray[np.float32]:
-    """Smooth noise around 0, [size, size], with `cells` (x, y) bumps; the same at any size."""
+    """Make smooth noise around 0, [size, size], with `cells` (x, y) bumps.
+
+    It is the same at any size.
+    """
     coarse = rng.normal(0, 1, (cells[1], cells[0])).astype(np.float32)
     smooth = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(smooth)
 
 
 def _table(rng: np.random.Generator, size: int) -> Image.Image:
-    """Wood with boards and grain, woven cloth, or stone."""
+    """Draw wood with boards and grain, woven cloth, or stone."""
     colour = np.array(_TABLES[rng.integers(len(_TABLES))], np.float32)
     kind = rng.integers(3)
     x, y = np.meshgrid(*[np.linspace(0, 1, size, dtype=np.float32)] * 2)
@@ -95,7 +98,7 @@ def _table(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def _plate(brush: Brush) -> float:
-    """A plate or bowl; returns the radius of the part that food may lie on."""
+    """Draw a plate or bowl; return the radius of the part that food may lie on."""
     colour = _PLATES[brush.rng.integers(len(_PLATES))]
     bowl = brush.rng.random() < 0.5
     inside = PLATE * (0.88 if bowl else brush.rng.uniform(0.72, 0.82))
@@ -136,7 +139,7 @@ def _ground(brush: Brush, ground: str, inside: float) -> None:
 
 
 def _cutlery(brush: Brush) -> None:
-    """A knife, fork or spoon, or chopsticks, beside the plate."""
+    """Draw a knife, fork or spoon, or chopsticks, beside the plate."""
     side = brush.rng.choice([-1, 1]) * brush.rng.uniform(0.88, 1.1)
     angle = brush.angle() if brush.rng.random() < 0.2 else brush.rng.normal(0, 0.12)
     steel = brush.vary((196, 198, 204), 0.1)
@@ -178,7 +181,7 @@ def _glass(brush: Brush) -> None:
 
 
 def _second_plate(brush: Brush) -> None:
-    """Another plate at the edge of the frame, with something on it."""
+    """Draw another plate at the edge of the frame, with something on it."""
     at = turn(np.array([[brush.rng.uniform(1.25, 1.5), 0.0]]), brush.angle())[0]
     colour = _PLATES[brush.rng.integers(len(_PLATES))]
     r = brush.rng.uniform(0.45, 0.7)
@@ -201,7 +204,7 @@ _CLUTTER = (_cutlery, _cutlery, _napkin, _glass, _second_plate, _crumbs)
 
 
 def _over(brush: Brush) -> None:
-    """Something above the plate: a spoon or chopsticks reaching in, or drops of dark sauce."""
+    """Draw something above the plate: a spoon or chopsticks reaching in, or drops of dark sauce."""
     if brush.rng.random() < 0.5:
         for _ in range(brush.rng.integers(6, 16)):
             at = brush.rng.normal(0, 0.4, 2)

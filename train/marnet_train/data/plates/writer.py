@@ -37,7 +37,7 @@ _PER_TASK = 16  # images that a worker renders at a time
 
 @dataclass(frozen=True)
 class Plates:
-    """All that decides the pictures; the same gives the same bytes."""
+    """This is all that decides the pictures; the same gives the same bytes."""
 
     images: int = 4500
     size: int = 96  # side, pixels
@@ -81,12 +81,12 @@ def write_plates(
 
 
 def dish_of(index: int) -> str:
-    """The dish that picture `index` shows: all of them in turn."""
+    """Name the dish that picture `index` shows: all of them in turn."""
     return NAMES[index % len(NAMES)]
 
 
 def split_indices(plates: Plates) -> dict[str, list[int]]:
-    """70 % of every dish for train, 15 % each for val and test, by position."""
+    """Put 70 % of every dish into train, 15 % each into val and test, by position."""
     rounds = -(-plates.images // len(NAMES))  # pictures of a dish, at most
     first, second = round(rounds * 0.7), round(rounds * 0.85)
     parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
@@ -97,7 +97,10 @@ def split_indices(plates: Plates) -> dict[str, list[int]]:
 
 
 def render(index: int, plates: Plates) -> tuple[Serving, bytes]:
-    """Picture `index`: what is on it, and the JPEG file. A function of its arguments alone."""
+    """Return what picture `index` shows, and its JPEG file.
+
+    They depend on the arguments alone.
+    """
     rng = np.random.default_rng([plates.seed, index])
     serving = serve(dish_of(index), rng, plates.difficulty)
     table = compose(serving, rng, round(2.8 * plates.size), plates.difficulty)
@@ -114,7 +117,7 @@ def _render_task(task: tuple[list[int], Plates]) -> list[tuple[str, bytes, str, 
 
 
 def _render_all(plates: Plates, workers: int) -> Generator[tuple[str, bytes, str, str], None, None]:
-    """Rows for `write_split`, in the order of the splits."""
+    """Yield rows for `write_split`, in the order of the splits."""
     order = [index for part in split_indices(plates).values() for index in part]
     tasks = [(order[i : i + _PER_TASK], plates) for i in range(0, len(order), _PER_TASK)]
     if workers == 1:
@@ -128,7 +131,7 @@ def _render_all(plates: Plates, workers: int) -> Generator[tuple[str, bytes, str
 
 
 def contact_sheet(plates: Plates, columns: int = 6) -> Image.Image:
-    """One row for each dish: its name, and its first pictures with their texts."""
+    """Draw one row for each dish: its name, and its first pictures with their texts."""
     side, caption, margin = max(plates.size, 96), 40, 8
     columns = min(columns, plates.images // len(NAMES))
     font, small = ImageFont.load_default(15), ImageFont.load_default(10)

@@ -1,0 +1,72 @@
+"""SeDA through the backends: its first stage is a part of the encoder, the second is the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from quick import kept
+from tolerances import BUILT
+
+from marnet_export.lower import lower
+from marnet_export.pipeline import export_bundle
+from marnet_export.settings import Settings
+from marnet_sdk.classifier import Classifier
+from marnet_sdk.trajectory import draw_trajectory
+from marnet_train.checkpoint import load_checkpoint
+from marnet_train.data.imagefolder import read_split
+from marnet_train.diffusion import sampler_table, trajectory_tensors
+from marnet_train.models.seda import SeDA
+
+
+def test_the_lowered_encoder_gives_what_the_model_sees(seda_checkpoint: Path) -> None:
+    loaded = load_checkpoint(seda_checkpoint)
+    lowered = lower(loaded.model)
+    pixels = torch.randn(6, *loaded.preprocess.output_shape)
+    with torch.no_grad():
+        expected = loaded.model.see(loaded.model.vision(pixels))
+        found = lowered.encoder(pixels)
+    assert found.shape == (6, lowered.image_width)
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+CASES = [
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("torchscript", "fp16"),
+    ("aotinductor", "fp32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    kept(CASES, [("onnxruntime", "fp32"), ("openvino", "bf16")], many=True),
+)
+def test_a_bundle_answers_as_the_checkpoint_does(
+    backend: str, precision: str, seda_checkpoint: Path, digits: Path, tmp_path: Path
+) -> None:
+    """export_bundle holds it to the checkpoint; here the loop is run as it is written."""
+    path = tmp_path / "seda.marnet"
+    export_bundle(seda_checkpoint, path, Settings(backend, precision, min_agreement=0.97))
+    images = [e.image for e in read_split(digits / "test", needs_text=False)[:40]]
+    model = load_checkpoint(seda_checkpoint).model
+    assert isinstance(model, SeDA)
+    with Classifier(path) as classifier:
+        pixels = classifier.preprocess.pixels(images)
+        found = classifier.logits(pixels)
+        table = sampler_table(model.config.schedule, "ddpm")
+        drawn = draw_trajectory(
+            classifier.seed, table.timesteps, table.train_steps, model.latent_width
+        )
+        with torch.no_grad():
+            x_v = model.see(model.vision(torch.from_numpy(pixels)))
+            x_map = model.refine(x_v, table, *trajectory_tensors(drawn, len(x_v), x_v))
+            expected = model.head(x_v, x_map)[0].numpy()
+        assert (found.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.95
+        if precision == "fp32":
+            assert np.abs(found - expected).max() <= BUILT[precision] * np.abs(expected).max()
+        assert classifier.match(images[0], ["zero with a hole", "a seven with a bar"]).shape == (2,)

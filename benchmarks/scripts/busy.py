@@ -29,7 +29,7 @@ from typing import Any
 import click
 
 from marnet_bench.machine import describe_machine
-from marnet_sdk.console import print_table, say
+from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.cpus import cpus
 
 BACKENDS = ("torchscript", "aotinductor", "onnxruntime", "openvino")
@@ -75,7 +75,7 @@ def quota() -> Iterator[Words]:
 CONDITIONS = {"idle": idle, "busy": busy, "quota of 1": quota}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--bundles", type=_FOLDER, required=True, help="Folder with BACKEND.marnet.")
 @click.option("--data", type=_FOLDER, help="The digits. Without it no training is measured.")
 @click.option("--epochs", default=2, show_default=True, help="Of each phase of the training.")
@@ -83,7 +83,7 @@ CONDITIONS = {"idle": idle, "busy": busy, "quota of 1": quota}
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 64), show_default=True)
 @click.option("--condition", "names", type=click.Choice([*CONDITIONS]), multiple=True,
               default=[*CONDITIONS])  # fmt: skip
-@click.option("--duration", default=3.0, show_default=True, help="Seconds for each input.")
+@click.option("--duration", default=2.0, show_default=True, help="Seconds for each input.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(
     bundles: Path,

@@ -1,136 +1,210 @@
 """Training and every CPU backend on an idle machine, beside a busy process on each core, and under
-a quota of one CPU; ours and plain PyTorch in turn.
+a quota of one CPU; ours and plain PyTorch in turn, and ours once more with one thread.
 
-    python benchmarks/scripts/busy.py --checkpoint runs/digits --data data/digits --out busy.json
+    python benchmarks/scripts/busy.py --bundles bundles --data data/digits --out busy.json
 
-The quota needs root and a writable control group, v1 or v2; without them it is left out, and the
-record says why. Every measurement is made in a process of its own, with the environment of this one
-but for OpenMP's variables.
+The folder of --bundles holds torchscript.marnet, onnxruntime.marnet and so on, each with its
+checkpoint inside. Every measurement is a command in a process of its own, with the environment of
+this one but for OpenMP's variables. Plain PyTorch runs in the process of the bundle, so it has the
+number of threads and the waiting that marnet chooses, which serve it better than its own where
+cores are shared. The quota needs a control group that may be written, v1 or v2; otherwise it is
+left out, and the record says why.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import click
+
 from marnet_bench.machine import describe_machine
+from marnet_sdk.console import Command, print_table, say
+from marnet_sdk.cpus import cpus
 
 BACKENDS = ("torchscript", "aotinductor", "onnxruntime", "openvino")
-BATCHES = (1, 64)
-_BUSY = "while True: pass"
-_PARENT = Path("/sys/fs/cgroup")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="data set of the training")
-    parser.add_argument("--recipe", default="digits")
-    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
-    parser.add_argument("--bundles", type=Path, help="folder with BACKEND.marnet; else exported")
-    parser.add_argument("--duration", type=float, default=20.0, help="seconds a measurement")
-    parser.add_argument("--no-training", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        options.bundles = options.bundles or _export(options, Path(scratch))
-        found: dict[str, Any] = {"machine": describe_machine(), "conditions": {}}
-        for name, condition in {"idle": _idle, "busy": _busy, "quota of 1": _quota}.items():
-            try:
-                with condition() as join:
-                    found["conditions"][name] = _measure(options, Path(scratch), join)
-            except OSError as error:
-                found["conditions"][name] = {"left out": str(error)}
-            options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-
-Join = Callable[[], object]  # what a measuring process does before it begins
+GROUPS = Path("/sys/fs/cgroup")
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+Words = Sequence[object]  # of a command
 
 
 @contextmanager
-def _idle() -> Iterator[Join]:
-    yield lambda: None
+def idle() -> Iterator[Words]:
+    """Nothing else runs."""
+    yield ()
 
 
 @contextmanager
-def _busy() -> Iterator[Join]:
-    """One process for each CPU that does nothing but compute."""
-    cpus = sorted(os.sched_getaffinity(0))
-    busy = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in cpus]
-    try:
-        yield lambda: None
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+def busy() -> Iterator[Words]:
+    """One process for each CPU does nothing but compute."""
+    with ExitStack() as stack:
+        for _ in range(cpus().allowed):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while 1: pass"]))
+            stack.callback(process.kill)
+        yield ()
 
 
 @contextmanager
-def _quota() -> Iterator[Join]:
-    """A control group that grants one CPU.
+def quota() -> Iterator[Words]:
+    """A control group grants one CPU. What is yielded stands before a command and puts it there.
 
     Raises:
-        OSError: it cannot be made here.
+        OSError: the group cannot be made here.
     """
-    first = (_PARENT / "cpu/cpu.cfs_quota_us").exists()
-    group = _PARENT / ("cpu" if first else "") / f"marnet-busy-{os.getpid()}"
+    first = (GROUPS / "cpu/cpu.cfs_quota_us").exists()
+    group = GROUPS / ("cpu" if first else "") / f"marnet-busy-{os.getpid()}"
     group.mkdir()
     try:
         name, text = ("cpu.cfs_quota_us", "100000") if first else ("cpu.max", "100000 100000")
         (group / name).write_text(text)
-        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield "sh", "-c", 'echo $$ > "$0" && exec "$@"', group / "cgroup.procs"
     finally:
         group.rmdir()
 
 
-def _export(options: argparse.Namespace, folder: Path) -> Path:
-    for backend in options.backends:
-        command = ["marnet_export.cli", "--backend", backend, "--output", folder / backend]
-        _run([*command, "--checkpoint", options.checkpoint, "--no-text", "--no-source"])
-        (folder / backend).rename(folder / f"{backend}.marnet")
-    return folder
+CONDITIONS = {"idle": idle, "busy": busy, "quota of 1": quota}
 
 
-def _measure(options: argparse.Namespace, scratch: Path, join: Join) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for backend in options.backends:
-        for batch in BATCHES:
-            report = scratch / "bench.json"
-            bundle = options.bundles / f"{backend}.marnet"
-            command = ["marnet_bench.cli", "--model", bundle, "--batch", batch, "--output", report]
-            command += ["--checkpoint", options.checkpoint, "--duration", options.duration]
-            _run([*command, "--warmup", 2, "--format", "json"], join)
-            read = json.loads(report.read_text("utf-8"))
-            kept = {k: read[k] for k in ("threads", "speedups")}
-            lines = [{k: v for k, v in x.items() if k != "seconds"} for x in read["lines"]]
-            found[f"{backend}, batch {batch}"] = kept | {
-                "lines": lines,
-                "cpus": read["machine"]["cpus"],
-            }
-    if not options.no_training:
-        started = time.perf_counter()
-        command = ["marnet_train.cli", "fit", "--data", options.data, "--recipe", options.recipe]
-        _run([*command, "--out", scratch / "run", "--force"], join)
-        found["training"] = {"seconds": round(time.perf_counter() - started, 1)}
+@click.command(cls=Command)
+@click.option("--bundles", type=_FOLDER, required=True, help="Folder with BACKEND.marnet.")
+@click.option("--data", type=_FOLDER, help="The digits. Without it no training is measured.")
+@click.option("--epochs", default=2, show_default=True, help="Of each phase of the training.")
+@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS)
+@click.option("--batch", "batches", type=int, multiple=True, default=(1, 64), show_default=True)
+@click.option("--condition", "names", type=click.Choice([*CONDITIONS]), multiple=True,
+              default=[*CONDITIONS])  # fmt: skip
+@click.option("--duration", default=2.0, show_default=True, help="Seconds for each input.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def main(
+    bundles: Path,
+    data: Path | None,
+    epochs: int,
+    backends: Sequence[str],
+    batches: Sequence[int],
+    names: Sequence[str],
+    duration: float,
+    out: Path,
+) -> None:
+    """Measure training and bundles beside other work, write the record and print its tables."""
+    found: dict[str, Any] = {"machine": describe_machine(), "left_out": {}}
+    found |= {"lines": [], "training": []}
+    for name in names:
+        with ExitStack() as stack:
+            try:
+                before = stack.enter_context(CONDITIONS[name]())
+            except OSError as error:
+                found["left_out"][name] = str(error)
+                continue
+            for backend in backends:
+                bundle = bundles / f"{backend}.marnet"
+                found["lines"] += [
+                    {"condition": name, "backend": backend, "batch": batch}
+                    | measured(before, bundle, batch, duration)
+                    for batch in batches
+                ]
+            if data is not None:
+                found["training"].append({"condition": name} | trained(before, data, epochs))
+        out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print_found(found, names)
+
+
+def measured(before: Words, bundle: Path, batch: int, duration: float) -> dict[str, Any]:
+    """A bundle with its own number of threads beside plain PyTorch, then alone with one thread.
+
+    Returns:
+        For "bytes" (image files to logits) and "pixels": ours_ms, peer_ms, ratio with low and high,
+        and one_thread_ms, all at the median; and the threads and CPUs of the first run.
+    """
+    both = benched(before, bundle, batch, duration)
+    alone = benched(before, bundle, batch, duration / 2, "--threads", 1, "--no-peer")
+    found = {"threads": both["threads"], "cpus": both["machine"]["cpus"]}
+    for ratio in both["speedups"]:
+        kind = ratio["input"]
+        found[kind] = {
+            "ours_ms": median(both, "bundle", kind),
+            "peer_ms": median(both, ratio["over"], kind),
+            "one_thread_ms": median(alone, "bundle", kind),
+        } | {key: ratio[key] for key in ("ratio", "low", "high")}
     return found
 
 
-def _run(words: list[Any], join: Join | None = None) -> None:
+def benched(
+    before: Words, bundle: Path, batch: int, duration: float, *more: object
+) -> dict[str, Any]:
+    """The report of marnet-bench."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        options = "--model", bundle, "--batch", batch, "--duration", duration, "--output", report
+        run(before, "marnet_bench", "--warmup", 2, "--format", "json", *options, *more)
+        return json.loads(report.read_text("utf-8"))
+
+
+def median(report: dict[str, Any], model: str, kind: str) -> float:
+    """The median call of a candidate, in milliseconds."""
+    (line,) = (x for x in report["lines"] if (x["model"], x["input"]) == (model, kind))
+    return line["p50_ms"]
+
+
+def trained(before: Words, data: Path, epochs: int) -> dict[str, float]:
+    """Seconds of `marnet-train fit` with the recipe of the digits, cut short; as it chooses its
+    threads, and with one."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = Path(scratch) / "short.toml"
+        whole = (resources.files("marnet_train") / "recipes/digits.toml").read_text("utf-8")
+        recipe.write_text(re.sub(r"(?m)^epochs = \d+", f"epochs = {epochs}", whole), "utf-8")
+        options = "--data", data, "--recipe", recipe, "--out", Path(scratch) / "run", "--force"
+        for name, variables in (("ours_s", {}), ("one_thread_s", {"OMP_NUM_THREADS": "1"})):
+            started = time.perf_counter()
+            run(before, "marnet_train", "fit", *options, **variables)
+            seconds[name] = round(time.perf_counter() - started, 1)
+    return seconds
+
+
+def run(before: Words, package: str, *options: object, **variables: str) -> None:
     """One of marnet's commands, in a process of its own."""
-    module, *arguments = map(str, words)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "MKL_"))}
-    code = f"from {module} import main; main()"
-    command = [sys.executable, "-c", code, *arguments]
-    subprocess.run(command, check=True, env=kept, preexec_fn=join, stdout=subprocess.DEVNULL)
+    code = f"from {package}.cli import main; main()"
+    command = [*map(str, before), sys.executable, "-c", code, *map(str, options)]
+    done = subprocess.run(
+        command, env=kept | variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise click.ClickException(f"{package} ended with {done.returncode}: {done.stderr}")
+
+
+def print_found(found: dict[str, Any], names: Sequence[str]) -> None:
+    """A table: a row for each backend and batch, and a column for each condition."""
+    rows: dict[str, dict[str, str]] = {}
+    for line in found["lines"]:
+        row = rows.setdefault(f"{line['backend']}, batch {line['batch']}", {})
+        row[line["condition"]] = cell(line["bytes"])
+    for seconds in found["training"]:
+        text = f"{seconds['ours_s']} s; 1 thread {seconds['one_thread_s']} s"
+        rows.setdefault("training", {})[seconds["condition"]] = text
+    title = "from image files: ours, plain PyTorch, their ratio with its 95 % interval"
+    table = ([name, *(row.get(x, "") for x in names)] for name, row in rows.items())
+    print_table(title, ["", *names], table)
+    for name, reason in found["left_out"].items():
+        say(f"{name}: left out, {reason}")
+
+
+def cell(x: dict[str, float]) -> str:
+    """One line as a cell."""
+    ratio = f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+    ours, peer, alone = (f"{x[k]:.1f}" for k in ("ours_ms", "peer_ms", "one_thread_ms"))
+    return f"{ours} ms, {peer} ms, {ratio}; 1 thread {alone} ms"
 
 
 if __name__ == "__main__":

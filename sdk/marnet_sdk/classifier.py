@@ -68,9 +68,10 @@ _HOST_MEMORY = (1, 3, 11)  # kDLCPU, and pinned for a GPU: kDLCUDAHost, kDLROCMH
 class Classifier:
     """Classifies images with a bundle.
 
-    When the constructor returns, the bundle's bytes have been checked and its golden answers have
-    been reproduced on this machine. May be used from several threads at once, in the process that
-    opened it. What it holds goes with its last reference, or with `close`.
+    When the constructor returns, the files that classify have been checked byte by byte, of those
+    of texts and of the checkpoint their sizes, and the golden answers were reproduced on this
+    machine. May be used from several threads at once, in the process that opened it. What it holds
+    goes with its last reference, or with `close`.
 
         clf = Classifier("bundles/digits-torchscript-fp16.marnet")
         clf.predict("digit.png").label

@@ -412,6 +412,8 @@ def check_tiff(image: TiffImageFile) -> None:
         raise ValueError("its samples have a sign")
     if image.mode == "CMYK" and tags.get(332, 1) != 1:
         raise ValueError("its inks are not cyan, magenta, yellow and black")
+    if tags.get(317, 1) != 1 and tags.get(259, 1) in (1, 32773):  # libtiff passes over it
+        raise ValueError("its samples are differences, and its compression has no Predictor")
     if separate and image.mode in ("LA", "La", "PA"):
         raise ValueError("its alpha channel is in a plane of its own")
     if separate and not image.use_load_libtiff and tags.get(258, (1,))[0] == 16:

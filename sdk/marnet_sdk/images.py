@@ -2,17 +2,20 @@
 
 What `decode` makes of an image (no colour management: ICC profiles and gamma are ignored):
 
-    EXIF orientation            applied
-    animated (GIF, PNG, WebP)   first frame, on white where it leaves the canvas uncovered; of
-                                several TIFF pages or MPO pictures, the first
-    alpha, transparent colour   composited on white; alpha that is 0 everywhere is ignored
+    EXIF orientation            applied, of PNG that of its eXIf chunk; XMP is not read in files
+    animated (GIF, PNG, WebP)   first frame, on white where it leaves the canvas uncovered; of PNG
+                                the still image, which may be no frame; of several TIFF pages or
+                                MPO pictures, the first
+    alpha, transparent colour   composited on white; alpha that is 0 everywhere is ignored, and so
+                                is that of BMP but for 32 bits with a mask for each colour
     palette, 1 bit, grey        converted to RGB
-    CMYK, YCCK, YCbCr, LAB      converted to RGB by Pillow
+    CMYK, YCCK, YCbCr, LAB      converted to RGB by Pillow, without the coefficients of a TIFF
     16-bit grey                 high byte, v >> 8, which is what Pillow makes of 16-bit colour;
                                 refused where all values are below 4096, which would be black
     12-bit grey (TIFF)          v >> 4
     signed, 32-bit, float       refused: nothing says what black and white are
-    rows are missing            refused, whatever follows them; see `image_files`
+    rows are missing            refused, whatever follows them; see `image_files`. Damaged rows of
+                                a fax (CCITT in TIFF) are what libtiff makes of them
     RLE-compressed BMP, PNM     refused: Pillow decodes them a sample at a time, in Python
 
 A PIL image is turned as its `getexif()` says. One that you turned yourself still says that it has

@@ -168,6 +168,17 @@ def test_planes_of_16_bits_are_read_if_compressed_and_else_refused() -> None:
         decode(tiff([plane] * 3, 2, [16] * 3, more={284: [2]}))
 
 
+def test_differences_are_added_up_where_the_data_are_compressed_and_else_refused() -> None:
+    rows = np.diff(RAMP, axis=1, prepend=0)
+    np.testing.assert_array_equal(
+        grey(tiff([raw(rows)], 1, [8], deflate=True, more={317: [2]})), RAMP
+    )
+    packbits = b"".join(bytes([WIDTH - 1]) + raw(row) for row in rows)
+    for more, data in (({}, raw(rows)), ({259: [32773]}, packbits)):
+        with pytest.raises(ImageError, match="its samples are differences"):
+            decode(tiff([data], 1, [8], more={317: [2], **more}))
+
+
 def test_a_tiff_without_all_of_its_strips_is_refused() -> None:
     rows = [raw(RAMP[i : i + 2]) for i in range(0, HEIGHT, 2)]
     np.testing.assert_array_equal(grey(tiff(rows, 1, [8])), RAMP)

@@ -1,0 +1,49 @@
+"""The record of a measurement beside other work holds what its table shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/busy.py"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script, on a machine where no control group can be made."""
+    spec = importlib.util.spec_from_file_location("busy", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "GROUPS", tmp_path / "no groups")
+    return module
+
+
+def test_a_backend_is_measured_and_what_cannot_be_is_left_out(script, bundle_of, tmp_path):
+    (tmp_path / "onnxruntime.marnet").symlink_to(bundle_of("onnxruntime", "fp32"))
+    out = tmp_path / "busy.json"
+    options = ["--bundles", tmp_path, "--backend", "onnxruntime", "--batch", 1, "--out", out]
+    chosen = ["--duration", 0, "--condition", "idle", "--condition", "quota of 1"]
+    result = CliRunner().invoke(script.main, [*map(str, options), *map(str, chosen)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text("utf-8"))
+    (line,) = found["lines"]
+    times = line["bytes"]
+    assert min(times["ours_ms"], times["peer_ms"], times["one_thread_ms"]) > 0
+    assert times["low"] <= times["ratio"] <= times["high"]
+    assert f"{times['ours_ms']:.1f} ms, {times['peer_ms']:.1f} ms" in result.stdout
+    assert "quota of 1: left out" in result.stderr
+
+
+def test_a_command_that_fails_says_why(script, tmp_path):
+    options = ["--bundles", tmp_path, "--backend", "openvino", "--out", tmp_path / "busy.json"]
+    result = CliRunner().invoke(script.main, [*map(str, options), "--condition", "idle"])
+    assert result.exit_code == 1
+    assert "marnet_bench ended with" in result.stderr
+    assert "openvino.marnet" in result.stderr

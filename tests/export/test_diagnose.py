@@ -138,7 +138,7 @@ def scaled(factor: float) -> Callable[[nn.Module], None]:
     ],
     ids=["resnet", "vit"],
 )
-@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"torchscript"}))
 def test_the_first_layer_that_departs_is_named_with_the_one_before(
     backend, kind, layer, before, case
 ):
@@ -196,7 +196,7 @@ def test_what_happens_between_layers_is_blamed_on_the_module_that_does_it(case):
     assert spoilt.departure().name == "backbone.embeddings"
 
 
-@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"torchscript"}))
 def test_weights_beyond_half_precision_are_named_with_what_to_do(backend, case):
     spoilt = case("vit")
     spoilt.model = copy.deepcopy(spoilt.model)  # float32 holds them, so the reference has them too

@@ -30,8 +30,15 @@ settings.load_profile("quick")
 BundleOf = Callable[[str, str], Path]
 Shared = Callable[[str, Callable[[Path], object]], Path]
 
-# Files with a test of half a minute or more. They come first, or one worker ends with them alone.
-LONG = ("test_readme.py", "test_nothing_lost.py", "test_no_lock_in.py")
+# Files with a test of half a minute or more. They come first, or one worker ends with them alone;
+# and one worker begins with both of those that need compiled code, or another waits for it.
+LONG = (
+    "test_builder_aotinductor.py",
+    "test_backend_aotinductor.py",
+    "test_readme.py",
+    "test_nothing_lost.py",
+    "test_no_lock_in.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -179,6 +186,28 @@ def noisy_bundle(exported: Callable[..., Path]) -> Path:
     """Two samples of noise that is keyed by the image."""
     chosen = {"steps": 10, "samples": 2, "noise": "image", "min_agreement": 0.98}
     return exported("noisy", "onnxruntime", **chosen, text=False)
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(shared: Shared) -> Path:
+    """A bundle of aotinductor, float32, of `make_model(hidden=48, dim=32)`, which is not trained.
+
+    g++ takes half a minute to compile it, so that those who need compiled code share it.
+    """
+    from compilers import need_compiler
+    from tiny import make_model, write_checkpoint
+
+    from marnet_export.pipeline import export_bundle
+    from marnet_export.settings import Settings
+
+    need_compiler()
+    settings = Settings("aotinductor", text=False, source=False)
+
+    def write(path: Path) -> None:
+        checkpoint = write_checkpoint(make_model(hidden=48, dim=32), path.with_name("untrained"))
+        export_bundle(checkpoint, path, settings)
+
+    return shared("compiled.marnet", write)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from kills import (
     SCRIPTS,
     Target,
@@ -20,6 +21,9 @@ from kills import (
     write_quick_recipe,
 )
 from quick import kept
+
+from marnet_export.cli import main as export_main
+from marnet_train.cli import main as train_main
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +163,11 @@ def test_an_export_on_a_full_disk_leaves_the_previous_bundle(
 
 def test_a_folder_that_must_not_be_written_to_is_one_line(digits, recipe, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for command in (
-        fit_command(digits, recipe, tmp_path / "file/quick"),
-        export_command(tmp_path, tmp_path / "file/quick.marnet"),
+    for main, command in (
+        (train_main, fit_command(digits, recipe, tmp_path / "file/quick")),
+        (export_main, export_command(tmp_path, tmp_path / "file/quick.marnet")),
     ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode in (1, 2)
-        assert "Traceback" not in done.stderr
+        done = CliRunner().invoke(main, command[1:])
+        assert done.exit_code in (1, 2)
+        assert isinstance(done.exception, SystemExit)  # else a traceback
+        assert done.stderr.splitlines()[-1].startswith("Error: ")

@@ -28,7 +28,13 @@ COMMANDS = [
     if kind == "bash"
     for line in text.splitlines()
 ]
-LONG = ("marnet-train data digits", "marnet-train fit", "marnet-export", "marnet-bench")
+LONG = (
+    "marnet-train data digits",
+    "marnet-train fit",
+    "marnet-export",
+    "marnet-bench",
+    "marnet-bundle verify",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

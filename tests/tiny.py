@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from marnet_export.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
+from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.trajectory import draw_trajectory
+from marnet_train.checkpoint import write_model
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig
 
+LABELS = ("a", "b", "c")
 RESNET = {"model_type": "resnet", "embedding_size": 8, "layer_type": "basic", "depths": [1]}
 BERT = {"model_type": "bert", "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 8}
 
@@ -27,7 +33,7 @@ def make_model(
     settings = {
         "vision": {**RESNET, "hidden_sizes": [condition]},
         "text": {**BERT, "hidden_size": dim, "num_attention_heads": 2},
-        "labels": ("a", "b", "c"),
+        "labels": LABELS,
         "hidden": hidden,
         "time_dim": 6,
         "schedule": ScheduleConfig(steps=steps),
@@ -37,6 +43,19 @@ def make_model(
     model.vision_mean.copy_(3 * torch.randn(width))
     model.vision_std.copy_(0.2 + 3 * torch.rand(width))
     return model
+
+
+def write_checkpoint(model: MARNet, folder: Path, images: int = 8) -> Path:
+    """Write the model as a checkpoint with images of noise; returns the folder."""
+    (folder / "samples").mkdir(parents=True)
+    write_model(folder, model, Preprocess(size=(32, 32)))
+    rng, lines = np.random.default_rng(0), []
+    for i in range(images):
+        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"samples/{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "label": LABELS[i % 3]}))
+    (folder / "samples/metadata.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 def sampling_of(

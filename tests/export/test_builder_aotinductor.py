@@ -28,8 +28,10 @@ from marnet_export.builders.aotinductor import (
     products,
 )
 from marnet_export.lower import Lowered, lower_marnet
+from marnet_sdk import Classifier
 from marnet_sdk.backends import Backend
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, TEXT, open_payload, open_text
+from marnet_sdk.bundle import PAYLOAD, read_bundle
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
 from marnet_sdk.tables import Floats
 from marnet_train.diffusion import SAMPLERS, sampler_table
@@ -64,10 +66,9 @@ def vision(model) -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def payload(lowered, vision, tmp_path_factory) -> Callable[[str, str], Path]:
+def payload(compiled_bundle, lowered, vision, tmp_path_factory) -> Callable[[str, str], Path]:
     """Storage and compute type -> what was built, once."""
-    need_compiler()
-    known: dict[tuple[str, str], Path] = {}
+    known = {("fp32", "fp32"): compiled_bundle / PAYLOAD}
 
     def make(storage: str, compute: str) -> Path:
         if (storage, compute) not in known:
@@ -153,11 +154,24 @@ def test_the_encoder_takes_any_batch(opened, vision, storage, compute):
         assert_close(got, want[:batch], tolerance(storage, compute))
 
 
-def test_building_leaves_the_model_as_it_was(payload, model):
-    payload("fp32", "fp32")
+@pytest.mark.parametrize("built", kept(["text", "payload"], {"text"}))
+def test_building_leaves_the_model_as_it_was(built, model, request):
+    made = request.getfixturevalue(built)
+    if built == "payload":
+        made("fp16", "fp32")
     before, after = make_model(hidden=48, dim=32).state_dict(), model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_bundle_of_compiled_code_is_exported_and_opens(compiled_bundle):
+    bundle = read_bundle(compiled_bundle)
+    receipt = bundle.manifest.precision.receipt["all"]
+    assert (bundle.manifest.backend, receipt.compute) == ("aotinductor", {"fp32": 1.0})
+    assert bundle.manifest.built_for.targets
+    images = sorted((compiled_bundle / "golden/images").iterdir())
+    answers = Classifier(compiled_bundle, threads=1).predict(images)
+    assert {answer.label for answer in answers} <= set(bundle.manifest.labels)
 
 
 @pytest.fixture(scope="module")

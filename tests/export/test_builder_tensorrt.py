@@ -309,7 +309,7 @@ def test_an_attention_mask_that_lets_everything_pass_is_left_out(built, text_pay
 
 
 def test_building_leaves_the_model_as_it_was(built):
-    model, _, _ = built("bf16", "bf16")
+    model, _, _ = built()
     fresh = model_of("vit").state_dict()
     assert all(torch.equal(fresh[name], tensor) for name, tensor in model.state_dict().items())
 

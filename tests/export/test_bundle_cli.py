@@ -425,7 +425,7 @@ def test_a_second_process_may_print_what_it_likes(bundle, tmp_path, monkeypatch)
 
 
 def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
-    bundle, checkpoint, tmp_path, monkeypatch
+    bundle, checkpoint, few, tmp_path, monkeypatch
 ):
     copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
     tried = []
@@ -436,7 +436,7 @@ def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
         return measure(run, *arguments, **options)
 
     monkeypatch.setattr(again, "measure_fidelity", watched)
-    verified = again.verify_again(read_bundle(copy), checkpoint)
+    verified = again.verify_again(read_bundle(copy), checkpoint, data=few)
     assert tried == [(1, 5)]
     assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
 

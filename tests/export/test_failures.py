@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from kills import SCRIPTS
-from PIL import Image
+from quick import kept
 from safetensors.numpy import load_file, save_file
 from test_nothing_lost import in_small_filesystem
-from tiny import make_model
+from tiny import make_model, write_checkpoint
 
 from marnet_export import fastest, tensorrt_engines
 from marnet_export.cli import main
@@ -31,12 +31,9 @@ from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy
-from marnet_sdk.preprocess import Preprocess
 from marnet_sdk.tensorrt_library import Device, find_device, load_library
-from marnet_train.checkpoint import write_model
 
 Weights = dict[str, np.ndarray]
-LABELS = ("a", "b", "c")  # of `make_model`
 LEAN = ("--no-text", "--no-source", "--loop", "graph")
 HOPPER = Device("NVIDIA H100", (9, 0), 13000)
 
@@ -44,16 +41,7 @@ HOPPER = Device("NVIDIA H100", (9, 0), 13000)
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A checkpoint with eight images of noise. Read-only."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    (folder / "samples").mkdir(parents=True)
-    write_model(folder, make_model(steps=10), Preprocess(size=(32, 32)))
-    rng, lines = np.random.default_rng(0), []
-    for i in range(8):
-        image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(image).save(folder / f"samples/{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "label": LABELS[i % 3]}))
-    (folder / "samples/metadata.jsonl").write_text("\n".join(lines))
-    return folder
+    return write_checkpoint(make_model(steps=10), tmp_path_factory.mktemp("runs") / "small")
 
 
 @pytest.fixture
@@ -144,6 +132,7 @@ def test_without_a_gpu_the_option_that_names_others_is_proposed(small, out, no_g
     assert said.endswith("name them, as in --target sm86,sm89")
 
 
+@pytest.mark.slow
 def test_engines_are_built_without_a_gpu_but_not_loaded(small, out, no_gpu):
     settings = Settings(
         "tensorrt", "fp16", targets=("sm89",), min_agreement=0.5, text=False, source=False
@@ -210,7 +199,7 @@ def test_a_chain_that_is_longer_than_an_engine_s_loop_is_refused(steps, changed,
     assert "loops of at most 1000 steps, got 1001; choose fewer with --steps, or another" in said
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", kept(["onnxruntime", "openvino"], {"onnxruntime"}))
 def test_a_single_step_is_carried_though_a_loop_needs_two(backend, small, out):
     """Of the sampler that looks back, too."""
     more = {"text": False, "source": False, "loop": "graph"}
@@ -258,7 +247,9 @@ def test_numbers_that_are_none_stop_the_export_where_they_begin(change, message,
     assert message in error_of(export(changed(change), out, "--backend", "torchscript"), out, 1)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize(
+    "backend", kept(["onnxruntime", "openvino", "tensorrt"], {"onnxruntime", "tensorrt"})
+)
 def test_a_weight_beyond_fp16_is_named_and_bf16_proposed(backend, changed, out):
     def overflow(weights: Weights) -> None:
         weights["classifier.weight"][0, 0] = 1e5
@@ -366,6 +357,7 @@ def test_a_second_export_to_one_place_is_refused_and_disturbs_nothing(small, out
     assert [entry.name for entry in out.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, of util-linux")
 def test_a_read_only_folder_and_a_full_disk_are_one_line(small, tmp_path):
     folder = tmp_path / "disk"

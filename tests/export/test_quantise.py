@@ -304,7 +304,7 @@ def test_an_encoder_and_a_loop_may_have_types_of_their_own(backend, trained, tmp
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"openvino"}))
 def test_quantising_leaves_the_model_and_the_loggers_as_they_were(backend, tmp_path):
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -396,7 +396,7 @@ def depthwise_errors(backend: str, payload: Path) -> Floats:
     return np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
 def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
     assert depthwise_errors(backend, tmp_path / "payload").max() < 0.01
 
@@ -418,7 +418,7 @@ def spread_channels(weights: dict[str, np.ndarray]) -> None:
         weights[name.replace("0.normalization", "1.convolution")] /= factors[:, None, None]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
 def test_layers_that_int8_hurts_most_stay_float_and_the_receipt_says_why(
     backend, checkpoint, tmp_path
 ):

@@ -215,6 +215,11 @@ def test_a_second_method_is_exported_and_served(backend, gated, tmp_path):
 def test_a_method_without_an_alignment_branch_has_no_zero_steps(gated, tmp_path):
     with pytest.raises(ExportError, match=r"--steps 0 .* 'gated' has none; choose 1 or"):
         export_bundle(gated, tmp_path / "b", Settings("torchscript", steps=0))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registered")
+def test_a_sweep_of_a_method_without_an_alignment_branch_compares_loops_alone(gated, tmp_path):
     swept = Settings("torchscript", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
     export_bundle(gated, tmp_path / "b", swept)
     report = json.loads((tmp_path / "b/pareto.json").read_text())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compilers import need_compiler
+from quick import kept
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_TWICE
 
@@ -28,6 +28,7 @@ from marnet_export.plan import make_plan
 from marnet_sdk.backends import aotinductor, torch_cuda
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
 from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda
+from marnet_sdk.bundle import PAYLOAD
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, MissingExtra
 from marnet_sdk.tables import Tables
 from marnet_train.diffusion import sampler_table
@@ -42,10 +43,11 @@ def model() -> MARNet:
     return make_model(hidden=48, dim=32)
 
 
-@pytest.fixture(scope="module")
-def payload(model, tmp_path_factory) -> Path:
-    """Read-only. Stored in fp16, so that there is something to convert when it is loaded."""
-    need_compiler()
+@pytest.fixture(scope="module", params=kept(["fp32", "fp16"], {"fp32"}))
+def payload(model, compiled_bundle, request, tmp_path_factory) -> Path:
+    """Read-only. Of what is stored in fp16 there is something to convert when it is loaded."""
+    if request.param == "fp32":
+        return compiled_bundle / PAYLOAD
     folder = tmp_path_factory.mktemp("aotinductor")
     lowered, types = lower_marnet(model), Types("fp16", "fp32")
     build_encoder(lowered, torch.rand(2, 3, 32, 32), types, folder)

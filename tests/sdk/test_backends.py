@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from quick import kept
 from safetensors.numpy import load_file
 from tolerances import FLOAT32_LAYER
 
@@ -95,7 +96,8 @@ def test_an_unknown_backend_is_refused_with_those_that_are_known(tmp_path):
         open_backend("abacus", tmp_path / "payload", "fp32", None)
 
 
-ON_A_CPU = sorted(set(BACKENDS) - {"tensorrt"})
+# A bundle of aotinductor takes a minute of g++; `make test` has it in test_builder_aotinductor.
+ON_A_CPU = kept(sorted(set(BACKENDS) - {"tensorrt"}), {"onnxruntime", "openvino", "torchscript"})
 
 
 @pytest.mark.parametrize(

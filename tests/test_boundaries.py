@@ -38,7 +38,7 @@ LEAVES = {
     "marnet_sdk/backends/torch_cpu.py": {"torch"},
     "marnet_sdk/backends/torch_cuda.py": {"torch"},
     "marnet_sdk/backends/torchscript.py": {"torch"},
-    "marnet_sdk/driver.py": {"cuda"},
+    "marnet_sdk/gpu/driver.py": {"cuda"},
     "marnet_sdk/text.py": {"tokenizers"},
 }
 # The one file that reads a pickle, and the call: bytes that it has compared with a pinned SHA-256,

@@ -10,8 +10,8 @@ import torch
 
 from marnet_export.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
-from marnet_sdk.tables import Floats, Tables, make_tables
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig
 

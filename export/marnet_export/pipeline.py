@@ -101,9 +101,9 @@ from marnet_sdk.errors import (
     InvalidInput,
     VerificationFailed,
 )
-from marnet_sdk.files import atomic_directory, check_output, exclusive
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tables import Floats, make_tables
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.noise.tables import Floats, make_tables
+from marnet_sdk.outputs import atomic_directory, check_output, exclusive
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import BASELINE, Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable

@@ -14,9 +14,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.errors import BundleFormatError
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.gpu.captured import DeviceRows, RuntimeReport
+from marnet_sdk.noise.tables import Floats, Tables
 
 if TYPE_CHECKING:
     from marnet_sdk.backends import Backend

@@ -30,8 +30,8 @@ from marnet_sdk.errors import (
     NotFound,
     brief,
 )
-from marnet_sdk.files import newest, sha256_file
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.outputs import newest, sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3

@@ -33,7 +33,6 @@ from marnet_sdk.bundle import (
     OperatingPoint,
     read_bundle,
 )
-from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import (
@@ -45,10 +44,11 @@ from marnet_sdk.errors import (
     SelfTestFailed,
     brief,
 )
-from marnet_sdk.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
+from marnet_sdk.gpu.captured import DeviceRows, RuntimeReport
+from marnet_sdk.inputs.images import DEFAULT_LIMITS, Buffer, ImageInput, Limits, decode, shown
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
 from marnet_sdk.prediction import Prediction, Score
 from marnet_sdk.process import left_to_the_parent, native
-from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 from marnet_sdk.uncertainty import (
     Answers,

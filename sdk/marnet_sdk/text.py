@@ -37,7 +37,7 @@ from marnet_sdk.errors import (
     brief,
     requires_extra,
 )
-from marnet_sdk.tables import Floats, Integers
+from marnet_sdk.noise.tables import Floats, Integers
 
 TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
 GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"

@@ -31,7 +31,7 @@ from marnet_sdk.backends import Backend, open_backend, torch_cuda
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SAMPLERS, ScheduleConfig, sampler_table
 from marnet_train.models.marnet import MARNet

@@ -31,8 +31,8 @@ from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tensorrt_library import Device, find_device, load_library
+from marnet_sdk.gpu.tensorrt_library import Device, find_device, load_library
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.checkpoint import write_model
 
 Weights = dict[str, np.ndarray]

@@ -20,7 +20,7 @@ from marnet_sdk.alignment import AlignmentHead, WithAlignment, read_head
 from marnet_sdk.backends import InTwoCalls
 from marnet_sdk.bundle import read_bundle, reseal_bundle
 from marnet_sdk.errors import BundleFormatError, InferenceError, InvalidInput, SelfTestFailed
-from marnet_sdk.tables import Tables
+from marnet_sdk.noise.tables import Tables
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet
 

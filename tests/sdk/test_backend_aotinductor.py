@@ -29,7 +29,7 @@ from marnet_sdk.backends import aotinductor, torch_cuda
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
 from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, MissingExtra
-from marnet_sdk.tables import Tables
+from marnet_sdk.noise.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 

@@ -30,7 +30,7 @@ from tolerances import BUILT
 
 import marnet_kernels.loader
 import marnet_kernels.persistent
-import marnet_sdk.driver
+import marnet_sdk.gpu.driver
 from marnet_export.builders import Types
 from marnet_export.builders.tensorrt import (
     _session,
@@ -65,8 +65,7 @@ from marnet_sdk.errors import (
     MarnetWarning,
     MissingExtra,
 )
-from marnet_sdk.tables import Floats, Tables
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.gpu.tensorrt_library import (
     Device,
     Engine,
     EngineSet,
@@ -76,6 +75,7 @@ from marnet_sdk.tensorrt_library import (
     load_library,
     read_index,
 )
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 
@@ -188,7 +188,7 @@ def test_everything_up_to_the_first_call_of_the_driver_runs_here(small_payload):
         from pathlib import Path
         from marnet_sdk.backends import tensorrt
         from marnet_sdk.errors import BackendUnavailable
-        from marnet_sdk.tensorrt_library import Device
+        from marnet_sdk.gpu.tensorrt_library import Device
         tensorrt.find_device = lambda: Device("NVIDIA L4", (8, 9), 13000)
         try:
             tensorrt.open_payload(Path(sys.argv[1]), "fp16", None)
@@ -916,7 +916,7 @@ def ordered(monkeypatch) -> list[int]:
             is_device_accessible=True,
         )
 
-    monkeypatch.setattr(marnet_sdk.driver, "_strided_view", view)
+    monkeypatch.setattr(marnet_sdk.gpu.driver, "_strided_view", view)
     return found
 
 

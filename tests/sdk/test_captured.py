@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marnet_sdk.captured import (
+from marnet_sdk.errors import InferenceError, InvalidInput
+from marnet_sdk.gpu.captured import (
     ALIGNMENT,
     COPIED,
     CapturedPipeline,
@@ -28,8 +29,7 @@ from marnet_sdk.captured import (
     report,
     split_batch,
 )
-from marnet_sdk.errors import InferenceError, InvalidInput
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 BATCHES = [(1, 1), (8, 8), (16, 16)]
 

@@ -24,7 +24,6 @@ import marnet_sdk.classifier
 from marnet_sdk import Classifier, ImageError, InvalidImages
 from marnet_sdk.backends import InTwoCalls
 from marnet_sdk.bundle import read_bundle, reseal_bundle
-from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import (
     BackendUnavailable,
     BundleFormatError,
@@ -34,7 +33,8 @@ from marnet_sdk.errors import (
     MarnetError,
     SelfTestFailed,
 )
-from marnet_sdk.images import Limits
+from marnet_sdk.gpu.captured import RuntimeReport
+from marnet_sdk.inputs.images import Limits
 from marnet_train.checkpoint import load_checkpoint
 
 

@@ -18,7 +18,7 @@ HEAVY = (
     [
         "import marnet_sdk",
         "from marnet_sdk import Classifier, ImageError, InvalidImages, Prediction",
-        "import marnet_sdk.backends, marnet_sdk.bundle, marnet_sdk.trajectory",
+        "import marnet_sdk.backends, marnet_sdk.bundle, marnet_sdk.noise.trajectory",
         "import marnet_sdk.backends.onnxruntime, marnet_sdk.backends.torchscript",
     ],
 )

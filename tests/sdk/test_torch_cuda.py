@@ -34,9 +34,9 @@ from marnet_export.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
 from marnet_sdk.backends import torch_cuda, torchscript
 from marnet_sdk.backends.torch_cuda import Cuda, Parts, Rows, TorchOnCuda
-from marnet_sdk.captured import ALIGNMENT, Shape
 from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetWarning
-from marnet_sdk.tables import Tables
+from marnet_sdk.gpu.captured import ALIGNMENT, Shape
+from marnet_sdk.noise.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 

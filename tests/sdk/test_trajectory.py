@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tolerances import FLOAT64, LIBM, SIGMAS
 
 from marnet_sdk.errors import MarnetError
-from marnet_sdk.trajectory import (
+from marnet_sdk.noise.trajectory import (
     NoiseTrajectory,
     draw_trajectory,
     fold,

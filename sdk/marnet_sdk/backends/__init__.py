@@ -15,10 +15,10 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from marnet_sdk.alignment import WithAlignment, read_head
-from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError, InvalidInput
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.gpu.captured import DeviceRows, RuntimeReport
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 BACKENDS = {
     "aotinductor": "marnet_sdk.backends.aotinductor",

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
 from marnet_sdk.errors import BackendUnavailable, InvalidInput
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt2", "refine.pt2", "text.pt2"
 # What the builder writes into a package, beside torch's own AOTI_... entries.

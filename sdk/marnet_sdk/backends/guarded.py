@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from marnet_sdk.backends import Backend
-from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.errors import ClassifierClosed, WrongProcess
+from marnet_sdk.gpu.captured import DeviceRows, RuntimeReport
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_sdk.process import native
-from marnet_sdk.tables import Floats, Tables
 
 
 class Guarded:

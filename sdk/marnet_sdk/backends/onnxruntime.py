@@ -11,7 +11,7 @@ from typing import Any
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 _IMPORT, _NO_TELEMETRY = Lock(), "ORT_DISABLE_TELEMETRY"

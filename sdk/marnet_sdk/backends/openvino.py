@@ -13,7 +13,7 @@ from typing import Any
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
 # refine.xml computes the same twice, with different outputs: the second ones ignore the coefficient

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.backends import Backend, TextEncoder, check_device
-from marnet_sdk.captured import (
+from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetError
+from marnet_sdk.gpu.captured import (
     COPIED,
     Answer,
     CapturedPipeline,
@@ -35,9 +36,8 @@ from marnet_sdk.captured import (
     split_batch,
     warn_of_operators,
 )
-from marnet_sdk.driver import DeviceArray, Gpu, Memory, MemoryPlan, Stream, device_array
-from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetError
-from marnet_sdk.persistent_loop import (
+from marnet_sdk.gpu.driver import DeviceArray, Gpu, Memory, MemoryPlan, Stream, device_array
+from marnet_sdk.gpu.persistent_loop import (
     CONDITION,
     FINISH,
     LOOP,
@@ -45,8 +45,7 @@ from marnet_sdk.persistent_loop import (
     PersistentLoop,
     check_shape,
 )
-from marnet_sdk.tables import Floats, Integers, Tables
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.gpu.tensorrt_library import (
     Device,
     Engine,
     EngineSet,
@@ -61,6 +60,7 @@ from marnet_sdk.tensorrt_library import (
     runtime_cache_path,
     write_cached,
 )
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 Refine = Callable[[Floats, Tables], Answer]
 _ANSWER = ("logits", "features")  # outputs of the last engine
@@ -292,7 +292,7 @@ class _Program:
         return sum(memory.size for memory in self._memory)
 
     def __call__(self, pixels: Floats | DeviceArray, tables: Tables) -> Answer:
-        """As `marnet_sdk.captured.Program`.
+        """As `marnet_sdk.gpu.captured.Program`.
 
         Raises:
             InferenceError: the driver refuses something.

@@ -2,8 +2,8 @@
 
 For both backends that run with torch. A batch is copied in, the graph is replayed once, and logits
 and features are copied out, with one wait. Graphs are captured for the batches in `BUCKETS`; other
-batches are padded and split by `marnet_sdk.captured`. Everything that is captured for one stream
-shares one pool of memory, so what runs on a stream runs one after another.
+batches are padded and split by `marnet_sdk.gpu.captured`. Everything that is captured for one
+stream shares one pool of memory, so what runs on a stream runs one after another.
 
 Inside, the loop is either the operators of the bundle's own graph, or, where the bundle computes in
 16 bits and its loop is MARNet's, the persistent kernel of `marnet_kernels` between the two halves
@@ -27,7 +27,15 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from marnet_sdk.backends import TextEncoder
-from marnet_sdk.captured import (
+from marnet_sdk.cpus import wait_briefly
+from marnet_sdk.errors import (
+    BackendUnavailable,
+    InferenceError,
+    InvalidInput,
+    MarnetError,
+    requires_extra,
+)
+from marnet_sdk.gpu.captured import (
     MOST_LANES,
     Answer,
     CapturedPipeline,
@@ -38,18 +46,10 @@ from marnet_sdk.captured import (
     report,
     warn_of_operators,
 )
-from marnet_sdk.cpus import wait_briefly
-from marnet_sdk.driver import Gpu
-from marnet_sdk.errors import (
-    BackendUnavailable,
-    InferenceError,
-    InvalidInput,
-    MarnetError,
-    requires_extra,
-)
-from marnet_sdk.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.gpu.driver import Gpu
+from marnet_sdk.gpu.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 from marnet_sdk.process import import_apart
-from marnet_sdk.tables import Floats, Integers, Tables
 
 # One image as it comes, and batches up to the 64 that `predict` makes when it is not told another
 # number. Between them, padding at most doubles a batch, and each graph costs memory.
@@ -408,7 +408,7 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A caller's tensor on the GPU, as `marnet_sdk.captured.DeviceRows`."""
+    """A caller's tensor on the GPU, as `marnet_sdk.gpu.captured.DeviceRows`."""
 
     tensor: Any  # float32 [B, 3, height, width], contiguous
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
 from marnet_sdk.errors import BackendUnavailable
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt", "refine.pt", "text.pt"
 MATRIX = ".matrix"  # parameters of this name hold the factors of the low-precision products

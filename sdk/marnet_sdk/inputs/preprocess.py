@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, MarnetError, brief
-from marnet_sdk.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
+from marnet_sdk.inputs.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
 
 
 class PreprocessError(MarnetError):

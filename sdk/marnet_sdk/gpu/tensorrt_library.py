@@ -30,7 +30,7 @@ from marnet_sdk.errors import (
     MarnetWarning,
     MissingExtra,
 )
-from marnet_sdk.files import atomic_file
+from marnet_sdk.outputs import atomic_file
 
 INDEX = "engines.json"  # beside the ONNX files, in the payload
 STANDARD, RTX = "tensorrt", "tensorrt_rtx"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marnet_kernels.philox import philox4x32, standard_normal
+from marnet_sdk.noise.philox import philox4x32, standard_normal
 
 # Random123, file kat_vectors, philox4x32 with 10 rounds.
 PUBLISHED = [

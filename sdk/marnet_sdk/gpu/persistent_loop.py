@@ -29,9 +29,9 @@ from marnet_kernels.reverse_sampler import (
     pack_tables,
     to_bits,
 )
-from marnet_sdk.driver import Gpu, MemoryPlan, Stream
 from marnet_sdk.errors import BundleFormatError, InvalidInput
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.gpu.driver import Gpu, MemoryPlan, Stream
+from marnet_sdk.noise.tables import Floats, Tables
 
 LOOP = "loop.safetensors"
 # The graphs around the kernel, where a payload has it.

@@ -1,4 +1,4 @@
-"""Everything random about reverse sampling, drawn from counters: marnet_kernels.philox.
+"""Everything random about reverse sampling, drawn from counters: marnet_sdk.noise.philox.
 
 That module has the generator and says which counter a draw has. Here, wrong arguments are
 InvalidInput, as everywhere in the SDK.
@@ -17,14 +17,14 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from marnet_kernels import philox
 from marnet_sdk.errors import InvalidInput
+from marnet_sdk.noise import philox
 
 _LAST_STEP = 2**32 - 1  # a step is one word of the counter
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """marnet_kernels.philox.philox4x32: uint32 [..., 4] and [2] -> 128 random bits, [..., 4].
+    """marnet_sdk.noise.philox.philox4x32: uint32 [..., 4] and [2] -> 128 random bits, [..., 4].
 
     Raises:
         InvalidInput: wrong shape, or values that are not 32-bit unsigned integers.
@@ -36,7 +36,7 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 def standard_normal(
     seed: int, step: int | ArrayLike, width: int, *, trajectory: int = 0
 ) -> NDArray[np.float64]:
-    """marnet_kernels.philox.standard_normal: [S, width], or [width] for a single step.
+    """marnet_sdk.noise.philox.standard_normal: [S, width], or [width] for a single step.
 
     Raises:
         InvalidInput: an argument outside its range.

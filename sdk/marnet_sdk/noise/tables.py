@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.bundle import Sampling
-from marnet_sdk.trajectory import draw_trajectory, fold
+from marnet_sdk.noise.trajectory import draw_trajectory, fold
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

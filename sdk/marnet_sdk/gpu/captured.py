@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
 Batch = tuple[int, int]  # of a profile: least and most rows

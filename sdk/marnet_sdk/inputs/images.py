@@ -36,7 +36,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge
-from marnet_sdk.image_files import (
+from marnet_sdk.inputs.image_files import (
     Box,
     Limits,
     Opened,

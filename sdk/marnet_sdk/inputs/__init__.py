@@ -1,0 +1,1 @@
+"""From whatever shows an image to the array that a model takes."""

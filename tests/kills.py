@@ -28,7 +28,7 @@ import click
 
 from marnet_sdk import Classifier
 from marnet_sdk.environment import versions
-from marnet_sdk.outputs import sha256_file
+from marnet_sdk.files import sha256_file
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.digits import write_digits
 

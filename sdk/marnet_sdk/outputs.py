@@ -1,10 +1,9 @@
-"""Files and directories that appear whole or not at all, and finding the newest of them."""
+"""Files and directories that appear whole or not at all, and locks: for whoever writes."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ _NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
 
 
 def _read_umask() -> int:
-    """It can only be read by setting it; what another thread makes meanwhile is private."""
+    """Read the umask by setting it: what another thread makes meanwhile is private."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
@@ -127,7 +126,7 @@ def check_output(
     replaceable: Callable[[Path], bool] | None = None,
     found: Path | None = None,
 ) -> None:
-    """Whether `atomic_directory` may write to `target`; for asking long before it does.
+    """Refuse a `target` that `atomic_directory` may not write to; for asking long before it does.
 
     Args:
         found: where what was at `target` is now; default: there.
@@ -174,7 +173,7 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_stale(work: Path) -> bool:
-    """Whether it is an hour old and holds what a write makes, not a user's hidden folder."""
+    """Tell whether it is an hour old and holds what a write makes, not a user's hidden folder."""
     try:
         old = time.time() - work.lstat().st_mtime > _STALE_AFTER
         return old and {entry.name for entry in work.iterdir()} <= {"new", "old"}
@@ -249,7 +248,7 @@ def enough_space(place: Path) -> Iterator[None]:
 
 
 def _is_full(place: Path) -> bool:
-    """Whether not even a page is free where `place` is, or would be."""
+    """Tell whether not even a page is free where `place` is, or would be."""
     place = Path(os.path.abspath(place))
     existing = next(path for path in (place, *place.parents) if path.exists())
     return shutil.disk_usage(existing).free < 4096
@@ -312,21 +311,3 @@ def _open_locked(lock: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def newest(folder: Path, is_candidate: Callable[[Path], bool]) -> Path | None:
-    """The most recently written sub-folder of `folder` that satisfies `is_candidate`."""
-    if not folder.is_dir():
-        return None
-    found = [
-        entry
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".") and is_candidate(entry)
-    ]
-    return max(found, key=lambda entry: entry.stat().st_mtime_ns, default=None)

@@ -29,9 +29,9 @@ from marnet_export.lower import Lowered, lower
 from marnet_export.torch_tensorrt import encoder_engine, export_program, load_torch_tensorrt
 from marnet_sdk.backends.tensorrt import open_payload
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
+from marnet_sdk.files import sha256_file
 from marnet_sdk.gpu.tensorrt_library import STANDARD, Device, Library, load_library, read_index
 from marnet_sdk.noise.tables import Floats
-from marnet_sdk.outputs import sha256_file
 
 BUCKETS = (1, 4)
 TYPES = Types("fp16", "fp16")

@@ -17,7 +17,8 @@ import pytest
 
 from marnet_sdk import outputs
 from marnet_sdk.errors import OutputError, OutputExists
-from marnet_sdk.outputs import atomic_directory, atomic_file, newest, sha256_file
+from marnet_sdk.files import newest, sha256_file
+from marnet_sdk.outputs import atomic_directory, atomic_file
 
 
 def write(folder: Path, content: str) -> None:

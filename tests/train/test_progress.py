@@ -15,7 +15,7 @@ from tiny_training import TINY, change
 from torch import nn
 
 from marnet_sdk.errors import CheckpointError, OutputBusy, OutputExists
-from marnet_sdk.outputs import sha256_file
+from marnet_sdk.files import sha256_file
 from marnet_train import progress
 from marnet_train.optimise import Learner
 from marnet_train.progress import EPOCH, METRICS, PHASE, Progress, saved_progress

@@ -77,7 +77,7 @@ def _open(path: Path, threads: int | None) -> _Graph:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a package says about itself. Nothing of it is run.
+    """Read what a package says about itself. Nothing of it is run.
 
     Raises:
         BackendUnavailable: it is no package that marnet-export wrote.
@@ -134,7 +134,7 @@ def _check_host(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _plain(flag: str) -> str:
-    """Compilers and the kernel spell instruction sets differently: avx512vnni, avx512_vnni."""
+    """The one spelling of an instruction set: compilers say avx512vnni, the kernel avx512_vnni."""
     return flag.replace("_", "").replace("-", "")
 
 
@@ -214,7 +214,8 @@ class _AotInductor(InTwoCalls):
 
 
 def _check_table(batch: int, shape: tuple[int, ...]) -> None:
-    """
+    """Refuse tables that the loop cannot take.
+
     Raises:
         InvalidInput: it is no table of the loop for so many images.
     """
@@ -226,7 +227,7 @@ def _check_table(batch: int, shape: tuple[int, ...]) -> None:
 
 
 class _Inputs:
-    """What compiled code takes, which believes any address: nothing wrong may reach it."""
+    """The inputs of compiled code, which believes any address: nothing wrong may reach it."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self.name = path.name
@@ -234,7 +235,8 @@ class _Inputs:
         self._limits: dict[str, int] = json.loads(metadata[LIMITS])
 
     def check(self, *arrays: Any) -> None:
-        """
+        """Refuse inputs of other types or shapes than were compiled for.
+
         Args:
             arrays: NumPy's, or tensors. Of tensors, only types and shapes are looked at.
 
@@ -278,7 +280,7 @@ class _Graph:
         self(*(np.zeros(_smallest(shape), kind) for _, kind, shape in self._inputs.known))
 
     def __call__(self, *arrays: NDArray) -> list[Any]:
-        """Outputs in the graph's order.
+        """Run it; the outputs are in the graph's order.
 
         Raises:
             InvalidInput: an array of another type or shape, or an integer out of range.
@@ -342,7 +344,7 @@ class _DeviceGraph:
 
 
 def _as_compiled(tensor: Any) -> Any:
-    """Contiguous, at an address that is a multiple of 16: the code reads several values at once."""
+    """The array, contiguous and at a multiple of 16: the code reads several values at once."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 

@@ -66,7 +66,7 @@ def load_onnxruntime() -> Any:
 
 
 def session_options(threads: int | None) -> Any:
-    """How graphs are run; what is not set here is ONNX Runtime's default."""
+    """Say how graphs are run; what is not set here is ONNX Runtime's default."""
     options = load_onnxruntime().SessionOptions()
     # Its own choice knows no quota, and would bind each thread to a core.
     options.intra_op_num_threads = threads or cpus().threads
@@ -85,7 +85,7 @@ def session_options(threads: int | None) -> Any:
 
 
 def _overflows() -> bool:
-    """Whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
+    """Tell whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
 
     ONNX Runtime then has slower ones that do not.
     """

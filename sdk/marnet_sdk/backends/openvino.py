@@ -82,7 +82,7 @@ def _compiled(
 
 
 def _has_int8(model: Any) -> bool:
-    """Whether a graph, or the body of one of its iterators, has int8 weights."""
+    """Tell whether a graph, or the body of one of its iterators, has int8 weights."""
     for node in model.get_ops():
         kind = node.get_type_name()
         if kind == "Constant" and node.get_element_type().get_type_name() == "i8":
@@ -160,7 +160,7 @@ class _Graph:
         self._idle: deque[Any] = deque()
 
     def __call__(self, **arrays: Floats | Integers) -> list[Floats]:
-        """Outputs in the graph's order, copied out of the request."""
+        """Run it; the outputs are in the graph's order, copied out of the request."""
         try:
             request = self._idle.pop()
         except IndexError:

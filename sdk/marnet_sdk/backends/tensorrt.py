@@ -67,7 +67,7 @@ _ANSWER = ("logits", "features")  # outputs of the last engine
 
 
 def why_unavailable() -> str | None:
-    """Why no engine can run on this machine, or None."""
+    """Tell why no engine can run on this machine, or None."""
     try:
         find_device()
     except BackendUnavailable as error:
@@ -151,7 +151,7 @@ class _TensorRT:
         return report(counts, device=device, loop=self._loop(), buckets=buckets, memory=memory)
 
     def _runnable(self, tables: Tables) -> Tables:
-        """The tables as the engines take them: the loop runs at least once.
+        """Make the tables that the engines take: the loop runs at least once.
 
         The same object for the same object, by which a program knows what it has on the GPU.
         """
@@ -196,7 +196,7 @@ class _TensorRT:
         return program
 
     def _loop(self) -> str:
-        """What runs the reverse loop, and why, in one line."""
+        """Tell what runs the reverse loop, and why, in one line."""
         rows: dict[str, list[str]] = {}
         for count, how in sorted(self._loops.copy().items()):
             rows.setdefault(how, []).append(str(count))
@@ -250,13 +250,14 @@ def _open_kernel(machine: _Machine) -> tuple[_Kernel | None, str]:
 
 
 class _Program:
-    """From pixels to logits for one shape, as one captured graph; for one call at a time.
+    """The way from pixels to logits for one shape, as one captured graph; for one call at a time.
 
     Every size and every address is set here, once and for all.
     """
 
     def __init__(self, gpu: Gpu, shape: Shape, encoder: _Graph, behind: _Graph | _Kernel) -> None:
-        """
+        """Make contexts, memory and the graph.
+
         Args:
             behind: what makes logits of x_v: the engine "refine", or the kernel and its engines.
 
@@ -284,7 +285,7 @@ class _Program:
 
     @property
     def scratch_bytes(self) -> int:
-        """What the engines' contexts have for themselves."""
+        """The bytes that the engines' contexts have for themselves."""
         return sum(context.scratch_bytes for context in self._contexts)
 
     @property
@@ -292,7 +293,7 @@ class _Program:
         return sum(memory.size for memory in self._memory)
 
     def __call__(self, pixels: Floats | DeviceArray, tables: Tables) -> Answer:
-        """As `marnet_sdk.gpu.captured.Program`.
+        """Run it as `marnet_sdk.gpu.captured.Program` says.
 
         Raises:
             InferenceError: the driver refuses something.
@@ -438,7 +439,7 @@ def by_samples(run: Refine, most: int) -> Refine:
 
 
 def _common_buckets(graphs: Sequence[_Graph]) -> list[int]:
-    """Batch sizes for which every engine has a profile.
+    """Find the batch sizes for which every engine has a profile.
 
     Raises:
         BackendUnavailable: there are none.
@@ -489,7 +490,7 @@ class _Machine:
         return cls(payload, device, library, chosen)
 
     def graph(self, name: str) -> _Graph:
-        """An engine, loaded.
+        """Load an engine.
 
         Raises:
             BackendUnavailable: there is none, or it does not load.
@@ -545,7 +546,7 @@ class _Graph:
         self._lock = Lock()
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Of an input or output; -1 is what varies."""
+        """The shape of an input or output; -1 is what varies."""
         return tuple(self.loaded.get_tensor_shape(name))
 
     def profile(self, batch: int) -> int:
@@ -563,12 +564,13 @@ class _Graph:
         return piece.profile
 
     def buffer_bytes(self) -> int:
-        """Of the lanes."""
+        """The bytes of the lanes' buffers."""
         with self._lock:
             return sum(lane.buffer_bytes for lane in self._lanes.values())
 
     def check_range(self, name: str, size: int) -> None:
-        """
+        """Refuse a size out of range.
+
         Raises:
             InvalidInput: a size that the engine was not built for.
         """
@@ -617,7 +619,7 @@ class _Graph:
 
 
 class _Kernels:
-    """What TensorRT-RTX compiles for an engine when it first runs, kept for the next process."""
+    """The kernels that TensorRT-RTX compiles for an engine, kept for the next process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -673,7 +675,7 @@ class _Context:
         return int(tell(self._profile)) if tell else 0
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Of every input; there may be others among them."""
+        """Set the shape of every input; there may be others among them."""
         for name in self._graph.inputs:
             self.set_shape(name, shapes[name])
 
@@ -681,12 +683,12 @@ class _Context:
         self._check(self._context.set_input_shape(name, shape), f"shape {shape} of {name}")
 
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """By what they are called outside: `_called`."""
+        """The shapes of the outputs, by what they are called outside: `_called`."""
         outputs = self._graph.outputs
         return {_called(self._graph, n): tuple(self._context.get_tensor_shape(n)) for n in outputs}
 
     def set_addresses(self, at: Mapping[str, int]) -> None:
-        """Of every input and output; there may be others among them."""
+        """Set the address of every input and output; there may be others among them."""
         for name in (*self._graph.inputs, *self._graph.outputs):
             self.set_address(name, at[_called(self._graph, name)])
 
@@ -694,20 +696,21 @@ class _Context:
         self._check(self._context.set_tensor_address(name, address), f"the address of {name}")
 
     def enqueue(self) -> None:
-        """
+        """Enqueue the engine.
+
         Raises:
             InferenceError: with what TensorRT says.
         """
         self._check(self._context.execute_async_v3(int(self._stream)), "execute_async_v3")
 
     def keep_kernels(self) -> None:
-        """After the first run: write down what was compiled for it."""
+        """Write down, after the first run, what was compiled for it."""
         if not self._has_run and self._graph.kernels is not None:
             self._graph.kernels.keep()
         self._has_run = True
 
     def check_capturable(self) -> None:
-        """After the first run, and before it is captured.
+        """Refuse a capture that TensorRT refuses; to be asked after the first run.
 
         Raises:
             InferenceError: TensorRT knows that it cannot be, as with some loops.
@@ -778,5 +781,5 @@ class _Lane:
 
 
 def _as_bound(array: NDArray) -> NDArray:
-    """As an engine reads it: integers of 64 bits or floats of 32, one after another."""
+    """The array as an engine reads it: integers of 64 bits or floats of 32, one after another."""
     return np.ascontiguousarray(array, np.int64 if array.dtype.kind in "iu" else np.float32)

@@ -63,7 +63,7 @@ _exact_users: list[Callable[[], None]] = []  # of each one inside, what puts the
 
 
 def why_no_cuda() -> str | None:
-    """Why torch runs on no GPU here, and what to do about it; None: it does.
+    """Tell why torch runs on no GPU here, and what to do about it; None: it does.
 
     Raises:
         MissingExtra: torch is not installed.
@@ -85,7 +85,8 @@ def why_no_cuda() -> str | None:
 
 
 def check_types(backend: str, compute: str, device: str) -> None:
-    """
+    """Refuse a device or a type that torch does not compute with here.
+
     Raises:
         MissingExtra: torch is not installed.
         BackendUnavailable: torch runs on no GPU here, or does not compute in this type there.
@@ -105,7 +106,8 @@ def check_types(backend: str, compute: str, device: str) -> None:
 
 
 def check_cuda(backend: str) -> None:
-    """
+    """Refuse a GPU where torch has none.
+
     Raises:
         BackendUnavailable: torch runs on no GPU here; says why.
     """
@@ -114,14 +116,14 @@ def check_cuda(backend: str) -> None:
 
 
 def torch_type(compute: str) -> Any:
-    """fp32, bf16 or fp16 as torch calls it."""
+    """The type of torch that fp32, bf16 or fp16 stands for."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[compute]
 
 
 def gpu_name() -> tuple[str, str]:
-    """What the GPU that is used can do, as compilers call it, and its name: sm90, NVIDIA H100."""
+    """The kind of the GPU that is used, as compilers call it, and its name: sm90, NVIDIA H100."""
     import torch
 
     major, minor = torch.cuda.get_device_capability()
@@ -130,7 +132,7 @@ def gpu_name() -> tuple[str, str]:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Products of float32 factors keep all their bits: no TF32, which convolutions use by default.
+    """Let products of float32 factors keep all their bits: no TF32, which convolutions use.
 
     These are settings of the process. They are read when work is enqueued, so what was captured
     needs them no longer. Any number of threads may be inside at once: the first changes the
@@ -174,7 +176,7 @@ def _set_exact() -> Callable[[], None]:
 
 
 def _ask(question: Callable[[], Any]) -> Any:
-    """None: torch does not answer."""
+    """Ask torch; None: it does not answer."""
     try:
         return question()
     except RuntimeError:
@@ -195,7 +197,7 @@ def _tell_older(tf32: bool | None, precision: str | None) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What lies around MARNet's loop, for a kernel that runs the loop itself."""
+    """The parts around MARNet's loop, for a kernel that runs the loop itself."""
 
     condition: Callable[[Any], Any]  # x_v [B, D_v] -> q [B, 1, H]
     finish: Callable[[Any, Any], tuple[Any, Any]]  # x_v, h3 [B, K, H] -> logits, features
@@ -281,14 +283,14 @@ class Cuda:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Within, the thread's work goes to this stream."""
+        """Send the thread's work to this stream within the block."""
         import torch
 
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield
 
     def follow_caller(self) -> None:
-        """What is enqueued from now on waits for what the calling thread's stream has to do."""
+        """Make what is enqueued from now on wait for what the calling thread's stream has to do."""
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -321,7 +323,7 @@ class Cuda:
         return tensor.cpu().numpy().copy()
 
     def capture(self, run: Callable[[], tuple[Any, ...]]) -> tuple[Callable[[], None], Any]:
-        """What replays `run`, and the tensors that it then writes to.
+        """Capture `run`: what replays it, and the tensors that it then writes to.
 
         Raises:
             InferenceError: torch cannot capture it; says why.
@@ -348,7 +350,7 @@ class Cuda:
         return graph.replay, outputs
 
     def _leave_pool(self) -> None:
-        """After a capture that was broken off, which some versions of torch never end."""
+        """End a capture that was broken off, which some versions of torch never do."""
         import torch
 
         with suppress(Exception):  # others have
@@ -359,7 +361,7 @@ class Cuda:
         self._stream.synchronize()
 
     def reserved(self) -> int:
-        """Bytes that torch holds on the GPU in this process, for everybody."""
+        """The bytes that torch holds on the GPU in this process, for everybody."""
         import torch
 
         return torch.cuda.memory_reserved(self.device)
@@ -386,7 +388,7 @@ def as_tensor(array: np.ndarray) -> Any:
 
 
 def first_cause(error: BaseException) -> str:
-    """In one line, what came before the errors that came of it.
+    """Tell in one line what came before the errors that came of it.
 
     A capture that is broken off fails once more when it is ended, which tells nothing.
     """
@@ -436,7 +438,7 @@ class _Lane:
 
     @contextmanager
     def taken(self, pixels: Any = None) -> Iterator[Cuda]:
-        """Within, the lane is the calling thread's, and its work goes there.
+        """Give the lane to the calling thread, and send its work there, within the block.
 
         Args:
             pixels: what is read; where a caller's library may be writing them still, the lane
@@ -462,7 +464,7 @@ class _Lane:
                     raise
 
     def tables(self, shape: Shape, width: int) -> _Tables:
-        """Where the programs of a shape find the loop's tables."""
+        """The place where the programs of a shape find the loop's tables."""
         key = (shape.steps, shape.samples, width)
         tables = self._tables.get(key)
         if tables is None:
@@ -557,7 +559,7 @@ class _Program:
 
     @property
     def nbytes(self) -> int:
-        """On the GPU, but for what the graph itself needs."""
+        """The bytes on the GPU, but for what the graph itself needs."""
         own = [] if self._in_place else [self._pixels]
         return _nbytes(*own, *self._outputs)
 
@@ -567,7 +569,7 @@ class _Program:
 
 
 def _work(model: Model, pixels: Any, loop: _Tables | KernelLoop) -> Callable[[], tuple[Any, ...]]:
-    """Everything from pixels to logits and features, enqueued by a call."""
+    """Make the call that enqueues everything from pixels to logits and features."""
 
     def answers() -> tuple[Any, Any]:
         x_v = model.encode(pixels)
@@ -593,7 +595,7 @@ OPERATORS = "operators in the captured graph"
 class MakeKernel(Protocol):
     @property
     def nbytes(self) -> int:
-        """What kernels of all shapes share."""
+        """The bytes that kernels of all shapes share."""
         ...
 
     def __call__(self, parts: Parts, shape: Shape, gpu: Cuda) -> KernelLoop: ...
@@ -610,7 +612,8 @@ class TorchOnCuda:
         buckets: Sequence[int] = BUCKETS,
         make_kernel: MakeKernel | None = None,
     ) -> None:
-        """
+        """Make the lanes.
+
         Args:
             make_gpu: makes a stream; called once for each lane.
             make_kernel: makes the loop's kernel for a shape, or raises, saying why it cannot.
@@ -650,7 +653,8 @@ class TorchOnCuda:
         return self._pipeline(pixels, tables)
 
     def device_rows(self, array: Any) -> DeviceRows:
-        """
+        """Take a caller's array on the GPU.
+
         Raises:
             InvalidInput: not float32 [B, 3, height, width] in the memory of this backend's GPU.
         """
@@ -707,7 +711,7 @@ class TorchOnCuda:
             return gpu.download(logits), gpu.download(features)
 
     def _capture(self, shape: Shape) -> Program:
-        """With the persistent kernel where it can run, else with the bundle's own loop."""
+        """Capture with the persistent kernel where it can run, else with the bundle's own loop."""
         # Programs of one shape go to different streams, so that they can run at the same time.
         number = min(range(len(self._lanes)), key=lambda i: self._live[shape, i])
         self._live[shape, number] += 1
@@ -777,7 +781,8 @@ class _Kernels:
         self._weights: list[Any] = []  # memory
 
     def __call__(self, parts: Parts, shape: Shape, gpu: Cuda) -> KernelLoop:
-        """
+        """Make the kernel for a shape.
+
         Raises:
             MarnetError, ValueError, RuntimeError: it cannot run here; says why.
         """

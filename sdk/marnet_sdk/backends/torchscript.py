@@ -111,7 +111,7 @@ def traced_on(path: Path) -> str:
 
 @contextmanager
 def _deprecated() -> Iterator[None]:
-    """torch warns that TorchScript is deprecated; whoever uses this backend knows."""
+    """Silence torch's warning that TorchScript is deprecated: whoever uses this backend knows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         yield

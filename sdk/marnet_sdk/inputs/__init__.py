@@ -1,1 +1,1 @@
-"""From whatever shows an image to the array that a model takes."""
+"""The way from whatever shows an image to the array that a model takes."""

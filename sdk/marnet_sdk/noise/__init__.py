@@ -1,1 +1,1 @@
-"""What is random in reverse sampling, and the tables that hold it. All of it is NumPy."""
+"""All that is random in reverse sampling, and the tables that hold it, in NumPy."""

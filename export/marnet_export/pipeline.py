@@ -75,7 +75,7 @@ from marnet_export.zero_steps import (
 )
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cpu import use_threads
-from marnet_sdk.backends.torch_cuda import gpu_name
+from marnet_sdk.backends.torch_device import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
     GOLDEN_ANSWERS,

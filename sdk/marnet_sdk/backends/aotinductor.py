@@ -24,8 +24,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
+from marnet_sdk.backends import (
+    Backend,
+    InTwoCalls,
+    TextEncoder,
+    torch_cpu,
+    torch_cuda,
+    torch_device,
+)
 from marnet_sdk.errors import BackendUnavailable, InvalidInput
+from marnet_sdk.gpu.torch_programs import Model
 from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt2", "refine.pt2", "text.pt2"
@@ -52,7 +60,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         BackendUnavailable: the code is for another processor, GPU or device, or this torch cannot
             load it.
     """
-    torch_cuda.check_types("aotinductor", compute, device)
+    torch_device.check_types("aotinductor", compute, device)
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, device))
     encoder, refine = (_open(payload / name, threads) for name in (ENCODER, REFINE))
@@ -61,7 +69,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Load the text encoder; as `open_payload`, but it is not captured."""
-    torch_cuda.check_types("aotinductor", compute, device)
+    torch_device.check_types("aotinductor", compute, device)
     if device == "cuda":
         return _text_on_cuda(_DeviceGraph(payload / TEXT, device))
     graph = _open(payload / TEXT, threads)
@@ -108,7 +116,7 @@ def _check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
         )
     if device != "cuda":
         return
-    target, here = metadata.get(GPU, "no GPU that it names"), torch_cuda.gpu_name()
+    target, here = metadata.get(GPU, "no GPU that it names"), torch_device.gpu_name()
     # Code for sm86 runs on sm86 and sm89, and on no other generation.
     if target[:-1] != here[0][:-1] or target > here[0]:
         raise BackendUnavailable(
@@ -349,7 +357,7 @@ def _as_compiled(tensor: Any) -> Any:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def load_model(payload: Path, device: str) -> torch_cuda.Model:
+def load_model(payload: Path, device: str) -> Model:
     """The compiled code as what is captured on a GPU."""
     encoder, refine = (_DeviceGraph(payload / name, device) for name in (ENCODER, REFINE))
 
@@ -363,7 +371,7 @@ def load_model(payload: Path, device: str) -> torch_cuda.Model:
         logits, features = refine(x_v, coefficients[:-1], bias[:-1], bias[-1], row)
         return logits, features
 
-    return torch_cuda.Model(lambda pixels: encoder(pixels)[0], run_refine, _NO_PARTS)
+    return Model(lambda pixels: encoder(pixels)[0], run_refine, _NO_PARTS)
 
 
 def _text_on_cuda(graph: _DeviceGraph) -> TextEncoder:

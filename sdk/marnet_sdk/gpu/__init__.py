@@ -1,1 +1,1 @@
-"""The parts that backends on NVIDIA GPUs share. Nothing here is imported to classify on a CPU."""
+"""The parts that backends on NVIDIA GPUs share. Without a GPU or torch nothing here is imported."""

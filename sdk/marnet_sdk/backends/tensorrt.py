@@ -24,6 +24,7 @@ from marnet_sdk.errors import BackendUnavailable, InferenceError, MarnetError
 from marnet_sdk.gpu.captured import (
     Answer,
     CapturedPipeline,
+    Loops,
     Shape,
     join,
     report,
@@ -79,7 +80,7 @@ class _TensorRT:
         self._machine = machine
         self._encoder, self._refine = machine.graph("encoder"), machine.graph("refine")
         self._kernel, self._why_not = open_kernel(machine)
-        self._loops: dict[int, str] = {}  # rows -> what runs the loop, and why
+        self._loops = Loops("at {} rows")
         # Arrays of other libraries are made to be ordered before this one when they are looked at.
         with machine.gpu.current():
             self._arrivals = machine.gpu.make_stream()
@@ -156,27 +157,20 @@ class _TensorRT:
         if self._kernel is not None:
             try:
                 program = EngineProgram(self._machine.gpu, shape, self._encoder, self._kernel)
-                self._loops[shape.batch * shape.samples] = "persistent kernel"
+                self._loops.note("persistent kernel", shape.batch * shape.samples)
                 return program
             except (MarnetError, ValueError, RuntimeError) as error:
                 why_not = str(error)
         program = EngineProgram(self._machine.gpu, shape, self._encoder, self._refine)
         why = f"operators in the captured graph, because {why_not}"
-        if why_not != self._why_not and why not in self._loops.values():
+        if self._loops.note(why, shape.batch * shape.samples) and why_not != self._why_not:
             warn_of_operators(why)
-        self._loops[shape.batch * shape.samples] = why
         return program
 
     def _loop(self) -> str:
         """Tell what runs the reverse loop, and why, in one line."""
-        rows: dict[str, list[str]] = {}
-        for count, how in sorted(self._loops.copy().items()):
-            rows.setdefault(how, []).append(str(count))
-        if not rows:
-            return f"nothing was captured yet; {self._why_not or 'the persistent kernel is there'}"
-        if len(rows) == 1:
-            return next(iter(rows))
-        return "; ".join(f"at {', '.join(counts)} rows: {how}" for how, counts in rows.items())
+        nothing = f"nothing was captured yet; {self._why_not or 'the persistent kernel is there'}"
+        return str(self._loops) or nothing
 
 
 def _on_host(pixels: Floats | DeviceArray) -> Floats:

@@ -24,6 +24,7 @@ from marnet_sdk.gpu.captured import (
     MOST_LANES,
     Answer,
     CapturedPipeline,
+    Loops,
     Program,
     Shape,
     report,
@@ -97,7 +98,7 @@ class TorchOnCuda:
         self._lanes = [TorchLane(make_gpu()) for _ in range(MOST_LANES)]
         self._live: Counter[tuple[Shape, int]] = Counter()  # programs of a shape in a lane
         self._sizes: tuple[int, ...] | None = None
-        self._loops: dict[str, set[int]] = {}  # what runs the loop -> for which batches
+        self._loops = Loops("batches of {}")
         self._pipeline = CapturedPipeline(self._capture, self._run_plainly, buckets)
 
     def encode(self, pixels: Any) -> Floats:
@@ -167,15 +168,9 @@ class TorchOnCuda:
         )
 
     def _loop(self) -> str:
-        if not self._loops:
-            parts = self._model.parts
-            return "nothing is captured yet" + (f"; {parts}" if isinstance(parts, str) else "")
-        if len(self._loops) == 1:
-            return next(iter(self._loops))
-        return "; ".join(
-            f"batches of {', '.join(map(str, sorted(batches)))}: {loop}"
-            for loop, batches in dict(self._loops).items()
-        )
+        parts = self._model.parts
+        nothing = "nothing is captured yet" + (f"; {parts}" if isinstance(parts, str) else "")
+        return str(self._loops) or nothing
 
     def _run_plainly(self, pixels: Any, tables: Tables) -> Answer:
         with self._lanes[0].taken(pixels) as gpu, exact_float32():
@@ -204,15 +199,14 @@ class TorchOnCuda:
             if not isinstance(kernel, str):
                 try:
                     program = TorchProgram(lane, self._model, shape, self._sizes, kernel)
-                    self._loops.setdefault(kernel.description, set()).add(shape.batch)
+                    self._loops.note(kernel.description, shape.batch)
                     return program
                 except (MarnetError, RuntimeError) as error:
                     kernel = f"the persistent kernel failed: {one_line(error)}"
             program = TorchProgram(lane, self._model, shape, self._sizes, None)
             how = f"{OPERATORS}, because {kernel}"
-            if how not in self._loops and not isinstance(self._model.parts, str):
+            if self._loops.note(how, shape.batch) and not isinstance(self._model.parts, str):
                 warn_of_operators(how)
-            self._loops.setdefault(how, set()).add(shape.batch)
             return program
 
     def _kernel(self, shape: Shape, gpu: Cuda) -> KernelLoop | str:

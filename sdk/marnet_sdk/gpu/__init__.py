@@ -1,1 +1,1 @@
-"""The parts that backends on NVIDIA GPUs share. Without a GPU or torch nothing here is imported."""
+"""The parts that backends on NVIDIA GPUs share. Runtimes of CPUs import none of it."""

@@ -268,6 +268,47 @@ class CapturedPipeline:
         return self._plain(rows, tables)
 
 
+class Loops:
+    """What runs the reverse loop in the programs that were captured, and for which sizes."""
+
+    def __init__(self, sizes: str) -> None:
+        """Start with nothing; `sizes` says what is counted, for example "batches of {}"."""
+        self._words = sizes
+        self._found: dict[str, set[int]] = {}
+
+    def note(self, how: str, size: int) -> bool:
+        """Note what runs it in a program, and tell whether nothing ran it so before."""
+        is_new = how not in self._found
+        self._found.setdefault(how, set()).add(size)
+        return is_new
+
+    def __str__(self) -> str:
+        """All that runs it, in one line; empty where nothing is captured yet."""
+        found = sorted(((sorted(sizes), how) for how, sizes in self._found.copy().items()))
+        if len(found) < 2:
+            return "".join(how for _, how in found)
+        return "; ".join(
+            f"{self._words.format(', '.join(map(str, sizes)))}: {how}" for sizes, how in found
+        )
+
+
+class HoldsTables:
+    """Memory on the GPU for the loop's tables, which stay there until others are needed."""
+
+    _held: Tables | None = None
+
+    def hold(self, tables: Tables) -> None:
+        """Enqueue the copies of tables, unless it is the very same object that is there."""
+        if tables is self._held:
+            return
+        self._held = None  # should the copy fail
+        self._copy(tables)
+        self._held = tables
+
+    def _copy(self, tables: Tables) -> None:
+        raise NotImplementedError
+
+
 def warn_of_operators(why: str) -> None:
     """Say that the reverse loop does not run as one kernel though it should."""
     warnings.warn(f"the reverse loop runs slower than it could: {why}", MarnetWarning, stacklevel=3)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.errors import InvalidInput, MarnetError
-from marnet_sdk.gpu.captured import COPIED, Answer, Shape, warn_of_operators
+from marnet_sdk.gpu.captured import COPIED, Answer, HoldsTables, Shape, warn_of_operators
 from marnet_sdk.gpu.driver import DeviceArray, Gpu, Memory, MemoryPlan, Stream
 from marnet_sdk.gpu.persistent_loop import (
     CONDITION,
@@ -66,7 +66,7 @@ def open_kernel(machine: Machine) -> tuple[KernelBetween | None, str]:
     return KernelBetween(condition, loop, finish, held[0]), ""
 
 
-class EngineProgram:
+class EngineProgram(HoldsTables):
     """The way from pixels to logits for one shape, as one captured graph; for one call at a time.
 
     Every size and every address is set here, once and for all.
@@ -86,7 +86,6 @@ class EngineProgram:
         """
         self._gpu, self._shape = gpu, shape
         self._memory: list[Memory] = []
-        self._tables: Tables | None = None
         with gpu.current():
             self._stream = gpu.make_stream()
             if isinstance(behind, KernelBetween):
@@ -119,15 +118,15 @@ class EngineProgram:
         """
         with self._gpu.current():
             try:
-                if tables is not self._tables:
-                    self._tables = None  # should the next line fail
-                    self._set_tables(tables, self._stream)
-                    self._tables = tables
+                self.hold(tables)
                 self._take(pixels)
                 self._gpu.launch(self._graph, self._stream)
             finally:
                 self._gpu.wait(self._stream)  # copies read and write our arrays until then
         return self._logits.copy(), self._features.copy()
+
+    def _copy(self, tables: Tables) -> None:
+        self._set_tables(tables, self._stream)
 
     # No closure below holds the program itself: its memory goes with its last user.
 

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.gpu.captured import Answer, Shape
+from marnet_sdk.gpu.captured import Answer, HoldsTables, Shape
 from marnet_sdk.gpu.driver import Gpu
 from marnet_sdk.gpu.persistent_loop import LoopWeights, PersistentLoop
 from marnet_sdk.gpu.torch_stream import Cuda, Rows, as_tensor, nbytes_of
@@ -121,23 +121,17 @@ class TorchLane:
             return sum(nbytes_of(t.coefficients, t.bias) for t in self._tables.values())
 
 
-class TorchTables:
-    """The loop's tables on the GPU, which stay until others are needed."""
+class TorchTables(HoldsTables):
+    """The loop's tables as the bundle's own loop reads them."""
 
     def __init__(self, gpu: Cuda, steps: int, samples: int, width: int) -> None:
         self._gpu = gpu
-        self._holds: Tables | None = None
         self.coefficients = gpu.zeros(steps, 3)
         self.bias = gpu.zeros(steps, 1, samples, width)
 
-    def hold(self, tables: Tables) -> None:
-        """Enqueue the copies of tables, unless it is the very same object that is there."""
-        if tables is self._holds:
-            return
-        self._holds = None  # should the next lines fail
+    def _copy(self, tables: Tables) -> None:
         self._gpu.copy(self.coefficients, as_tensor(tables.coefficients))
         self._gpu.copy(self.bias, as_tensor(tables.bias))
-        self._holds = tables
 
 
 class TorchProgram:
@@ -262,7 +256,7 @@ def _allocate(gpu: Cuda, keep: list[Any], size: int) -> int:
     return keep[-1].data_ptr()
 
 
-class PersistentKernel:
+class PersistentKernel(HoldsTables):
     """A `KernelLoop`."""
 
     def __init__(self, loop: PersistentLoop, shape: Shape, gpu: Cuda) -> None:
@@ -274,7 +268,6 @@ class PersistentKernel:
         padded = loop.layout.padded
         self._q = gpu.zeros(shape.batch, padded)
         self._h3 = gpu.zeros(shape.batch, shape.samples, padded)
-        self._holds: Tables | None = None
 
     @property
     def description(self) -> str:
@@ -284,10 +277,7 @@ class PersistentKernel:
     def nbytes(self) -> int:
         return nbytes_of(*self._memory, self._q, self._h3)
 
-    def hold(self, tables: Tables) -> None:
-        if tables is self._holds:
-            return
-        self._holds = None  # should the next lines fail
+    def _copy(self, tables: Tables) -> None:
         expected = (self._shape.steps, 1, self._shape.samples, self._loop.layout.hidden)
         if tables.bias.shape != expected:  # it would be written beyond its memory
             raise InvalidInput(
@@ -296,7 +286,6 @@ class PersistentKernel:
             )
         with self._loop.gpu.current():
             self._prepared.set_tables(tables, self._gpu.stream)
-        self._holds = tables
 
     def __call__(self, q: Any) -> Any:
         width = self._loop.layout.hidden

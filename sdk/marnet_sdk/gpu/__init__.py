@@ -1,1 +1,1 @@
-"""The parts that backends on NVIDIA GPUs share. Runtimes of CPUs import none of it."""
+"""The parts that backends on NVIDIA GPUs share. ONNX Runtime and OpenVINO import none of it."""

@@ -269,7 +269,7 @@ class CapturedPipeline:
 
 
 class Loops:
-    """What runs the reverse loop in the programs that were captured, and for which sizes."""
+    """The ways in which captured programs run the reverse loop, and the sizes that each is for."""
 
     def __init__(self, sizes: str) -> None:
         """Start with nothing; `sizes` says what is counted, for example "batches of {}"."""

@@ -44,8 +44,8 @@ from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import print_table, say
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tables import Floats
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import SAMPLES, load_checkpoint, write_model
 from marnet_train.data.imagefolder import write_split
 from marnet_train.diffusion import ScheduleConfig

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("sdk", "kernels")]
 
 from marnet_sdk.environment import versions  # noqa: E402
 from marnet_sdk.errors import BackendUnavailable, ExportError, MarnetError  # noqa: E402
-from marnet_sdk.tensorrt_library import (  # noqa: E402
+from marnet_sdk.gpu.tensorrt_library import (  # noqa: E402
     RTX,
     Library,
     describe_invalidity,

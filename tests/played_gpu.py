@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from marnet_sdk.driver import Gpu
 from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.gpu.driver import Gpu
 
 ALIGNMENT = 256
 CONTEXT = 77

@@ -37,8 +37,11 @@ LEAVES = {
     "marnet_sdk/backends/openvino.py": {"openvino"},
     "marnet_sdk/backends/torch_cpu.py": {"torch"},
     "marnet_sdk/backends/torch_cuda.py": {"torch"},
+    "marnet_sdk/backends/torch_device.py": {"torch"},
+    "marnet_sdk/gpu/torch_programs.py": {"torch"},
+    "marnet_sdk/gpu/torch_stream.py": {"torch"},
     "marnet_sdk/backends/torchscript.py": {"torch"},
-    "marnet_sdk/driver.py": {"cuda"},
+    "marnet_sdk/gpu/driver.py": {"cuda"},
     "marnet_sdk/text.py": {"tokenizers"},
 }
 # The one file that reads a pickle, and the call: bytes that it has compared with a pinned SHA-256,

@@ -50,7 +50,7 @@ def test_a_killed_export_leaves_the_previous_bundle(checkpoint, tmp_path):
 _EVERY_EVENT = """
 import os, signal, sys
 from pathlib import Path
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.outputs import atomic_directory
 
 target = Path(sys.argv[1])
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from marnet_export.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tables import Floats, Tables, make_tables
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import write_model
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig

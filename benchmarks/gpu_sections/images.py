@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gpu_sections.measure import Job, Machine
 from gpu_sections.models import photographs, preprocessing
-from marnet_sdk.images import decode
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.images import decode
+from marnet_sdk.inputs.preprocess import Preprocess
 
 BATCH, SIZE = 64, (640, 480)  # photographs, and their width and height
 TINY_BATCH, TINY_SIZE = 2, (40, 30)

@@ -42,7 +42,7 @@ from marnet_kernels.reverse_sampler import (
     reverse_sampler_reference,
 )
 from marnet_sdk.bundle import OperatingPoint, Sampling
-from marnet_sdk.tables import make_tables
+from marnet_sdk.noise.tables import make_tables
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.marnet import MARNet
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from marnet_bench.loop_peers import PlainLoop
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig
 

@@ -55,8 +55,8 @@ from marnet_sdk.bundle import (
 )
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.environment import versions
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tensorrt_library import RTX, STANDARD, load_library
+from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, load_library
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.models.marnet import MARNet
 
 BATCHES, TINY_BATCHES = (1, 64, 256), (1, 2)

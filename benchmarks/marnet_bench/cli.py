@@ -12,7 +12,7 @@ import click
 from marnet_sdk.bundle import newest_bundle
 from marnet_sdk.console import Choice, Command, next_commands, print_json, say
 from marnet_sdk.errors import UnstableMeasurement, requires_extra
-from marnet_sdk.files import writable
+from marnet_sdk.outputs import writable
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 

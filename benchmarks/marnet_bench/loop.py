@@ -39,7 +39,7 @@ from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
 from marnet_sdk.cpus import check_threads, cpus
 from marnet_sdk.errors import BackendUnavailable
-from marnet_sdk.tables import Floats, Tables, make_tables
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet, MarnetConfig
 

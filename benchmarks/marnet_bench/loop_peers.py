@@ -26,8 +26,8 @@ from marnet_export.graph import Head
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import BackendUnavailable
-from marnet_sdk.tables import Floats
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.tables import Floats
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.marnet import MARNet

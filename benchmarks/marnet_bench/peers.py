@@ -12,10 +12,10 @@ import torch
 from marnet_export.zero_steps import process_table
 from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import SOURCE, Bundle, Manifest, Sampling
-from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import NotFound
-from marnet_sdk.tables import Floats
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.tables import Floats
+from marnet_sdk.noise.trajectory import draw_trajectory
+from marnet_sdk.run import pixel_key
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, is_checkpoint, load_checkpoint
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
+from marnet_sdk.backends import IN_GRAPH
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
-from marnet_sdk.captured import IN_GRAPH
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.native_loop import NATIVE
 

@@ -29,8 +29,8 @@ from PIL import Image, ImageOps
 
 from marnet_sdk.console import print_table, say
 from marnet_sdk.errors import ImageError
-from marnet_sdk.images import decode
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.images import decode
+from marnet_sdk.inputs.preprocess import Preprocess
 
 OUTCOMES = ("answered", "refused", "untyped", "hang", "crash")
 MEMORY = 6 * 2**30  # bytes of address space

@@ -66,8 +66,8 @@ from marnet_sdk.errors import (
     NotFound,
     VerificationFailed,
 )
+from marnet_sdk.gpu.tensorrt_library import read_index
 from marnet_sdk.native_loop import NATIVE
-from marnet_sdk.tensorrt_library import read_index
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.checkpoint import Checkpoint, checkpoint_hash, find_checkpoint, load_checkpoint
 from marnet_train.diffusion import SamplerTable

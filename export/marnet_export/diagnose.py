@@ -30,7 +30,7 @@ from marnet_export.class_token import for_class_token
 from marnet_export.lower import Lowered
 from marnet_export.verify import CHAIN_STEPS, Built, Reference
 from marnet_sdk.backends import Backend, open_backend
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.diffusion import SamplerTable
 from marnet_train.models.backbones import VisionEncoder
 

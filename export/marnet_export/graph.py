@@ -22,9 +22,9 @@ from torch._higher_order_ops.scan import scan
 from torch.overrides import TorchFunctionMode
 
 from marnet_export.plan import SamplingPlan
-from marnet_sdk.backends.torch_cuda import one_line
 from marnet_sdk.errors import MarnetWarning
-from marnet_sdk.persistent_loop import LoopWeights, Operand
+from marnet_sdk.gpu.persistent_loop import LoopWeights, Operand
+from marnet_sdk.gpu.torch_stream import one_line
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.fusion import FUSIONS
 from marnet_train.models.marnet import MARNet

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from marnet_export.settings import Say
 from marnet_sdk.errors import DataError, NotFound
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import Checkpoint
 from marnet_train.data.dataset import Example, read_one_split
 from marnet_train.data.imagefolder import is_split, read_split

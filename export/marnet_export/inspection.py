@@ -31,7 +31,7 @@ from marnet_sdk.bundle import (
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import MarnetError, SelfTestFailed, VerificationFailed
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 _NOT_OPEN = "the bundle refuses to open"

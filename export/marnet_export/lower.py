@@ -37,7 +37,7 @@ class Plan(Protocol):
     """This says how a method's reverse loop is run. See `SamplingPlan`, which is MARNet's."""
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """Return plan.safetensors, of which `marnet_sdk.tables.make_tables` makes the loop's
+        """Return plan.safetensors, of which `marnet_sdk.noise.tables.make_tables` makes the loop's
         tables.
         """
         ...

@@ -35,7 +35,7 @@ from marnet_sdk.native_loop import (
     save_layers,
     to_bits,
 )
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
 MOST_ROWS = 16  # beyond which nobody looks: products of many rows are what runtimes are good at

@@ -90,7 +90,7 @@ from marnet_export.zero_steps import (
 )
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cpu import use_threads
-from marnet_sdk.backends.torch_cuda import gpu_name
+from marnet_sdk.backends.torch_device import gpu_name
 from marnet_sdk.bundle import (
     FIDELITY,
     GOLDEN_ANSWERS,
@@ -116,10 +116,10 @@ from marnet_sdk.errors import (
     InvalidInput,
     VerificationFailed,
 )
-from marnet_sdk.files import atomic_directory, check_output, exclusive
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_sdk.native_loop import GRAPH, LAYERS, NATIVE
-from marnet_sdk.preprocess import Preprocess
-from marnet_sdk.tables import Floats, Tables, make_tables
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
+from marnet_sdk.outputs import atomic_directory, check_output, exclusive
 from marnet_sdk.uncertainty import mean_logits, softmax
 from marnet_train.checkpoint import BASELINE, Checkpoint, copy_files, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable

@@ -7,7 +7,7 @@ Four exact rewrites:
   hoisting      q = Wc c is computed once per image; Wt tau(t) + b1 is a table, a row per step.
   splitting     the chain is linear in x, so x = p + w: w is what noise and b4 make of it, the same
                 for every image, and p what the estimates make of it. Wx w is one table with the
-                time (`marnet_sdk.trajectory.fold`), and the loop has neither noise nor b4 in it.
+                time (`trajectory.fold` in `marnet_sdk.noise`), and the loop has no noise and no b4.
   recurrence    between p and the next h1 everything is linear, so the loop can carry Wx p (width H)
                 instead of p (width D): with M = Wx W4,
                 y = p + q + bias_i,  h3 = ...,  g = M h3,  p_next = A p + B g + C g_previous.
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from marnet_sdk.errors import ExportError
-from marnet_sdk.trajectory import NoiseTrajectory, fold
+from marnet_sdk.noise.trajectory import NoiseTrajectory, fold
 from marnet_train.diffusion import SamplerTable
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import MARNet
@@ -132,7 +132,7 @@ class SamplingPlan:
         return found if self.carry == "hidden" else found | {"input": self.input_weight}
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """The content of plan.safetensors: what `marnet_sdk.tables.make_tables` folds.
+        """The content of plan.safetensors: what `marnet_sdk.noise.tables.make_tables` folds.
 
         Args:
             tables: the sampler of each operating point.

@@ -33,7 +33,7 @@ from marnet_export.builders import Calibration, Types
 from marnet_export.graph import Matrix, ScriptedLoop, Step
 from marnet_export.lower import Lowered
 from marnet_sdk.errors import ExportError
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 IMAGES = 300  # calibrated on at most so many
 LEVELS = 256

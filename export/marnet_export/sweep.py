@@ -18,7 +18,7 @@ from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exac
 from marnet_export.verify import Built
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
 

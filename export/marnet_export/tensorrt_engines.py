@@ -15,8 +15,8 @@ from typing import Any
 import onnx
 
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra, nearest
-from marnet_sdk.files import atomic_file, sha256_file
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.files import sha256_file
+from marnet_sdk.gpu.tensorrt_library import (
     RTX,
     STANDARD,
     Device,
@@ -32,6 +32,7 @@ from marnet_sdk.tensorrt_library import (
     write_cached,
     write_index,
 )
+from marnet_sdk.outputs import atomic_file
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 # Refine in two halves, around the loop that a kernel runs; where that cannot, refine does it all.

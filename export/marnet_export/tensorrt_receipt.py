@@ -13,7 +13,7 @@ from marnet_export.builders import Product
 from marnet_export.tensorrt_engines import INPUT_SIZES, cast_layer, layers_of, parse_network
 from marnet_export.typed_onnx import PRODUCTS, bodies
 from marnet_sdk.errors import BackendUnavailable, MissingExtra
-from marnet_sdk.tensorrt_library import RTX, STANDARD, Library, load_library, make_log
+from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, Library, load_library, make_log
 
 _SIZES = {"batch": 1, "steps": 3, "samples": 1}
 

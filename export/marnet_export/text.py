@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from marnet_export.builders import Types, builder, open_built_text
 from marnet_export.lower import Alignment, Lowered
 from marnet_sdk.errors import ExportError, MarnetError, RecipeError, VerificationFailed
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_sdk.text import (
     ALIGNMENT,
     GOLDEN_EMBEDDINGS,

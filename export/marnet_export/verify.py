@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from marnet_export.plan import check_step
 from marnet_sdk.backends import Backend
 from marnet_sdk.bundle import Sampling
-from marnet_sdk.classifier import pixel_key
 from marnet_sdk.console import track
 from marnet_sdk.errors import ExportError
-from marnet_sdk.tables import Floats, Tables, make_tables
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.tables import Floats, Tables, make_tables
+from marnet_sdk.noise.trajectory import draw_trajectory
+from marnet_sdk.run import pixel_key
 from marnet_sdk.uncertainty import mean_logits, schedule, settled, softmax, summarise
 from marnet_train.diffusion import SamplerTable
 from marnet_train.models.marnet import MARNet

@@ -1,4 +1,4 @@
-"""The CUDA kernel of the sampling loop, with its NumPy twin, and the noise of the loop.
+"""The CUDA kernel of the sampling loop, with its NumPy twin.
 
 Importing this package needs NumPy alone. Running a kernel needs a GPU and its driver, and compiling
 one that was not shipped needs NVRTC: `pip install "marnet[cuda]"`. Device memory and streams are

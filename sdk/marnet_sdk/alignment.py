@@ -14,26 +14,25 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from marnet_sdk.captured import DeviceRows, RuntimeReport
 from marnet_sdk.errors import BundleFormatError
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 if TYPE_CHECKING:
-    from marnet_sdk.backends import Backend
+    from marnet_sdk.backends import Backend, DeviceRows, RuntimeReport
 
 HEAD = "alignment.safetensors"  # in a bundle's payload/
 LEAKY_SLOPE = 0.01  # of g in eq. (7) and (8)
 
 
 def project(x: Floats, weight: Floats, bias: Floats) -> Floats:
-    """g(E(x)) of eq. (7) and (8): a linear layer and its leaky ReLU, [B, D_v] -> [B, D]."""
+    """Apply g(E(x)) of eq. (7) and (8), a linear layer and its leaky ReLU: [B, D_v] -> [B, D]."""
     y = x @ weight.T + bias
     return np.where(y < 0, np.float32(LEAKY_SLOPE) * y, y)
 
 
 @dataclass(frozen=True, eq=False)
 class AlignmentHead:
-    """What classifies an image by its aligned features alone."""
+    """The layers that classify an image by its aligned features alone."""
 
     vision_weight: Floats  # [D, D_v]
     vision_bias: Floats  # [D]
@@ -41,7 +40,8 @@ class AlignmentHead:
     classifier_bias: Floats  # [C]
 
     def __post_init__(self) -> None:
-        """
+        """Check the shapes.
+
         Raises:
             ValueError: the shapes do not fit each other.
         """
@@ -51,7 +51,7 @@ class AlignmentHead:
             raise ValueError(f"the shapes {shapes} do not fit biases {width} and {classes}")
 
     def __call__(self, x_v: Floats) -> tuple[Floats, Floats]:
-        """x_v [B, D_v] -> logits [B, 1, C] and x_EMA [B, 1, D], as `Backend.refine` has them."""
+        """Turn x_v [B, D_v] into logits [B, 1, C] and x_EMA [B, 1, D], as `Backend.refine` does."""
         aligned = project(x_v, self.vision_weight, self.vision_bias)
         logits = aligned @ self.classifier_weight.T + self.classifier_bias
         return logits[:, None], aligned[:, None]
@@ -85,7 +85,7 @@ class WithAlignment:
         return self.backend.encode(pixels)
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        """As of `Backend`; without a step, one sample, however many the tables are for."""
+        """Refine; without a step, give one sample, however many the tables are for."""
         return self.backend.refine(x_v, tables) if tables.steps else self.head(x_v)
 
     def run(self, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:

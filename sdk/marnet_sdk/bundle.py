@@ -31,7 +31,7 @@ from marnet_sdk.errors import (
     brief,
 )
 from marnet_sdk.files import newest, sha256_file
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
@@ -47,7 +47,7 @@ GOLDEN_IMAGES, GOLDEN_ANSWERS = "golden/images", "golden/answers.safetensors"
 
 @dataclass(frozen=True)
 class Share:
-    """How the multiply-adds of one answer are spread over types, read from what was built."""
+    """The shares of types in the multiply-adds of one answer, read from what was built."""
 
     multiply_adds: int
     storage: dict[str, float]  # type that the weights are stored in -> share; or "activation"
@@ -56,7 +56,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Precision:
-    """What was asked for, and what the built files really hold and do."""
+    """The precision that was asked for, and what the built files really hold and do."""
 
     asked: str  # fp32, bf16, fp16, int8
     loop: str  # the same for the reverse loop
@@ -79,7 +79,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the reverse process is run. The plan file holds `coefficients.NAME` of each point."""
+    """The ways to run the reverse process. The plan file holds `coefficients.NAME` of each."""
 
     points: dict[str, OperatingPoint]
     default: str  # which of them answers when none is asked for
@@ -102,7 +102,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class BuiltFor:
-    """What a bundle runs on, and what it was built with."""
+    """The machine that a bundle runs on, and what it was built with."""
 
     device: str  # cpu or cuda
     machine: str  # processor architecture
@@ -142,7 +142,7 @@ class Bundle:
     manifest: Manifest
 
     def has(self, folder: str) -> bool:
-        """Whether it holds `TEXT` or `SOURCE`."""
+        """Tell whether it holds `TEXT` or `SOURCE`."""
         return any(name.startswith(f"{folder}/") for name in self.manifest.files)
 
     def check(self, folder: str) -> Path:
@@ -158,6 +158,20 @@ class Bundle:
                     _check_file(self.path, name, expected)
         return self.path / folder
 
+    def check_point(self, name: str) -> None:
+        """Refuse an operating point that the bundle does not have.
+
+        Raises:
+            InvalidInput: it has no such point; says how to make one.
+        """
+        points = self.manifest.sampling.points
+        if name not in points:
+            zero = f" or --steps 0, which add {ZERO!r}" if ZERO not in points else ""
+            raise InvalidInput(
+                f"operating_point: got {brief(name)}; {self.path} has {', '.join(points)}. More "
+                f"are made by exporting it again with marnet-export --steps auto{zero}"
+            )
+
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
 
@@ -170,7 +184,7 @@ class Bundle:
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether a directory looks like a bundle."""
+    """Tell whether a directory looks like a bundle."""
     return (path / MANIFEST).is_file()
 
 

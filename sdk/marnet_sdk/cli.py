@@ -1,4 +1,4 @@
-"""marnet-classify: labels for image files."""
+"""The command `marnet-classify`, which prints labels for image files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
+from marnet_sdk import Classifier, Prediction
 from marnet_sdk.bundle import newest_bundle
-from marnet_sdk.classifier import Classifier, Prediction
 from marnet_sdk.console import (
     Choice,
     Command,

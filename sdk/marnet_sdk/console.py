@@ -1,4 +1,4 @@
-"""What the command lines share: typed errors to exit codes, nearest matches, progress, tables.
+"""The parts that the command lines share: errors to exit codes, nearest matches, progress, tables.
 
 Answers go to standard output; everything about the work goes to standard error, and progress bars
 appear only on a terminal. Names and labels may hold anything: people see control characters, and
@@ -121,7 +121,7 @@ def _open_streams() -> tuple[TextIO, TextIO]:
 
 
 def _unwritten(stream: TextIO) -> OSError | None:
-    """Why what was printed there cannot be written."""
+    """Tell why what was printed there cannot be written."""
     try:
         stream.flush()
     except OSError as error:
@@ -191,7 +191,7 @@ def printable(text: str, stream: TextIO | None = None) -> str:
 
 
 def say(text: str) -> None:
-    """One line about the work, on standard error.
+    """Print one line about the work on standard error.
 
     Where it cannot be written, the work goes on; the command ends with an exit code that tells.
     """
@@ -202,17 +202,17 @@ def say(text: str) -> None:
 
 
 def answer(text: str) -> None:
-    """One line on standard output."""
+    """Print one line on standard output."""
     _print(printable(text, sys.stdout))
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:
-    """A line, as it is: click's own `echo` writes UTF-8 where ASCII is asked for."""
+    """Print a line as it is: click's own `echo` writes UTF-8 where ASCII is asked for."""
     print(text, file=stream, flush=True)
 
 
 def next_commands(*lines: str) -> None:
-    """What to run next, at the end of a command."""
+    """Print what to run next, at the end of a command."""
     say("")
     say("Next:")
     for line in lines:

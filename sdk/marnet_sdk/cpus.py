@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: by its affinity mask, their cores, and its groups' quota.
+"""The CPUs that this process may use: by its affinity mask, their cores, and its groups' quota.
 
 A container platform limits a process by the time that it grants in each period (`docker run
 --cpus=1`, a pod's CPU limit) and not by the CPUs that it shows. With a thread for each of those,
@@ -20,7 +20,7 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Cpus:
-    """What there is of processors for this process."""
+    """The processors that there are for this process."""
 
     machine: int  # logical CPUs of the machine
     allowed: int  # of them, those that its affinity mask lets it run on
@@ -29,12 +29,12 @@ class Cpus:
 
     @property
     def threads(self) -> int:
-        """How many threads are worth having: one a core, and no more than the quota, rounded up."""
+        """The number of threads worth having: one a core, at most the quota, rounded up."""
         return self.cores if self.quota is None else max(1, min(self.cores, ceil(self.quota)))
 
     @property
     def limited(self) -> bool:
-        """Whether the process may use less than the machine has."""
+        """Tell whether the process may use less than the machine has."""
         return self.allowed < self.machine or (self.quota or self.machine) < self.machine
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Cpus:
 
 
 def cpus(root: Path = _ROOT) -> Cpus:
-    """What this process may use now. `root` is the folder that holds proc and sys."""
+    """Find what this process may use now. `root` is the folder that holds proc and sys."""
     machine = os.cpu_count() or 1
     mask = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(machine))
     return Cpus(max(machine, len(mask)), len(mask), count_cores(mask, root), quota(root))
@@ -92,7 +92,7 @@ def quota(root: Path = _ROOT) -> float | None:
 
 
 def _granted(folder: Path) -> float | None:
-    """What the control group grants whose files are in `folder`: of version 2, or else 1."""
+    """Read what the control group of `folder` grants: a group of version 2, or else of 1."""
     words = (_read(folder / "cpu.max") or "").split() or [
         (_read(folder / f"cpu.cfs_{name}_us") or "") for name in ("quota", "period")
     ]

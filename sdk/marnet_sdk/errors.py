@@ -212,6 +212,6 @@ def brief(value: object) -> str:
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    """ " Did you mean 'x'?" for the closest of `choices`, or nothing if none is close."""
+    """Ask " Did you mean 'x'?" for the closest of `choices`, or nothing if none is close."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

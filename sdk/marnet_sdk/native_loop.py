@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 
 from marnet_kernels.native import Kind, LoopLayer, LoopLayers, NativeLoop, why_missing
 from marnet_kernels.reverse_sampler import to_bits
-from marnet_sdk.captured import IN_GRAPH
+from marnet_sdk.backends import IN_GRAPH
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BundleFormatError, NativeLoopMissing
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 __all__ = [
     "GRAPH",

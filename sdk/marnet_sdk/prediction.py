@@ -1,8 +1,12 @@
-"""What a classifier answers."""
+"""The answers of a classifier."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+
+from marnet_sdk.uncertainty import Answers
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,29 @@ class Prediction:
     abstain: bool | None = (
         None  # not to be relied on; None where the bundle has no threshold for it
     )
+
+
+def predictions(
+    answers: Answers, labels: tuple[str, ...], top_k: int, threshold: float | None
+) -> list[Prediction]:
+    """Name what was found for each image.
+
+    Args:
+        top_k: how many classes `Prediction.top` holds.
+        threshold: the score below which an answer abstains; None: it does not say.
+    """
+    order = np.argsort(-answers.probabilities, axis=1, kind="stable")[:, :top_k]
+    out = []
+    for i, (row, best) in enumerate(zip(answers.probabilities, order, strict=True)):
+        top = tuple(Score(labels[k], int(k), float(row[k])) for k in best)
+        error = float(answers.standard_error[i])
+        out.append(
+            Prediction(
+                *(top[0].label, top[0].index, top[0].score, top),
+                samples=int(answers.samples[i]),
+                vote_share=float(answers.vote_share[i]),
+                standard_error=None if np.isnan(error) else error,
+                abstain=None if threshold is None else top[0].score < threshold,
+            )
+        )
+    return out

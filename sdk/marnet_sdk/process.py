@@ -1,4 +1,4 @@
-"""What forking a process and ending it do to native code that runs in its threads.
+"""Forking a process, and ending it, while native code runs in its threads.
 
 A fork copies the calling thread alone: locks that others hold stay locked in the child for ever.
 When the interpreter ends, a daemon thread that comes back from C++ is unwound there, which ends
@@ -58,7 +58,7 @@ def native() -> Iterator[None]:
 
 
 def forked_with_torch() -> bool:
-    """Whether this process was forked from one that had torch loaded.
+    """Tell whether this process was forked from one that had torch loaded.
 
     The threads of its OpenMP may have been started there and are missing here: whatever computes
     with several of them waits for ever.
@@ -67,7 +67,7 @@ def forked_with_torch() -> bool:
 
 
 def left_to_the_parent(native_object: T) -> T:
-    """The object, which is never destroyed in a forked child.
+    """Return the object, which is never destroyed in a forked child.
 
     Its destructor would wait there for threads that exist in the parent alone.
     """
@@ -115,7 +115,7 @@ def _let_go() -> None:
 
 
 def _begin_child() -> None:
-    """In a forked child, whose only thread is the one that forked."""
+    """Begin anew in a forked child, whose only thread is the one that forked."""
     global _state
     mine = _state.depth[get_ident()]
     _state = _State()

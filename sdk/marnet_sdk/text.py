@@ -37,7 +37,8 @@ from marnet_sdk.errors import (
     brief,
     requires_extra,
 )
-from marnet_sdk.tables import Floats, Integers
+from marnet_sdk.noise.tables import Floats, Integers
+from marnet_sdk.self_test import mismatch
 
 TOKENIZER, ALIGNMENT = "tokenizer.json", "alignment.safetensors"
 GOLDEN_TEXTS, GOLDEN_EMBEDDINGS = "golden.json", "golden.safetensors"
@@ -86,11 +87,11 @@ class Alignment:
     text_bias: Floats  # [D]
 
     def images(self, x_v: Floats) -> Floats:
-        """x_v' = g(E_v(x_v)), eq. (7), of length 1: [B, D_v] -> [B, D]."""
+        """Project to x_v' = g(E_v(x_v)), eq. (7), of length 1: [B, D_v] -> [B, D]."""
         return _unit(project(x_v, self.vision_weight, self.vision_bias))
 
     def texts(self, x_s: Floats) -> Floats:
-        """x_s' = g(E_s(x_s)), eq. (8), of length 1: [B, D_s] -> [B, D]."""
+        """Project to x_s' = g(E_s(x_s)), eq. (8), of length 1: [B, D_s] -> [B, D]."""
         return _unit(project(x_s, self.text_weight, self.text_bias))
 
 
@@ -102,7 +103,7 @@ class Tokenizer:
     """A tokenizer.json that cuts and pads. May be called from several threads at once."""
 
     def __init__(self, inner: Any) -> None:
-        """`inner` is a `tokenizers.Tokenizer`."""
+        """Wrap `inner`, a `tokenizers.Tokenizer`."""
         self._inner = inner
         added = inner.get_added_tokens_decoder()
         self._marks = [number for number, token in added.items() if token.special]
@@ -110,19 +111,19 @@ class Tokenizer:
         self._margin = _LOOK_BEHIND + max((len(t.content) for t in added.values()), default=0)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Integers, Integers]:
-        """ids and mask, [N, L]."""
+        """Turn texts into ids and mask, [N, L]."""
         found = self._inner.encode_batch([self.beginning(text) for text in texts])
         ids, mask = [e.ids for e in found], [e.attention_mask for e in found]
         return np.array(ids, np.int64), np.array(mask, np.int64)
 
     def count(self, ids: Integers, mask: Integers) -> tuple[Integers, Integers]:
-        """How many tokens of each text stand for its words, and how many of those are known."""
+        """Count the tokens of each text that stand for its words, and those that are known."""
         unknown = (mask > 0) & (ids == self._unknown)
         known = (mask > 0) & ~unknown & ~np.isin(ids, self._marks)
         return (known | unknown).sum(axis=1), known.sum(axis=1)
 
     def beginning(self, text: str) -> str:
-        """As much of a long text as decides its tokens, so that 100 MB cost what a page costs."""
+        """Cut a long text to what decides its tokens, so that 100 MB cost what a page costs."""
         cut = self._inner.truncation
         if cut is None:
             return text
@@ -137,7 +138,7 @@ class Tokenizer:
         return text[:most]
 
     def _decides(self, text: str) -> bool:
-        """Whether whatever follows this text leaves the tokens that are kept as they are.
+        """Tell whether whatever follows this text leaves the tokens that are kept as they are.
 
         It does where another word begins behind them, and well before the end.
         """
@@ -169,7 +170,7 @@ class TextEmbedder:
     alignment: Alignment
 
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
-        """Aligned embeddings of length 1, [N, D].
+        """Embed texts: aligned embeddings of length 1, [N, D].
 
         Warns once where the model knows less than half of some texts.
 
@@ -199,7 +200,7 @@ class TextEmbedder:
         return self.alignment.texts(self.features(texts))
 
     def features(self, texts: Sequence[str]) -> Floats:
-        """x_s [N, D_s] of one batch."""
+        """Encode one batch to x_s [N, D_s]."""
         return self._encode(texts, *self.tokenize(texts), start=0)
 
     def _mostly_unknown(
@@ -245,7 +246,7 @@ def open_embedder(
     """Open the text encoder in `folder`, a bundle's text/.
 
     Args:
-        compute, threads: as of `marnet_sdk.backends.open_backend`.
+        compute, threads: those of `marnet_sdk.backends.open_backend`.
         opened_by: what opens the graph.
 
     Raises:
@@ -288,14 +289,12 @@ def open_tokenizer(path: Path) -> Tokenizer:
 def open_text_part(
     bundle: Bundle,
     threads: int | None,
-    mismatch: Callable[[str], str],
     device: str | None = None,
 ) -> TextEmbedder:
     """Check, open and test the text encoder of a bundle.
 
     Args:
-        mismatch: the message for golden answers that are not reproduced.
-        device: as of `marnet_sdk.backends.open_backend`.
+        device: that of `marnet_sdk.backends.open_backend`.
 
     Raises:
         BundleFormatError: the bundle has none, or not all of it.
@@ -325,33 +324,32 @@ def open_text_part(
         expected = load_file(folder / GOLDEN_EMBEDDINGS)["embeddings"]
     opened_by = partial(open_text, device=device)
     embedder = open_embedder(folder, bundle.manifest.backend, compute, threads, opened_by=opened_by)
-    _self_test(embedder, texts, expected, least, mismatch)
+    _self_test(bundle, embedder, texts, expected, least)
     return embedder
 
 
 def _self_test(
-    embedder: TextEmbedder,
-    texts: list[str],
-    expected: Floats,
-    least: float,
-    mismatch: Callable[[str], str],
+    bundle: Bundle, embedder: TextEmbedder, texts: list[str], expected: Floats, least: float
 ) -> None:
+    """Embed the golden texts, and refuse other embeddings than the golden.
+
+    Raises:
+        SelfTestFailed: they differ.
+    """
     try:
         got = embedder.embed(texts)
     except InferenceError as error:
-        raise SelfTestFailed(mismatch(str(error))) from error
+        raise SelfTestFailed(mismatch(bundle, str(error))) from error
     if got.shape != expected.shape:
-        raise SelfTestFailed(
-            mismatch(f"golden texts give embeddings {got.shape}, expected {expected.shape}")
-        )
+        what = f"golden texts give embeddings {got.shape}, expected {expected.shape}"
+        raise SelfTestFailed(mismatch(bundle, what))
     found = float(cosines(got, expected).min())
     if not found >= least:  # NaN too
-        raise SelfTestFailed(
-            mismatch(
-                f"embeddings of golden texts have a cosine similarity of {found:.6f} to those of "
-                f"the export (at least {least:g} is expected)"
-            )
+        what = (
+            f"embeddings of golden texts have a cosine similarity of {found:.6f} to those of "
+            f"the export (at least {least:g} is expected)"
         )
+        raise SelfTestFailed(mismatch(bundle, what))
 
 
 def cosines(a: Floats, b: Floats) -> np.ndarray:

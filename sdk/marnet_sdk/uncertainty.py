@@ -1,4 +1,4 @@
-"""What several noise samples say of one image: the answer, how sure it is, when to stop drawing.
+"""The answer that several noise samples give of one image, how sure it is, when to stop drawing.
 
 The loop is driven by noise. K samples of it give K logit vectors of an image, and the answer is the
 mean of their K softmax probabilities. The noise between two images is independent or the same; each
@@ -21,7 +21,7 @@ from marnet_sdk.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)  # == on arrays has no single answer
 class Answers:
-    """What the samples of each image agree on."""
+    """The answers that the samples of each image agree on."""
 
     probabilities: NDArray[np.float64]  # [B, C] mean over the samples
     # [B] share of the samples whose own best class is the winner of the mean. It can be 0: a class
@@ -86,7 +86,7 @@ def mean_logits(logits: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def schedule(total: int, first: int = 4) -> tuple[int, ...]:
-    """After how many samples to look: `first`, then twice as many each time, and `total` last.
+    """The numbers of samples after which to look: `first`, twice as many each time, `total` last.
 
     Doubling keeps the work in large batches and the looks, each a chance to be wrong, few. Two
     samples are too few for a first look: where a softmax saturates, both may agree by chance.
@@ -104,7 +104,7 @@ def schedule(total: int, first: int = 4) -> tuple[int, ...]:
 
 
 def settled(probabilities: ArrayLike, total: int, confidence: float = 0.99) -> NDArray[np.bool_]:
-    """Whether the class that leads after n samples will also lead the mean of all `total`.
+    """Tell whether the class that leads after n samples will also lead the mean of all `total`.
 
     Let d be the lead over another class in one sample, with mean m and standard deviation s over
     the n drawn. The sum over the r = total - n samples to come is predicted to be r m with standard

@@ -19,7 +19,7 @@ from marnet_bench.loop_peers import (
     reference,
 )
 from marnet_sdk.errors import BackendUnavailable
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 
 # Weights or activations of 8 bits, or products of bfloat16, in seven steps of a tiny network.
 COARSE = 2e-2

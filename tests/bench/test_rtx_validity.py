@@ -13,7 +13,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from marnet_sdk.errors import BackendUnavailable, ExportError
-from marnet_sdk.tensorrt_library import RTX, Device, Library, find_device, load_library, read_header
+from marnet_sdk.gpu.tensorrt_library import (
+    RTX,
+    Device,
+    Library,
+    find_device,
+    load_library,
+    read_header,
+)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/rtx_validity.py"
 

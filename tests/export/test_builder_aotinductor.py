@@ -33,7 +33,7 @@ from marnet_sdk.backends import Backend
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, TEXT, open_payload, open_text
 from marnet_sdk.bundle import PAYLOAD, read_bundle
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_train.diffusion import SAMPLERS, sampler_table
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 from marnet_train.models.marnet import MARNet

@@ -22,7 +22,7 @@ from marnet_export.lower import lower_marnet
 from marnet_export.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.backends.openvino import load_openvino
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.diffusion import SAMPLERS, sampler_table
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 from marnet_train.models.marnet import MARNet

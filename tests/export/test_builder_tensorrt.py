@@ -35,15 +35,15 @@ from marnet_export.tensorrt_engines import add_engines, layers_of, parse_network
 from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
-from marnet_sdk.persistent_loop import LoopWeights
-from marnet_sdk.tables import Floats, Tables
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.gpu.persistent_loop import LoopWeights
+from marnet_sdk.gpu.tensorrt_library import (
     find_device,
     load_library,
     make_log,
     read_header,
     read_index,
 )
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 

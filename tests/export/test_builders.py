@@ -27,11 +27,11 @@ from marnet_export.builders import torchscript as torchscript_builder
 from marnet_export.lower import lower, lower_marnet
 from marnet_export.plan import make_plan
 from marnet_export.settings import Settings, check_types, places
-from marnet_sdk.backends import Backend, open_backend, torch_cuda
+from marnet_sdk.backends import Backend, open_backend, torch_device
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SAMPLERS, ScheduleConfig, sampler_table
 from marnet_train.models.marnet import MARNet
@@ -404,7 +404,7 @@ def test_what_was_traced_on_a_gpu_says_so_and_does_not_open_on_the_processor(tra
 def test_what_was_traced_on_the_processor_does_not_open_on_a_gpu(traced_for, monkeypatch):
     payload = traced_for("cpu")
     assert traced_on(payload / ENCODER) == "cpu"
-    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(torch_device, "why_no_cuda", lambda: None)
     message = r"refine.pt was traced on cpu and cannot run on cuda; .* --device cuda"
     with pytest.raises(BackendUnavailable, match=message):
         open_backend("torchscript", payload, "fp32", None, "cuda")

@@ -16,7 +16,7 @@ from marnet_export.class_token import ClassTokenLayer, for_class_token
 from marnet_export.graph import with_compute, with_rounded_results
 from marnet_export.pipeline import explain
 from marnet_export.settings import Settings
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.checkpoint import write_model
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 

@@ -31,7 +31,7 @@ from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy
-from marnet_sdk.tensorrt_library import Device, find_device, load_library
+from marnet_sdk.gpu.tensorrt_library import Device, find_device, load_library
 
 Weights = dict[str, np.ndarray]
 LEAN = ("--no-text", "--no-source", "--loop", "graph")

@@ -27,8 +27,8 @@ from marnet_export.graph import (
 from marnet_export.plan import SamplingPlan, run_plan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.errors import MarnetWarning
-from marnet_sdk.tables import make_tables
-from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
+from marnet_sdk.noise.tables import make_tables
+from marnet_sdk.noise.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.diffusion import SAMPLERS, SamplerTable, ScheduleConfig, sampler_table
 from marnet_train.models.backbones import (
     TextEncoder,

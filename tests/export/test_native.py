@@ -32,8 +32,8 @@ from marnet_export.settings import Settings
 from marnet_kernels.native import NativeLoop, loop_reference
 from marnet_sdk import Classifier
 from marnet_sdk import native_loop as sdk
+from marnet_sdk.backends import IN_GRAPH
 from marnet_sdk.bundle import read_bundle, reseal_bundle
-from marnet_sdk.captured import IN_GRAPH
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import (
     BundleFormatError,
@@ -43,7 +43,7 @@ from marnet_sdk.errors import (
     VerificationFailed,
 )
 from marnet_sdk.native_loop import LAYERS, load_layers, save_layers
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import sampler_table
 
 KEEP = {1: {"native": 1.0, "graph": 2.0}, 4: {"native": 3.0, "graph": 2.0}}

@@ -14,7 +14,7 @@ from tolerances import FLOAT32_LOOP, FLOAT64
 from marnet_export.graph import PlanStep, ScanLoop, ScriptedLoop
 from marnet_export.plan import check_step, make_plan, run_plan
 from marnet_sdk.errors import ExportError
-from marnet_sdk.trajectory import NoiseTrajectory, draw_trajectory
+from marnet_sdk.noise.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SAMPLERS, SamplerTable, sampler_table
 from marnet_train.models.denoiser import Denoiser

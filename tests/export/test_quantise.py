@@ -42,7 +42,7 @@ from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import ExportError, MissingExtra
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.marnet import MARNet

@@ -21,7 +21,7 @@ from marnet_export.pipeline import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ExportError
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint, write_model
 from marnet_train.diffusion import (
     SamplerTable,

@@ -14,7 +14,7 @@ from marnet_export.lower import lower
 from marnet_export.pipeline import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.imagefolder import read_split
 from marnet_train.diffusion import sampler_table, trajectory_tensors

@@ -30,8 +30,8 @@ from marnet_export.torch_tensorrt import encoder_engine, export_program, load_to
 from marnet_sdk.backends.tensorrt import open_payload
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
-from marnet_sdk.tables import Floats
-from marnet_sdk.tensorrt_library import STANDARD, Device, Library, load_library, read_index
+from marnet_sdk.gpu.tensorrt_library import STANDARD, Device, Library, load_library, read_index
+from marnet_sdk.noise.tables import Floats
 
 BUCKETS = (1, 4)
 TYPES = Types("fp16", "fp16")

@@ -30,8 +30,8 @@ from marnet_export.verify import (
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import read_bundle
-from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import ExportError
+from marnet_sdk.run import pixel_key
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet

@@ -20,7 +20,7 @@ from marnet_sdk.alignment import AlignmentHead, WithAlignment, read_head
 from marnet_sdk.backends import InTwoCalls
 from marnet_sdk.bundle import read_bundle, reseal_bundle
 from marnet_sdk.errors import BundleFormatError, InferenceError, InvalidInput, SelfTestFailed
-from marnet_sdk.tables import Tables
+from marnet_sdk.noise.tables import Tables
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet
 
@@ -139,7 +139,7 @@ def test_an_answer_is_one_sample_that_is_sure_of_itself(zero, paths, want):
 
 
 def test_the_loop_is_not_run(zero, paths, monkeypatch):
-    opened = zero._backend.check()
+    opened = zero._guard.check()
 
     class NoLoop(Looped):
         encode = opened.backend.encode
@@ -149,7 +149,7 @@ def test_the_loop_is_not_run(zero, paths, monkeypatch):
 
     expected = zero.predict(paths)
     backend = WithAlignment(NoLoop(), opened.head)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr(zero, "_backend", backend)
+    monkeypatch.setattr(zero._guard, "_backend", backend)
     assert zero.predict(paths) == expected
 
 
@@ -215,10 +215,10 @@ def test_a_threshold_holds_for_any_seed(zero, paths, tmp_path):
 
 
 def test_numbers_that_are_none_are_blamed_on_the_branch(zero, paths, monkeypatch):
-    wrapped = zero._backend.check()
+    wrapped = zero._guard.check()
     bias = np.full_like(wrapped.head.classifier_bias, np.nan)
     monkeypatch.setattr(
-        zero,
+        zero._guard,
         "_backend",
         WithAlignment(wrapped.backend, replace(wrapped.head, classifier_bias=bias)),
     )

@@ -25,12 +25,13 @@ from marnet_export.builders import Types
 from marnet_export.builders.aotinductor import build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
-from marnet_sdk.backends import aotinductor, torch_cuda
+from marnet_sdk.backends import aotinductor, torch_device
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
-from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda
+from marnet_sdk.backends.torch_cuda import TorchOnCuda
 from marnet_sdk.bundle import PAYLOAD
 from marnet_sdk.errors import BackendUnavailable, InvalidInput, MissingExtra
-from marnet_sdk.tables import Tables
+from marnet_sdk.gpu.torch_stream import Cuda
+from marnet_sdk.noise.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 
@@ -391,7 +392,7 @@ def test_compiled_code_is_given_addresses_that_it_can_read_from():
 def test_code_for_the_other_device_is_refused_with_the_command_that_rebuilds_it(
     payload, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(torch_device, "why_no_cuda", lambda: None)
     message = rf"was compiled for cpu, and is opened on cuda; {REBUILD} --device cuda"
     with pytest.raises(BackendUnavailable, match=message):
         open_payload(payload, "fp16", None, "cuda")
@@ -413,7 +414,7 @@ def test_code_for_the_other_device_is_refused_with_the_command_that_rebuilds_it(
     ],
 )
 def test_code_for_another_gpu_is_refused(payload, tmp_path, monkeypatch, target, here, runs):
-    monkeypatch.setattr(torch_cuda, "gpu_name", lambda: (here, "NVIDIA Abacus"))
+    monkeypatch.setattr(torch_device, "gpu_name", lambda: (here, "NVIDIA Abacus"))
     metadata = {"AOTI_DEVICE_KEY": "cuda", aotinductor.GPU: target}
     message = rf"compiled for {target}; this machine's GPU is NVIDIA Abacus, {here}; {REBUILD} --de"
     expected = nullcontext() if runs else pytest.raises(BackendUnavailable, match=message)

@@ -21,7 +21,7 @@ from marnet_export.plan import make_plan
 from marnet_sdk.backends import open_backend
 from marnet_sdk.backends.openvino import ENCODER, REFINE, load_openvino
 from marnet_sdk.errors import BackendUnavailable, MissingExtra
-from marnet_sdk.tables import Tables
+from marnet_sdk.noise.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 

@@ -30,7 +30,7 @@ from tolerances import BUILT
 
 import marnet_kernels.loader
 import marnet_kernels.persistent
-import marnet_sdk.driver
+import marnet_sdk.gpu.driver
 from marnet_export.builders import Types
 from marnet_export.builders.tensorrt import (
     _session,
@@ -50,7 +50,6 @@ from marnet_kernels.persistent import ReverseSamplerArguments, Variant, check_la
 from marnet_kernels.reverse_sampler import Layout, PackedLoop, reverse_sampler_reference
 from marnet_sdk import Classifier
 from marnet_sdk.backends import Backend, TextEncoder, open_backend
-from marnet_sdk.backends import tensorrt as leaf
 from marnet_sdk.backends.tensorrt import (
     by_noise_row,
     by_samples,
@@ -65,8 +64,8 @@ from marnet_sdk.errors import (
     MarnetWarning,
     MissingExtra,
 )
-from marnet_sdk.tables import Floats, Tables
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.gpu import tensorrt_runtime
+from marnet_sdk.gpu.tensorrt_library import (
     Device,
     Engine,
     EngineSet,
@@ -76,6 +75,7 @@ from marnet_sdk.tensorrt_library import (
     load_library,
     read_index,
 )
+from marnet_sdk.noise.tables import Floats, Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 
@@ -187,9 +187,10 @@ def test_everything_up_to_the_first_call_of_the_driver_runs_here(small_payload):
         import sys
         from pathlib import Path
         from marnet_sdk.backends import tensorrt
+        from marnet_sdk.gpu import tensorrt_runtime
         from marnet_sdk.errors import BackendUnavailable
-        from marnet_sdk.tensorrt_library import Device
-        tensorrt.find_device = lambda: Device("NVIDIA L4", (8, 9), 13000)
+        from marnet_sdk.gpu.tensorrt_library import Device
+        tensorrt_runtime.find_device = lambda: Device("NVIDIA L4", (8, 9), 13000)
         try:
             tensorrt.open_payload(Path(sys.argv[1]), "fp16", None)
         except BackendUnavailable as error:
@@ -211,7 +212,7 @@ def test_text_is_refused_like_images(small_payload):
 
 
 def test_without_cuda_bindings_the_pip_line_is_named(small_payload, monkeypatch):
-    monkeypatch.setattr(leaf, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13000))
+    monkeypatch.setattr(tensorrt_runtime, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13000))
     for name in [name for name in sys.modules if name.split(".")[0] == "cuda"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cuda", None)
@@ -420,9 +421,9 @@ def play_gpu(monkeypatch: pytest.MonkeyPatch) -> PlayedGpu:
         ada = {"capability": (8, 9), "multiprocessors": 58, "shared_bytes": 99 << 10}
         return DeviceInfo(**({**ada, "cooperative": True} | gpu.device))
 
-    monkeypatch.setattr(leaf, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13000))
-    monkeypatch.setattr(leaf, "choose_engines", choose)
-    monkeypatch.setattr(leaf, "read_index", read)
+    monkeypatch.setattr(tensorrt_runtime, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13000))
+    monkeypatch.setattr(tensorrt_runtime, "choose_engines", choose)
+    monkeypatch.setattr(tensorrt_runtime, "read_index", read)
     monkeypatch.setattr(import_module("cuda.bindings"), "driver", driver, raising=False)
     monkeypatch.setattr(PlayedSampler, "driver", driver, raising=False)
     monkeypatch.setattr(marnet_kernels.persistent, "ReverseSampler", PlayedSampler)
@@ -916,7 +917,7 @@ def ordered(monkeypatch) -> list[int]:
             is_device_accessible=True,
         )
 
-    monkeypatch.setattr(marnet_sdk.driver, "_strided_view", view)
+    monkeypatch.setattr(marnet_sdk.gpu.driver, "_strided_view", view)
     return found
 
 

@@ -16,8 +16,8 @@ from tolerances import FLOAT32_LAYER
 from marnet_sdk.backends import BACKENDS, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling, read_bundle
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError
-from marnet_sdk.tables import Tables, make_tables
-from marnet_sdk.trajectory import draw_trajectory, fold
+from marnet_sdk.noise.tables import Tables, make_tables
+from marnet_sdk.noise.trajectory import draw_trajectory, fold
 
 RNG = np.random.default_rng(0)
 TIMESTEPS = (9, 5, 2)

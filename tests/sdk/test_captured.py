@@ -17,19 +17,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marnet_sdk.captured import (
+from marnet_sdk.backends import RuntimeReport
+from marnet_sdk.errors import InferenceError, InvalidInput
+from marnet_sdk.gpu.captured import (
     ALIGNMENT,
     COPIED,
     CapturedPipeline,
-    RuntimeReport,
+    HoldsTables,
+    Loops,
     Shape,
     join,
     pad_rows,
     report,
     split_batch,
 )
-from marnet_sdk.errors import InferenceError, InvalidInput
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 BATCHES = [(1, 1), (8, 8), (16, 16)]
 
@@ -451,3 +453,37 @@ def test_a_report_holds_what_the_pipeline_counted():
         pipeline.report(), device="a GPU", loop="a", buckets=pipeline.buckets, memory=memory
     )
     assert found == RuntimeReport("a GPU", "a", (1, 4), {"buffers": 7}, 1, 1, {}, 0)
+
+
+def test_what_runs_the_loop_is_one_line_with_the_sizes_where_there_are_several():
+    loops = Loops("at {} rows")
+    assert str(loops) == ""
+    assert loops.note("kernel", 16)
+    assert str(loops) == "kernel"
+    assert loops.note("operators, because", 128)
+    assert not loops.note("kernel", 8)
+    assert str(loops) == "at 8, 16 rows: kernel; at 128 rows: operators, because"
+
+
+def test_tables_are_copied_where_they_are_others_and_again_after_a_copy_that_failed():
+    class Memory(HoldsTables):
+        def __init__(self) -> None:
+            self.copied: list[Tables] = []
+            self.fails = False
+
+        def _copy(self, tables: Tables) -> None:
+            self.copied.append(tables)
+            if self.fails:
+                raise RuntimeError("a copy")
+
+    memory, one, other = Memory(), tables(), tables()
+    for these in (one, one, other):
+        memory.hold(these)
+    memory.fails = True
+    with pytest.raises(RuntimeError, match="a copy"):
+        memory.hold(one)
+    memory.fails = False
+    memory.hold(other)  # what lay there may be half overwritten
+    assert [next(n for n, t in enumerate((one, other)) if t is c) for c in memory.copied] == [
+        0, 1, 0, 1,
+    ]  # fmt: skip

@@ -22,9 +22,8 @@ from tolerances import BUILT, FLOAT32_LAYER
 
 import marnet_sdk.classifier
 from marnet_sdk import Classifier, ImageError, InvalidImages
-from marnet_sdk.backends import InTwoCalls
+from marnet_sdk.backends import InTwoCalls, RuntimeReport
 from marnet_sdk.bundle import read_bundle, reseal_bundle
-from marnet_sdk.captured import RuntimeReport
 from marnet_sdk.errors import (
     BackendUnavailable,
     BundleFormatError,
@@ -34,7 +33,8 @@ from marnet_sdk.errors import (
     MarnetError,
     SelfTestFailed,
 )
-from marnet_sdk.images import Limits
+from marnet_sdk.inputs import batches
+from marnet_sdk.inputs.images import Limits
 from marnet_train.checkpoint import load_checkpoint
 
 
@@ -339,8 +339,8 @@ class Spoiling(InTwoCalls):
 def test_logits_that_are_no_numbers_are_an_error_that_names_the_rows(
     classifier, paths, spoiled, monkeypatch, value
 ):
-    spoiling = Spoiling(classifier._backend, value, [0, 2])
-    monkeypatch.setattr(classifier, "_backend", spoiling)
+    spoiling = Spoiling(classifier._guard.check(), value, [0, 2])
+    monkeypatch.setattr(classifier._guard, "_backend", spoiling)
     cause = "hold NaN or infinity, from step .* expected finite numbers: check the pixels .* export"
     with pytest.raises(InferenceError, match=f"the logits of row 0, row 2 {cause}"):
         classifier.logits(classifier.preprocess.pixels(paths))
@@ -371,8 +371,8 @@ class Exploding(InTwoCalls):
 def test_the_step_at_which_a_chain_left_the_finite_numbers_is_named(
     classifier, paths, monkeypatch, step
 ):
-    exploding = Exploding(classifier._backend, step)
-    monkeypatch.setattr(classifier, "_backend", exploding)
+    exploding = Exploding(classifier._guard.check(), step)
+    monkeypatch.setattr(classifier._guard, "_backend", exploding)
     with pytest.raises(InferenceError, match=f"from step {step} of 100 of the reverse loop on"):
         classifier.predict(paths[:3])
     assert exploding.calls <= 1 + 7
@@ -412,10 +412,10 @@ def test_a_seed_at_load_needs_no_other_export_whatever_the_backend(bundle_of, cl
 def test_samples_are_averaged_probabilities_of_single_chains(bundle_of, paths):
     several = Classifier(bundle_of("onnxruntime", "fp32"), samples=5)
     pixels = several.preprocess.pixels(paths)
-    tables = several._tables(pixels, 0, 5, 5)
-    x_v = several._backend.encode(pixels)
+    tables = several._run._tables(pixels, 0, 5, 5)
+    x_v = several._guard.check().encode(pixels)
     single = [
-        several._backend.refine(x_v, tables.samples(k, k + 1))[0][:, 0].astype(np.float64)
+        several._guard.check().refine(x_v, tables.samples(k, k + 1))[0][:, 0].astype(np.float64)
         for k in range(5)
     ]
     chances = np.stack([np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in single], axis=1)
@@ -455,8 +455,8 @@ class Counting(InTwoCalls):
 
 
 def test_the_encoder_runs_once_however_many_samples(classifier, paths, monkeypatch):
-    counting = Counting(classifier._backend)
-    monkeypatch.setattr(classifier, "_backend", counting)
+    counting = Counting(classifier._guard.check())
+    monkeypatch.setattr(classifier._guard, "_backend", counting)
     classifier.predict(paths, samples=8)
     assert (counting.encoded, counting.chains) == (11, 88)
 
@@ -464,8 +464,8 @@ def test_the_encoder_runs_once_however_many_samples(classifier, paths, monkeypat
 def test_settled_images_draw_no_more_and_keep_their_labels(classifier, digits, monkeypatch):
     images = sorted((digits / "test").glob("*.png"))[:120]
     full = classifier.predict(images, samples=16)
-    counting = Counting(classifier._backend)
-    monkeypatch.setattr(classifier, "_backend", counting)
+    counting = Counting(classifier._guard.check())
+    monkeypatch.setattr(classifier._guard, "_backend", counting)
     early = classifier.predict(images, samples=16, stop="settled")
     drawn = [answer.samples for answer in early]
     assert set(drawn) <= {4, 8, 16}
@@ -506,9 +506,9 @@ def test_impossible_samples_are_refused(classifier, paths, arguments, message):
 
 def test_embeddings_are_the_mean_over_the_samples(bundle_of, paths):
     three = Classifier(bundle_of("onnxruntime", "fp32"), samples=3)
-    tables = three._tables(three.preprocess.pixels(paths), 0, 3, 3)
-    x_v = three._backend.encode(three.preprocess.pixels(paths))
-    want = three._backend.refine(x_v, tables)[1].mean(axis=1)
+    tables = three._run._tables(three.preprocess.pixels(paths), 0, 3, 3)
+    x_v = three._guard.check().encode(three.preprocess.pixels(paths))
+    want = three._guard.check().refine(x_v, tables)[1].mean(axis=1)
     np.testing.assert_allclose(three.embed(paths), want, atol=1e-5 * np.abs(want).max())
 
 
@@ -582,7 +582,7 @@ def test_tables_of_a_few_numbers_of_samples_are_kept_and_no_more(bundle_of, path
     first = classifier.predict(paths[0], samples=2)
     for samples in range(1, 12):
         classifier.predict(paths[0], samples=samples)
-    assert classifier._shared.cache_info().currsize <= 4
+    assert classifier._run._shared.cache_info().currsize <= 4
     assert classifier.predict(paths[0], samples=2) == first
 
 
@@ -606,15 +606,15 @@ def test_noise_keyed_by_image_is_drawn_for_the_samples_that_are_used(noisy_bundl
 def test_noise_keyed_by_image_depends_on_its_pixels_and_on_nothing_else(noisy_bundle, paths):
     noisy = Classifier(noisy_bundle)
     pixels = noisy.preprocess.pixels(paths)
-    tables = noisy._tables(pixels, 0, 2, 2)
+    tables = noisy._run._tables(pixels, 0, 2, 2)
     assert tables.bias.shape[1] == 11
     assert len({tables.bias[0, i].tobytes() for i in range(11)}) == 11
     order = np.array([3, 3, 0])
-    again = noisy._tables(pixels[order], 0, 2, 2)
+    again = noisy._run._tables(pixels[order], 0, 2, 2)
     np.testing.assert_allclose(again.bias, tables.bias[:, order], atol=1e-6)
     changed = pixels.copy()
     changed[0, 0, 0, 0] += 1e-3
-    other = noisy._tables(changed, 0, 2, 2)
+    other = noisy._run._tables(changed, 0, 2, 2)
     assert np.abs(other.bias[:, 0] - tables.bias[:, 0]).max() > 0.1
     np.testing.assert_allclose(other.bias[:, 1:], tables.bias[:, 1:], atol=1e-6)
 
@@ -819,13 +819,13 @@ class OnGpu:
 def test_pinned_memory_is_the_host_s(kind, on_device):
     array = OnGpu(np.zeros(1))
     array.__dlpack_device__ = lambda: (kind, 0)
-    assert marnet_sdk.classifier._is_on_device(array) == on_device
+    assert batches.is_on_device(array) == on_device
 
 
 @pytest.fixture
 def at_once(classifier, monkeypatch) -> AtOnce:
-    backend = AtOnce(classifier._backend)
-    monkeypatch.setattr(classifier, "_backend", backend)
+    backend = AtOnce(classifier._guard.check())
+    monkeypatch.setattr(classifier._guard, "_backend", backend)
     return backend
 
 
@@ -877,7 +877,7 @@ def test_an_array_on_a_gpu_is_refused_by_a_backend_of_the_cpu(classifier, paths)
 
 def test_noise_keyed_by_image_needs_the_pixels_on_the_host(noisy_bundle, monkeypatch):
     classifier = Classifier(noisy_bundle)
-    monkeypatch.setattr(classifier, "_backend", AtOnce(classifier._backend))
+    monkeypatch.setattr(classifier._guard, "_backend", AtOnce(classifier._guard.check()))
     with pytest.raises(InvalidInput, match=r"keys its noise by the bytes .* pass a NumPy"):
         classifier.logits(OnGpu(np.zeros((1, *classifier.preprocess.output_shape), np.float32)))
 

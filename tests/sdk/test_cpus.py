@@ -178,7 +178,7 @@ def test_what_the_user_says_about_waiting_stands(monkeypatch, name):
     "code",
     [
         "import marnet_train, torch",
-        "from marnet_sdk.backends.torch_cuda import check_types as c; c('x', 'fp32', 'cpu')",
+        "from marnet_sdk.backends.torch_device import check_types as c; c('x', 'fp32', 'cpu')",
     ],
 )
 def test_openmp_s_waiting_threads_spin_briefly(code):

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from played_gpu import BROKEN, CONTEXT, PlayedDriver, has_driver, played_array, real_gpu
 
-import marnet_sdk.driver
-from marnet_sdk.driver import ALIGNMENT, Gpu, Graph, Memory, MemoryPlan, Stream, device_array
+import marnet_sdk.gpu.driver
 from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MissingExtra
+from marnet_sdk.gpu.driver import ALIGNMENT, Gpu, Graph, Memory, MemoryPlan, Stream, device_array
 
 CUDA = (
     "cuInit cuDeviceGet cuDevicePrimaryCtxRetain cuCtxPushCurrent cuCtxPopCurrent cuStreamCreate "
@@ -257,7 +257,7 @@ def viewed(monkeypatch) -> list[Any]:
     """Arrays that are looked at are taken for their own description."""
     found: list[Any] = []
     monkeypatch.setattr(
-        marnet_sdk.driver, "_strided_view", lambda array, stream: found.append(stream) or array
+        marnet_sdk.gpu.driver, "_strided_view", lambda array, stream: found.append(stream) or array
     )
     return found
 

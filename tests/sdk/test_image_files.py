@@ -15,7 +15,7 @@ from pictures import encode, make_picture, to_array
 from PIL import Image, ImageFile
 
 from marnet_sdk.errors import ImageError
-from marnet_sdk.images import decode
+from marnet_sdk.inputs.images import decode
 
 WIDTH, HEIGHT = 32, 8
 RAMP = np.tile(np.arange(WIDTH) * 255 // (WIDTH - 1), (HEIGHT, 1))  # [H, W], 0 .. 255

@@ -24,7 +24,7 @@ from PIL import Image, ImageFile, ImageOps
 from tolerances import COLOUR_ENGINE
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
-from marnet_sdk.images import Limits, decode
+from marnet_sdk.inputs.images import Limits, decode
 
 LOSSLESS: dict[str, Callable[[Image.Image], bytes]] = {
     "PNG": lambda image: encode(image, "PNG"),

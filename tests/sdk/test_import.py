@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from marnet_sdk import Classifier
+
 HEAVY = (
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "sklearn", "scipy", "rich",
     "click", "marnet_train", "marnet_export", "marnet_bench",
@@ -18,7 +20,7 @@ HEAVY = (
     [
         "import marnet_sdk",
         "from marnet_sdk import Classifier, ImageError, InvalidImages, Prediction",
-        "import marnet_sdk.backends, marnet_sdk.bundle, marnet_sdk.trajectory",
+        "import marnet_sdk.backends, marnet_sdk.bundle, marnet_sdk.noise.trajectory",
         "import marnet_sdk.backends.onnxruntime, marnet_sdk.backends.torchscript",
     ],
 )
@@ -44,6 +46,30 @@ def test_importing_the_sdk_needs_nothing_that_only_unix_has():
         "from marnet_sdk.cpus import cpus; assert cpus().threads >= 1"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_classifying_needs_nothing_that_only_unix_has(bundle_of, digits, backend):
+    """As far as our own code goes; what the backend's package imports is its own business."""
+    code = (
+        "import os, sys\n"
+        "os.environ['ORT_DISABLE_TELEMETRY'] = '1'; sys.modules['openvino_telemetry'] = None\n"
+        f"import numpy, PIL.Image, safetensors, {backend}\n"
+        "for name in ('fcntl', 'grp', 'pwd', 'resource', 'termios'): sys.modules[name] = None\n"
+        "for name in ('fork', 'pread', 'register_at_fork', 'sched_getaffinity', 'umask'):\n"
+        "    delattr(os, name)\n"
+        "from marnet_sdk import Classifier\n"
+        "from marnet_sdk.cpus import cpus\n"
+        "assert cpus().threads >= 1\n"
+        "print(Classifier(sys.argv[1], threads=1).predict(sys.argv[2]).label)\n"
+        "assert 'marnet_sdk.outputs' not in sys.modules, 'writers alone need it'\n"
+        "assert not [name for name in sys.modules if name.startswith('marnet_sdk.gpu.')]"
+    )
+    bundle, image = bundle_of(backend, "fp32"), min((digits / "test").glob("*.png"))
+    command = [sys.executable, "-c", code, str(bundle), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [Classifier(bundle).predict(image).label]
 
 
 def imported_by(code: str) -> list[str]:

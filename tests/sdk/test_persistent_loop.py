@@ -25,10 +25,10 @@ from marnet_kernels.reverse_sampler import (
     reverse_sampler_reference,
     to_bits,
 )
-from marnet_sdk.driver import Gpu
 from marnet_sdk.errors import BundleFormatError, InvalidInput
-from marnet_sdk.persistent_loop import LoopWeights, PersistentLoop
-from marnet_sdk.tables import Tables
+from marnet_sdk.gpu.driver import Gpu
+from marnet_sdk.gpu.persistent_loop import LoopWeights, PersistentLoop
+from marnet_sdk.noise.tables import Tables
 
 HIDDEN, PADDED = 20, 256
 BIG = DeviceInfo((9, 0), 132, 227 << 10, True)

@@ -17,8 +17,8 @@ from pictures import encode, make_picture, to_array
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
-from marnet_sdk.images import Limits, decode
-from marnet_sdk.preprocess import Preprocess, PreprocessError
+from marnet_sdk.inputs.images import Limits, decode
+from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
 
 VIT = Preprocess(size=(224, 224))
 CLIP = Preprocess(shortest_edge=224, crop_size=(224, 224), resample=Image.Resampling.BICUBIC)

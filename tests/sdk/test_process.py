@@ -315,7 +315,7 @@ state()
 
 def test_a_call_that_is_running_survives_closing(bundle_of, image):
     classifier = Classifier(bundle_of("onnxruntime", "fp16"))
-    with classifier._guard._calling() as backend:
+    with classifier._guard.calling() as backend:
         classifier.close()
         pixels = classifier.preprocess.pixels([image])
         assert backend.encode(pixels).shape[0] == 1

@@ -16,7 +16,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from marnet_export.tensorrt_engines import add_engines
-from marnet_sdk import tensorrt_library
 from marnet_sdk.errors import (
     BackendUnavailable,
     BundleCorrupt,
@@ -24,7 +23,8 @@ from marnet_sdk.errors import (
     MarnetError,
     MissingExtra,
 )
-from marnet_sdk.tensorrt_library import (
+from marnet_sdk.gpu import tensorrt_library
+from marnet_sdk.gpu.tensorrt_library import (
     Device,
     Engine,
     EngineSet,

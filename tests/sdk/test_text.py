@@ -383,7 +383,7 @@ def test_a_huge_text_is_answered_like_its_beginning(classifier):
 def test_features_of_an_image_that_are_no_numbers_are_an_error_that_names_it(
     classifier, paths, monkeypatch
 ):
-    backend = classifier._backend
+    backend = classifier._guard.check()
 
     class Spoiling:
         def encode(self, pixels):
@@ -391,7 +391,7 @@ def test_features_of_an_image_that_are_no_numbers_are_an_error_that_names_it(
             x_v[-1] = np.inf
             return x_v
 
-    monkeypatch.setattr(classifier, "_backend", Spoiling())
+    monkeypatch.setattr(classifier._guard, "_backend", Spoiling())
     names = re.escape(f"the features of image 1 ({paths[1]}) hold NaN or infinity, from the enc")
     with pytest.raises(InferenceError, match=names):
         classifier.match(paths[:2], TEXTS)

@@ -32,11 +32,14 @@ from marnet_export.builders.torchscript import build_encoder, build_refine
 from marnet_export.lower import lower_marnet
 from marnet_export.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
-from marnet_sdk.backends import torch_cuda, torchscript
-from marnet_sdk.backends.torch_cuda import Cuda, Parts, Rows, TorchOnCuda
-from marnet_sdk.captured import ALIGNMENT, Shape
+from marnet_sdk.backends import torch_cuda, torch_device, torchscript
+from marnet_sdk.backends.torch_cuda import TorchOnCuda
 from marnet_sdk.errors import BackendUnavailable, InferenceError, InvalidInput, MarnetWarning
-from marnet_sdk.tables import Tables
+from marnet_sdk.gpu import torch_programs, torch_stream
+from marnet_sdk.gpu.captured import ALIGNMENT, Shape
+from marnet_sdk.gpu.torch_programs import Parts
+from marnet_sdk.gpu.torch_stream import Cuda, Rows
+from marnet_sdk.noise.tables import Tables
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet
 
@@ -526,9 +529,9 @@ class PlayedLoop:
 
 @pytest.fixture
 def played(monkeypatch) -> None:
-    monkeypatch.setattr(torch_cuda, "PersistentLoop", PlayedLoop)
+    monkeypatch.setattr(torch_programs, "PersistentLoop", PlayedLoop)
     driver = SimpleNamespace(current=nullcontext)
-    monkeypatch.setattr(torch_cuda, "Gpu", lambda extra, ordinal: driver)
+    monkeypatch.setattr(torch_programs, "Gpu", lambda extra, ordinal: driver)
 
 
 def test_the_kernel_s_memory_is_where_the_graph_leaves_and_finds_what_it_shares(
@@ -582,16 +585,16 @@ def test_a_torch_that_finds_no_gpu_says_what_torch_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", none_there)
     message = r"CUDA 13.0\) finds no GPU \(Found no NVIDIA driver .*; look at .*--device cpu"
     with pytest.raises(BackendUnavailable, match=message):
-        torch_cuda.check_cuda("torchscript")
+        torch_device.check_cuda("torchscript")
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
 def test_a_gpu_computes_in_three_types(compute, monkeypatch):
-    monkeypatch.setattr(torch_cuda, "why_no_cuda", lambda: None)
-    torch_cuda.check_types("torchscript", compute, "cuda")
+    monkeypatch.setattr(torch_device, "why_no_cuda", lambda: None)
+    torch_device.check_types("torchscript", compute, "cuda")
     message = f"torchscript computes in fp32, bf16 or fp16 on a GPU, the bundle asks {compute}x"
     with pytest.raises(BackendUnavailable, match=message):
-        torch_cuda.check_types("torchscript", f"{compute}x", "cuda")
+        torch_device.check_types("torchscript", f"{compute}x", "cuda")
 
 
 @pytest.fixture
@@ -602,7 +605,7 @@ def told() -> Iterator[Callable[[], list[Any]]]:
     def settings() -> list[Any]:
         newer = [setting.fp32_precision for setting in (cudnn.conv, cudnn.rnn, matmul)]
         older = (lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision)
-        return [*newer, *map(torch_cuda._ask, older)]
+        return [*newer, *map(torch_stream._ask, older)]
 
     yield settings
     cudnn.allow_tf32 = True
@@ -621,7 +624,7 @@ TELL = {
 def test_float32_is_exact_while_it_is_computed_and_settings_are_put_back(told, how):
     TELL[how]()
     before = told()
-    with torch_cuda.exact_float32():
+    with torch_stream.exact_float32():
         assert told()[:3] == ["ieee"] * 3
         assert not told()[3]
     assert told() == before
@@ -632,7 +635,7 @@ def test_threads_that_want_exact_products_do_not_wait_for_each_other(told):
     before, barrier = told(), Barrier(2)
 
     def use(_: int) -> None:
-        with torch_cuda.exact_float32():
+        with torch_stream.exact_float32():
             barrier.wait(60)  # both are inside
             assert told()[:3] == ["ieee"] * 3
             barrier.wait(60)
@@ -651,7 +654,7 @@ def test_the_reason_is_what_came_first_in_one_line():
 
     with pytest.raises(RuntimeError) as caught:
         fail()
-    assert torch_cuda.first_cause(caught.value) == "cannot call this while capturing"
+    assert torch_stream.first_cause(caught.value) == "cannot call this while capturing"
 
 
 def test_a_reason_from_torchscript_is_its_last_line():
@@ -659,7 +662,7 @@ def test_a_reason_from_torchscript_is_its_last_line():
         "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript "
         "(most recent call last):\n  ...\nRuntimeError: out of memory\n"
     )
-    assert torch_cuda.one_line(error) == "RuntimeError: out of memory"
+    assert torch_stream.one_line(error) == "RuntimeError: out of memory"
 
 
 def test_texts_of_any_length_are_encoded():

@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from tolerances import FLOAT64, LIBM, SIGMAS
 
 from marnet_sdk.errors import MarnetError
-from marnet_sdk.trajectory import (
-    NoiseTrajectory,
-    draw_trajectory,
-    fold,
-    philox4x32,
-    standard_normal,
-)
+from marnet_sdk.noise.philox import philox4x32, standard_normal
+from marnet_sdk.noise.trajectory import NoiseTrajectory, draw_trajectory, fold
 
 SEEDS = st.integers(0, 2**64 - 1)
 STEPS = st.integers(0, 2**32 - 1)

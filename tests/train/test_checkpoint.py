@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marnet_sdk.errors import CheckpointError, NotFound
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import (
     BASELINE,
     checkpoint_hash,

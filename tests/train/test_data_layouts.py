@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pictures import encode, make_picture
 
 from marnet_sdk.errors import DataError, MissingExtra, NotFound
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.dataset import read_data_set, read_one_split, scan_data_set
 from marnet_train.data.examples import data_hash
 from marnet_train.data.imagefolder import write_split

@@ -28,7 +28,7 @@ from tolerances import (
 from torch import Tensor
 
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import (
     SAMPLERS,
     SCHEDULE_PRESETS,

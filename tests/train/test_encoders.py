@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from marnet_sdk.errors import EnvironmentMismatch, OutputExists
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train import encoders
 from marnet_train.cli import main
 from marnet_train.encoders import LITE0_WEIGHTS, MINILM, TEXT, VISION, lite0_state, write_encoders

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tolerances import FLOAT32_TWICE
 
 from marnet_sdk.errors import RecipeError
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.data.examples import Example
 from marnet_train.data.imagefolder import read_split

@@ -13,7 +13,7 @@ import torch
 from tiny_training import TINY, make_ready
 from torch import Tensor
 
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.examples import Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.features import (

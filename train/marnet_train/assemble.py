@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.errors import RecipeError, nearest
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.examples import DataSet, Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor

@@ -28,8 +28,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from marnet_sdk.errors import CheckpointError, InvalidInput, MarnetError, NotFound
-from marnet_sdk.files import atomic_directory, newest, sha256_file
-from marnet_sdk.preprocess import Preprocess, PreprocessError
+from marnet_sdk.files import newest, sha256_file
+from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
+from marnet_sdk.outputs import atomic_directory
 from marnet_train.hub import download, files_of, is_hub_id, upload
 from marnet_train.models import METHODS
 from marnet_train.models.marnet import Baseline, MARNet

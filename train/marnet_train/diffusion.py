@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.trajectory import NoiseTrajectory
+from marnet_sdk.noise.trajectory import NoiseTrajectory
 
 SCHEDULES = ("cosine", "linear")
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import EfficientNetConfig, EfficientNetModel
 
 from marnet_sdk.errors import EnvironmentMismatch
-from marnet_sdk.files import atomic_directory
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.outputs import atomic_directory
 from marnet_train.checkpoint import CONFIG, PREPROCESSOR, WEIGHTS, write_json
 
 VISION, TEXT = "efficientnet-lite0", "minilm-l6"  # the folders that are written

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marnet_sdk.console import track
 from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
-from marnet_sdk.trajectory import draw_trajectory
+from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.dataset import read_one_split
 from marnet_train.data.examples import Example

@@ -21,8 +21,8 @@ from torch import Tensor
 from marnet_sdk.console import say, track
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import MarnetError
-from marnet_sdk.files import atomic_file
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.outputs import atomic_file
 from marnet_train.data.examples import Example, read_image
 from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.models.backbones import VisionEncoder

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from marnet_sdk.console import say, track
 from marnet_sdk.errors import CheckpointError, OutputExists
-from marnet_sdk.files import atomic_file, enough_space, exclusive
+from marnet_sdk.outputs import atomic_file, enough_space, exclusive
 
 PHASE, EPOCH, METRICS = "phase.safetensors", "epoch.safetensors", "metrics.jsonl"
 SAVING_SHARE = 0.05  # of the time at most is spent on saving epochs, so some may not be saved

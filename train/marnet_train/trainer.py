@@ -17,7 +17,7 @@ from marnet_sdk.console import say
 from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.files import atomic_directory, check_output
+from marnet_sdk.outputs import atomic_directory, check_output
 from marnet_train.assemble import prepare
 from marnet_train.card import model_card
 from marnet_train.checkpoint import (

@@ -51,7 +51,7 @@ from marnet_sdk.backends import (
     why_unavailable,
     with_alignment,
 )
-from marnet_sdk.backends.torch_cuda import check_cuda
+from marnet_sdk.backends.torch_device import check_cuda
 from marnet_sdk.errors import ExportError, MarnetError, requires_extra
 
 Floats = NDArray[np.float32]

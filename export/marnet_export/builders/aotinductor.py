@@ -43,8 +43,9 @@ from marnet_sdk.backends.aotinductor import (
     host_flags,
     read_metadata,
 )
-from marnet_sdk.backends.torch_cuda import exact_float32, gpu_name
+from marnet_sdk.backends.torch_device import gpu_name
 from marnet_sdk.errors import BackendUnavailable, ExportError
+from marnet_sdk.gpu.torch_stream import exact_float32
 
 _OLDEST = (2, 13)  # torch; 2.11 and 2.12 cannot write a `scan` in C++
 STORAGE = ("fp32", "bf16", "fp16")

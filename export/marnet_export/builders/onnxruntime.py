@@ -49,7 +49,7 @@ from marnet_sdk.backends.onnxruntime import (
     load_onnxruntime,
     session_options,
 )
-from marnet_sdk.tables import Floats
+from marnet_sdk.noise.tables import Floats
 
 load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
 

@@ -53,9 +53,9 @@ from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.tensorrt import by_noise_row
 from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
-from marnet_sdk.persistent_loop import LOOP
-from marnet_sdk.tables import Floats, Integers, Tables
-from marnet_sdk.tensorrt_library import RTX, STANDARD, read_index
+from marnet_sdk.gpu.persistent_loop import LOOP
+from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, read_index
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 load_onnxruntime()  # before anything else imports it, for its telemetry
 from onnxruntime.quantization import (  # noqa: E402

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from marnet_export.builders import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
 from marnet_export.graph import Refine, ScriptedLoop, on_device
 from marnet_export.lower import Lowered
-from marnet_sdk.backends.torch_cuda import exact_float32
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
 from marnet_sdk.backends.torchscript import _module as open_module
 from marnet_sdk.bundle import PLAN
+from marnet_sdk.gpu.torch_stream import exact_float32
 
 STORAGE = ("fp32", "bf16", "fp16")
 COMPUTE = ("fp32", "bf16")

@@ -9,17 +9,18 @@ Axes: B batch, K noise samples, S steps, H hidden, C classes, D_v encoder featur
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from marnet_sdk.alignment import WithAlignment, read_head
-from marnet_sdk.captured import IN_GRAPH, DeviceRows, RuntimeReport
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, BundleFormatError, InvalidInput
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
+IN_GRAPH = "in the graph"  # the loop of a backend that just calls its graphs
 BACKENDS = {
     "aotinductor": "marnet_sdk.backends.aotinductor",
     "onnxruntime": "marnet_sdk.backends.onnxruntime",
@@ -29,26 +30,53 @@ BACKENDS = {
 }
 
 
+class DeviceRows(Protocol):
+    """A batch of a caller that lies on the GPU already: rows of one size, one after another."""
+
+    @property
+    def address(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> DeviceRows: ...
+
+
+@dataclass(frozen=True)
+class RuntimeReport:
+    """The way a backend runs, for whoever asks why it is as fast as it is."""
+
+    device: str
+    loop: str  # what runs the reverse loop, and why
+    buckets: tuple[int, ...]  # batch sizes that exist; others are padded or split
+    memory: dict[str, int] = field(default_factory=dict)  # bytes on the GPU by purpose
+    captures: int = 0  # programs that were captured
+    replays: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)  # plain runs by reason
+    copies: int = 0  # batches on the device that were copied there and not read in place
+    threads: int | None = None  # of the processor, that one call computes with; None on a GPU
+    cpus: str = ""  # the CPUs that the process may use
+
+
 class Backend(Protocol):
     """Runs the built graphs. May be called from several threads at once."""
 
     def encode(self, pixels: Floats) -> Floats:
-        """pixels [B, 3, height, width] -> x_v [B, D_v]."""
+        """Encode pixels [B, 3, height, width] to x_v [B, D_v]."""
         ...
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        """x_v [B, D_v] -> logits [B, K, C] and fused features [B, K, D_f]."""
+        """Refine x_v [B, D_v] to logits [B, K, C] and fused features [B, K, D_f]."""
         ...
 
     def run(self, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
-        """pixels [B, 3, height, width] -> what `refine` gives of what `encode` gives of them.
+        """Encode pixels [B, 3, height, width] and refine what comes out, in one call.
 
         `pixels` is a NumPy array, or what `device_rows` made of an array on the GPU.
         """
         ...
 
     def device_rows(self, array: Any) -> DeviceRows:
-        """A caller's array on the GPU, as `run` takes it: float32 [B, 3, height, width].
+        """Take a caller's array on the GPU, float32 [B, 3, height, width], for `run`.
 
         Raises:
             InvalidInput: this backend reads the host's memory alone, or cannot read that array.
@@ -56,7 +84,7 @@ class Backend(Protocol):
         ...
 
     def report(self) -> RuntimeReport:
-        """How it runs."""
+        """Tell how it runs."""
         ...
 
 
@@ -65,7 +93,7 @@ class InTwoCalls:
     after the other."""
 
     def threads(self) -> int:
-        """How many a call computes with."""
+        """The number of threads that a call computes with."""
         return 1
 
     def run(self: Backend, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
@@ -104,7 +132,7 @@ def open_backend(
 
 
 def with_alignment(backend: Backend, payload: Path) -> Backend:
-    """The same backend, which also answers without the loop where `payload` has the head for it.
+    """Let a backend answer without the loop, too, where `payload` has the head for it.
 
     Raises:
         BundleFormatError: the head is not what it should be.
@@ -114,7 +142,7 @@ def with_alignment(backend: Backend, payload: Path) -> Backend:
 
 
 def why_unavailable(name: str) -> str | None:
-    """Why a backend cannot run on this machine, as far as that is known without loading it."""
+    """Tell why a backend cannot run on this machine, as far as that is known without loading it."""
     probe = getattr(_leaf(name, Path(name)), "why_unavailable", None)
     return probe() if probe else None
 

@@ -24,9 +24,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
+from marnet_sdk.backends import (
+    Backend,
+    InTwoCalls,
+    TextEncoder,
+    torch_cpu,
+    torch_cuda,
+    torch_device,
+)
 from marnet_sdk.errors import BackendUnavailable, InvalidInput
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.gpu.torch_programs import Model
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt2", "refine.pt2", "text.pt2"
 # What the builder writes into a package, beside torch's own AOTI_... entries.
@@ -52,7 +60,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         BackendUnavailable: the code is for another processor, GPU or device, or this torch cannot
             load it.
     """
-    torch_cuda.check_types("aotinductor", compute, device)
+    torch_device.check_types("aotinductor", compute, device)
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, device))
     encoder, refine = (_open(payload / name, threads) for name in (ENCODER, REFINE))
@@ -61,7 +69,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Load the text encoder; as `open_payload`, but it is not captured."""
-    torch_cuda.check_types("aotinductor", compute, device)
+    torch_device.check_types("aotinductor", compute, device)
     if device == "cuda":
         return _text_on_cuda(_DeviceGraph(payload / TEXT, device))
     graph = _open(payload / TEXT, threads)
@@ -77,7 +85,7 @@ def _open(path: Path, threads: int | None) -> _Graph:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a package says about itself. Nothing of it is run.
+    """Read what a package says about itself. Nothing of it is run.
 
     Raises:
         BackendUnavailable: it is no package that marnet-export wrote.
@@ -108,7 +116,7 @@ def _check_device(path: Path, metadata: Mapping[str, str], device: str) -> None:
         )
     if device != "cuda":
         return
-    target, here = metadata.get(GPU, "no GPU that it names"), torch_cuda.gpu_name()
+    target, here = metadata.get(GPU, "no GPU that it names"), torch_device.gpu_name()
     # Code for sm86 runs on sm86 and sm89, and on no other generation.
     if target[:-1] != here[0][:-1] or target > here[0]:
         raise BackendUnavailable(
@@ -134,7 +142,7 @@ def _check_host(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _plain(flag: str) -> str:
-    """Compilers and the kernel spell instruction sets differently: avx512vnni, avx512_vnni."""
+    """The one spelling of an instruction set: compilers say avx512vnni, the kernel avx512_vnni."""
     return flag.replace("_", "").replace("-", "")
 
 
@@ -214,7 +222,8 @@ class _AotInductor(InTwoCalls):
 
 
 def _check_table(batch: int, shape: tuple[int, ...]) -> None:
-    """
+    """Refuse tables that the loop cannot take.
+
     Raises:
         InvalidInput: it is no table of the loop for so many images.
     """
@@ -226,7 +235,7 @@ def _check_table(batch: int, shape: tuple[int, ...]) -> None:
 
 
 class _Inputs:
-    """What compiled code takes, which believes any address: nothing wrong may reach it."""
+    """The inputs of compiled code, which believes any address: nothing wrong may reach it."""
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self.name = path.name
@@ -234,7 +243,8 @@ class _Inputs:
         self._limits: dict[str, int] = json.loads(metadata[LIMITS])
 
     def check(self, *arrays: Any) -> None:
-        """
+        """Refuse inputs of other types or shapes than were compiled for.
+
         Args:
             arrays: NumPy's, or tensors. Of tensors, only types and shapes are looked at.
 
@@ -278,7 +288,7 @@ class _Graph:
         self(*(np.zeros(_smallest(shape), kind) for _, kind, shape in self._inputs.known))
 
     def __call__(self, *arrays: NDArray) -> list[Any]:
-        """Outputs in the graph's order.
+        """Run it; the outputs are in the graph's order.
 
         Raises:
             InvalidInput: an array of another type or shape, or an integer out of range.
@@ -342,12 +352,12 @@ class _DeviceGraph:
 
 
 def _as_compiled(tensor: Any) -> Any:
-    """Contiguous, at an address that is a multiple of 16: the code reads several values at once."""
+    """The array, contiguous and at a multiple of 16: the code reads several values at once."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def load_model(payload: Path, device: str) -> torch_cuda.Model:
+def load_model(payload: Path, device: str) -> Model:
     """The compiled code as what is captured on a GPU."""
     encoder, refine = (_DeviceGraph(payload / name, device) for name in (ENCODER, REFINE))
 
@@ -361,7 +371,7 @@ def load_model(payload: Path, device: str) -> torch_cuda.Model:
         logits, features = refine(x_v, coefficients[:-1], bias[:-1], bias[-1], row)
         return logits, features
 
-    return torch_cuda.Model(lambda pixels: encoder(pixels)[0], run_refine, _NO_PARTS)
+    return Model(lambda pixels: encoder(pixels)[0], run_refine, _NO_PARTS)
 
 
 def _text_on_cuda(graph: _DeviceGraph) -> TextEncoder:

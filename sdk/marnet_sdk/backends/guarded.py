@@ -6,24 +6,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from marnet_sdk.backends import Backend
-from marnet_sdk.captured import DeviceRows, RuntimeReport
+from marnet_sdk.backends import Backend, RuntimeReport
 from marnet_sdk.errors import ClassifierClosed, WrongProcess
 from marnet_sdk.process import native
-from marnet_sdk.tables import Floats, Tables
 
 
 class Guarded:
-    """The same backend, until `close`, in the process that opened it.
+    """Holds a backend until `close`, for the process that opened it.
 
     With a single thread of the processor, a backend has none of its own, and also works in
     processes that are forked from that one.
     """
 
     def __init__(self, backend: Backend, bundle: Path) -> None:
-        """`bundle` is what errors tell the user to open again."""
+        """Hold a backend; `bundle` is what errors tell the user to open again."""
         self._backend: Backend | None = backend
         self._bundle, self._process = bundle, os.getpid()
         report = backend.report()
@@ -34,7 +31,7 @@ class Guarded:
         self._backend = None
 
     def check(self) -> Backend:
-        """The backend.
+        """The backend, if it may be used here and now.
 
         Raises:
             ClassifierClosed: after `close`.
@@ -52,27 +49,17 @@ class Guarded:
         return backend
 
     @contextmanager
-    def _calling(self) -> Iterator[Backend]:
+    def calling(self) -> Iterator[Backend]:
+        """Give the backend to the block, which may call it.
+
+        Raises:
+            ClassifierClosed, WrongProcess: as `check` does.
+        """
         backend = self.check()
         with native():
             yield backend
 
-    def encode(self, pixels: Any) -> Floats:
-        with self._calling() as backend:
-            return backend.encode(pixels)
-
-    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        with self._calling() as backend:
-            return backend.refine(x_v, tables)
-
-    def run(self, pixels: Any, tables: Tables) -> tuple[Floats, Floats]:
-        with self._calling() as backend:
-            return backend.run(pixels, tables)
-
-    def device_rows(self, array: Any) -> DeviceRows:
-        with self._calling() as backend:
-            return backend.device_rows(array)
-
     def report(self) -> RuntimeReport:
-        with self._calling() as backend:
+        """Ask the backend how it runs."""
+        with self.calling() as backend:
             return backend.report()

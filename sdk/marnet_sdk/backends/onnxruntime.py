@@ -12,12 +12,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
-from marnet_sdk.captured import RuntimeReport
+from marnet_sdk.backends import Backend, InTwoCalls, RuntimeReport, TextEncoder, check_device
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.onnx", "refine.onnx", "text.onnx"
 HEAD = "head.onnx"
@@ -80,7 +79,7 @@ def load_onnxruntime() -> Any:
 
 
 def session_options(threads: int | None) -> Any:
-    """How graphs are run; what is not set here is ONNX Runtime's default."""
+    """Say how graphs are run; what is not set here is ONNX Runtime's default."""
     options = load_onnxruntime().SessionOptions()
     # Its own choice knows no quota, and would bind each thread to a core.
     options.intra_op_num_threads = threads or cpus().threads
@@ -99,7 +98,7 @@ def session_options(threads: int | None) -> Any:
 
 
 def _overflows() -> bool:
-    """Whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
+    """Tell whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
 
     ONNX Runtime then has slower ones that do not.
     """

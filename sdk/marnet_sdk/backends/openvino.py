@@ -14,12 +14,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, check_device
-from marnet_sdk.captured import RuntimeReport
+from marnet_sdk.backends import Backend, InTwoCalls, RuntimeReport, TextEncoder, check_device
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.xml", "refine.xml", "text.xml"
 HEAD = "head.xml"
@@ -94,7 +93,7 @@ def _compiled(
 
 
 def _has_int8(model: Any) -> bool:
-    """Whether a graph, or the body of one of its iterators, has int8 weights."""
+    """Tell whether a graph, or the body of one of its iterators, has int8 weights."""
     for node in model.get_ops():
         kind = node.get_type_name()
         if kind == "Constant" and node.get_element_type().get_type_name() == "i8":
@@ -172,7 +171,7 @@ class _Graph:
         self._idle: deque[Any] = deque()
 
     def __call__(self, **arrays: Floats | Integers) -> list[Floats]:
-        """Outputs in the graph's order, copied out of the request."""
+        """Run it; the outputs are in the graph's order, copied out of the request."""
         try:
             request = self._idle.pop()
         except IndexError:

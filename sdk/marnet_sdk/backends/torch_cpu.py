@@ -1,4 +1,4 @@
-"""How many of the processor's threads torch computes with, which it has one number for in all."""
+"""The number of threads that torch computes with on the processor: one for the whole process."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def use_threads(threads: int | None) -> int:
 
 
 def threads_now() -> int:
-    """What torch computes with."""
+    """The number of threads that torch computes with."""
     import torch
 
     return torch.get_num_threads()
 
 
 def settle_threads() -> None:
-    """To be called before torch computes: in a process forked from one with torch, with one thread.
+    """Settle, before torch computes, on one thread in a process forked from one with torch.
 
     Elsewhere this hands torch's number to OpenMP, which keeps one for each thread that computes.
     """

@@ -13,9 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder, torch_cpu, torch_cuda
+from marnet_sdk.backends import (
+    Backend,
+    InTwoCalls,
+    TextEncoder,
+    torch_cpu,
+    torch_cuda,
+    torch_device,
+)
 from marnet_sdk.errors import BackendUnavailable
-from marnet_sdk.tables import Floats, Integers, Tables
+from marnet_sdk.gpu.torch_programs import Model
+from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 ENCODER, REFINE, TEXT = "encoder.pt", "refine.pt", "text.pt"
 MATRIX = ".matrix"  # parameters of this name hold the factors of the low-precision products
@@ -33,7 +41,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
         MissingExtra: torch is not installed.
         BackendUnavailable: this torch cannot load the archive, or has no such device.
     """
-    torch_cuda.check_types("torchscript", compute, device)
+    torch_device.check_types("torchscript", compute, device)
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, compute, device))
     encoder, refine = (_module(payload / name, compute, threads) for name in (ENCODER, REFINE))
@@ -42,19 +50,19 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
     """Load the text encoder; as `open_payload`, but it is not captured."""
-    torch_cuda.check_types("torchscript", compute, device)
+    torch_device.check_types("torchscript", compute, device)
     module = _module(payload / TEXT, compute, threads, device)
     if device == "cuda":
         return torch_cuda.plain_text(module)
     return lambda ids, mask: _copied(_call(module, ids, mask))
 
 
-def load_model(payload: Path, compute: str, device: str) -> torch_cuda.Model:
+def load_model(payload: Path, compute: str, device: str) -> Model:
     """The modules as what is captured on a GPU."""
     refine = _load(payload / REFINE, compute, device)
     parts = torch_cuda.loop_parts(refine, compute)  # freezing leaves none
     encoder = _module(payload / ENCODER, compute, None, device)
-    return torch_cuda.Model(encoder, _freeze(refine), parts)
+    return Model(encoder, _freeze(refine), parts)
 
 
 def _module(path: Path, compute: str, threads: int | None, device: str = "cpu") -> Any:
@@ -94,7 +102,7 @@ def _load(path: Path, compute: str, device: str) -> Any:
         ) from error
     for key, parameter in module.named_parameters():
         if parameter.ndim >= 2:  # vectors are stored as they are used
-            target = torch_cuda.torch_type(compute) if key.endswith(MATRIX) else torch.float32
+            target = torch_device.torch_type(compute) if key.endswith(MATRIX) else torch.float32
             parameter.data = parameter.data.to(target)
     return module.eval()
 
@@ -111,7 +119,7 @@ def traced_on(path: Path) -> str:
 
 @contextmanager
 def _deprecated() -> Iterator[None]:
-    """torch warns that TorchScript is deprecated; whoever uses this backend knows."""
+    """Silence torch's warning that TorchScript is deprecated: whoever uses this backend knows."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         yield

@@ -19,7 +19,7 @@ from typing import Any
 from marnet_sdk.console import track
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import DataError, ImageError
-from marnet_sdk.images import decode
+from marnet_sdk.inputs.images import decode
 from marnet_train.data.dataset import scan_data_set
 from marnet_train.data.examples import (
     MAX_PROBLEMS,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marnet_sdk.errors import MissingExtra
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.outputs import atomic_directory
 from marnet_train.data.dataset import DataSet, read_data_set
 from marnet_train.data.digit_words import describe
 from marnet_train.data.imagefolder import is_data_set, write_split

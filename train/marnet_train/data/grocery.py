@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from marnet_sdk.errors import NotFound
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.outputs import atomic_directory
 from marnet_train.data.csvfile import read_csv
 from marnet_train.data.dataset import read_data_set
 from marnet_train.data.examples import (

@@ -21,8 +21,8 @@ from torch import Tensor
 from marnet_sdk.console import track
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import ImageError
-from marnet_sdk.images import decode
-from marnet_sdk.preprocess import Preprocess
+from marnet_sdk.inputs.images import decode
+from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.examples import Example, Problems
 from marnet_train.recipe import Augment
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from marnet_sdk.console import track
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.outputs import atomic_directory
 from marnet_train.data.dataset import read_data_set
 from marnet_train.data.examples import DataSet
 from marnet_train.data.imagefolder import is_data_set, write_split

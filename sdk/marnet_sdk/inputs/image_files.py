@@ -38,7 +38,7 @@ Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 @dataclass(frozen=True)
 class Limits:
-    """How large an untrusted image may be.
+    """The largest untrusted image that is accepted.
 
     A decoded image takes 4 bytes of memory per pixel, and up to 20 while it is converted. Pillow
     keeps a limit of its own for GIF, TIFF and WebP (`PIL.Image.MAX_IMAGE_PIXELS`, twice over).
@@ -55,7 +55,8 @@ class Limits:
 
 
 def check_pixels(width: int, height: int, source: str, limits: Limits) -> None:
-    """
+    """Refuse an image that is too large.
+
     Raises:
         ImageTooLarge: more pixels than `limits` allow.
     """
@@ -248,7 +249,7 @@ def _strip_jpeg(data: bytes) -> tuple[bytes, bytes, bool]:
 
 
 def _jpeg_end(data: bytes, at: int, *, restarts: bool) -> int:
-    """Where the data of the last scan ends; the header of the first begins at `at`.
+    """Find where the data of the last scan ends; the header of the first begins at `at`.
 
     At a marker, which may be the start of another image or a stray one, or with the file.
 
@@ -320,7 +321,7 @@ def _strip_png(data: bytes) -> tuple[bytes, bytes, bool]:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
-    """(kind, payload, whether its checksum is right) up to the end of the image or file."""
+    """Yield kind, payload and whether its checksum is right, up to the end of the image or file."""
     at = 8
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -384,7 +385,7 @@ def _check_png(opened: Opened) -> None:
 
 
 def _inflate(png: bytes, enough: int) -> tuple[int, bool]:
-    """How many bytes of rows there are, at least if below `enough`, and whether they are all."""
+    """Count the bytes of rows, at least if below `enough`, and tell whether they are all."""
     stream = b"".join(payload for kind, payload, _ in _png_chunks(png) if kind == b"IDAT")
     inflated, size = zlib.decompressobj(), 0
     with suppress(zlib.error):
@@ -451,7 +452,7 @@ def _strip_webp(data: bytes) -> tuple[bytes, bytes, Box | None]:
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(kind, payload) of every chunk that is whole."""
+    """Yield kind and payload of every chunk that is whole."""
     at = 12
     while at + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, at)

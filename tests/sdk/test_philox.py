@@ -1,28 +1,10 @@
-"""The noise: published bits, and what is refused."""
+"""The noise at the ends of its range, and what is refused."""
 
 import numpy as np
 import pytest
 
-from marnet_kernels.philox import philox4x32, standard_normal
-
-# Random123, file kat_vectors, philox4x32 with 10 rounds.
-PUBLISHED = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000",
-     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]  # fmt: skip
-
-
-def words(text):
-    return np.array([int(word, 16) for word in text.split()], np.uint32)
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), PUBLISHED)
-def test_it_gives_the_published_answers(counter, key, expected):
-    np.testing.assert_array_equal(philox4x32(words(counter), words(key)), words(expected))
+from marnet_sdk.errors import InvalidInput
+from marnet_sdk.noise.philox import philox4x32, standard_normal
 
 
 def test_extreme_words_give_finite_normals():
@@ -46,7 +28,7 @@ def test_extreme_words_give_finite_normals():
     ],
 )
 def test_it_refuses_what_is_not_words(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         philox4x32(**{"counter": [0, 0, 0, 0], "key": (0, 0), **arguments})
 
 
@@ -60,5 +42,5 @@ def test_it_refuses_what_is_not_words(arguments, message):
     ],
 )
 def test_it_refuses_arguments_out_of_range(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         standard_normal(**{"seed": 0, "step": 0, "width": 4, **arguments})

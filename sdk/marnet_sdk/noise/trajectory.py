@@ -1,48 +1,21 @@
-"""Everything random about reverse sampling, drawn from counters: marnet_kernels.philox.
-
-That module has the generator and says which counter a draw has. Here, wrong arguments are
-InvalidInput, as everywhere in the SDK.
+"""Everything random about one reverse-sampling loop, drawn from the counters of `philox`.
 
 Axes: S steps, K trajectories, D width of one noise vector, H width of the first layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import SupportsIndex
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from marnet_kernels import philox
 from marnet_sdk.errors import InvalidInput
+from marnet_sdk.noise.philox import check_integer, standard_normal
 
 _LAST_STEP = 2**32 - 1  # a step is one word of the counter
-
-
-def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """marnet_kernels.philox.philox4x32: uint32 [..., 4] and [2] -> 128 random bits, [..., 4].
-
-    Raises:
-        InvalidInput: wrong shape, or values that are not 32-bit unsigned integers.
-    """
-    with _invalid_input():
-        return philox.philox4x32(counter, key)
-
-
-def standard_normal(
-    seed: int, step: int | ArrayLike, width: int, *, trajectory: int = 0
-) -> NDArray[np.float64]:
-    """marnet_kernels.philox.standard_normal: [S, width], or [width] for a single step.
-
-    Raises:
-        InvalidInput: an argument outside its range.
-    """
-    with _invalid_input():
-        return philox.standard_normal(seed, step, width, trajectory)
 
 
 @dataclass(frozen=True, eq=False)  # == on arrays has no single answer
@@ -78,8 +51,8 @@ def draw_trajectory(
     Raises:
         InvalidInput: timesteps not decreasing or outside 1 .. T; a bad seed or width.
     """
-    train_steps = _integer("train_steps", train_steps, _LAST_STEP)
-    visited = [_integer("timesteps", t, _LAST_STEP) for t in timesteps]
+    train_steps = check_integer("train_steps", train_steps, _LAST_STEP)
+    visited = [check_integer("timesteps", t, _LAST_STEP) for t in timesteps]
     for earlier, later in pairwise(visited):
         if later >= earlier:
             raise InvalidInput(
@@ -144,17 +117,3 @@ def fold(
         state = a * state + s * noise[i] + (b + (c if i else 0.0)) * bias
     seen = carried.reshape(-1, width) @ weight.T  # one product: W_x is read once, not S times
     return np.asarray(time_bias, np.float64)[:, None] + seen.reshape(*carried.shape[:2], -1)
-
-
-def _integer(name: str, value: SupportsIndex, largest: int) -> int:
-    with _invalid_input():
-        return philox.check_integer(name, value, largest)
-
-
-@contextmanager
-def _invalid_input() -> Iterator[None]:
-    """What marnet_kernels refuses, as the SDK's error."""
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidInput(str(error)) from None

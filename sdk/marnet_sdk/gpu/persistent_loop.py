@@ -29,9 +29,9 @@ from marnet_kernels.reverse_sampler import (
     pack_tables,
     to_bits,
 )
-from marnet_sdk.driver import Gpu, MemoryPlan, Stream
 from marnet_sdk.errors import BundleFormatError, InvalidInput
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.gpu.driver import Gpu, MemoryPlan, Stream
+from marnet_sdk.noise.tables import Floats, Tables
 
 LOOP = "loop.safetensors"
 # The graphs around the kernel, where a payload has it.
@@ -58,7 +58,7 @@ class LoopWeights:
         return layout(len(self.matrices["hidden2"]), self.operand).padded
 
     def pack(self) -> PackedLoop:
-        """As the kernel reads them."""
+        """Pack them as the kernel reads them."""
         hidden2, hidden3 = ((self.matrices[n], self.biases[n]) for n in ("hidden2", "hidden3"))
         return pack(hidden2, hidden3, self.matrices["carry"], self.operand)
 
@@ -74,7 +74,8 @@ class LoopWeights:
 
     @classmethod
     def load(cls, path: Path) -> LoopWeights:
-        """
+        """Read loop.safetensors.
+
         Raises:
             BundleFormatError: it is not what `save` writes.
         """

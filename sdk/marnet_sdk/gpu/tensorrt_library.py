@@ -30,7 +30,7 @@ from marnet_sdk.errors import (
     MarnetWarning,
     MissingExtra,
 )
-from marnet_sdk.files import atomic_file
+from marnet_sdk.outputs import atomic_file
 
 INDEX = "engines.json"  # beside the ONNX files, in the payload
 STANDARD, RTX = "tensorrt", "tensorrt_rtx"
@@ -56,7 +56,7 @@ class Device:
 
     @property
     def target(self) -> str:
-        """As in "sm86"."""
+        """The GPU's kind as compilers call it, for example "sm86"."""
         return "sm{}{}".format(*self.capability)
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class Library:
 
     @property
     def extra(self) -> str:
-        """What of marnet installs it."""
+        """The extra of marnet that installs it."""
         return _EXTRAS[self.flavour]
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ class EngineSet:
 
     @property
     def folder(self) -> str:
-        """Below the payload."""
+        """The folder of the engines, below the payload."""
         return f"engines/{self.flavour}-{self.version}-{'-'.join(self.targets)}"
 
     def file(self, payload: Path, graph: str) -> Path:
@@ -214,7 +214,7 @@ class EngineSet:
 
 
 def read_index(payload: Path) -> list[EngineSet]:
-    """What payload/engines.json lists; nothing where there is none.
+    """Read what payload/engines.json lists; nothing where there is none.
 
     Raises:
         BundleFormatError: it is not such a file, or of a newer format.
@@ -297,7 +297,7 @@ def _some(things: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What an engine of TensorRT-RTX says about itself, without a runtime."""
+    """The header of an engine of TensorRT-RTX, which can be read without a runtime."""
 
     version: str
     size: int  # bytes
@@ -326,7 +326,7 @@ def read_header(path: Path) -> PlanHeader:
 
 
 def check_engine(library: Library, path: Path) -> None:
-    """Whether an engine is one of this library; standard TensorRT's says so only when it is loaded.
+    """Refuse an engine of another library; standard TensorRT's says so only when it is loaded.
 
     Raises:
         BundleCorrupt: it is no engine. BackendUnavailable: another version built it.
@@ -367,12 +367,12 @@ def describe_invalidity(module: Any, mask: int) -> str:
 
 
 def timing_cache_path(library: Library, device: Device) -> Path:
-    """Where standard TensorRT's timings of kernels on this GPU are kept."""
+    """The file that keeps standard TensorRT's timings of kernels on this GPU."""
     return _cached("timing", library, device)
 
 
 def runtime_cache_path(library: Library, device: Device, engine_sha256: str) -> Path:
-    """Where the kernels are kept that TensorRT-RTX compiled for an engine on this GPU."""
+    """The file that keeps the kernels that TensorRT-RTX compiled for an engine on this GPU."""
     return _cached("runtime", library, device, engine_sha256)
 
 
@@ -383,7 +383,7 @@ def _cached(kind: str, library: Library, device: Device, *more: str) -> Path:
 
 
 def read_cached(path: Path) -> bytes:
-    """What `write_cached` kept; nothing where it cannot be read or is damaged."""
+    """Read what `write_cached` kept; nothing where it cannot be read or is damaged."""
     try:
         entry = path.read_bytes()
     except OSError:

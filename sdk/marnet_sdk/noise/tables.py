@@ -1,4 +1,4 @@
-"""What the reverse loop reads at each step, made of a bundle's plan and a seed.
+"""The tables that the reverse loop reads at each step, made of a bundle's plan and a seed.
 
 Axes: B batch, K noise samples, S steps, H hidden.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.bundle import Sampling
-from marnet_sdk.trajectory import draw_trajectory, fold
+from marnet_sdk.noise.trajectory import draw_trajectory, fold
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -20,23 +20,26 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """What the reverse loop reads: inputs of the graph, so one graph serves every sampler, number
-    of steps, number of samples and seed."""
+    """The inputs of the reverse loop.
+
+    They are inputs of the graph, so one graph serves every sampler, number of steps, number of
+    samples and seed.
+    """
 
     coefficients: Floats  # [S, 3] A, B, C of each step
     bias: Floats  # [S, N, K, H] time, noise and output bias; N is 1 (shared noise) or B
 
     @property
     def steps(self) -> int:
-        """S; 0 where no loop is run."""
+        """The number of steps S; 0 where no loop is run."""
         return len(self.coefficients)
 
     def first_steps(self, count: int) -> Tables:
-        """The chain cut short: its last step returns the network's estimate, as any last step."""
+        """Cut the chain short: its last step returns the network's estimate, as any last step."""
         return Tables(self.coefficients[:count], self.bias[:count])
 
     def samples(self, start: int, stop: int) -> Tables:
-        """Some of the K samples."""
+        """The tables of some of the K samples."""
         return replace(self, bias=np.ascontiguousarray(self.bias[:, :, start:stop]))
 
     def rows(self, index: NDArray[np.intp]) -> Tables:
@@ -46,7 +49,7 @@ class Tables:
         return replace(self, bias=np.ascontiguousarray(self.bias[:, index]))
 
     def at_least_two_steps(self) -> Tables:
-        """A step that changes nothing before a single one, for graphs that need a loop to run."""
+        """Add a step that changes nothing before a single one, for graphs that need a loop."""
         if len(self.coefficients) > 1:
             return self
         unchanged = np.array([[1, 0, 0]], np.float32)

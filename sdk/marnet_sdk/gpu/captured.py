@@ -13,19 +13,19 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from threading import Condition, Lock
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from marnet_sdk.backends import DeviceRows, RuntimeReport
 from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
-from marnet_sdk.tables import Floats, Tables
+from marnet_sdk.noise.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
 Batch = tuple[int, int]  # of a profile: least and most rows
-IN_GRAPH = "in the graph"  # the loop of a backend that just calls its graphs
 
 # Each shape holds memory on the GPU for as long as it is kept, once for each worker.
 MOST_CAPTURES, MOST_LANES = 16, 2
@@ -42,7 +42,7 @@ COPIED = -1  # in the place of an address: pixels are copied on the GPU to the p
 
 @dataclass(frozen=True)
 class Shape:
-    """What a captured program is for. Its sizes never change."""
+    """The work that a captured program is for. Its sizes never change."""
 
     batch: int
     steps: int
@@ -52,22 +52,11 @@ class Shape:
     address: int = 0
 
 
-class DeviceRows(Protocol):
-    """A batch of a caller that lies on the GPU already: rows of one size, one after another."""
-
-    @property
-    def address(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: slice, /) -> DeviceRows: ...
-
-
 class Program(Protocol):
     """The captured work for one shape. It frees what it holds when it is collected."""
 
     def __call__(self, pixels: Any, tables: Tables) -> Answer:
-        """Exactly `Shape.batch` rows of pixels -> logits [B, K, C], features [B, K, D_f].
+        """Run exactly `Shape.batch` rows of pixels to logits [B, K, C], features [B, K, D_f].
 
         `pixels` is a NumPy array of `Shape.batch` rows, or `DeviceRows`: exactly that many at
         `Shape.address`; for COPIED up to that many, which the program copies and pads.
@@ -75,24 +64,8 @@ class Program(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RuntimeReport:
-    """How a backend runs, for whoever asks why it is as fast as it is."""
-
-    device: str
-    loop: str  # what runs the reverse loop, and why
-    buckets: tuple[int, ...]  # batch sizes that exist; others are padded or split
-    memory: dict[str, int] = field(default_factory=dict)  # bytes on the GPU by purpose
-    captures: int = 0  # programs that were captured
-    replays: int = 0
-    fallbacks: dict[str, int] = field(default_factory=dict)  # plain runs by reason
-    copies: int = 0  # batches on the device that were copied there and not read in place
-    threads: int | None = None  # of the processor, that one call computes with; None on a GPU
-    cpus: str = ""  # the CPUs that the process may use
-
-
 class Counts(NamedTuple):
-    """Of a `CapturedPipeline` since it was made."""
+    """The counts of a `CapturedPipeline` since it was made."""
 
     captures: int
     replays: int
@@ -109,7 +82,7 @@ class Piece(NamedTuple):
 
 
 def split_batch(count: int, batches: Sequence[Batch]) -> list[Piece]:
-    """How `count` rows are run with profiles that take from `least` to `most` rows each."""
+    """Decide how `count` rows are run with profiles that take from `least` to `most` rows each."""
     order = sorted(range(len(batches)), key=lambda i: batches[i][1])
     largest = batches[order[-1]][1]
     pieces = []
@@ -122,7 +95,7 @@ def split_batch(count: int, batches: Sequence[Batch]) -> list[Piece]:
 
 
 def pad_rows(array: NDArray, count: int) -> NDArray:
-    """The last row again, up to `count` rows: unlike zeros, it is what the model knows."""
+    """Repeat the last row up to `count` rows: unlike zeros, it is what the model knows."""
     if len(array) == count:
         return array
     return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])
@@ -147,7 +120,8 @@ class CapturedPipeline:
         most_captures: int = MOST_CAPTURES,
         most_lanes: int = MOST_LANES,
     ) -> None:
-        """
+        """Start with nothing captured.
+
         Args:
             capture: makes a program; never called by two threads at once. A `MarnetError`, a
                 `RuntimeError` or a `MemoryError` says that the shape cannot be captured.
@@ -167,7 +141,7 @@ class CapturedPipeline:
         self._fallbacks: dict[str, int] = {}
 
     def __call__(self, pixels: Floats | DeviceRows, tables: Tables) -> Answer:
-        """pixels [B, 3, height, width] -> logits [B, K, C], features [B, K, D_f].
+        """Run pixels [B, 3, height, width] to logits [B, K, C] and features [B, K, D_f].
 
         Raises:
             InvalidInput: no rows.
@@ -186,12 +160,12 @@ class CapturedPipeline:
             return Counts(self._captures, self._replays, fallbacks, self._copies)
 
     def programs(self) -> list[Program]:
-        """Those that are kept."""
+        """The programs that are kept."""
         with self._changed:
             return [p for lanes in self._kept.values() for p in (*lanes.idle, *lanes.busy)]
 
     def _run(self, rows: Floats | DeviceRows, batch: int, tables: Tables) -> Answer:
-        """One piece: up to `batch` rows."""
+        """Run one piece: up to `batch` rows."""
         shape = self._shape(rows, Shape(batch, tables.bias.shape[0], tables.bias.shape[2]))
         borrowed = self._borrow(shape)
         if isinstance(borrowed, str):
@@ -265,7 +239,7 @@ class CapturedPipeline:
         return reason
 
     def _lanes(self, shape: Shape) -> _Lanes:
-        """Of a shape, which is now the one that was used last."""
+        """The lanes of a shape, which is now the one that was used last."""
         lanes = self._kept.setdefault(shape, _Lanes(self._most_lanes))
         self._kept.move_to_end(shape)
         while len(self._kept) > self._most_captures:
@@ -273,7 +247,7 @@ class CapturedPipeline:
         return lanes
 
     def _drop(self, lanes: _Lanes, program: Program | None) -> None:
-        """A program of these lanes is no more; None: it never was."""
+        """Forget a program of these lanes, or one that could not be made (None)."""
         with self._changed:
             lanes.made -= 1
             if program is not None:
@@ -294,6 +268,47 @@ class CapturedPipeline:
         return self._plain(rows, tables)
 
 
+class Loops:
+    """The ways in which captured programs run the reverse loop, and the sizes that each is for."""
+
+    def __init__(self, sizes: str) -> None:
+        """Start with nothing; `sizes` says what is counted, for example "batches of {}"."""
+        self._words = sizes
+        self._found: dict[str, set[int]] = {}
+
+    def note(self, how: str, size: int) -> bool:
+        """Note what runs it in a program, and tell whether nothing ran it so before."""
+        is_new = how not in self._found
+        self._found.setdefault(how, set()).add(size)
+        return is_new
+
+    def __str__(self) -> str:
+        """All that runs it, in one line; empty where nothing is captured yet."""
+        found = sorted(((sorted(sizes), how) for how, sizes in self._found.copy().items()))
+        if len(found) < 2:
+            return "".join(how for _, how in found)
+        return "; ".join(
+            f"{self._words.format(', '.join(map(str, sizes)))}: {how}" for sizes, how in found
+        )
+
+
+class HoldsTables:
+    """Memory on the GPU for the loop's tables, which stay there until others are needed."""
+
+    _held: Tables | None = None
+
+    def hold(self, tables: Tables) -> None:
+        """Enqueue the copies of tables, unless it is the very same object that is there."""
+        if tables is self._held:
+            return
+        self._held = None  # should the copy fail
+        self._copy(tables)
+        self._held = tables
+
+    def _copy(self, tables: Tables) -> None:
+        raise NotImplementedError
+
+
 def warn_of_operators(why: str) -> None:
     """Say that the reverse loop does not run as one kernel though it should."""
     warnings.warn(f"the reverse loop runs slower than it could: {why}", MarnetWarning, stacklevel=3)
@@ -310,7 +325,7 @@ class _Lanes:
 
 
 class _Refusal:
-    """Why a shape could not be captured, and when it is tried again."""
+    """The reason why a shape could not be captured, and when it is tried again."""
 
     def __init__(self) -> None:
         self.reason, self.failures, self.runs = "", 0, 0
@@ -331,5 +346,5 @@ def _part(pixels: Floats | DeviceRows, rows: slice) -> Floats | DeviceRows:
 def report(
     counts: Counts, *, device: str, loop: str, buckets: Sequence[int], memory: Mapping[str, int]
 ) -> RuntimeReport:
-    """What a backend reports of itself, with the counts of its pipeline."""
+    """Make what a backend reports of itself, with the counts of its pipeline."""
     return RuntimeReport(device, loop, tuple(buckets), dict(memory), *counts)

@@ -1,4 +1,4 @@
-"""From untrusted bytes to an upright RGB image.
+"""The way from untrusted bytes to an upright RGB image.
 
 What `decode` makes of an image (no colour management: ICC profiles and gamma are ignored):
 
@@ -39,7 +39,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge
-from marnet_sdk.image_files import (
+from marnet_sdk.inputs.image_files import (
     Box,
     Limits,
     Opened,
@@ -137,7 +137,7 @@ def _from_pil(image: Image.Image, source: str, limits: Limits) -> Image.Image:
 def _upright(
     image: Image.Image, orientation: object, source: str, covered: Box | None
 ) -> Image.Image:
-    """RGB, with row 0 at the top. `covered` is the part of the canvas that is not just page."""
+    """Turn it to RGB, with row 0 at the top. `covered` is what of the canvas is not just page."""
     rgb = _to_rgb(image, source, animated=covered is not None)
     if covered is not None and covered != (0, 0, *image.size):
         page = Image.new("RGB", image.size, "white")
@@ -152,7 +152,7 @@ def _upright(
 
 
 def _orientation(image: Image.Image) -> object:
-    """What a PIL image says of itself, which its program may have altered."""
+    """Read what a PIL image says of itself, which its program may have altered."""
     block = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
     with quiet() if block else nullcontext():
         try:
@@ -162,7 +162,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _gif_frame(image: Image.Image) -> Box | None:
-    """What the first frame of a GIF covers of its canvas; later ones Pillow composes itself."""
+    """Find what the first frame of a GIF covers of its canvas; Pillow composes later ones."""
     return image.dispose_extent if isinstance(image, GifImageFile) and not image.tell() else None
 
 
@@ -279,7 +279,7 @@ def _to_rgb(image: Image.Image, source: str, *, animated: bool) -> Image.Image:
 
 
 def _wide_to_rgb(image: Image.Image, source: str) -> Image.Image:
-    """16-bit grey, or what else Pillow holds in this mode: 12 bits, or 0 for white."""
+    """Convert 16-bit grey, or what else Pillow holds in this mode: 12 bits, or 0 for white."""
     wide = np.asarray(image)  # [H, W] of 16-bit values, in int32 for mode I
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     bits = tags.get(258, (16,))[0]
@@ -299,8 +299,10 @@ def _wide_to_rgb(image: Image.Image, source: str) -> Image.Image:
 
 
 def _with_tiff_palette(image: TiffImageFile) -> Image.Image:
-    """With the colours of its file. They have 16 bits, of which Pillow takes the high ones; some
-    programs write 8, as libtiff knows."""
+    """Give an image the colours of its file.
+
+    They have 16 bits, of which Pillow takes the high ones; some programs write 8, as libtiff knows.
+    """
     colours = image.tag_v2[320]
     if max(colours) > 255:
         return image

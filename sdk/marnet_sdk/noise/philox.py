@@ -20,6 +20,8 @@ from typing import SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from marnet_sdk.errors import InvalidInput
+
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))  # M0 and M1 of the paper, table 2
@@ -28,7 +30,7 @@ _HIGH = np.uint64(32)
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """Philox4x32-10: 128 random bits for each counter.
+    """Draw 128 random bits for each counter, by Philox4x32-10.
 
     Args:
         counter: uint32 [..., 4].
@@ -38,14 +40,14 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
         uint32 [..., 4].
 
     Raises:
-        ValueError: wrong shape, or values that are not 32-bit unsigned integers.
+        InvalidInput: wrong shape, or values that are not 32-bit unsigned integers.
     """
     words = _words(counter, "counter")
     keys = _words(key, "key")
     if words.ndim == 0 or words.shape[-1] != 4:
-        raise ValueError(f"counter: got shape {words.shape}; expected four words, [..., 4]")
+        raise InvalidInput(f"counter: got shape {words.shape}; expected four words, [..., 4]")
     if keys.shape != (2,):
-        raise ValueError(f"key: got shape {keys.shape}; expected two words, [2]")
+        raise InvalidInput(f"key: got shape {keys.shape}; expected two words, [2]")
     key0, key1 = (int(word) for word in keys)
     c0, c1, c2, c3 = (words[..., i] for i in range(4))
     for _ in range(_ROUNDS):
@@ -62,9 +64,9 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 
 
 def standard_normal(
-    seed: int, step: int | ArrayLike, width: int, trajectory: int = 0
+    seed: int, step: int | ArrayLike, width: int, *, trajectory: int = 0
 ) -> NDArray[np.float64]:
-    """Standard normals of one trajectory at the given steps.
+    """Draw standard normals of one trajectory at the given steps.
 
     Four words give four elements by the Box-Muller transform (Box and Muller 1958): words (0, 1)
     give elements 0 (cosine) and 1 (sine), words (2, 3) elements 2 and 3. Uniforms are the top
@@ -81,14 +83,14 @@ def standard_normal(
         float64 [S, width], or [width] for a single step.
 
     Raises:
-        ValueError: an argument outside its range.
+        InvalidInput: an argument outside its range.
     """
     seed = check_integer("seed", seed, 2**64 - 1)
     trajectory = check_integer("trajectory", trajectory, 2**64 - 1)
     width = check_integer("width", width, 2**34)  # the counter has 32 bits for groups of four
     steps = _words(step, "step")
     if steps.ndim > 1:
-        raise ValueError(f"step: got shape {steps.shape}; expected one step or a row of them")
+        raise InvalidInput(f"step: got shape {steps.shape}; expected one step or a row of them")
     groups = -(-width // 4)
     counter = np.empty((steps.size, groups, 4), np.uint32)  # [S, groups, 4]
     counter[..., 0] = np.arange(groups, dtype=np.uint32)
@@ -104,15 +106,15 @@ def standard_normal(
 
 
 def check_integer(name: str, value: SupportsIndex, largest: int) -> int:
-    """The value as an int in 0 .. largest, or ValueError with this name."""
+    """The value as an int in 0 .. largest, or `InvalidInput` with this name."""
     try:
         number = operator.index(value)  # accepts NumPy integers, refuses floats
     except TypeError:
-        raise ValueError(
+        raise InvalidInput(
             f"{name}: got {value!r} ({type(value).__name__}); expected an integer"
         ) from None
     if not 0 <= number <= largest:
-        raise ValueError(f"{name}: got {number}; expected an integer in 0 .. {largest}")
+        raise InvalidInput(f"{name}: got {number}; expected an integer in 0 .. {largest}")
     return number
 
 
@@ -122,17 +124,17 @@ def _halves(value: int) -> tuple[int, int]:
 
 
 def _words(values: ArrayLike, name: str) -> NDArray[np.uint64]:
-    """32-bit words, held as uint64 so that a product of two of them is exact."""
+    """The values as 32-bit words, held as uint64 so that a product of two of them is exact."""
     array = np.asarray(values)
     if array.size == 0:
         return array.astype(np.uint64)
     if array.dtype.kind not in "iu":  # also what NumPy makes of integers beyond 64 bits
-        raise ValueError(
+        raise InvalidInput(
             f"{name}: got {array.dtype} values; expected integers in 0 .. {_WORD} (32 bits)"
         )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > _WORD:
-        raise ValueError(
+        raise InvalidInput(
             f"{name}: got {low if low < 0 else high}; expected integers in 0 .. {_WORD} (32 bits)"
         )
     return array.astype(np.uint64)

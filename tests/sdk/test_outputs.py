@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from marnet_sdk import files
+from marnet_sdk import outputs
 from marnet_sdk.errors import OutputError, OutputExists
-from marnet_sdk.files import atomic_directory, atomic_file, newest, sha256_file
+from marnet_sdk.files import newest, sha256_file
+from marnet_sdk.outputs import atomic_directory, atomic_file
 
 
 def write(folder: Path, content: str) -> None:
@@ -116,7 +117,7 @@ def test_an_exception_between_the_two_renames_brings_the_old_folder_back(
             raise error
         return rename(self, to)
 
-    monkeypatch.setattr(files, "_rename", lambda one, other, how: False)  # as on other systems
+    monkeypatch.setattr(outputs, "_rename", lambda one, other, how: False)  # as on other systems
     monkeypatch.setattr(Path, "rename", fail_to_place_the_new)
     with pytest.raises(error), atomic_directory(target, overwrite=True) as fresh:
         write(fresh, "new")
@@ -144,7 +145,7 @@ def test_what_another_process_put_there_during_the_block_is_left_alone(
 ):
     target = tmp_path / "target"
     if other_system:
-        monkeypatch.setattr(files, "_rename", lambda one, other, how: False)
+        monkeypatch.setattr(outputs, "_rename", lambda one, other, how: False)
 
     def work() -> None:
         with atomic_directory(target, overwrite=overwrite, replaceable=lambda _: False) as fresh:
@@ -176,7 +177,7 @@ def test_what_comes_between_the_last_look_and_the_exchange_is_brought_back(
         return (path / "manifest.json").exists()
 
     if other_system:
-        monkeypatch.setattr(files, "_rename", lambda one, other, how: False)
+        monkeypatch.setattr(outputs, "_rename", lambda one, other, how: False)
     with (
         pytest.raises(OutputExists, match="target holds something else"),
         atomic_directory(target, overwrite=True, replaceable=replaceable) as fresh,
@@ -219,7 +220,7 @@ def test_modes_follow_the_umask_whatever_the_writer_gave(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from marnet_sdk.files import atomic_directory
+from marnet_sdk.outputs import atomic_directory
 with atomic_directory(Path(sys.argv[1])) as fresh:
     (fresh / "sub").mkdir(mode=0o700)
     for name in ("private", "sub/private"):
@@ -291,10 +292,10 @@ def test_sha256_is_of_the_bytes(tmp_path):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "state"
-    with files.atomic_file(target) as fresh:
+    with outputs.atomic_file(target) as fresh:
         fresh.write_text("old")
         assert not target.exists()
-    with pytest.raises(ZeroDivisionError), files.atomic_file(target) as fresh:
+    with pytest.raises(ZeroDivisionError), outputs.atomic_file(target) as fresh:
         fresh.write_text(str(1 // 0))
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
@@ -304,14 +305,14 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path, code):
     with (
         pytest.raises(OutputError, match=r"state: no space left on its file system.*Free some"),
-        files.atomic_file(tmp_path / "state"),
+        outputs.atomic_file(tmp_path / "state"),
     ):
         raise OSError(code, os.strerror(code))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_failures_are_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(OSError, match="unplugged"), files.enough_space(tmp_path):
+    with pytest.raises(OSError, match="unplugged"), outputs.enough_space(tmp_path):
         raise OSError(errno.EIO, "unplugged")
 
 

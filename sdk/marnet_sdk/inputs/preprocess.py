@@ -1,4 +1,4 @@
-"""From an RGB image to the array that the model takes: the one definition.
+"""The one definition of the way from an RGB image to the array that the model takes.
 
 Training, export and serving all resize, crop and normalise here, so that they cannot disagree.
 `Preprocess` gives the same numbers, bit for bit, as the PIL image processors of transformers 5
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, MarnetError, brief
-from marnet_sdk.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
+from marnet_sdk.inputs.images import DEFAULT_LIMITS, ImageInput, Limits, decode, shown
 
 
 class PreprocessError(MarnetError):
@@ -38,7 +38,7 @@ _Resize = Callable[[Mapping[str, Any], _Size, _Crop], tuple[_Size, _Crop]]
 
 
 class _Family(NamedTuple):
-    """What transformers assumes for keys that an old `preprocessor_config.json` leaves out."""
+    """The values that transformers assumes for keys that an old configuration leaves out."""
 
     resample: int
     size: Mapping[str, int]
@@ -246,7 +246,7 @@ class Preprocess:
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
-        """(3, H, W) of every output."""
+        """The shape (3, H, W) of every output."""
         height, width = self.crop_size or self.size or (0, 0)
         return 3, height, width
 
@@ -258,7 +258,7 @@ class Preprocess:
         name: str = "image",
         limits: Limits = DEFAULT_LIMITS,
     ) -> NDArray[np.float32]:
-        """One decoded image to float32 [3, H, W], into `out` if given.
+        """Turn one decoded image into float32 [3, H, W], into `out` if given.
 
         Raises:
             ImageTooLarge: as `resized_uint8`.
@@ -328,7 +328,7 @@ class Preprocess:
     def normalize(
         self, resized: NDArray[np.uint8], *, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """(v * rescale_factor - mean) / std: uint8 [..., H, W, 3] -> float32 [..., 3, H, W].
+        """Turn uint8 [..., H, W, 3] into (v * rescale_factor - mean) / std, float32 [..., 3, H, W].
 
         A byte has 256 values, so all arithmetic is done beforehand and this looks up. That is
         exact, where the same operations on float32 arrays would differ in the last bit.
@@ -349,7 +349,7 @@ class Preprocess:
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
-        """float32 [3, 256]: the normalised value of each byte.
+        """The normalised value of each byte, float32 [3, 256].
 
         Rounded where transformers rounds: rescaled in float64, normalised in float32.
         """
@@ -368,7 +368,7 @@ class Preprocess:
 
 
 def _centre_crop(array: NDArray[np.uint8], crop_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """[h, w, 3] -> [H, W, 3]: cut where larger, pad with zeros where smaller.
+    """Crop [h, w, 3] to [H, W, 3]: cut where larger, pad with zeros where smaller.
 
     As transformers has it, an odd pixel is cut below or right, and padded above or left.
     """
@@ -421,7 +421,7 @@ def _check_efficientnet(
 
 
 def _edges(key: str, value: Any, *, square: bool = True) -> _Size:
-    """(height, width), or one number for the shortest edge."""
+    """Read height and width, or one number for the shortest edge."""
     if isinstance(value, Mapping):
         given = {name: edge for name, edge in value.items() if edge is not None}
         edge = given.get("shortest_edge")
@@ -433,7 +433,7 @@ def _edges(key: str, value: Any, *, square: bool = True) -> _Size:
 
 
 def _exact(key: str, value: Any) -> tuple[int, int]:
-    """(height, width)."""
+    """Read height and width."""
     if isinstance(value, int):
         return value, value
     if isinstance(value, (list, tuple)) and len(value) == 2:

@@ -35,10 +35,13 @@ _END = "; nothing runs on this GPU in this process any more: start it again"
 
 
 class MemoryPlan:
-    """Where named buffers lie in one allocation."""
+    """The places of named buffers in one allocation."""
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
-        """sizes: bytes by name, in the order in which they lie.
+        """Lay buffers one after another.
+
+        Args:
+            sizes: bytes by name, in the order in which they lie.
 
         Raises:
             InferenceError: a size below 1.
@@ -51,7 +54,7 @@ class MemoryPlan:
             self.total += -(-size // ALIGNMENT) * ALIGNMENT
 
     def addresses(self, base: int) -> dict[str, int]:
-        """Of every buffer, in an allocation that starts at `base`, a multiple of 256.
+        """The address of every buffer, in an allocation that starts at `base`, a multiple of 256.
 
         Raises:
             InferenceError: it does not start at one.
@@ -105,8 +108,8 @@ class DeviceArray:
 
 
 def device_array(gpu: Gpu, array: Any, shape: tuple[int, ...], stream: Stream | int) -> DeviceArray:
-    """What another library holds on the GPU, without a copy: an array of torch, cupy, jax or any
-    other that speaks DLPack or the CUDA array interface.
+    """Take what another library holds on the GPU, without a copy: an array of torch, cupy, jax or
+    any other that speaks DLPack or the CUDA array interface.
 
     Args:
         shape: of one row.
@@ -149,7 +152,7 @@ def _strided_view(array: Any, stream: Stream | int) -> Any:
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> bool:
-    """Whether rows lie one after another; strides are in elements, None: they do."""
+    """Tell whether rows lie one after another; strides are in elements, None: they do."""
     if strides is None or 0 in shape:
         return True
     expected = 1
@@ -170,7 +173,8 @@ class Gpu:
     """
 
     def __init__(self, extra: str, ordinal: int = 0) -> None:
-        """
+        """Start the driver and take the GPU's primary context.
+
         Args:
             extra: of marnet, which installs cuda-bindings with whatever else is needed.
 
@@ -189,7 +193,7 @@ class Gpu:
             raise BackendUnavailable(str(error)) from error
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the driver, and what it gives beside its status.
+        """Call a function of the driver; returns what it gives beside its status.
 
         Raises:
             InferenceError: the driver answers with an error.
@@ -213,7 +217,7 @@ class Gpu:
             self.call("cuCtxPopCurrent")
 
     def memory_info(self) -> tuple[int, int]:
-        """Bytes that are free, and that there are."""
+        """The bytes that are free, and those that there are."""
         free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
 
@@ -221,11 +225,11 @@ class Gpu:
         return Stream(self, self.call("cuStreamCreate", _NON_BLOCKING))
 
     def wait(self, stream: Stream | int) -> None:
-        """Until all that was enqueued is done."""
+        """Wait until all that was enqueued is done."""
         self.call("cuStreamSynchronize", int(stream))
 
     def allocate(self, size: int) -> Memory:
-        """Memory on the GPU, `size` bytes."""
+        """Allocate `size` bytes on the GPU."""
         return Memory(self, int(self.call("cuMemAlloc", size)), size)
 
     def pinned(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -291,7 +295,7 @@ def _release(gpu: Gpu, name: str, handle: Any) -> None:
 
 
 class Stream:
-    """What is enqueued here runs in order."""
+    """A queue of the GPU, whose work runs in order."""
 
     def __init__(self, gpu: Gpu, handle: Any) -> None:
         self.handle = handle

@@ -1,0 +1,24 @@
+"""An editor shows a docstring alone, so none begins in the middle of a sentence."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SDK = Path(__file__).parents[2] / "sdk/marnet_sdk"
+MIDDLES = {
+    "After", "Args", "As", "Before", "By", "For", "From", "How", "Of", "Raises", "Returns", "Those",
+    "To", "Until", "What", "When", "Where", "Whether", "Why", "With", "Within",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(SDK.rglob("*.py")), ids=lambda p: p.name)
+def test_docstrings_begin_where_a_sentence_begins(path):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, documented)]
+    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert [text for text in texts if text.split()[0].strip(":,") in MIDDLES] == []
+    assert [text for text in texts if not text[0].isupper()] == []
+    assert [text for text in texts if text.split("\n\n")[0][-1] not in ".:"] == []

@@ -108,8 +108,9 @@ def open_refine(
     open_graph: Callable[[], Refine],
     open_head: Callable[[], Head],
 ) -> Refine:
-    """What runs loop and head of a payload: the native loop where it has one and this machine the
-    library, else the graph.
+    """Open what runs loop and head of a payload.
+
+    It is the native loop where the payload has one and this machine the library, else the graph.
 
     Args:
         threads: cores to use; None: as many as `cpus` says are worth having.

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-SDK = Path(__file__).parents[2] / "sdk/marnet_sdk"
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path
+    for package in ("sdk",)
+    for path in (ROOT / package).rglob("*.py")
+)
 MIDDLES = {
     "After", "Args", "As", "Before", "By", "For", "From", "How", "Of", "Raises", "Returns", "Those",
     "To", "Until", "What", "When", "Where", "Whether", "Why", "With", "Within",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted(SDK.rglob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_docstrings_begin_where_a_sentence_begins(path):
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, documented)]

@@ -37,8 +37,8 @@ from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
 from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
-from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, quiet, runs_here
-from marnet_export.lower import lower_marnet
+from marnet_export.build.builder import BUILDERS, PRECISIONS, Types, builder, quiet, runs_here
+from marnet_export.lower.methods import lower_marnet
 from marnet_export.settings import Settings
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
@@ -144,7 +144,7 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
         json.dump(job | {"settings": asdict(settings)}, asked)
         asked.seek(0)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "marnet_export.fastest"]
+        command = [sys.executable, "-m", "marnet_export.choose.race"]
         process = subprocess.Popen(command, stdin=asked, stdout=answered, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

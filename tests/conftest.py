@@ -110,7 +110,7 @@ def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
 
     The backend's graph runs the loop if no other is named: which is faster depends on the machine.
     """
-    from marnet_export.pipeline import export_bundle
+    from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
 
     def make(name: str, *types: str, **more) -> Path:

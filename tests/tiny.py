@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from marnet_export.plan import SamplingPlan
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.tables import Floats, Tables, make_tables
 from marnet_sdk.trajectory import draw_trajectory

@@ -38,10 +38,10 @@ from gpu_sections.models import (
     spread_out,
 )
 from marnet_bench.loop_peers import PlainLoop, make_problem
-from marnet_export.builders import BUILDERS, TORCH_TYPES, Types
-from marnet_export.class_token import for_class_token
-from marnet_export.graph import Head, with_compute, with_rounded_results
-from marnet_export.lower import lower_marnet
+from marnet_export.build.builder import BUILDERS, TORCH_TYPES, Types
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.modules import Head, with_compute, with_rounded_results
 from marnet_sdk.bundle import (
     GOLDEN_ANSWERS,
     GOLDEN_IMAGES,

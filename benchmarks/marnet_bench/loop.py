@@ -30,10 +30,10 @@ from marnet_bench.loop_peers import (
 )
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
-from marnet_export.builders import BUILDERS, Calibration, Types, builder
-from marnet_export.lower import lower_marnet
-from marnet_export.native import why_not, write_native
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.build.builder import BUILDERS, Calibration, Types, builder
+from marnet_export.build.native import why_not, write_native
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say

@@ -41,7 +41,7 @@ from marnet_sdk.errors import (
 )
 
 if TYPE_CHECKING:
-    from marnet_export.again import Verification
+    from marnet_export.rebuild import Verification
 
 _NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -234,7 +234,7 @@ def verify(
     try:
         checks += check_here(found)
         with requires_extra("export", *_NEEDS):
-            from marnet_export.again import source_of, verify_again
+            from marnet_export.rebuild import source_of, verify_again
         source = source_of(found, checkpoint)
     except (NotFound, EnvironmentMismatch):
         for check in checks:
@@ -446,8 +446,8 @@ def rebuild(
     replaced stays as it is if anything fails.
     """
     with requires_extra("export", *_NEEDS):
-        from marnet_export.again import add_targets
-        from marnet_export.again import rebuild as export_again
+        from marnet_export.rebuild import add_targets
+        from marnet_export.rebuild import rebuild as export_again
     given = {name: value for name, value in changes.items() if value is not None}
     place = output or bundle
     replace = force or output is None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from marnet_export.builders import (
+from marnet_export.build.builder import (
     BUILDERS,
     PRECISIONS,
     Types,
@@ -31,7 +31,7 @@ LOOPS = (AUTO, "native", "graph")
 class Settings:
     """These settings say what an export is asked for."""
 
-    backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
+    backend: str  # "auto", for `race.export_fastest`: whichever is fastest here
     precision: str = "fp32"  # "auto": the sweep's choice
     compute: str | None = None  # None: what the backend does best here
     loop_precision: str | None = None  # None: the same as `precision`

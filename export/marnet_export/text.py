@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from marnet_export.builders import Types, builder, open_built_text
-from marnet_export.lower import Alignment, Lowered
+from marnet_export.build.builder import Types, builder, open_built_text
+from marnet_export.lower.methods import Alignment, Lowered
 from marnet_sdk.errors import ExportError, MarnetError, RecipeError, VerificationFailed
 from marnet_sdk.tables import Floats
 from marnet_sdk.text import (

@@ -16,10 +16,10 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
-from marnet_export.builders import Types
-from marnet_export.builders.openvino import ENCODER, REFINE, build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.build.builder import Types
+from marnet_export.build.openvino import ENCODER, REFINE, build_encoder, build_refine
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.tables import Floats, Tables

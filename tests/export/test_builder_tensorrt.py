@@ -19,8 +19,9 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, TWIN_LOOP
 
-from marnet_export.builders import Calibration, Types
-from marnet_export.builders.tensorrt import (
+from marnet_export.build.builder import Calibration, Types
+from marnet_export.build.tensorrt.engines import add_engines, layers_of, parse_network
+from marnet_export.build.tensorrt.graphs import (
     _session,
     build_encoder,
     build_refine,
@@ -29,9 +30,8 @@ from marnet_export.builders.tensorrt import (
     open_text_reference,
     products,
 )
-from marnet_export.lower import Lowered, lower, lower_marnet
-from marnet_export.plan import make_plan
-from marnet_export.tensorrt_engines import add_engines, layers_of, parse_network
+from marnet_export.lower.methods import Lowered, lower, lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file

@@ -14,7 +14,8 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 
-from marnet_export.builders import (
+from marnet_export.build import torchscript as torchscript_builder
+from marnet_export.build.builder import (
     BUILDERS,
     Types,
     builder,
@@ -23,9 +24,8 @@ from marnet_export.builders import (
     device_of,
     quiet,
 )
-from marnet_export.builders import torchscript as torchscript_builder
-from marnet_export.lower import lower, lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.lower.methods import lower, lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings, check_types, places
 from marnet_sdk.backends import Backend, open_backend, torch_cuda
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on

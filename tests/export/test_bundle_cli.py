@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
-from marnet_export import again
+from marnet_export import rebuild as rebuilding
 from marnet_export.bundle_cli import main
 from marnet_export.inspection import check_second_process
 from marnet_export.settings import Settings
@@ -429,14 +429,14 @@ def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
 ):
     copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
     tried = []
-    measure = again.measure_fidelity
+    measure = rebuilding.measure_fidelity
 
     def watched(run, *arguments, **options):
         tried.append(options["buckets"])
         return measure(run, *arguments, **options)
 
-    monkeypatch.setattr(again, "measure_fidelity", watched)
-    verified = again.verify_again(read_bundle(copy), checkpoint)
+    monkeypatch.setattr(rebuilding, "measure_fidelity", watched)
+    verified = rebuilding.verify_again(read_bundle(copy), checkpoint)
     assert tried == [(1, 5)]
     assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
 
@@ -448,7 +448,7 @@ def settings_again(bundle: Path, exported: Settings, **changes: Any) -> Settings
     """Of a bundle whose export was asked for `exported`, as its manifest has them."""
     manifest = read_bundle(bundle).manifest
     told = json.loads(json.dumps(asdict(exported)))
-    return again.changed_settings(
+    return rebuilding.changed_settings(
         replace(read_bundle(bundle), manifest=replace(manifest, settings=told)), changes
     )
 
@@ -567,9 +567,9 @@ def test_a_wrong_command_gets_the_nearest():
 @pytest.fixture(scope="module")
 def engines(bundle, checkpoint, tmp_path_factory) -> Path:
     """A bundle of TensorRT with engines for one kind of GPU, which is not the one here."""
-    from marnet_export.builders import Types
-    from marnet_export.builders.tensorrt import build_encoder, build_refine
-    from marnet_export.lower import lower
+    from marnet_export.build.builder import Types
+    from marnet_export.build.tensorrt.graphs import build_encoder, build_refine
+    from marnet_export.lower.methods import lower
     from marnet_train.checkpoint import load_checkpoint
 
     folder = tmp_path_factory.mktemp("engines")

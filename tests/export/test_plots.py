@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marnet_export.plots import plot_pareto, plot_risk_coverage
-from marnet_export.selection import (
+from marnet_export.choose.charts import plot_pareto, plot_risk_coverage
+from marnet_export.choose.points import (
     Candidate,
     RiskThreshold,
     choose,

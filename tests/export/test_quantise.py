@@ -24,11 +24,8 @@ from tiny import make_model, plain_refine, tables_of
 from tolerances import FLOAT32_TWICE, INT8
 from torch import nn
 
-from marnet_export.builders import Calibration, Types, builder
-from marnet_export.lower import Lowered, lower, lower_marnet
-from marnet_export.pipeline import export_bundle
-from marnet_export.plan import make_plan
-from marnet_export.quantise import (
+from marnet_export.build.builder import Calibration, Types, builder
+from marnet_export.build.quantise import (
     IMAGES,
     LEVELS,
     Range,
@@ -38,6 +35,9 @@ from marnet_export.quantise import (
     ranked,
     require_calibration,
 )
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import Lowered, lower, lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import read_bundle
@@ -331,7 +331,7 @@ def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
         "from calibration import calibrate\n"
         "from test_quantise import BACKENDS, INT8_TYPES, build\n"
         "from tiny import make_model\n"
-        "from marnet_export.lower import lower\n"
+        "from marnet_export.lower.methods import lower\n"
         "model = make_model()\n"
         "for backend in BACKENDS:\n"
         f"    folder = Path({str(tmp_path / 'payload')!r}) / backend\n"

@@ -13,11 +13,11 @@ from quick import kept
 from tiny import make_model
 from torch import nn
 
-from marnet_export.builders import Product, Types, builder
-from marnet_export.class_token import for_class_token
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
-from marnet_export.receipt import NOT_READ, check_delivered, count_products
+from marnet_export.build.builder import Product, Types, builder
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
+from marnet_export.prove.receipt import NOT_READ, check_delivered, count_products
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import VerificationFailed
 from marnet_train.models.marnet import MARNet

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT64
 
-from marnet_export.selection import (
+from marnet_export.choose.points import (
     Candidate,
     choose,
     evaluate_candidate,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from marnet_export.lower import lower
-from marnet_export.selection import paired_interval
-from marnet_export.sweep import as_points, sweep, swept_processes
-from marnet_export.verify import Built, Reference
-from marnet_export.zero_steps import alignment_head, process_table
+from marnet_export.choose.points import paired_interval
+from marnet_export.choose.sweep import as_points, sweep, swept_processes
+from marnet_export.lower.methods import lower
+from marnet_export.lower.zero_steps import alignment_head, process_table
+from marnet_export.prove.fidelity import Built, Reference
 from marnet_sdk.alignment import WithAlignment
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import Bundle, read_bundle
@@ -108,7 +108,7 @@ def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
     truth = np.roll(labels["exact"], 0)
     truth[:6] = (truth[:6] + 1) % 10
     built = built_of(bundle, tables, pixels)
-    monkeypatch.setattr("marnet_export.sweep.in_turn", by_work)
+    monkeypatch.setattr("marnet_export.choose.sweep.in_turn", by_work)
     head = alignment_head(lower(model))
     assert head is not None
     built.backend = WithAlignment(built.backend, head)

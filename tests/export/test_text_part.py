@@ -19,8 +19,8 @@ from torch import nn
 from transformers import CanineTokenizer
 
 from marnet_export import text as text_part
-from marnet_export.builders import Types, builder
-from marnet_export.lower import Lowered, lower
+from marnet_export.build.builder import Types, builder
+from marnet_export.lower.methods import Lowered, lower
 from marnet_export.text import (
     MAX_ERROR,
     MIN_COSINE,

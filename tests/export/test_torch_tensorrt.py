@@ -21,12 +21,16 @@ from quick import kept
 from tiny import make_model
 from tolerances import BUILT, FLOAT32_LAYER
 
-from marnet_export import tensorrt_engines
-from marnet_export.builders import TORCH_TYPES, Types
-from marnet_export.builders.tensorrt import build_encoder, build_refine, open_reference
-from marnet_export.graph import with_compute
-from marnet_export.lower import Lowered, lower
-from marnet_export.torch_tensorrt import encoder_engine, export_program, load_torch_tensorrt
+from marnet_export.build.builder import TORCH_TYPES, Types
+from marnet_export.build.tensorrt import engines
+from marnet_export.build.tensorrt.graphs import build_encoder, build_refine, open_reference
+from marnet_export.build.tensorrt.torch_route import (
+    encoder_engine,
+    export_program,
+    load_torch_tensorrt,
+)
+from marnet_export.lower.methods import Lowered, lower
+from marnet_export.lower.modules import with_compute
 from marnet_sdk.backends.tensorrt import open_payload
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
@@ -233,11 +237,11 @@ def build(lowered, pixels, tmp_path, monkeypatch) -> Build:
     here: what it is called decides."""
     ada, rtx = Device("NVIDIA L4", (8, 9), 13000), load_library("tensorrt_rtx")
     monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tensorrt_engines, "find_device", lambda: ada)
+    monkeypatch.setattr(engines, "find_device", lambda: ada)
 
     def run(flavour: str = STANDARD, **settings: Any) -> None:
         library = Library(flavour, rtx.version, rtx.module)
-        monkeypatch.setattr(tensorrt_engines, "load_library", lambda name: library)
+        monkeypatch.setattr(engines, "load_library", lambda name: library)
         how: dict[str, Any] = {"route": "torch-tensorrt", "buckets": BUCKETS, "types": TYPES}
         (tmp_path / "payload").mkdir(exist_ok=True)
         build_encoder(lowered, pixels[:2], payload=tmp_path / "payload", **(how | settings))

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from tiny import plain_refine
 from tolerances import FLOAT32_TWICE, FLOAT64
 
-from marnet_export.verify import (
+from marnet_export.prove.fidelity import (
     Built,
     Fidelity,
     Reference,

@@ -21,10 +21,10 @@ from compilers import need_compiler
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_TWICE
 
-from marnet_export.builders import Types
-from marnet_export.builders.aotinductor import build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.build.aotinductor import build_encoder, build_refine
+from marnet_export.build.builder import Types
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_sdk.backends import aotinductor, torch_cuda
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
 from marnet_sdk.backends.torch_cuda import Cuda, TorchOnCuda

@@ -14,10 +14,10 @@ import torch
 from calibration import calibrate
 from tiny import make_model, tables_of
 
-from marnet_export.builders import Types
-from marnet_export.builders.openvino import build_encoder, build_refine
-from marnet_export.lower import lower
-from marnet_export.plan import make_plan
+from marnet_export.build.builder import Types
+from marnet_export.build.openvino import build_encoder, build_refine
+from marnet_export.lower.methods import lower
+from marnet_export.lower.plan import make_plan
 from marnet_sdk.backends import open_backend
 from marnet_sdk.backends.openvino import ENCODER, REFINE, load_openvino
 from marnet_sdk.errors import BackendUnavailable, MissingExtra

@@ -27,10 +27,10 @@ import torch
 from tiny import make_model, tables_of
 from tolerances import BUILT, CAPTURED_LOOP, FLOAT32_TWICE
 
-from marnet_export.builders import Types
-from marnet_export.builders.torchscript import build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.build.builder import Types
+from marnet_export.build.torchscript import build_encoder, build_refine
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
 from marnet_sdk.backends import torch_cuda, torchscript
 from marnet_sdk.backends.torch_cuda import Cuda, Parts, Rows, TorchOnCuda

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_export.builders import Calibration, Types, Unread, builder
-from marnet_export.diagnose import BOUNDS, diagnose, relative_errors
-from marnet_export.fastest import export_fastest
-from marnet_export.images import Images, load_images
+from marnet_export.build.builder import Calibration, Types, Unread, builder
+from marnet_export.build.native import loop_products
+from marnet_export.build.tensorrt.engines import BUCKETS, add_engines
+from marnet_export.choose.race import export_fastest
 from marnet_export.inspection import (
     SKIPPED,
     Check,
@@ -29,14 +29,11 @@ from marnet_export.inspection import (
     flatten,
     passed,
 )
-from marnet_export.lower import Lowered, lower
-from marnet_export.native import loop_products
-from marnet_export.pipeline import CALIBRATION, at_work, export_bundle
-from marnet_export.receipt import NOT_READ, receipt
-from marnet_export.settings import AUTO, ROUTES, Say, Settings
-from marnet_export.tensorrt_engines import BUCKETS, add_engines
-from marnet_export.text import verify_text
-from marnet_export.verify import (
+from marnet_export.job import CALIBRATION, at_work, export_bundle
+from marnet_export.lower.methods import Lowered, lower
+from marnet_export.lower.zero_steps import alignment_head, answering, process_table
+from marnet_export.prove.departure import BOUNDS, diagnose, relative_errors
+from marnet_export.prove.fidelity import (
     BATCH,
     Built,
     Fidelity,
@@ -44,7 +41,10 @@ from marnet_export.verify import (
     measure_fidelity,
     trajectory_error,
 )
-from marnet_export.zero_steps import alignment_head, answering, process_table
+from marnet_export.prove.images import Images, load_images
+from marnet_export.prove.receipt import NOT_READ, receipt
+from marnet_export.settings import AUTO, ROUTES, Say, Settings
+from marnet_export.text import verify_text
 from marnet_sdk.alignment import read_head
 from marnet_sdk.backends import open_backend
 from marnet_sdk.backends.torch_cpu import use_threads

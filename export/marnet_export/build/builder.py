@@ -62,11 +62,11 @@ class Unread(ExportError):
 
 
 BUILDERS = {
-    "aotinductor": "marnet_export.builders.aotinductor",
-    "onnxruntime": "marnet_export.builders.onnxruntime",
-    "openvino": "marnet_export.builders.openvino",
-    "tensorrt": "marnet_export.builders.tensorrt",
-    "torchscript": "marnet_export.builders.torchscript",
+    "aotinductor": "marnet_export.build.aotinductor",
+    "onnxruntime": "marnet_export.build.onnxruntime",
+    "openvino": "marnet_export.build.openvino",
+    "tensorrt": "marnet_export.build.tensorrt.graphs",
+    "torchscript": "marnet_export.build.torchscript",
 }
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 TORCH_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.builders import Calibration, Product, Types
-from marnet_export.lower import Lowered
-from marnet_export.plan import SamplingPlan
-from marnet_export.quantise import Range, loop_ranges, quantised_rows, require_calibration
-from marnet_export.sweep import in_turn
+from marnet_export.build.builder import Calibration, Product, Types
+from marnet_export.build.quantise import Range, loop_ranges, quantised_rows, require_calibration
+from marnet_export.choose.sweep import in_turn
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.backends import Backend
 from marnet_sdk.errors import ExportError
 from marnet_sdk.native_loop import (

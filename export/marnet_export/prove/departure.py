@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from marnet_export.builders import Types, builder
-from marnet_export.class_token import for_class_token
-from marnet_export.lower import Lowered
-from marnet_export.verify import CHAIN_STEPS, Built, Reference
+from marnet_export.build.builder import Types, builder
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.methods import Lowered
+from marnet_export.prove.fidelity import CHAIN_STEPS, Built, Reference
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.tables import Floats, Tables
 from marnet_train.diffusion import SamplerTable

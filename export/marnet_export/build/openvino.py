@@ -26,11 +26,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, example_texts, quiet
-from marnet_export.graph import Step
-from marnet_export.lower import Lowered
-from marnet_export.plan import SamplingPlan
-from marnet_export.quantise import (
+from marnet_export.build.builder import (
+    TORCH_TYPES,
+    Calibration,
+    Product,
+    Types,
+    example_texts,
+    quiet,
+)
+from marnet_export.build.quantise import (
     LEVELS,
     Range,
     corrected,
@@ -39,6 +43,9 @@ from marnet_export.quantise import (
     quantised_rows,
     require_calibration,
 )
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Step
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.backends.openvino import (
     ENCODER,
     FIRST_ORDER,

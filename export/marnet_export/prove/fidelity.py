@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from marnet_export.plan import check_step
+from marnet_export.lower.plan import check_step
 from marnet_sdk.backends import Backend
 from marnet_sdk.bundle import Sampling
 from marnet_sdk.classifier import pixel_key

@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marnet_export.builders import BUILDERS, check_device, device_of
-from marnet_export.lower import lower
-from marnet_export.pipeline import at_work, export_bundle, finish
+from marnet_export.build.builder import BUILDERS, check_device, device_of
+from marnet_export.choose.sweep import in_turn
+from marnet_export.job import at_work, export_bundle, finish
+from marnet_export.lower.methods import lower
 from marnet_export.settings import Say, Settings
-from marnet_export.sweep import in_turn
 from marnet_export.text import check_text
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle
@@ -152,7 +152,7 @@ def _build_apart(
     }
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "marnet_export.fastest"],
+        [sys.executable, "-m", "marnet_export.choose.race"],
         input=json.dumps(job),
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from marnet_export.builders import (
+from marnet_export.build.builder import (
     Calibration,
     Types,
     Unread,
@@ -33,12 +33,7 @@ from marnet_export.builders import (
     open_built,
     runs_here,
 )
-from marnet_export.class_token import ClassTokenLayer
-from marnet_export.diagnose import diagnose
-from marnet_export.images import Images, load_images
-from marnet_export.inspection import PASSED, check_second_process
-from marnet_export.lower import Lowered, Plan, lower
-from marnet_export.native import (
+from marnet_export.build.native import (
     MOST_ROWS,
     check_alike,
     delivered,
@@ -52,12 +47,10 @@ from marnet_export.native import (
     why_not,
     write_native,
 )
-from marnet_export.native import about as loop_about
-from marnet_export.plots import plot_pareto, plot_risk_coverage
-from marnet_export.quantise import ranked, to_keep
-from marnet_export.ranges import check_activations, check_weights
-from marnet_export.receipt import NOT_READ, check_delivered, count_products, receipt
-from marnet_export.selection import (
+from marnet_export.build.native import about as loop_about
+from marnet_export.build.quantise import ranked, to_keep
+from marnet_export.choose.charts import plot_pareto, plot_risk_coverage
+from marnet_export.choose.points import (
     EXACT,
     Candidate,
     Choice,
@@ -66,10 +59,19 @@ from marnet_export.selection import (
     risk_coverage,
     threshold_for_risk,
 )
-from marnet_export.settings import AUTO, FLOATS, ROUTES, Say, Settings, check_types, places
-from marnet_export.sweep import SAMPLES, as_points, sweep, swept_processes
-from marnet_export.text import check_text, export_text
-from marnet_export.verify import (
+from marnet_export.choose.sweep import SAMPLES, as_points, sweep, swept_processes
+from marnet_export.inspection import PASSED, check_second_process
+from marnet_export.lower.class_token import ClassTokenLayer
+from marnet_export.lower.methods import Lowered, Plan, lower
+from marnet_export.lower.zero_steps import (
+    alignment_head,
+    answering,
+    check_branch,
+    process_table,
+    write_head,
+)
+from marnet_export.prove.departure import diagnose
+from marnet_export.prove.fidelity import (
     MIN_AGREEMENT,
     ROW_TOLERANCE,
     Built,
@@ -81,13 +83,11 @@ from marnet_export.verify import (
     settling,
     trajectory_error,
 )
-from marnet_export.zero_steps import (
-    alignment_head,
-    answering,
-    check_branch,
-    process_table,
-    write_head,
-)
+from marnet_export.prove.images import Images, load_images
+from marnet_export.prove.overflow import check_activations, check_weights
+from marnet_export.prove.receipt import NOT_READ, check_delivered, count_products, receipt
+from marnet_export.settings import AUTO, FLOATS, ROUTES, Say, Settings, check_types, places
+from marnet_export.text import check_text, export_text
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.backends.torch_cuda import gpu_name

@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marnet_export.builders import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
-from marnet_export.graph import Refine, ScriptedLoop, on_device
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Refine, ScriptedLoop, on_device
 from marnet_sdk.backends.torch_cuda import exact_float32
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
 from marnet_sdk.backends.torchscript import _module as open_module

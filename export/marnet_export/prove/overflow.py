@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from marnet_export.builders import TORCH_TYPES, Calibration
-from marnet_export.graph import ScriptedLoop
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import TORCH_TYPES, Calibration
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import ScriptedLoop
 from marnet_sdk.errors import ExportError
 
 MARGIN = 4.0  # other images than those that were tried may need so many times their range

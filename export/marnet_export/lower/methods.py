@@ -3,7 +3,7 @@ trained.
 
 A method is registered by its name in config.json: its model class in `marnet_train.models.METHODS`,
 and the function that lowers such a model in `LOWERINGS`. The model itself is the float32 reference
-that every export is held to (`verify.Reference`); what that needs of it:
+that every export is held to (`fidelity.Reference`); what that needs of it:
     config.labels, config.schedule, config.method
     vision(pixels [B, 3, H, W]) -> x_v [B, D_v];  latent_width, D
     refine(x_v, table, initial, noise, watch) -> x_CDR [B, D], the loop as the paper writes it
@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from marnet_export.class_token import for_class_token
-from marnet_export.graph import Head, PlanStep, Step
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.modules import Head, PlanStep, Step
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.errors import ExportError
 from marnet_train.diffusion import SamplerTable
 from marnet_train.models.marnet import MARNet

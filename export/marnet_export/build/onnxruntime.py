@@ -27,10 +27,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, example_texts, quiet
-from marnet_export.graph import Matrix, Refine, ScanLoop
-from marnet_export.lower import Lowered
-from marnet_export.quantise import (
+from marnet_export.build.builder import (
+    TORCH_TYPES,
+    Calibration,
+    Product,
+    Types,
+    example_texts,
+    quiet,
+)
+from marnet_export.build.quantise import (
     LEVELS,
     Range,
     corrected,
@@ -41,6 +46,8 @@ from marnet_export.quantise import (
     require_calibration,
     stored_factors,
 )
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Matrix, Refine, ScanLoop
 from marnet_sdk.backends.onnxruntime import (
     ENCODER,
     HEAD,

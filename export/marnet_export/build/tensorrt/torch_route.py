@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from marnet_export.builders import quiet
+from marnet_export.build.builder import quiet
 from marnet_sdk.errors import BackendUnavailable, ExportError, MissingExtra
 
 NAME, RTX = "torch-tensorrt", "torch-tensorrt-rtx"
@@ -75,7 +75,7 @@ def encoder_engine(
     output0.
 
     Args:
-        module: pixels [B, 3, H, W] -> x_v [B, D_v], as `graph.with_compute` makes it: an engine has
+        module: pixels [B, 3, H, W] -> x_v [B, D_v], as `with_compute` makes it: an engine has
             the types of its module. pixels: an example, B >= 2. compute: for the products of
             activations, as in attention, which have no module.
 

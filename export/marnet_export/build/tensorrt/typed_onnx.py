@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from marnet_export.builders import TORCH_TYPES
+from marnet_export.build.builder import TORCH_TYPES
 
 ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
@@ -24,7 +24,7 @@ _FLOAT = int(TensorProto.FLOAT)
 def type_products(proto: onnx.ModelProto, compute: str) -> onnx.ModelProto:
     """Cast the factors of every product that is still float32, and its result back.
 
-    Layers have their type already (`graph.with_compute`), or stand between Q and DQ nodes; left are
+    Layers have their type already (`with_compute`), or stand between Q and DQ nodes; left are
     the products of activations with activations, as in attention.
     """
     if compute == "fp32":

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from marnet_export.builders import Product
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import Product
+from marnet_export.lower.methods import Lowered
 from marnet_sdk.alignment import HEAD, AlignmentHead, read_head
 from marnet_sdk.bundle import NO_LOOP
 from marnet_sdk.errors import ExportError

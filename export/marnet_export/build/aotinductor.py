@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from marnet_export.builders import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
-from marnet_export.graph import Step, on_device
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Step, on_device
 from marnet_sdk.backends.aotinductor import (
     CPU_FLAGS,
     ENCODER,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.overrides import TorchFunctionMode
 
-from marnet_export.plan import SamplingPlan
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.backends.torch_cuda import one_line
 from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.persistent_loop import LoopWeights, Operand

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from marnet_export.builders import Calibration, Types
-from marnet_export.graph import Matrix, ScriptedLoop, Step
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import Calibration, Types
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Matrix, ScriptedLoop, Step
 from marnet_sdk.errors import ExportError
 from marnet_sdk.tables import Floats, Tables
 

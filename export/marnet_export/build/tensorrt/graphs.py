@@ -22,17 +22,15 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from marnet_export.builders import TORCH_TYPES, Calibration, Product, Types, quiet
-from marnet_export.graph import Condition, Finish, Refine, ScanLoop, Step, with_compute
-from marnet_export.lower import Lowered
-from marnet_export.quantise import (
+from marnet_export.build.builder import TORCH_TYPES, Calibration, Product, Types, quiet
+from marnet_export.build.quantise import (
     corrected,
     kept_nodes,
     products_of_activations,
     require_calibration,
     stored_factors,
 )
-from marnet_export.tensorrt_engines import (
+from marnet_export.build.tensorrt.engines import (
     BUCKETS,
     CONDITION,
     ENCODER,
@@ -45,10 +43,12 @@ from marnet_export.tensorrt_engines import (
     check_targets,
     replace_engine,
 )
-from marnet_export.tensorrt_receipt import read_products
-from marnet_export.torch_tensorrt import NAME as TORCH_TENSORRT
-from marnet_export.torch_tensorrt import encoder_engine, load_torch_tensorrt
-from marnet_export.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
+from marnet_export.build.tensorrt.receipt import read_products
+from marnet_export.build.tensorrt.torch_route import NAME as TORCH_TENSORRT
+from marnet_export.build.tensorrt.torch_route import encoder_engine, load_torch_tensorrt
+from marnet_export.build.tensorrt.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.tensorrt import by_noise_row

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from marnet_export.builders import Product, Types
-from marnet_export.graph import Refine, ScriptedLoop
-from marnet_export.lower import Lowered
+from marnet_export.build.builder import Product, Types
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Refine, ScriptedLoop
 from marnet_sdk.bundle import Share
 from marnet_sdk.errors import VerificationFailed
 

@@ -1,4 +1,4 @@
-"""Measure every way to run a built loop, so that `selection` can choose among them.
+"""Measure every way to run a built loop, so that `points` can choose among them.
 
 What is swept is steps x sampler x noise samples x precision, and no loop at all. One built graph
 serves all but the precision, and the encoder runs once for all of them.
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.selection import Candidate, evaluate_candidate, evaluate_exact
-from marnet_export.verify import Built
+from marnet_export.choose.points import Candidate, evaluate_candidate, evaluate_exact
+from marnet_export.prove.fidelity import Built
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
 from marnet_sdk.tables import Floats

@@ -37,7 +37,10 @@ from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
 from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
-from marnet_export.build.builder import BUILDERS, PRECISIONS, Types, builder, quiet, runs_here
+from marnet_export.build.builder import BUILDERS, builder
+from marnet_export.build.opened import runs_here
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import PRECISIONS, Types
 from marnet_export.lower.methods import lower_marnet
 from marnet_export.settings import Settings
 from marnet_sdk.backends.onnxruntime import load_onnxruntime

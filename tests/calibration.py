@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tiny import tables_of
 
-from marnet_export.build.builder import Calibration
+from marnet_export.build.types import Calibration
 from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.tables import Floats
 from marnet_train.diffusion import sampler_table

@@ -7,7 +7,6 @@ export that fails or is killed leaves nothing half-written.
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 import time
@@ -24,15 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from marnet_export.build.builder import (
-    Calibration,
-    Types,
-    Unread,
-    builder,
-    device_of,
-    open_built,
-    runs_here,
-)
+from marnet_export.build.builder import Order, builder
 from marnet_export.build.native import (
     MOST_ROWS,
     check_alike,
@@ -48,7 +39,10 @@ from marnet_export.build.native import (
     write_native,
 )
 from marnet_export.build.native import about as loop_about
+from marnet_export.build.opened import open_built, runs_here
+from marnet_export.build.policy import device_of
 from marnet_export.build.quantise import ranked, to_keep
+from marnet_export.build.types import Calibration, Types, Unread
 from marnet_export.choose.charts import plot_pareto, plot_risk_coverage
 from marnet_export.choose.points import (
     EXACT,
@@ -86,7 +80,7 @@ from marnet_export.prove.fidelity import (
 from marnet_export.prove.images import Images, load_images
 from marnet_export.prove.overflow import check_activations, check_weights
 from marnet_export.prove.receipt import NOT_READ, check_delivered, count_products, receipt
-from marnet_export.settings import AUTO, FLOATS, ROUTES, Say, Settings, check_types, places
+from marnet_export.settings import AUTO, FLOATS, Say, Settings, check_types, order_for
 from marnet_export.text import check_text, export_text
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.backends.torch_cpu import use_threads
@@ -239,7 +233,7 @@ class _Job:
     @property
     def buckets(self) -> tuple[int, ...]:
         """The batch sizes that are built for; empty: any."""
-        return tuple(getattr(builder(self.settings.backend), "BUCKETS", ()))
+        return builder(self.settings.backend).buckets
 
     @cached_property
     def fitted_reference(self) -> Reference:
@@ -335,7 +329,7 @@ class _Job:
             payload.mkdir(parents=True)
             module = builder(self.settings.backend)
             self.build_encoder(encoder, arrays, sampling, payload)
-            module.build_refine(self.lowered, loop, payload, **self.options(arrays, sampling))
+            module.build_refine(self.lowered, loop, payload, self.order(arrays, sampling))
             if any(not point.timesteps for point in sampling.points.values()):
                 write_head(self.lowered, payload)
             if encoder.storage == "int8":
@@ -361,10 +355,9 @@ class _Job:
     ) -> None:
         pixels = self.images.pixels
         example = torch.from_numpy(np.resize(pixels, (2, *pixels.shape[1:])))
-        more = self.options(arrays, sampling)
-        route = {} if self.settings.route == ROUTES[0] else {"route": self.settings.route}
+        order = self.order(arrays, sampling)
         module = builder(self.settings.backend)
-        module.build_encoder(self.lowered, example, types, payload, **more, **route)
+        module.build_encoder(self.lowered, example, types, payload, order)
 
     def keep_float(
         self,
@@ -421,9 +414,9 @@ class _Job:
     def check_steps(self, sampling: Sampling) -> None:
         """Refuse a chain that is longer than what the backend builds for."""
         backend = self.settings.backend
-        most = getattr(builder(backend), "MOST_STEPS", math.inf)
+        most = builder(backend).most_steps
         longest = max(len(point.timesteps) for point in sampling.points.values())
-        if longest > most:
+        if most is not None and longest > most:
             raise ExportError(
                 f"{backend} builds loops of at most {most} steps, got {longest}; choose fewer with "
                 "--steps, or another --backend"
@@ -651,7 +644,7 @@ class _Job:
         if reason := why_not(module, self.lowered):
             if insists:
                 raise refused(reason)
-            if hasattr(module, "build_head"):
+            if module.head is not None:
                 self.say(f"the graph runs the loop: {reason}")
             return None
         payload = self.fresh / PAYLOAD
@@ -732,7 +725,7 @@ class _Job:
             *(self.reference, built, self.fresh / PAYLOAD, self.lowered, backend),
             *(types[0], table, name),
             loop_types=types[1],
-            options=self.options(built.plan, built.sampling),
+            order=self.order(built.plan, built.sampling),
         )
         which = "" if name == DEFAULT else f" at operating point {name}"
         return VerificationFailed(
@@ -740,12 +733,9 @@ class _Job:
             "No bundle was written; try --precision fp32, or a lower --min-agreement"
         )
 
-    def options(self, arrays: dict[str, NDArray], sampling: Sampling) -> dict[str, Any]:
-        """Return the keywords that the builder takes besides model and types."""
-        module = builder(self.settings.backend)
-        calibration = self.calibration(arrays, sampling)
-        more = {"calibration": calibration} if "int8" in module.STORAGE else {}
-        return places(self.settings) | more
+    def order(self, arrays: dict[str, NDArray], sampling: Sampling) -> Order:
+        """Return what the builder is told besides model and types."""
+        return order_for(self.settings, self.calibration(arrays, sampling))
 
     def manifest_fields(
         self,
@@ -818,8 +808,8 @@ def add_parts(folder: Path, checkpoint: Checkpoint, lowered: Lowered, settings: 
     """Write what is not needed to classify: `TEXT` and `SOURCE`, where they are asked for."""
     if settings.text and lowered.text is not None:
         types = check_types(settings)[0]
-        where = places(settings)
-        found = export_text(checkpoint, lowered, settings.backend, types, folder / TEXT, **where)
+        order = order_for(settings)
+        found = export_text(checkpoint, lowered, settings.backend, types, folder / TEXT, order)
         _add_to_report(folder, text=found)
     if settings.source:
         copy_files(checkpoint.path, folder / SOURCE, without=[BASELINE])
@@ -883,10 +873,10 @@ def _add_not_run(folder: Path, backend: str) -> str:
 
 def _built_for(settings: Settings, payload: Path | None = None) -> BuiltFor:
     backend, device = settings.backend, device_of(settings.backend, settings.device)
-    module = builder(backend)
-    own = getattr(module, "PACKAGES", (backend,))
-    packages = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx", *own)
-    targets = module.targets(payload) if payload and hasattr(module, "targets") else ()
-    if device == "cuda" and hasattr(module, "CUDA_COMPUTE"):
+    built = builder(backend)
+    common = ("marnet", "numpy", "pillow", "torch", "transformers", "tokenizers", "onnx")
+    packages = (*common, *built.packages)
+    targets = built.targets(payload) if payload and built.targets else ()
+    if device == "cuda" and built.cuda_compute:
         targets = (" ".join(gpu_name()),)
     return BuiltFor(device, platform.machine(), versions(packages), tuple(targets))

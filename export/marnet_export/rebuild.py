@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_export.build.builder import Calibration, Types, Unread, builder
+from marnet_export.build.builder import ROUTES, Order, builder
 from marnet_export.build.native import loop_products
 from marnet_export.build.tensorrt.engines import BUCKETS, add_engines
+from marnet_export.build.types import Calibration, Types, Unread
 from marnet_export.choose.race import export_fastest
 from marnet_export.inspection import (
     SKIPPED,
@@ -43,7 +44,7 @@ from marnet_export.prove.fidelity import (
 )
 from marnet_export.prove.images import Images, load_images
 from marnet_export.prove.receipt import NOT_READ, receipt
-from marnet_export.settings import AUTO, ROUTES, Say, Settings
+from marnet_export.settings import AUTO, Say, Settings
 from marnet_export.text import verify_text
 from marnet_sdk.alignment import read_head
 from marnet_sdk.backends import open_backend
@@ -366,7 +367,7 @@ class _Trial:
                 self.tables[name],
                 name,
                 loop_types=loop,
-                options=self._calibration(name),
+                order=self._order(name),
             )
             return found.sentence
         if not self.tables[name].timesteps:
@@ -387,19 +388,19 @@ class _Trial:
             f"{apart:.2g}, the logits of every step by up to {bound:g}"
         )
 
-    def _calibration(self, name: str) -> dict[str, Calibration | None]:
-        """Return the builder's keyword for calibration; empty where the builder has no int8."""
+    def _order(self, name: str) -> Order:
+        """Return what the builder is told: with a calibration, where the bundle has int8."""
         manifest, images = self.bundle.manifest, slice(0, CALIBRATION)
-        if "int8" not in builder(manifest.backend).STORAGE:
-            return {}
+        device = manifest.built_for.device
         if "int8" not in (manifest.precision.asked, manifest.precision.loop):
-            return {"calibration": None}
+            return Order(device)
         point = name if self.tables[name].timesteps else self.built.sampling.with_loop
         tables = self.built.tables(point, self.images.pixels[:1], 1)
         x_v = self.reference.x_v[images].numpy()
         pixels = self.images.pixels[images]
         kept = tuple(manifest.precision.kept)
-        return {"calibration": Calibration(pixels, x_v, tables.coefficients, tables.bias, kept)}
+        calibration = Calibration(pixels, x_v, tables.coefficients, tables.bias, kept)
+        return Order(device, calibration=calibration)
 
 
 def _coarsest(types: Types) -> str:

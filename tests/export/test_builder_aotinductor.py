@@ -26,7 +26,7 @@ from marnet_export.build.aotinductor import (
     build_text,
     products,
 )
-from marnet_export.build.builder import Product, Types, Unread
+from marnet_export.build.types import Product, Types, Unread
 from marnet_export.lower.methods import Lowered, lower_marnet
 from marnet_sdk.backends import Backend
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, TEXT, open_payload, open_text

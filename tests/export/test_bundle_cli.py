@@ -567,8 +567,8 @@ def test_a_wrong_command_gets_the_nearest():
 @pytest.fixture(scope="module")
 def engines(bundle, checkpoint, tmp_path_factory) -> Path:
     """A bundle of TensorRT with engines for one kind of GPU, which is not the one here."""
-    from marnet_export.build.builder import Types
     from marnet_export.build.tensorrt.graphs import build_encoder, build_refine
+    from marnet_export.build.types import Types
     from marnet_export.lower.methods import lower
     from marnet_train.checkpoint import load_checkpoint
 

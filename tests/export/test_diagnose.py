@@ -17,7 +17,8 @@ from quick import kept
 from tiny import make_model, sampling_of
 from torch import nn
 
-from marnet_export.build.builder import Types, builder
+from marnet_export.build.builder import builder
+from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower
 from marnet_export.prove import departure as diagnosis
 from marnet_export.prove.departure import Departure, diagnose, relative_errors

@@ -13,7 +13,8 @@ from tiny import make_model
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
 from torch import nn
 
-from marnet_export.build.builder import TORCH_TYPES, quiet
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import TORCH_TYPES
 from marnet_export.lower import modules
 from marnet_export.lower.modules import (
     Head,

@@ -20,9 +20,9 @@ from tolerances import BUILT, FLOAT32_LOOP, INT8
 
 from marnet_export import job
 from marnet_export.build import native
-from marnet_export.build.builder import Types
 from marnet_export.build.native import faster_up_to, loop_layers, shown
 from marnet_export.build.quantise import Range, loop_ranges
+from marnet_export.build.types import Types
 from marnet_export.inspection import PASSED
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower_marnet

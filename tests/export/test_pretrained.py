@@ -14,7 +14,7 @@ from pictures import encode
 from PIL import Image
 from tolerances import BUILT
 
-from marnet_export.build.builder import quiet
+from marnet_export.build.tracing import quiet
 from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier

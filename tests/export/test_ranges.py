@@ -10,7 +10,7 @@ import torch
 from tiny import make_model, tables_of
 from torch import nn
 
-from marnet_export.build.builder import Calibration
+from marnet_export.build.types import Calibration
 from marnet_export.lower.methods import Lowered, lower
 from marnet_export.lower.modules import with_compute
 from marnet_export.lower.plan import make_plan

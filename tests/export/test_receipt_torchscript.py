@@ -11,8 +11,9 @@ from quick import kept
 from tiny import make_model
 from torch import Tensor, nn
 
-from marnet_export.build.builder import Product, Types, Unread, quiet
 from marnet_export.build.torchscript import build_encoder, build_refine, products
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import Product, Types, Unread
 from marnet_export.lower.methods import lower_marnet
 from marnet_export.lower.plan import make_plan
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone

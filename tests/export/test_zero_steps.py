@@ -16,7 +16,7 @@ from tiny import make_model
 from tolerances import FLOAT32_LAYER
 
 from marnet_export import job
-from marnet_export.build.builder import Types
+from marnet_export.build.types import Types
 from marnet_export.bundle_cli import main
 from marnet_export.job import explain, export_bundle
 from marnet_export.lower.methods import lower

@@ -31,7 +31,6 @@ from tolerances import BUILT
 import marnet_kernels.loader
 import marnet_kernels.persistent
 import marnet_sdk.driver
-from marnet_export.build.builder import Types
 from marnet_export.build.tensorrt.engines import add_engines, check_targets
 from marnet_export.build.tensorrt.graphs import (
     _session,
@@ -41,6 +40,7 @@ from marnet_export.build.tensorrt.graphs import (
     open_reference,
     open_text_reference,
 )
+from marnet_export.build.types import Types
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import Lowered, lower
 from marnet_export.lower.plan import make_plan

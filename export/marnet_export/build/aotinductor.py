@@ -27,7 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 
-from marnet_export.build.builder import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
+from marnet_export.build.builder import USUAL, Builder, Order
+from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.types import TORCH_TYPES, Product, Types, Unread
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Step, on_device
 from marnet_sdk.backends.aotinductor import (
@@ -47,9 +49,6 @@ from marnet_sdk.backends.torch_cuda import exact_float32, gpu_name
 from marnet_sdk.errors import BackendUnavailable, ExportError
 
 _OLDEST = (2, 13)  # torch; 2.11 and 2.12 cannot write a `scan` in C++
-STORAGE = ("fp32", "bf16", "fp16")
-COMPUTE = ("fp32", "bf16")
-CUDA_COMPUTE = ("fp32", "bf16", "fp16")
 _LARGEST = 1 << 20  # of every size that is free
 
 # What a graph takes: name, example, its sizes in order (an int, or the name of a free one).
@@ -62,7 +61,11 @@ def targets(payload: Path) -> list[str]:
 
 
 def build_encoder(
-    lowered: Lowered, pixels: Tensor, types: Types, payload: Path, *, device: str = "cpu"
+    lowered: Lowered,
+    pixels: Tensor,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/encoder.pt2. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
@@ -70,14 +73,14 @@ def build_encoder(
         BackendUnavailable: this machine has no C++ compiler, or too old a torch.
         ExportError: the compiler failed, or does not store matrices in this type.
     """
-    encoder = on_device(lowered.encoder, _compute(types, device), device, pixels)
+    encoder = on_device(lowered.encoder, _compute(types, order.device), order.device, pixels)
     inputs = [("pixels", pixels, ("batch", *pixels.shape[1:]))]
-    _build(encoder, inputs, types, payload / ENCODER, device=device)
+    _build(encoder, inputs, types, payload / ENCODER, device=order.device)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.pt2; as `build_encoder`."""
-    module = _Refine(lowered.step(_compute(types, device)), copy.deepcopy(lowered.head))
+    module = _Refine(lowered.step(_compute(types, order.device)), copy.deepcopy(lowered.head))
     # No size of the example is kept but the widths; each is different, so that none is mistaken.
     x_v, row = torch.zeros(2, lowered.image_width), torch.zeros(2, dtype=torch.int64)
     table, width = torch.zeros(4, 7, 5, lowered.row_width), lowered.row_width
@@ -88,24 +91,25 @@ def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str =
         ("the last bias", table[-1].clone(), ("rows", "samples", width)),
         ("row", row, ("batch",)),
     ]
-    _build(module, inputs, types, payload / REFINE, device=device)
+    _build(module, inputs, types, payload / REFINE, device=order.device)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.pt2; as `build_encoder`."""
     assert lowered.text is not None
     ids, mask = example_texts()
-    encoder = on_device(lowered.text, _compute(types, device), device, ids, mask)
+    encoder = on_device(lowered.text, _compute(types, order.device), order.device, ids, mask)
     inputs = [("ids", ids, ("batch", "length")), ("mask", mask, ("batch", "length"))]
-    _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text), device)
+    _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text), order.device)
 
 
 def _compute(types: Types, device: str) -> torch.dtype:
-    computes = CUDA_COMPUTE if device == "cuda" else COMPUTE
-    if types.storage not in STORAGE or types.compute not in computes:
+    computes = BUILDER.computes(device)
+    if types.storage not in BUILDER.storage or types.compute not in computes:
         raise ExportError(
-            f"aotinductor stores {', '.join(STORAGE)} and computes in {' or '.join(computes)}, not "
-            f"{types.storage} and {types.compute}; --backend openvino has int8"
+            f"aotinductor stores {', '.join(BUILDER.storage)} and computes in "
+            f"{' or '.join(computes)}, not {types.storage} and {types.compute}; --backend openvino "
+            "has int8"
         )
     return TORCH_TYPES[types.compute]
 
@@ -561,3 +565,17 @@ def _arguments(text: str) -> list[str]:
         else:
             found[-1] += character
     return found
+
+
+BUILDER = Builder(
+    name="aotinductor",
+    storage=("fp32", "bf16", "fp16"),
+    compute=("fp32", "bf16"),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=("aotinductor",),
+    cuda_compute=("fp32", "bf16", "fp16"),
+    targets=targets,
+)

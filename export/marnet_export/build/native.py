@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.build.builder import Calibration, Product, Types
+from marnet_export.build.builder import Builder
 from marnet_export.build.quantise import Range, loop_ranges, quantised_rows, require_calibration
+from marnet_export.build.types import Calibration, Product, Types
 from marnet_export.choose.sweep import in_turn
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.plan import SamplingPlan
@@ -43,10 +43,10 @@ ANY_ROWS = 2**31 - 1  # while it is verified, it answers everything
 _ROWS = (1, 4, 16)  # images in a call that are timed
 
 
-def why_not(module: ModuleType, lowered: Lowered) -> str | None:
+def why_not(builder: Builder, lowered: Lowered) -> str | None:
     """Why a backend cannot have the native loop for this model here; compiles its library."""
-    if not hasattr(module, "build_head"):
-        return f"{module.__name__.rpartition('.')[2]} has no place for it"
+    if builder.head is None:
+        return f"{builder.name} has no place for it"
     if not isinstance(lowered.plan, SamplingPlan):
         return "the method's loop is not of the form that it runs"
     return compile_library()
@@ -96,7 +96,7 @@ def _layer(
 
 
 def write_native(
-    module: ModuleType,
+    builder: Builder,
     lowered: Lowered,
     types: tuple[Types, Types],
     payload: Path,
@@ -114,7 +114,8 @@ def write_native(
     assert isinstance(lowered.plan, SamplingPlan)
     ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
     save_layers(loop_layers(lowered.plan, types[1], ranges), payload / LAYERS, ANY_ROWS)
-    module.build_head(lowered, types[1], payload)
+    assert builder.head is not None  # as `why_not` tells
+    builder.head.build(lowered, types[1], payload)
 
 
 def remove_native(payload: Path) -> None:
@@ -130,14 +131,14 @@ def set_most_rows(payload: Path, most_rows: int) -> None:
 
 
 def loop_products(
-    module: ModuleType, payload: Path, types: Types, graph: Sequence[Product]
+    builder: Builder, payload: Path, types: Types, graph: Sequence[Product]
 ) -> list[Product]:
     """What a payload multiplies: with a native loop, its products in the place of the graph's.
 
     Args:
         types: of the encoder. graph: what the graphs would multiply by themselves.
     """
-    if not (payload / LAYERS).exists():
+    if builder.head is None or not (payload / LAYERS).exists():
         return list(graph)
     layers, _ = load_layers(payload / LAYERS)
     found = [product for product in graph if product.part == "encoder"]
@@ -148,7 +149,7 @@ def loop_products(
             found.append(replace(once, part="loop", name=name))
         if name != "carry":  # the last step gives its estimate, and gains nothing
             found.append(once)
-    return [*found, *module.head_products(payload, types)]
+    return [*found, *builder.head.products(payload, types)]
 
 
 def delivered(types: Types) -> Types:

@@ -27,14 +27,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from marnet_export.build.builder import (
-    TORCH_TYPES,
-    Calibration,
-    Product,
-    Types,
-    example_texts,
-    quiet,
-)
+from marnet_export.build.builder import USUAL, Builder, HeadAlone, Order
 from marnet_export.build.quantise import (
     LEVELS,
     Range,
@@ -46,6 +39,8 @@ from marnet_export.build.quantise import (
     require_calibration,
     stored_factors,
 )
+from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Matrix, Refine, ScanLoop
 from marnet_sdk.backends.onnxruntime import (
@@ -60,8 +55,6 @@ from marnet_sdk.tables import Floats
 
 load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
 
-STORAGE = ("fp32", "bf16", "fp16", "int8")
-COMPUTE = ("fp32",)
 _ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -74,15 +67,14 @@ def build_encoder(
     pixels: Tensor,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
     Raises:
         ExportError: int8 without calibration.
     """
-    calibrated = require_calibration(calibration, types)
+    calibrated = require_calibration(order.calibration, types)
     shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
     path = payload / ENCODER
     encoder = lowered.encoder
@@ -93,7 +85,7 @@ def build_encoder(
         _quantise_encoder(path, encoder, calibrated)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.onnx."""
     assert lowered.text is not None
     free = torch.export.Dim.AUTO  # the encoder has positions for so many tokens and no more
@@ -106,15 +98,14 @@ def build_refine(
     lowered: Lowered,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/refine.onnx.
 
     Raises:
         ExportError: int8 without calibration.
     """
-    calibrated = require_calibration(calibration, types)
+    calibrated = require_calibration(order.calibration, types)
     step = lowered.step(torch.float32)
     if calibrated is not None:
         for name, values in loop_ranges(lowered, calibrated).items():
@@ -448,3 +439,16 @@ def _product(part: str, run: _Run) -> Product:
         storage, multiply_adds = run.factor[1], prod(output[:-1]) * prod(run.factor[0])
     compute = "int8" if kind in _INT8 else {"float": "fp32", "float16": "fp16"}[came]
     return Product(part, run.node.name, multiply_adds, storage, compute)
+
+
+BUILDER = Builder(
+    name="onnxruntime",
+    storage=("fp32", "bf16", "fp16", "int8"),
+    compute=("fp32",),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=("onnxruntime",),
+    head=HeadAlone(build_head, head_products),
+)

@@ -26,14 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from marnet_export.build.builder import (
-    TORCH_TYPES,
-    Calibration,
-    Product,
-    Types,
-    example_texts,
-    quiet,
-)
+from marnet_export.build.builder import USUAL, Builder, HeadAlone, Order
 from marnet_export.build.quantise import (
     LEVELS,
     Range,
@@ -43,6 +36,8 @@ from marnet_export.build.quantise import (
     quantised_rows,
     require_calibration,
 )
+from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Step
 from marnet_export.lower.plan import SamplingPlan
@@ -63,8 +58,6 @@ from marnet_train.models.denoiser import LEAKY_SLOPE
 ov = load_openvino()
 op = ov.opset15
 
-STORAGE = ("fp32", "bf16", "fp16", "int8")
-COMPUTE = ("fp32", "bf16")
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 _F32 = ov.Type.f32
 
@@ -74,15 +67,14 @@ def build_encoder(
     pixels: torch.Tensor,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/encoder.xml and .bin. `pixels` [B, 3, H, W] is the example that is traced.
 
     Raises:
         ExportError: int8 without calibration. MissingExtra: int8 without NNCF.
     """
-    calibrated = require_calibration(calibration, types)
+    calibrated = require_calibration(order.calibration, types)
     encoder = lowered.encoder
     if calibrated is not None:  # SmoothQuant rescales the weights of linear layers
         encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept, kinds=torch.nn.Conv2d)
@@ -94,7 +86,7 @@ def build_encoder(
     _save(graph, ("pixels",), ("x_v",), types.storage, payload / ENCODER)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.xml and .bin."""
     assert lowered.text is not None
     graph = _convert(lowered.text, *example_texts())
@@ -113,15 +105,14 @@ def build_refine(
     lowered: Lowered,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/refine.xml and .bin.
 
     Raises:
         ExportError: int8 without calibration, or for a loop that is not MARNet's.
     """
-    calibrated = require_calibration(calibration, types)
+    calibrated = require_calibration(order.calibration, types)
     if isinstance(lowered.plan, SamplingPlan):
         ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
         loop = _PlanLoop(lowered.plan, ranges)
@@ -594,3 +585,16 @@ def _constants(node: Any) -> list[Any] | None:
     if any(constants is None for constants in found):
         return None
     return [constant for constants in found if constants is not None for constant in constants]
+
+
+BUILDER = Builder(
+    name="openvino",
+    storage=("fp32", "bf16", "fp16", "int8"),
+    compute=("fp32", "bf16"),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=("openvino",),
+    head=HeadAlone(build_head, head_products),
+)

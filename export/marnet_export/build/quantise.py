@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from marnet_export.build.builder import Calibration, Types
+from marnet_export.build.types import Calibration, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Matrix, ScriptedLoop, Step
 from marnet_sdk.errors import ExportError

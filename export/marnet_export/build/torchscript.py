@@ -20,7 +20,9 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from marnet_export.build.builder import TORCH_TYPES, Product, Types, Unread, example_texts, quiet
+from marnet_export.build.builder import USUAL, Builder, Order
+from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.types import TORCH_TYPES, Product, Types, Unread
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Refine, ScriptedLoop, on_device
 from marnet_sdk.backends.torch_cuda import exact_float32
@@ -28,43 +30,43 @@ from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, tr
 from marnet_sdk.backends.torchscript import _module as open_module
 from marnet_sdk.bundle import PLAN
 
-STORAGE = ("fp32", "bf16", "fp16")
-COMPUTE = ("fp32", "bf16")
-CUDA_COMPUTE = ("fp32", "bf16", "fp16")
-
 
 def build_encoder(
-    lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, *, device: str = "cpu"
+    lowered: Lowered,
+    pixels: torch.Tensor,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], device, pixels)
+    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], order.device, pixels)
     with tracing():
-        example = {"forward": pixels.to(device)}
+        example = {"forward": pixels.to(order.device)}
         module = torch.jit.trace_module(encoder, example, check_trace=False)
-        _save(module, types, payload / ENCODER, device)
+        _save(module, types, payload / ENCODER, order.device)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
-    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], device, *example_texts())
+    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], order.device, *example_texts())
     with tracing():
-        example = {"forward": tuple(tensor.to(device) for tensor in example_texts())}
+        example = {"forward": tuple(tensor.to(order.device) for tensor in example_texts())}
         module = torch.jit.trace_module(encoder, example, check_trace=False)
-        _save(module, types, payload / TEXT, device)
+        _save(module, types, payload / TEXT, order.device)
 
 
-def build_refine(lowered: Lowered, types: Types, payload: Path, *, device: str = "cpu") -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.pt."""
-    loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval().to(device)
+    loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval().to(order.device)
     with tracing():
         shapes = (2, lowered.image_width), (2, 3, lowered.latent_width)
-        example = tuple(torch.zeros(shape, device=device) for shape in shapes)
+        example = tuple(torch.zeros(shape, device=order.device) for shape in shapes)
         # `_store` casts what the traced module shares with it.
-        own = copy.deepcopy(lowered.head).to(device)
+        own = copy.deepcopy(lowered.head).to(order.device)
         head = torch.jit.trace_module(own, {"forward": example}, check_trace=False)
         module = torch.jit.script(Refine(torch.jit.script(loop), head))
-        _save(module, types, payload / REFINE, device)
+        _save(module, types, payload / REFINE, order.device)
 
 
 @contextmanager
@@ -202,3 +204,16 @@ class _Recorder(TorchDispatchMode):
 
 _NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 _UNKNOWN = re.compile("mm|linear|conv|attention|dot|einsum|bilinear|mv$|addr|rnn|lstm")
+
+
+BUILDER = Builder(
+    name="torchscript",
+    storage=("fp32", "bf16", "fp16"),
+    compute=("fp32", "bf16"),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=("torchscript",),
+    cuda_compute=("fp32", "bf16", "fp16"),
+)

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marnet_export.build.builder import BUILDERS, check_device, device_of
+from marnet_export.build.builder import BUILDERS
+from marnet_export.build.policy import check_device, device_of
 from marnet_export.choose.sweep import in_turn
 from marnet_export.job import at_work, export_bundle, finish
 from marnet_export.lower.methods import lower

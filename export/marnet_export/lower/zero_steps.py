@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from marnet_export.build.builder import Product
+from marnet_export.build.types import Product
 from marnet_export.lower.methods import Lowered
 from marnet_sdk.alignment import HEAD, AlignmentHead, read_head
 from marnet_sdk.bundle import NO_LOOP

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from marnet_export.build.builder import Types, builder
+from marnet_export.build.builder import USUAL, Builder, Order, builder
+from marnet_export.build.types import Types
 from marnet_export.lower.class_token import for_class_token
 from marnet_export.lower.methods import Lowered
 from marnet_export.prove.fidelity import CHAIN_STEPS, Built, Reference
@@ -123,7 +123,7 @@ def diagnose(
     name: str,
     *,
     loop_types: Types | None = None,
-    options: Mapping[str, Any] | None = None,
+    order: Order = USUAL,
 ) -> Departure:
     """Name the first layer or step that departs from the reference.
 
@@ -136,11 +136,11 @@ def diagnose(
         lowered: what that was built from. types: of its encoder.
         table, name: of the operating point.
         loop_types: of loop and head; None: as the encoder's.
-        options: further keywords that the builder's functions were given.
+        order: what the builder was told besides.
     """
     with tempfile.TemporaryDirectory() as folder:
         again = _Again(
-            *(lowered, backend, types, loop_types or types, options or {}),
+            *(lowered, backend, types, loop_types or types, order),
             *(built.pixels, payload, Path(folder)),
         )
         encoder = _Encoder(again, reference, built)
@@ -189,7 +189,7 @@ class _Again:
     backend: str
     types: Types
     loop_types: Types
-    options: Mapping[str, Any]
+    order: Order
     pixels: Floats  # [N, 3, H, W]
     payload: Path
     folder: Path  # to work in
@@ -199,18 +199,18 @@ class _Again:
         payload = self._copy()
         lowered = replace(self.lowered, encoder=module)
         example = torch.from_numpy(np.resize(self.pixels[:2], (2, *self.pixels.shape[1:])))
-        self._builder.build_encoder(lowered, example, self.types, payload, **self.options)
+        self._builder.build_encoder(lowered, example, self.types, payload, self.order)
         return self._open(payload)
 
     def loop(self) -> Backend:
         """The loop without a head: its logits are the estimates x_CDR [B, K, D]."""
         payload = self._copy()
         lowered = replace(self.lowered, head=_NoHead())
-        self._builder.build_refine(lowered, self.loop_types, payload, **self.options)
+        self._builder.build_refine(lowered, self.loop_types, payload, self.order)
         return self._open(payload)
 
     @property
-    def _builder(self) -> ModuleType:
+    def _builder(self) -> Builder:
         return builder(self.backend)
 
     def _copy(self) -> Path:
@@ -221,7 +221,7 @@ class _Again:
         return shutil.copytree(self.payload, fresh)
 
     def _open(self, payload: Path) -> Backend:
-        device = self.options.get("device")
+        device = self.order.device
         return open_backend(self.backend, payload, self.types.compute, None, device)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from marnet_export.build.builder import TORCH_TYPES, Calibration
+from marnet_export.build.types import TORCH_TYPES, Calibration
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import ScriptedLoop
 from marnet_sdk.errors import ExportError

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from marnet_export.build.builder import Product, Types
+from marnet_export.build.types import Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Refine, ScriptedLoop
 from marnet_sdk.bundle import Share

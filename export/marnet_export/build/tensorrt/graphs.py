@@ -22,7 +22,7 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from marnet_export.build.builder import TORCH_TYPES, Calibration, Product, Types, quiet
+from marnet_export.build.builder import ROUTES, USUAL, Builder, Order, StandIn
 from marnet_export.build.quantise import (
     corrected,
     kept_nodes,
@@ -47,6 +47,8 @@ from marnet_export.build.tensorrt.receipt import read_products
 from marnet_export.build.tensorrt.torch_route import NAME as TORCH_TENSORRT
 from marnet_export.build.tensorrt.torch_route import encoder_engine, load_torch_tensorrt
 from marnet_export.build.tensorrt.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
@@ -65,12 +67,7 @@ from onnxruntime.quantization import (  # noqa: E402
     quantize_static,
 )
 
-DEVICE, MOST_STEPS = "cuda", STEPS[-1]
-STORAGE = ("fp32", "bf16", "fp16", "int8")
-COMPUTE = ("fp16", "bf16", "fp32")
-PACKAGES = (STANDARD, RTX)  # what an engine depends on: whichever is installed
-ONNX = "onnx"
-ROUTES = (ONNX, TORCH_TENSORRT)  # to the encoder's engine
+ONNX = ROUTES[0]
 TOKENS = 512  # most, where the encoder does not say less
 _OPSET = 23  # the first with an operator for attention, which TensorRT runs as one kernel
 
@@ -102,27 +99,23 @@ def build_encoder(
     pixels: Tensor,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
-    targets: Sequence[str] = (),
-    buckets: Sequence[int] = BUCKETS,
-    route: str = ONNX,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/encoder.onnx and build its engine; see `add_engines`.
 
     Args:
-        pixels: [B >= 2, 3, H, W], the example that is traced. calibration: needed for int8.
-        route: by which the engine is built; with torch-tensorrt, that of this machine's GPU is
-            replaced by torch-tensorrt's, which has one profile for all batches.
+        pixels: [B >= 2, 3, H, W], the example that is traced.
+        order: with the route torch-tensorrt, the engine for this machine's GPU is replaced by
+            torch-tensorrt's, which has one profile for all batches.
 
     Raises:
         ExportError: TensorRT cannot build it in these types, or not for these GPUs.
         MissingExtra, BackendUnavailable: TensorRT is not here, or torch-tensorrt, if asked for.
     """
     _check_types(types)
-    _check_route(route, types, targets)
-    check_targets(targets)
-    calibrated = require_calibration(calibration, types)
+    _check_route(order.route, types, order.targets)
+    check_targets(order.targets)
+    calibrated = require_calibration(order.calibration, types)
     module = lowered.encoder
     if calibrated is None:
         module = with_compute(module, TORCH_TYPES[types.compute])
@@ -133,8 +126,9 @@ def build_encoder(
     if calibrated is not None:
         proto = _quantise(proto, module, calibrated)
     _save(proto, types, payload / ENCODER)
-    (*_, engines) = add_engines(payload, targets, buckets=buckets)
-    if route == TORCH_TENSORRT:
+    buckets = order.buckets or BUCKETS
+    (*_, engines) = add_engines(payload, order.targets, buckets=buckets)
+    if order.route == TORCH_TENSORRT:
         if engines.flavour != STANDARD:
             raise ExportError(
                 f"torch-tensorrt builds engines of standard TensorRT, this payload has those of "
@@ -168,10 +162,7 @@ def build_refine(
     lowered: Lowered,
     types: Types,
     payload: Path,
-    *,
-    calibration: Calibration | None = None,
-    targets: Sequence[str] = (),
-    buckets: Sequence[int] = BUCKETS,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/refine.onnx, the loop as one `Scan` with the head, and build its engine.
 
@@ -197,7 +188,7 @@ def build_refine(
     inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
     _save(_export(module, (x_v, *tables), shapes, inputs, outputs), types, payload / REFINE)
     _save_around_kernel(step, head, x_v, types, payload)
-    add_engines(payload, targets, buckets=buckets)
+    add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
 
 
 def _save_around_kernel(
@@ -229,9 +220,7 @@ def build_text(
     lowered: Lowered,
     types: Types,
     payload: Path,
-    *,
-    targets: Sequence[str] = (),
-    buckets: Sequence[int] = BUCKETS,
+    order: Order = USUAL,
 ) -> None:
     """Write payload/text.onnx and build its engine.
 
@@ -250,7 +239,7 @@ def build_text(
     proto = _export(module, (ids, ids.clone()), (sizes, sizes), ["ids", "mask"], ["x_s"])
     helper.set_model_props(proto, {TOKEN_LIMIT: str(limit)})
     _save(proto, types, payload / TEXT)
-    add_engines(payload, targets, buckets=buckets)
+    add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
 
 
 def _check_types(types: Types) -> None:
@@ -424,3 +413,21 @@ def _session(path: Path, threads: int | None) -> Any:
     proto = onnx.load(path)
     emulate_bfloat16(proto)
     return ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+BUILDER = Builder(
+    name="tensorrt",
+    storage=("fp32", "bf16", "fp16", "int8"),
+    compute=("fp16", "bf16", "fp32"),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=(STANDARD, RTX),  # whichever is installed
+    device="cuda",
+    buckets=BUCKETS,
+    most_steps=STEPS[-1],
+    check_loop=check_loop,
+    targets=targets,
+    stand_in=StandIn(open_reference, open_text_reference),
+)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from marnet_export.build.builder import quiet
+from marnet_export.build.tracing import quiet
 from marnet_sdk.errors import BackendUnavailable, ExportError, MissingExtra
 
 NAME, RTX = "torch-tensorrt", "torch-tensorrt-rtx"

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from marnet_export.build.builder import TORCH_TYPES
+from marnet_export.build.types import TORCH_TYPES
 
 ONNX_TYPES = {
     "fp32": TensorProto.FLOAT,

@@ -245,7 +245,7 @@ def _open_native(
             payload = folder / f"native-{precision}"
             payload.mkdir()
             module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
-            write_native(module, lowered, (types, types), payload, calibration)
+            write_native(module, lowered, types, payload, calibration)
             leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
             yield Candidate(NATIVE, precision, partial(_first_sample, leaf, tables))
         except Exception as error:  # whatever a framework raises is why it is missing

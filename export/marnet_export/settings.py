@@ -8,7 +8,7 @@ from typing import Literal
 
 from marnet_export.build.builder import BUILDERS, ROUTES, Order, builder
 from marnet_export.build.policy import check_device, choose_types, device_of
-from marnet_export.build.types import PRECISIONS, Calibration, Types
+from marnet_export.build.types import PRECISIONS, Arithmetic, Calibration
 from marnet_sdk.errors import InvalidInput, nearest
 from marnet_train.diffusion import SAMPLERS
 
@@ -82,7 +82,7 @@ class Settings:
             raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
 
 
-def check_types(settings: Settings) -> tuple[Types, Types]:
+def check_types(settings: Settings) -> Arithmetic:
     """Choose the types in which encoder and loop are built.
 
     Raises:
@@ -96,7 +96,7 @@ def check_types(settings: Settings) -> tuple[Types, Types]:
     loop = choose_types(backend, settings.loop_precision or precision, encoder.compute, device)
     if check_loop := builder(backend).check_loop:
         check_loop(loop)
-    return encoder, loop
+    return Arithmetic(encoder, loop)
 
 
 def order_for(settings: Settings, calibration: Calibration | None = None) -> Order:

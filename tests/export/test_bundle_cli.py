@@ -23,7 +23,9 @@ from safetensors.numpy import load_file, save_file
 
 from marnet_export import rebuild as rebuilding
 from marnet_export.bundle_cli import main
-from marnet_export.inspection import check_second_process
+from marnet_export.prove import trial
+from marnet_export.prove.bundle import verify_again
+from marnet_export.prove.checks import check_second_process
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
@@ -429,14 +431,14 @@ def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
 ):
     copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
     tried = []
-    measure = rebuilding.measure_fidelity
+    measure = trial.measure_fidelity
 
     def watched(run, *arguments, **options):
         tried.append(options["buckets"])
         return measure(run, *arguments, **options)
 
-    monkeypatch.setattr(rebuilding, "measure_fidelity", watched)
-    verified = rebuilding.verify_again(read_bundle(copy), checkpoint)
+    monkeypatch.setattr(trial, "measure_fidelity", watched)
+    verified = verify_again(read_bundle(copy), checkpoint)
     assert tried == [(1, 5)]
     assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
 

@@ -28,8 +28,9 @@ from marnet_export.build.builder import BUILDERS
 from marnet_export.build.tensorrt import engines
 from marnet_export.choose import race
 from marnet_export.cli import main
-from marnet_export.job import at_work, export_bundle
+from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
+from marnet_export.work import at_work
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy

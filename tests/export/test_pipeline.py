@@ -14,12 +14,13 @@ import torch
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
-from marnet_export import job
+from marnet_export import seal, work
 from marnet_export.build import torchscript
 from marnet_export.build.types import Unread
-from marnet_export.inspection import SKIPPED
+from marnet_export.choose import steps
 from marnet_export.job import export_bundle
-from marnet_export.rebuild import check_receipt
+from marnet_export.prove.bundle import check_receipt
+from marnet_export.prove.checks import SKIPPED
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
@@ -362,15 +363,15 @@ def test_precision_can_be_swept_too(checkpoint, bundles):
 def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
     checkpoint, bundles, monkeypatch
 ):
-    opened = job.open_built
+    opened = work.open_built
 
     def refuse(backend, payload, compute, device):
         if payload.name == "sweep-fp16":
             raise BackendUnavailable("no fp16 on this processor")
         return opened(backend, payload, compute, device)
 
-    monkeypatch.setattr(job, "open_built", refuse)
-    monkeypatch.setattr(job, "FLOATS", ("fp16", "fp32"))
+    monkeypatch.setattr(work, "open_built", refuse)
+    monkeypatch.setattr(steps, "FLOATS", ("fp16", "fp32"))
     said: list[str] = []
     settings = quick(precision="auto", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
     export_bundle(checkpoint, bundles / "b", settings, say=said.append)
@@ -378,7 +379,7 @@ def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
     bundle = read_bundle(bundles / "b")
     assert bundle.manifest.precision.asked == "fp32"
     assert not [name for name in bundle.manifest.files if name.startswith("sweep")]
-    monkeypatch.setattr(job, "FLOATS", ("fp16",))
+    monkeypatch.setattr(steps, "FLOATS", ("fp16",))
     message = r"no precision can be built: fp16 is left out: no fp16 on this processor"
     with pytest.raises(ExportError, match=message):
         export_bundle(checkpoint, bundles / "none", settings)
@@ -386,10 +387,10 @@ def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
 
 
 def test_a_bundle_of_tensorrt_names_the_library_that_its_engines_depend_on(monkeypatch):
-    monkeypatch.setattr(job, "versions", lambda packages: dict.fromkeys(packages, "1"))
-    found = job._built_for(Settings("tensorrt", device="cuda")).packages
+    monkeypatch.setattr(seal, "versions", lambda packages: dict.fromkeys(packages, "1"))
+    found = seal.built_for(Settings("tensorrt", device="cuda")).packages
     assert {"tensorrt", "tensorrt_rtx"} <= found.keys()
-    assert "tensorrt_rtx" not in job._built_for(Settings("openvino")).packages
+    assert "tensorrt_rtx" not in seal.built_for(Settings("openvino")).packages
 
 
 def test_a_sweep_needs_classes_that_the_checkpoint_knows(checkpoint, tmp_path, bundles):
@@ -469,8 +470,8 @@ def test_settings_that_do_not_exist_are_refused(setting, message):
 def test_the_manifest_says_which_device_and_which_gpu_it_was_built_for(
     monkeypatch, tmp_path, backend, device, built_for, targets
 ):
-    monkeypatch.setattr(job, "gpu_name", lambda: ("sm90", "NVIDIA H100"))
-    found = job._built_for(Settings(backend, device=device))
+    monkeypatch.setattr(seal, "gpu_name", lambda: ("sm90", "NVIDIA H100"))
+    found = seal.built_for(Settings(backend, device=device))
     assert (found.device, found.targets) == (built_for, targets)
 
 

@@ -15,25 +15,24 @@ from scipy.stats import binomtest
 from tiny import plain_refine
 from tolerances import FLOAT32_TWICE, FLOAT64
 
+from marnet_export.prove.built import Built
 from marnet_export.prove.fidelity import (
-    Built,
     Fidelity,
-    Reference,
-    instability_floor,
     margin,
     measure_fidelity,
     row_invariance,
-    settling,
-    trajectory_error,
     wilson_interval,
 )
+from marnet_export.prove.noise import instability_floor, settling
+from marnet_export.prove.reference import Reference
+from marnet_export.prove.trial import Trial
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.errors import ExportError
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.diffusion import sampler_table
+from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.marnet import MARNet
 
 Floats = np.ndarray
@@ -332,10 +331,16 @@ def test_what_is_built_answers_as_a_classifier_does(built, bundle_of, images):
         np.testing.assert_allclose(got, want, atol=FLOAT32_TWICE * np.abs(want).max())
 
 
+def trial_of(reference: Reference, built: Built, table: SamplerTable) -> Trial:
+    return Trial(
+        reference, built, None, {"default": table}, min_agreement=0.999, row_tolerance=0.02
+    )
+
+
 def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     table = sampler_table(model.config.schedule, "ddpm")
     reference, opened = Reference(model, images), built("fp32")
-    found = trajectory_error(reference, opened, "default", table, most=5)
+    found = trial_of(reference, opened, table).trajectory("default", most=5)
     assert [(row["step"], row["t"]) for row in found] == [
         (1, 100), (26, 75), (50, 51), (75, 26), (100, 1)
     ]  # fmt: skip
@@ -344,7 +349,7 @@ def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     spoiled["coefficients.default"] = spoiled["coefficients.default"].copy()
     spoiled["coefficients.default"][60] *= 1.5  # the 61st step goes too far
     departing = Built(opened.backend, spoiled, opened.sampling, images)
-    errors = trajectory_error(reference, departing, "default", table, most=100)
+    errors = trial_of(reference, departing, table).trajectory("default", most=100)
     assert max(row["error"] for row in errors[:60]) < 1e-2
     assert errors[61]["error"] > 10 * max(row["error"] for row in errors[:60])
 

@@ -1,4 +1,4 @@
-"""The native loop as a candidate beside a bundle's graph: built, verified, timed, kept if faster.
+"""The native loop beside a bundle's graph: its weights, and what it multiplies.
 
 The graph of the loop stays in the bundle. It answers where the kernel's library is not there, and
 for more rows at once than those that the kernel was found to be faster for. So both are held to the
@@ -7,10 +7,9 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +17,10 @@ from numpy.typing import NDArray
 from marnet_export.build.builder import Builder
 from marnet_export.build.quantise import Range, loop_ranges, quantised_rows, require_calibration
 from marnet_export.build.types import Calibration, Product, Types
-from marnet_export.choose.sweep import in_turn
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.plan import SamplingPlan
-from marnet_sdk.backends import Backend
-from marnet_sdk.errors import ExportError
 from marnet_sdk.native_loop import (
-    GRAPH,
     LAYERS,
-    NATIVE,
     Kind,
     LoopLayer,
     LoopLayers,
@@ -35,12 +29,9 @@ from marnet_sdk.native_loop import (
     save_layers,
     to_bits,
 )
-from marnet_sdk.tables import Floats, Tables
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
-MOST_ROWS = 16  # beyond which nobody looks: products of many rows are what runtimes are good at
 ANY_ROWS = 2**31 - 1  # while it is verified, it answers everything
-_ROWS = (1, 4, 16)  # images in a call that are timed
 
 
 def why_not(builder: Builder, lowered: Lowered) -> str | None:
@@ -98,24 +89,24 @@ def _layer(
 def write_native(
     builder: Builder,
     lowered: Lowered,
-    types: tuple[Types, Types],
+    types: Types,
     payload: Path,
     calibration: Calibration | None,
 ) -> None:
     """Put the native loop and the graph of the head into a payload.
 
     Args:
-        types: of encoder and loop.
+        types: of the loop.
 
     Raises:
         ExportError: int8 without calibration.
     """
-    calibrated = require_calibration(calibration, types[1])
+    calibrated = require_calibration(calibration, types)
     assert isinstance(lowered.plan, SamplingPlan)
     ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
-    save_layers(loop_layers(lowered.plan, types[1], ranges), payload / LAYERS, ANY_ROWS)
+    save_layers(loop_layers(lowered.plan, types, ranges), payload / LAYERS, ANY_ROWS)
     assert builder.head is not None  # as `why_not` tells
-    builder.head.build(lowered, types[1], payload)
+    builder.head.build(lowered, types, payload)
 
 
 def remove_native(payload: Path) -> None:
@@ -155,64 +146,3 @@ def loop_products(
 def delivered(types: Types) -> Types:
     """What the native loop is asked for: it multiplies in float32 what is not int8."""
     return replace(types, compute="fp32")
-
-
-def time_loops(
-    native: Backend, graph: Backend, x_v: Floats, tables: Callable[[int], Tables]
-) -> dict[int, dict[str, float]]:
-    """Milliseconds from features to logits, by images in a call.
-
-    Args:
-        tables: of a batch of so many images.
-    """
-    taken = {}
-    for count in _ROWS:
-        rows = np.resize(x_v, (count, x_v.shape[1]))
-        ready = tables(count)
-        if count > 1 and count * ready.bias.shape[2] > MOST_ROWS:
-            break
-        calls = {
-            name: lambda backend=backend, rows=rows, ready=ready: backend.refine(rows, ready)
-            for name, backend in ((NATIVE, native), (GRAPH, graph))
-        }
-        taken[count] = {name: round(ms, 4) for name, ms in in_turn(calls).items()}
-    return taken
-
-
-def faster_up_to(taken: Mapping[int, Mapping[str, float]]) -> int:
-    """Images in a call up to which the native loop is the faster one; 0: it never is."""
-    most = 0
-    for count, milliseconds in sorted(taken.items()):
-        if milliseconds[NATIVE] >= milliseconds[GRAPH]:
-            break
-        most = count
-    return most
-
-
-def check_alike(native: Floats, graph: Floats, bound: float) -> list[str]:
-    """Whether an image may be answered by either: logits [N, C] of both. Problems, or none."""
-    difference = float(np.abs(native - graph).max())
-    if difference <= bound:  # not so for NaN
-        return []
-    return [
-        f"the native loop and the graph beside it differ by up to {difference:.3g} in a logit "
-        f"(bound {bound:.3g})"
-    ]
-
-
-def about(taken: Mapping[int, Mapping[str, float]], most_rows: int) -> dict[str, Any]:
-    """What fidelity.json says of both loops."""
-    milliseconds = {str(count): dict(ms) for count, ms in taken.items()}
-    return {"runs": NATIVE, "most_rows": most_rows, "milliseconds": milliseconds}
-
-
-def shown(taken: Mapping[int, Mapping[str, float]]) -> str:
-    """What both loops took, in part of a line."""
-    return "; ".join(
-        f"{ms[NATIVE]:.3g} ms for {count}, the graph {ms[GRAPH]:.3g}" for count, ms in taken.items()
-    )
-
-
-def refused(reason: str) -> ExportError:
-    """`--loop native` cannot be had."""
-    return ExportError(f"--loop native: {reason}; leave --loop out for whichever loop can be had")

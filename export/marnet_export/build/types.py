@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -38,6 +39,18 @@ class Types:
             f"{self.storage}: weights stored in {self.storage}, products computed in "
             f"{self.compute}, because this backend has no faster {self.storage} arithmetic on a CPU"
         )
+
+
+class Arithmetic(NamedTuple):
+    """These are the types of an export: of its encoder, and of its loop and head."""
+
+    encoder: Types
+    loop: Types
+
+    @property
+    def storages(self) -> set[str]:
+        """Return the types in which matrices are stored."""
+        return {self.encoder.storage, self.loop.storage}
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marnet_export.choose.points import EXACT, RiskCoverage, RiskThreshold, plural
+from marnet_export.choose.candidates import plural
+from marnet_export.choose.points import EXACT
+from marnet_export.choose.risk import RiskCoverage, RiskThreshold
 from marnet_sdk.bundle import NO_LOOP
 from marnet_sdk.errors import requires_extra
 

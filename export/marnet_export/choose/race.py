@@ -22,10 +22,12 @@ from typing import Any
 from marnet_export.build.builder import BUILDERS
 from marnet_export.build.policy import check_device, device_of
 from marnet_export.choose.sweep import in_turn
-from marnet_export.job import at_work, export_bundle, finish
+from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower
+from marnet_export.seal import finish
 from marnet_export.settings import Say, Settings
 from marnet_export.text import check_text
+from marnet_export.work import at_work
 from marnet_sdk.backends import why_unavailable
 from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle
 from marnet_sdk.classifier import Classifier

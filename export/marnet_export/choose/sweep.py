@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.choose.points import Candidate, evaluate_candidate, evaluate_exact
-from marnet_export.prove.fidelity import Built
+from marnet_export.choose.candidates import Candidate, evaluate_candidate, evaluate_exact
+from marnet_export.prove.built import Built
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
 from marnet_sdk.tables import Floats

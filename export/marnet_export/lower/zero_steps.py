@@ -5,16 +5,14 @@ It has the table of a sampler that visits no step, so that everything that takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from marnet_export.build.types import Product
 from marnet_export.lower.methods import Lowered
-from marnet_sdk.alignment import HEAD, AlignmentHead, read_head
+from marnet_sdk.alignment import HEAD, AlignmentHead
 from marnet_sdk.bundle import NO_LOOP
 from marnet_sdk.errors import ExportError
 from marnet_train.diffusion import SamplerTable, ScheduleConfig, sampler_table
@@ -71,19 +69,3 @@ def write_head(lowered: Lowered, payload: Path) -> None:
                 f"{name} of the alignment branch holds NaN or infinity; train the checkpoint again"
             )
     save_file(arrays, payload / HEAD)
-
-
-def answering(products: Sequence[Product], payload: Path, steps: int) -> list[Product]:
-    """The products of a payload that one answer takes: without a step, another head than the
-    loop's, and no loop."""
-    head = None if steps else read_head(payload)
-    if head is None:
-        return list(products)
-    own = [
-        Product("head", name, weight.size, "fp32", "fp32")
-        for name, weight in (
-            ("alignment.vision", head.vision_weight),
-            ("alignment.classifier", head.classifier_weight),
-        )
-    ]
-    return [product for product in products if product.part == "encoder"] + own

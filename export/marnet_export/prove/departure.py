@@ -28,7 +28,9 @@ from marnet_export.build.builder import USUAL, Builder, Order, builder
 from marnet_export.build.types import Types
 from marnet_export.lower.class_token import for_class_token
 from marnet_export.lower.methods import Lowered
-from marnet_export.prove.fidelity import CHAIN_STEPS, Built, Reference
+from marnet_export.prove.built import Built
+from marnet_export.prove.noise import CHAIN_STEPS
+from marnet_export.prove.reference import Reference
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.tables import Floats, Tables
 from marnet_train.diffusion import SamplerTable
@@ -297,7 +299,7 @@ class _Encoder:
     def __init__(self, again: _Again, reference: Reference, built: Built) -> None:
         self.again, self.module = again, again.lowered.encoder
         errors = relative_errors(built.x_v, reference.x_v.numpy())
-        bound = BOUNDS[_coarsest(again.types)].layer
+        bound = BOUNDS[coarsest(again.types)].layer
         self.whole = Departure("encoder", "", *_summary(errors), bound, len(errors))
         self.pixels = np.ascontiguousarray(built.pixels[_largest(errors, LAYER_IMAGES)])
         self.exact = self.module
@@ -432,7 +434,7 @@ class _Loop:
         errors = self._errors(exact)  # [N, K]
         self.sample = int(errors.max(axis=0).argmax())
         self.errors = errors[:, self.sample]
-        bound = BOUNDS[_coarsest(again.loop_types)].step
+        bound = BOUNDS[coarsest(again.loop_types)].step
         self.whole = Departure("loop", "", *_summary(self.errors), bound, len(self.errors))
 
     def _errors(self, built: Built) -> NDArray[np.float64]:
@@ -573,7 +575,7 @@ def _largest(errors: NDArray[np.float64], count: int) -> NDArray[np.intp]:
     return np.argsort(-errors, kind="stable")[:count]
 
 
-def _coarsest(types: Types) -> str:
+def coarsest(types: Types) -> str:
     order = list(BOUNDS)
     return max((types.storage, types.compute), key=order.index)
 

@@ -9,6 +9,7 @@ checkpoint's, are the proof.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from marnet_export.build.types import Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Refine, ScriptedLoop
+from marnet_sdk.alignment import read_head
 from marnet_sdk.bundle import Share
 from marnet_sdk.errors import VerificationFailed
 
@@ -81,6 +83,22 @@ def count_products(lowered: Lowered, shape: tuple[int, int, int]) -> list[Produc
         "head": once,
     }
     return [Product(part, part, count, NOT_READ, NOT_READ) for part, count in counts.items()]
+
+
+def answering(products: Sequence[Product], payload: Path, steps: int) -> list[Product]:
+    """The products of a payload that one answer takes: without a step, another head than the
+    loop's, and no loop."""
+    head = None if steps else read_head(payload)
+    if head is None:
+        return list(products)
+    own = [
+        Product("head", name, weight.size, "fp32", "fp32")
+        for name, weight in (
+            ("alignment.vision", head.vision_weight),
+            ("alignment.classifier", head.classifier_weight),
+        )
+    ]
+    return [product for product in products if product.part == "encoder"] + own
 
 
 def check_delivered(

@@ -143,17 +143,19 @@ def builds(
 def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str, Any]:
     """One export in a process of its own: what became of it, its seconds, memory and size."""
     job = {"checkpoint": str(checkpoint), "output": str(output), "data": None}
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as answered:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as asked:
+        answered = Path(folder) / "answer.json"
+        job |= {"answer": str(answered), "answers": str(Path(folder) / "reference")}
         json.dump(job | {"settings": asdict(settings)}, asked)
         asked.seek(0)
         started = time.perf_counter()
         command = [sys.executable, "-m", "marnet_export.choose.race"]
-        process = subprocess.Popen(command, stdin=asked, stdout=answered, stderr=subprocess.DEVNULL)
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(command, stdin=asked, stdout=nowhere, stderr=nowhere)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
-        answered.seek(0)
-        lines = answered.read().splitlines()
+        answer = json.loads(answered.read_text("utf-8")) if answered.exists() else {}
     row: dict[str, Any] = {
         "backend": settings.backend,
         "precision": settings.precision,
@@ -163,7 +165,6 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
     }
     if process.returncode:
         return row | {"refused": f"the process ended with {process.returncode}"}
-    answer = json.loads(lines[-1])
     if "refused" in answer:
         return row | {"refused": answer["refused"]}
     sizes = {

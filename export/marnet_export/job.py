@@ -34,6 +34,7 @@ def export_bundle(
     data: Path | None = None,
     overwrite: bool = False,
     say: Say = lambda _: None,
+    answers: Path | None = None,
 ) -> Fidelity:
     """Build, verify and write one bundle.
 
@@ -41,6 +42,7 @@ def export_bundle(
         data: a data set whose `val` split (or a folder that is one split) is verified on; default:
             the checkpoint's samples. Of more than `MAX_IMAGES`, a random choice is taken.
         say: is told what happens, a line at a time.
+        answers: a folder in which exports of one checkpoint share what the float32 reference gives.
 
     Raises:
         ExportError: it cannot be built as asked. VerificationFailed: what was built does not agree
@@ -50,7 +52,7 @@ def export_bundle(
         raise InvalidInput("export_bundle builds one backend; for auto, call export_fastest")
     types, backend = check_types(settings), builder(settings.backend)
     with at_work(output, overwrite=overwrite) as fresh:
-        job = Job.load(fresh, checkpoint_path, settings, data, say)
+        job = Job.load(fresh, checkpoint_path, settings, data, say, answers)
         if settings.text:  # before anything is built, though it is built last
             check_text(job.checkpoint, job.lowered)
         if settings.steps == AUTO:  # which builds, measures and chooses

@@ -24,6 +24,7 @@ from marnet_export.prove.built import Built
 from marnet_export.prove.fidelity import MIN_AGREEMENT, ROW_TOLERANCE
 from marnet_export.prove.images import Images, load_images
 from marnet_export.prove.reference import Reference
+from marnet_export.prove.store import Store
 from marnet_export.prove.trial import Trial
 from marnet_export.settings import Say, Settings, order_for
 from marnet_sdk.backends.torch_cpu import use_threads
@@ -89,18 +90,27 @@ class Job:
     fitted: Images  # that int8 is fitted to: not the images of --data, if there are others
     say: Say
     kept: Kept
+    store: Store | None = None  # of what the reference answers
 
     @classmethod
     def load(
-        cls, fresh: Path, checkpoint_path: Path, settings: Settings, data: Path | None, say: Say
+        cls,
+        fresh: Path,
+        checkpoint_path: Path,
+        settings: Settings,
+        data: Path | None,
+        say: Say,
+        answers: Path | None = None,
     ) -> Job:
-        """Load the checkpoint and the images, and lower the model."""
+        """Load the checkpoint and the images, and lower the model; see `export_bundle`."""
         checkpoint = load_checkpoint(checkpoint_path)
         images = fitted = load_images(data, checkpoint, say)
         if data is not None and checkpoint.samples.is_dir():
             fitted = load_images(None, checkpoint, say)
         lowered = lower(checkpoint.model)
-        return cls(fresh, checkpoint, lowered, settings, images, fitted, say, Kept({}, 0.0))
+        store = None if answers is None else Store(answers, checkpoint.sha256)
+        kept = Kept({}, 0.0)
+        return cls(fresh, checkpoint, lowered, settings, images, fitted, say, kept, store)
 
     @property
     def payload(self) -> Path:
@@ -124,7 +134,8 @@ class Job:
 
     def _reference(self, images: Images) -> Reference:
         by_image = self.settings.noise == "image"
-        return Reference(self.checkpoint.model, images.pixels, by_image=by_image)
+        model = self.checkpoint.model
+        return Reference(model, images.pixels, by_image=by_image, store=self.store)
 
     @property
     def trained_samples(self) -> int:

@@ -38,11 +38,23 @@ def two_backends(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("two_backends")
-def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(checkpoint, tmp_path):
+def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(
+    checkpoint, tmp_path, monkeypatch
+):
     said: list[str] = []
+    kept: list[Path] = []
+    timed = race._race
+
+    def watched(found, folder):
+        kept.extend((folder / "reference").iterdir())
+        return timed(found, folder)
+
+    monkeypatch.setattr(race, "_race", watched)
     path = tmp_path / "bundles" / "auto.marnet"
     ranked = export_fastest(checkpoint, path, SETTINGS, say=said.append)
     bundle = read_bundle(path)  # every byte
+    # Computed once for both: x_v, the logits, and those of four more seeds.
+    assert len(kept) == 6
     listed = json.loads(bundle.file("fidelity.json").read_text())["backends"]
     assert [row["backend"] for row in listed] == [c.backend for c in ranked]
     assert {row["backend"] for row in listed} == {"onnxruntime", "torchscript"}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from marnet_export.prove.fidelity import (
 )
 from marnet_export.prove.noise import instability_floor, settling
 from marnet_export.prove.reference import Reference
+from marnet_export.prove.store import Store
 from marnet_export.prove.trial import Trial
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
@@ -329,6 +333,25 @@ def test_what_is_built_answers_as_a_classifier_does(built, bundle_of, images):
     opened = built("fp32")
     for got in (opened.run("default")(images), opened.logits("default")):
         np.testing.assert_allclose(got, want, atol=FLOAT32_TWICE * np.abs(want).max())
+
+
+def test_what_a_reference_gives_is_shared_with_other_processes(model, images, tmp_path):
+    table = sampler_table(model.config.schedule, "ddpm", 3)
+    store, nobody = Store(tmp_path / "answers", "a checkpoint"), cast(MARNet, SimpleNamespace())
+    alone, first = Reference(model, images), Reference(model, images, store=store)
+    want = alone.logits(table, 7, 2)
+    np.testing.assert_array_equal(first.logits(table, 7, 2), want)
+    second = Reference(nobody, images, store=store)  # it could compute nothing
+    np.testing.assert_array_equal(second.x_v.numpy(), alone.x_v.numpy())
+    np.testing.assert_array_equal(second.logits(table, 7, 2), want)
+    for other in (
+        lambda: second.logits(table, 8, 2),
+        lambda: Reference(nobody, images[:-1], store=store),
+        lambda: Reference(nobody, images, by_image=True, store=store).logits(table, 7, 2),
+        lambda: Reference(nobody, images, store=replace(store, checkpoint_sha256="another")),
+    ):
+        with pytest.raises(AttributeError):
+            other()
 
 
 def trial_of(reference: Reference, built: Built, table: SamplerTable) -> Trial:

@@ -149,6 +149,7 @@ def _build_apart(
         "checkpoint": str(checkpoint.absolute()),
         "output": str(folder / backend),
         "answer": str(folder / f"{backend}.json"),  # what a process prints may be anybody's
+        "answers": str(folder / "reference"),  # the float32 model's, computed once for all
         "data": data and str(data.absolute()),
         # Text encoder and checkpoint are for the winner.
         "settings": asdict(replace(settings, backend=backend, text=False, source=False)),
@@ -184,9 +185,10 @@ def _cause(done: subprocess.CompletedProcess[str]) -> str:
 def work(job: Mapping[str, Any]) -> dict[str, Any]:
     """One export, as its process does it."""
     data = job["data"] and Path(job["data"])
+    checkpoint, output, answers = (Path(job[key]) for key in ("checkpoint", "output", "answers"))
     try:
         settings = Settings(**job["settings"])
-        fidelity = export_bundle(Path(job["checkpoint"]), Path(job["output"]), settings, data=data)
+        fidelity = export_bundle(checkpoint, output, settings, data=data, answers=answers)
     except MarnetError as error:
         return {"refused": str(error), "exit_code": error.exit_code}
     return {"agreement": fidelity.top1_agreement}

@@ -6,11 +6,13 @@ Axes: N images, K noise samples, C classes, S steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 
 import numpy as np
 import torch
 
 from marnet_export.lower.plan import check_step
+from marnet_export.prove.store import Store
 from marnet_sdk.classifier import pixel_key
 from marnet_sdk.console import track
 from marnet_sdk.errors import ExportError
@@ -23,23 +25,30 @@ from marnet_train.models.marnet import MARNet
 class Reference:
     """The float32 checkpoint on the images of a verification, with the loop as the paper has it."""
 
-    def __init__(self, model: MARNet, pixels: Floats, *, by_image: bool = False, batch: int = 64):
+    def __init__(
+        self,
+        model: MARNet,
+        pixels: Floats,
+        *,
+        by_image: bool = False,
+        batch: int = 64,
+        store: Store | None = None,
+    ) -> None:
         """Encode the images, once.
 
         Args:
             pixels: [N, 3, H, W]. by_image: key the noise by them; else all meet the same.
+            store: keeps what is computed, for other processes.
 
         Raises:
             ExportError: the encoder gives NaN or infinity.
         """
         self.model, self.batch, self.count = model, batch, len(pixels)
         self._keys = [pixel_key(row) for row in pixels] if by_image else None
-        with torch.inference_mode():
-            parts = [
-                model.vision(torch.from_numpy(pixels[rows])) for rows in self._chunks("encode")
-            ]
-        self.x_v = torch.cat(parts)  # [N, D_v]
-        _check_finite(self.x_v.numpy(), "image encoder")
+        self._store = store
+        self._of = {"pixels": sha256(pixels.tobytes()).hexdigest()} if store else {}
+        x_v = self._stored({"what": "x_v"}, lambda: self._encode(pixels))
+        self.x_v = torch.from_numpy(x_v)  # [N, D_v]
         self._known: dict[tuple, Floats] = {}  # the logits of the last process that was asked for
 
     def _chunks(self, title: str, limit: int | None = None) -> Iterator[slice]:
@@ -47,7 +56,16 @@ class Reference:
         for start in track(range(0, count, self.batch), title):
             yield slice(start, min(start + self.batch, count))
 
+    def _stored(self, of: dict[str, object], compute: Callable[[], Floats]) -> Floats:
+        return self._store.get(self._of | of, compute) if self._store else compute()
+
     @torch.inference_mode()
+    def _encode(self, pixels: Floats) -> Floats:
+        rows = [torch.from_numpy(pixels[chunk]) for chunk in self._chunks("encode")]
+        x_v = torch.cat([self.model.vision(batch) for batch in rows]).numpy()
+        _check_finite(x_v, "image encoder")
+        return x_v
+
     def logits(
         self, table: SamplerTable, seed: int, samples: int = 1, *, limit: int | None = None
     ) -> Floats:
@@ -62,6 +80,16 @@ class Reference:
         asked = (table.sampler, table.eta, table.timesteps, seed, samples)
         if asked in self._known:
             return self._known[asked][:limit]
+        of: dict[str, object] = {"what": "logits", "process": asked, "limit": limit}
+        of["by_image"] = self._keys is not None
+        logits = self._stored(of, lambda: self._run(table, seed, samples, limit))
+        if limit is None:
+            self._known = {asked: logits}
+        return logits
+
+    @torch.inference_mode()
+    def _run(self, table: SamplerTable, seed: int, samples: int, limit: int | None) -> Floats:
+        """The logits behind the loop, [N, K, C]."""
         out = []
         for rows in self._chunks("reference", limit):
             chains = [
@@ -71,10 +99,9 @@ class Reference:
             out.append(torch.stack(chains, dim=1).numpy())
         logits = np.concatenate(out)
         _check_finite(logits, "head, behind the reverse chain,")
-        if limit is None:
-            self._known = {asked: logits}
         return logits
 
+    @torch.inference_mode()
     def _without_loop(self, limit: int | None) -> Floats:
         """The alignment branch's logits, [N, 1, C]."""
         aligned = self.model.align_vision(self.x_v[:limit])

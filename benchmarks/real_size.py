@@ -37,8 +37,11 @@ from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
 from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
-from marnet_export.builders import BUILDERS, PRECISIONS, Types, builder, quiet, runs_here
-from marnet_export.lower import lower_marnet
+from marnet_export.build.builder import BUILDERS, builder
+from marnet_export.build.opened import runs_here
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import PRECISIONS, Types
+from marnet_export.lower.methods import lower_marnet
 from marnet_export.settings import Settings
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
@@ -140,17 +143,19 @@ def builds(
 def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str, Any]:
     """One export in a process of its own: what became of it, its seconds, memory and size."""
     job = {"checkpoint": str(checkpoint), "output": str(output), "data": None}
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as answered:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as asked:
+        answered = Path(folder) / "answer.json"
+        job |= {"answer": str(answered), "answers": str(Path(folder) / "reference")}
         json.dump(job | {"settings": asdict(settings)}, asked)
         asked.seek(0)
         started = time.perf_counter()
-        command = [sys.executable, "-m", "marnet_export.fastest"]
-        process = subprocess.Popen(command, stdin=asked, stdout=answered, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "marnet_export.choose.race"]
+        nowhere = subprocess.DEVNULL
+        process = subprocess.Popen(command, stdin=asked, stdout=nowhere, stderr=nowhere)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
-        answered.seek(0)
-        lines = answered.read().splitlines()
+        answer = json.loads(answered.read_text("utf-8")) if answered.exists() else {}
     row: dict[str, Any] = {
         "backend": settings.backend,
         "precision": settings.precision,
@@ -160,7 +165,6 @@ def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str
     }
     if process.returncode:
         return row | {"refused": f"the process ended with {process.returncode}"}
-    answer = json.loads(lines[-1])
     if "refused" in answer:
         return row | {"refused": answer["refused"]}
     sizes = {

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from tiny import tables_of
 
-from marnet_export.builders import Calibration
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.build.types import Calibration
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.noise.tables import Floats
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet

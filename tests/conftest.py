@@ -130,7 +130,7 @@ def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
 
     The backend's graph runs the loop if no other is named: which is faster depends on the machine.
     """
-    from marnet_export.pipeline import export_bundle
+    from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
 
     def make(name: str, *types: str, **more) -> Path:
@@ -197,7 +197,7 @@ def compiled_bundle(shared: Shared) -> Path:
     from compilers import need_compiler
     from tiny import make_model, write_checkpoint
 
-    from marnet_export.pipeline import export_bundle
+    from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
 
     need_compiler()

@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(
-    path
-    for package in ("sdk",)
-    for path in (ROOT / package).rglob("*.py")
-)
+FILES = sorted(path for package in ("sdk",) for path in (ROOT / package).rglob("*.py"))
 MIDDLES = {
     "After", "Args", "As", "Before", "By", "For", "From", "How", "Of", "Raises", "Returns", "Those",
     "To", "Until", "What", "When", "Where", "Whether", "Why", "With", "Within",

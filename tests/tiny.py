@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from marnet_export.plan import SamplingPlan
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_sdk.noise.tables import Floats, Tables, make_tables

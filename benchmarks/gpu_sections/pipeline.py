@@ -38,10 +38,11 @@ from gpu_sections.models import (
     spread_out,
 )
 from marnet_bench.loop_peers import PlainLoop, make_problem
-from marnet_export.builders import BUILDERS, TORCH_TYPES, Types
-from marnet_export.class_token import for_class_token
-from marnet_export.graph import Head, with_compute, with_rounded_results
-from marnet_export.lower import lower_marnet
+from marnet_export.build.builder import Order, builder
+from marnet_export.build.types import TORCH_TYPES, Types
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.modules import Head, with_compute, with_rounded_results
 from marnet_sdk.bundle import (
     GOLDEN_ANSWERS,
     GOLDEN_IMAGES,
@@ -270,14 +271,14 @@ def _open_bundle(
 
 def write_bundle(setup: Setup, backend: str, precision: str, folder: Path, device: str) -> None:
     """A bundle as `marnet-export` writes one, but for what no measurement reads."""
-    module, lowered = import_module(BUILDERS[backend]), lower_marnet(setup.model)
+    builds, lowered = builder(backend), lower_marnet(setup.model)
     types = Types(precision, precision if device == "cuda" else "fp32")
     payload = folder / PAYLOAD
     payload.mkdir(parents=True)
     example = torch.from_numpy(setup.on_host[:2])
-    where = {"device": device} if hasattr(module, "CUDA_COMPUTE") else {}
-    module.build_encoder(lowered, example, types, payload, **where)
-    module.build_refine(lowered, types, payload, **where)
+    order = Order(device)
+    builds.build_encoder(lowered, example, types, payload, order)
+    builds.build_refine(lowered, types, payload, order)
     table = make_problem(setup.model, "ddpm", setup.steps).table
     save_file(lowered.plan.tensors({"default": table}), folder / PLAN)
     rows = _clear_rows(setup.wanted)
@@ -296,7 +297,7 @@ def write_bundle(setup: Setup, backend: str, precision: str, folder: Path, devic
             "sampling": Sampling(
                 {"default": point}, "default", table.train_steps, "shared", 0, width
             ),
-            "buckets": getattr(module, "BUCKETS", ()),
+            "buckets": builds.buckets,
             "golden_tolerance": _TOLERANCE,
             "built_for": BuiltFor(device, platform.machine(), packages),
             "settings": {},

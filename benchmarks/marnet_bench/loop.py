@@ -30,10 +30,11 @@ from marnet_bench.loop_peers import (
 )
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
-from marnet_export.builders import BUILDERS, Calibration, Types, builder
-from marnet_export.lower import lower_marnet
-from marnet_export.native import why_not, write_native
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.build.builder import BUILDERS, USUAL, Order, builder
+from marnet_export.build.native import why_not, write_native
+from marnet_export.build.types import Calibration, Types
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say
@@ -244,7 +245,7 @@ def _open_native(
             payload = folder / f"native-{precision}"
             payload.mkdir()
             module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
-            write_native(module, lowered, (types, types), payload, calibration)
+            write_native(module, lowered, types, payload, calibration)
             leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
             yield Candidate(NATIVE, precision, partial(_first_sample, leaf, tables))
         except Exception as error:  # whatever a framework raises is why it is missing
@@ -269,11 +270,12 @@ def _open_backend(
     lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
     pixels = torch.zeros(2, 3, 8, 8)
     module.build_encoder(lowered, pixels, Types(compute, compute), payload)
-    more = {}
+    order = USUAL
     if precision == "int8":
         x_v = _random_features(problem.model, CHECKED)
-        more["calibration"] = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
-    module.build_refine(lowered, Types(precision, compute), payload, **more)
+        calibration = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
+        order = Order(calibration=calibration)
+    module.build_refine(lowered, Types(precision, compute), payload, order)
     leaf = open_backend(backend, payload, compute, threads)
     return partial(_first_sample, leaf, tables)
 
@@ -281,7 +283,7 @@ def _open_backend(
 def _multiplies(backend: str, precision: str) -> bool:
     """Tell whether a backend multiplies in a precision; matrices stored in int8 are."""
     module = builder(backend)
-    return precision in (module.STORAGE if precision == "int8" else module.COMPUTE)
+    return precision in (module.storage if precision == "int8" else module.compute)
 
 
 class _NoEncoder(nn.Module):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from marnet_export.builders import quiet
-from marnet_export.graph import Head
+from marnet_export.build.tracing import quiet
+from marnet_export.lower.modules import Head
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import BackendUnavailable

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from marnet_export.zero_steps import process_table
+from marnet_export.lower.zero_steps import process_table
 from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import SOURCE, Bundle, Manifest, Sampling
 from marnet_sdk.errors import NotFound

@@ -24,7 +24,7 @@ from typing import Any
 import click
 
 from marnet_bench.machine import describe_machine
-from marnet_export.pipeline import export_bundle
+from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import say, track

@@ -13,22 +13,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marnet_export.inspection import (
-    FAILED,
     Answers,
-    Check,
-    check_here,
     compare_answers,
     describe,
-    failed,
     fidelity_differences,
     fidelity_of,
     file_differences,
     flatten,
     manifest_differences,
-    passed,
     receipt_differences,
     sentence,
 )
+from marnet_export.prove.checks import FAILED, Check, check_here, failed, passed
 from marnet_sdk.backends import BACKENDS
 from marnet_sdk.bundle import SOURCE, Bundle, read_bundle
 from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
@@ -41,7 +37,7 @@ from marnet_sdk.errors import (
 )
 
 if TYPE_CHECKING:
-    from marnet_export.again import Verification
+    from marnet_export.prove.bundle import Verification
 
 _NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -234,7 +230,8 @@ def verify(
     try:
         checks += check_here(found)
         with requires_extra("export", *_NEEDS):
-            from marnet_export.again import source_of, verify_again
+            from marnet_export.prove.bundle import verify_again
+            from marnet_export.rebuild import source_of
         source = source_of(found, checkpoint)
     except (NotFound, EnvironmentMismatch):
         for check in checks:
@@ -446,8 +443,8 @@ def rebuild(
     replaced stays as it is if anything fails.
     """
     with requires_extra("export", *_NEEDS):
-        from marnet_export.again import add_targets
-        from marnet_export.again import rebuild as export_again
+        from marnet_export.rebuild import add_targets
+        from marnet_export.rebuild import rebuild as export_again
     given = {name: value for name, value in changes.items() if value is not None}
     place = output or bundle
     replace = force or output is None

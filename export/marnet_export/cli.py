@@ -215,9 +215,9 @@ def main(
     written and the exit code is 3.
     """
     with requires_extra("export", *_NEEDS):
-        from marnet_export.fastest import export_fastest
-        from marnet_export.pipeline import explain as explain_plan
-        from marnet_export.pipeline import export_bundle
+        from marnet_export.choose.asked import explain as explain_plan
+        from marnet_export.choose.race import export_fastest
+        from marnet_export.job import export_bundle
         from marnet_export.settings import Settings
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
     if checkpoint is None:

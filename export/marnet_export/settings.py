@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from marnet_export.builders import (
-    BUILDERS,
-    PRECISIONS,
-    Types,
-    builder,
-    check_device,
-    choose_types,
-    device_of,
-)
+from marnet_export.build.builder import BUILDERS, ROUTES, Order, builder
+from marnet_export.build.policy import check_device, choose_types, device_of
+from marnet_export.build.types import PRECISIONS, Arithmetic, Calibration
 from marnet_sdk.errors import InvalidInput, nearest
 from marnet_train.diffusion import SAMPLERS
 
 Say = Callable[[str], None]
 AUTO = "auto"
 NOISES = ("shared", "image")
-ROUTES = ("onnx", "torch-tensorrt")
 FLOATS = ("fp32", "bf16", "fp16")  # what --precision auto tries
 DEVICES = ("cpu", "cuda")
 LOOPS = (AUTO, "native", "graph")
@@ -31,7 +24,7 @@ LOOPS = (AUTO, "native", "graph")
 class Settings:
     """These settings say what an export is asked for."""
 
-    backend: str  # "auto", for `fastest.export_fastest`: whichever is fastest here
+    backend: str  # "auto", for `race.export_fastest`: whichever is fastest here
     precision: str = "fp32"  # "auto": the sweep's choice
     compute: str | None = None  # None: what the backend does best here
     loop_precision: str | None = None  # None: the same as `precision`
@@ -89,7 +82,7 @@ class Settings:
             raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
 
 
-def check_types(settings: Settings) -> tuple[Types, Types]:
+def check_types(settings: Settings) -> Arithmetic:
     """Choose the types in which encoder and loop are built.
 
     Raises:
@@ -101,20 +94,26 @@ def check_types(settings: Settings) -> tuple[Types, Types]:
     precision = FLOATS[0] if settings.precision == AUTO else settings.precision
     encoder = choose_types(backend, precision, settings.compute, device)
     loop = choose_types(backend, settings.loop_precision or precision, encoder.compute, device)
-    check_loop = getattr(builder(backend), "check_loop", None)
-    if check_loop:
+    if check_loop := builder(backend).check_loop:
         check_loop(loop)
-    return encoder, loop
+    return Arithmetic(encoder, loop)
 
 
-def places(settings: Settings) -> dict[str, Any]:
-    """Return the places to build for, as an argument of builders that know more than one."""
-    if hasattr(builder(settings.backend), "open_reference"):
-        return {"targets": settings.targets}
-    if settings.targets:
+def order_for(settings: Settings, calibration: Calibration | None = None) -> Order:
+    """What the builder is told beside model and types.
+
+    Raises:
+        InvalidInput: targets are named, and the backend builds for this machine.
+    """
+    backend = settings.backend
+    if settings.targets and builder(backend).stand_in is None:
         raise InvalidInput(
-            f"targets: got {', '.join(settings.targets)} for {settings.backend}, which builds for "
+            f"targets: got {', '.join(settings.targets)} for {backend}, which builds for "
             "this machine; leave them out, or choose --backend tensorrt"
         )
-    device = device_of(settings.backend, settings.device)
-    return {"device": device} if device == "cuda" else {}
+    return Order(
+        device=device_of(backend, settings.device),
+        targets=settings.targets,
+        route=settings.route,
+        calibration=calibration,
+    )

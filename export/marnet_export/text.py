@@ -22,8 +22,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from marnet_export.builders import Types, builder, open_built_text
-from marnet_export.lower import Alignment, Lowered
+from marnet_export.build.builder import USUAL, Order, builder
+from marnet_export.build.opened import open_built_text
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import Alignment, Lowered
 from marnet_sdk.errors import ExportError, MarnetError, RecipeError, VerificationFailed
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.text import (
@@ -56,7 +58,7 @@ def text_types(backend: str, types: Types) -> Types:
     """Choose the types of the text encoder: int8 is for the image encoder and the loop."""
     if types.storage != "int8":
         return types
-    return Types("fp16" if "fp16" in builder(backend).STORAGE else "fp32", types.compute)
+    return Types("fp16" if "fp16" in builder(backend).storage else "fp32", types.compute)
 
 
 def export_text(
@@ -65,12 +67,12 @@ def export_text(
     backend: str,
     types: Types,
     folder: Path,
-    **places: Any,
+    order: Order = USUAL,
 ) -> dict[str, Any] | None:
     """Build the text encoder into `folder`, a bundle's text/, and verify it.
 
     Args:
-        places: where it is built for, of builders that take that.
+        order: says where it is built for.
 
     Returns:
         What was measured: `texts`, how many; `max_tokens`; `storage`, `compute`; of the worst text,
@@ -90,8 +92,8 @@ def export_text(
     write_tokenizer(source.tokenizer, source.max_tokens, folder / TOKENIZER)
     save_file(_projections(lowered.alignment), folder / ALIGNMENT)
     with _typed_errors(lowered.text, backend):
-        builder(backend).build_text(lowered, types, folder, **places)
-        opened_by = partial(open_built_text, device=places.get("device"))
+        builder(backend).build_text(lowered, types, folder, order)
+        opened_by = partial(open_built_text, device=order.device)
         embedder = open_embedder(folder, backend, types.compute, opened_by=opened_by)
         report = _verify(embedder, source, types)
     _write_golden(embedder, source.texts, types, folder)

@@ -22,7 +22,7 @@ from emulate import emulate_text, guarded
 from tolerances import BUILT
 from torch.utils.flop_counter import FlopCounterMode
 
-from marnet_export.class_token import for_class_token
+from marnet_export.lower.class_token import for_class_token
 from marnet_kernels.compile import compile_cubin
 from marnet_kernels.loader import DeviceInfo
 from marnet_kernels.persistent import check_launch

@@ -18,7 +18,7 @@ from marnet_bench.limits import PRECISIONS, Limits, Rate
 from marnet_bench.loop import Candidate, Check, Missing, compare, paper_model, run_loop
 from marnet_bench.loop_peers import PEERS, Peer, make_problem, reference
 from marnet_bench.report import print_loop_report
-from marnet_export.builders import BUILDERS
+from marnet_export.build.builder import BUILDERS
 from marnet_sdk.errors import BackendUnavailable
 
 SHORT = ("--warmup", "1", "--duration", "0", "--threads", "1")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from marnet_export.builders import BUILDERS, PRECISIONS
+from marnet_export.build.builder import BUILDERS
+from marnet_export.build.types import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks/real_size.py"

@@ -20,14 +20,14 @@ from tolerances import BUILT, FLOAT32_LAYER
 from torch import nn
 from torch._inductor import config
 
-from marnet_export.builders import Product, Types, Unread
-from marnet_export.builders.aotinductor import (
+from marnet_export.build.aotinductor import (
     build_encoder,
     build_refine,
     build_text,
     products,
 )
-from marnet_export.lower import Lowered, lower_marnet
+from marnet_export.build.types import Product, Types, Unread
+from marnet_export.lower.methods import Lowered, lower_marnet
 from marnet_sdk import Classifier
 from marnet_sdk.backends import Backend
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, TEXT, open_payload, open_text

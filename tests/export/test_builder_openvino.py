@@ -16,10 +16,11 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
-from marnet_export.builders import Types
-from marnet_export.builders.openvino import ENCODER, REFINE, build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import SamplingPlan, make_plan
+from marnet_export.build.builder import Order
+from marnet_export.build.openvino import ENCODER, REFINE, build_encoder, build_refine
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.noise.tables import Floats, Tables
@@ -57,8 +58,8 @@ def build(model: MARNet, types: Types, payload: Path, carry: str | None = None) 
     plan = make_plan(model, carry)
     lowered = lower_marnet(model, plan)
     calibration = calibrate(model, plan=plan)
-    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, calibration=calibration)
-    build_refine(lowered, types, payload, calibration=calibration)
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, Order(calibration=calibration))
+    build_refine(lowered, types, payload, Order(calibration=calibration))
     return plan
 
 

@@ -19,8 +19,9 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, TWIN_LOOP
 
-from marnet_export.builders import Calibration, Types
-from marnet_export.builders.tensorrt import (
+from marnet_export.build.builder import Order
+from marnet_export.build.tensorrt.engines import add_engines, layers_of, parse_network
+from marnet_export.build.tensorrt.graphs import (
     _session,
     build_encoder,
     build_refine,
@@ -29,9 +30,9 @@ from marnet_export.builders.tensorrt import (
     open_text_reference,
     products,
 )
-from marnet_export.lower import Lowered, lower, lower_marnet
-from marnet_export.plan import make_plan
-from marnet_export.tensorrt_engines import add_engines, layers_of, parse_network
+from marnet_export.build.types import Calibration, Types
+from marnet_export.lower.methods import Lowered, lower, lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
@@ -105,8 +106,10 @@ def built(tmp_path_factory) -> Callable[..., Built]:
             how = {"targets": TARGETS, "buckets": BUCKETS}
             calibration = calibration_of(lowered, pixels_of(64))
             types = Types(storage, compute)
-            build_encoder(lowered, pixels_of(2), types, payload, calibration=calibration, **how)
-            build_refine(lowered, Types(compute, compute), payload, **how)
+            build_encoder(
+                lowered, pixels_of(2), types, payload, Order(calibration=calibration, **how)
+            )
+            build_refine(lowered, Types(compute, compute), payload, Order(**how))
             known[key] = model, lowered, payload
         return known[key]
 
@@ -117,7 +120,9 @@ def built(tmp_path_factory) -> Callable[..., Built]:
 def text_payload(tmp_path_factory) -> tuple[MARNet, Path]:
     payload = tmp_path_factory.mktemp("text")
     model = make_model()
-    build_text(lower(model), Types("fp16", "fp16"), payload, targets=TARGETS, buckets=BUCKETS)
+    build_text(
+        lower(model), Types("fp16", "fp16"), payload, Order(targets=TARGETS, buckets=BUCKETS)
+    )
     return model, payload
 
 
@@ -193,7 +198,7 @@ def test_the_loop_s_state_is_summed_in_float32(compute, built, tmp_path):
     )
     lowered, steps = lower_marnet(model, plan), 4001
     types = Types(compute, compute)
-    build_refine(lowered, types, tmp_path, targets=["sm80"], buckets=[1])
+    build_refine(lowered, types, tmp_path, Order(targets=["sm80"], buckets=[1]))
     shutil.copy(built()[2] / "encoder.onnx", tmp_path)
     coefficients = np.tile(np.array([[1, 2**-10, 0]], np.float32), (steps, 1))
     tables = Tables(coefficients, np.zeros((steps, 1, 1, width), np.float32))
@@ -213,7 +218,7 @@ def test_types_that_a_strongly_typed_network_cannot_have_are_refused(
 ):
     lowered, types = lower(make_model()), Types(storage, compute)
     with pytest.raises(ExportError, match=message):
-        build_encoder(lowered, pixels_of(2), types, tmp_path, targets=TARGETS)
+        build_encoder(lowered, pixels_of(2), types, tmp_path, Order(targets=TARGETS))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,11 +226,11 @@ def test_types_that_a_strongly_typed_network_cannot_have_are_refused(
 def test_int8_is_for_the_encoder_and_needs_images(tmp_path):
     lowered, types = lower(make_model()), Types("int8", "fp16")
     with pytest.raises(ExportError, match="int8 needs images"):
-        build_encoder(lowered, pixels_of(2), types, tmp_path, targets=TARGETS)
+        build_encoder(lowered, pixels_of(2), types, tmp_path, Order(targets=TARGETS))
     with pytest.raises(ExportError, match=r"reverse loop in fp16, bf16 or fp32.*int8 encoder with"):
-        build_refine(lowered, types, tmp_path, targets=TARGETS)
+        build_refine(lowered, types, tmp_path, Order(targets=TARGETS))
     with pytest.raises(ExportError, match="text encoder has no int8 form"):
-        build_text(lowered, types, tmp_path, targets=TARGETS)
+        build_text(lowered, types, tmp_path, Order(targets=TARGETS))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -374,7 +379,7 @@ def test_a_loop_that_the_kernel_does_not_run_has_no_graphs_around_it(built, tmp_
     lowered = lower_marnet(model, make_plan(model, "feature"))
     for name in names:  # of an export before
         (tmp_path / name).write_bytes(b"old")
-    build_refine(lowered, Types("fp16", "fp16"), tmp_path, targets=["sm80"], buckets=[1])
+    build_refine(lowered, Types("fp16", "fp16"), tmp_path, Order(targets=["sm80"], buckets=[1]))
     assert not any((tmp_path / name).exists() for name in names)
     (engines,) = read_index(tmp_path)
     assert sorted(engines.engines) == ["refine"]

@@ -14,19 +14,14 @@ from quick import kept
 from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 
-from marnet_export.builders import (
-    BUILDERS,
-    Types,
-    builder,
-    check_device,
-    choose_types,
-    device_of,
-    quiet,
-)
-from marnet_export.builders import torchscript as torchscript_builder
-from marnet_export.lower import lower, lower_marnet
-from marnet_export.plan import make_plan
-from marnet_export.settings import Settings, check_types, places
+from marnet_export.build import torchscript as torchscript_builder
+from marnet_export.build.builder import BUILDERS, builder
+from marnet_export.build.policy import check_device, choose_types, device_of
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower, lower_marnet
+from marnet_export.lower.plan import make_plan
+from marnet_export.settings import Settings, check_types, order_for
 from marnet_sdk.backends import Backend, open_backend, torch_device
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on
 from marnet_sdk.bundle import read_bundle
@@ -369,9 +364,12 @@ def test_without_a_gpu_what_is_built_for_the_processor_or_ahead_of_time_is_built
 
 
 def test_the_device_reaches_the_builders_that_build_for_several():
-    assert places(Settings("torchscript", device="cuda")) == {"device": "cuda"}
-    assert places(Settings("aotinductor")) == places(Settings("openvino")) == {}
-    assert places(Settings("tensorrt", device="cuda")) == {"targets": ()}
+    for backend in ("torchscript", "aotinductor", "tensorrt"):
+        assert order_for(Settings(backend, device="cuda")).device == "cuda"
+    for backend in ("torchscript", "aotinductor", "openvino"):
+        assert order_for(Settings(backend)).device == "cpu"
+    ahead = order_for(Settings("tensorrt", targets=("sm86", "sm89")))
+    assert (ahead.device, ahead.targets) == ("cuda", ("sm86", "sm89"))
 
 
 @pytest.fixture

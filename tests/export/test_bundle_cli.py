@@ -21,9 +21,11 @@ from onnx import numpy_helper
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
-from marnet_export import again
+from marnet_export import rebuild as rebuilding
 from marnet_export.bundle_cli import main
-from marnet_export.inspection import check_second_process
+from marnet_export.prove import trial
+from marnet_export.prove.bundle import verify_again
+from marnet_export.prove.checks import check_second_process
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
@@ -429,14 +431,14 @@ def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
 ):
     copy = reseal(bundle, tmp_path / "copy", buckets=(1, 5))
     tried = []
-    measure = again.measure_fidelity
+    measure = trial.measure_fidelity
 
     def watched(run, *arguments, **options):
         tried.append(options["buckets"])
         return measure(run, *arguments, **options)
 
-    monkeypatch.setattr(again, "measure_fidelity", watched)
-    verified = again.verify_again(read_bundle(copy), checkpoint, data=few)
+    monkeypatch.setattr(trial, "measure_fidelity", watched)
+    verified = verify_again(read_bundle(copy), checkpoint, data=few)
     assert tried == [(1, 5)]
     assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
 
@@ -448,7 +450,7 @@ def settings_again(bundle: Path, exported: Settings, **changes: Any) -> Settings
     """Of a bundle whose export was asked for `exported`, as its manifest has them."""
     manifest = read_bundle(bundle).manifest
     told = json.loads(json.dumps(asdict(exported)))
-    return again.changed_settings(
+    return rebuilding.changed_settings(
         replace(read_bundle(bundle), manifest=replace(manifest, settings=told)), changes
     )
 
@@ -567,9 +569,9 @@ def test_a_wrong_command_gets_the_nearest():
 @pytest.fixture(scope="module")
 def engines(bundle, checkpoint, tmp_path_factory) -> Path:
     """A bundle of TensorRT with engines for one kind of GPU, which is not the one here."""
-    from marnet_export.builders import Types
-    from marnet_export.builders.tensorrt import build_encoder, build_refine
-    from marnet_export.lower import lower
+    from marnet_export.build.tensorrt.graphs import build_encoder, build_refine
+    from marnet_export.build.types import Types
+    from marnet_export.lower.methods import lower
     from marnet_train.checkpoint import load_checkpoint
 
     folder = tmp_path_factory.mktemp("engines")

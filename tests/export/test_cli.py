@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
-from marnet_export import fastest
+from marnet_export.choose import race
 from marnet_export.cli import main
 from marnet_sdk.bundle import read_bundle
 
@@ -45,10 +45,10 @@ TORCHSCRIPT = ("--backend", "torchscript", *LENIENT)
 @pytest.mark.slow
 def test_the_newest_checkpoint_becomes_a_bundle_of_the_fastest_backend(workplace, monkeypatch):
     backends = ("onnxruntime", "tensorrt", "torchscript")
-    chosen = {name: fastest.BUILDERS[name] for name in backends}
-    monkeypatch.setattr(fastest, "BUILDERS", chosen)
+    chosen = {name: race.BUILDERS[name] for name in backends}
+    monkeypatch.setattr(race, "BUILDERS", chosen)
     reasons = {"tensorrt": "no driver"}
-    monkeypatch.setattr(fastest, "why_unavailable", reasons.get)
+    monkeypatch.setattr(race, "why_unavailable", reasons.get)
     result = export("--precision", "fp16", "--steps", "10", *LENIENT)
     assert result.exit_code == 0, result.stderr
     assert [entry.name for entry in Path("bundles").iterdir()] == ["newer-fp16.marnet"]
@@ -190,7 +190,7 @@ def test_without_a_gpu_the_export_for_one_ends_before_anything_is_built(
     workplace, monkeypatch, backend, code, message
 ):
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(fastest, "why_unavailable", lambda name: "no driver")
+    monkeypatch.setattr(race, "why_unavailable", lambda name: "no driver")
     result = export("--device", "cuda", "--precision", "fp16", "--backend", backend)
     assert result.exit_code == code
     assert message in one_line(result.stderr)

@@ -17,11 +17,13 @@ from quick import kept
 from tiny import make_model, sampling_of
 from torch import nn
 
-from marnet_export import diagnose as diagnosis
-from marnet_export.builders import Types, builder
-from marnet_export.diagnose import Departure, diagnose, relative_errors
-from marnet_export.lower import lower
-from marnet_export.verify import Built, Reference
+from marnet_export.build.builder import builder
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower
+from marnet_export.prove import departure as diagnosis
+from marnet_export.prove.built import Built
+from marnet_export.prove.departure import Departure, diagnose, relative_errors
+from marnet_export.prove.reference import Reference
 from marnet_sdk.backends import open_backend
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import sampler_table

@@ -24,10 +24,13 @@ from safetensors.numpy import load_file, save_file
 from test_nothing_lost import in_small_filesystem
 from tiny import make_model, write_checkpoint
 
-from marnet_export import fastest, tensorrt_engines
+from marnet_export.build.builder import BUILDERS
+from marnet_export.build.tensorrt import engines
+from marnet_export.choose import race
 from marnet_export.cli import main
-from marnet_export.pipeline import at_work, export_bundle
+from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
+from marnet_export.work import at_work
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cli import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy
@@ -106,7 +109,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_pip_line(
     backend, package, extra, options, small, out, monkeypatch
 ):
     load_library.cache_clear()
-    monkeypatch.delitem(sys.modules, f"marnet_export.builders.{backend}", raising=False)
+    monkeypatch.delitem(sys.modules, BUILDERS[backend], raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -155,7 +158,7 @@ def test_the_shell_of_tensorrt_from_pypi_is_named_where_only_the_real_one_would_
     monkeypatch.syspath_prepend(shell)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     load_library.cache_clear()
-    monkeypatch.setattr(tensorrt_engines, "find_device", lambda: HOPPER)
+    monkeypatch.setattr(engines, "find_device", lambda: HOPPER)
     result = export(small, out, "--backend", "tensorrt", "--precision", "fp16")
     said = error_of(result, out, 5)
     assert "installed without the libraries of TensorRT (ImportError: libnvinfer.so.11)" in said
@@ -283,7 +286,7 @@ def test_labels_of_another_number_than_the_classifier_s_are_one_line(names, mess
 
 _STOPPED = """
 import os, signal, sys
-from marnet_export.builders import torchscript
+from marnet_export.build import torchscript
 from marnet_export.cli import main
 from marnet_train.checkpoint import load_checkpoint
 
@@ -333,7 +336,7 @@ def test_what_a_killed_search_for_the_fastest_leaves_goes_with_the_next_export(
         places.append(folder)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fastest, "_build_apart", killed)
+    monkeypatch.setattr(race, "_build_apart", killed)
     result = export(small, out)
     assert result.exit_code == 1
     assert "Aborted!" in result.stderr

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from marnet_export import fastest
-from marnet_export.fastest import Candidate, export_fastest
+from marnet_export.choose import race
+from marnet_export.choose.race import Candidate, export_fastest
 from marnet_export.settings import Settings
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.classifier import Classifier
@@ -24,7 +24,7 @@ import importlib.abc, os, sys
 
 class Crash(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "marnet_export.builders.torchscript":
+        if name == "marnet_export.build.torchscript":
             os.abort()
 
 sys.meta_path.insert(0, Crash())
@@ -33,16 +33,28 @@ sys.meta_path.insert(0, Crash())
 
 @pytest.fixture
 def two_backends(monkeypatch) -> None:
-    chosen = {name: fastest.BUILDERS[name] for name in ("onnxruntime", "torchscript")}
-    monkeypatch.setattr(fastest, "BUILDERS", chosen)
+    chosen = {name: race.BUILDERS[name] for name in ("onnxruntime", "torchscript")}
+    monkeypatch.setattr(race, "BUILDERS", chosen)
 
 
 @pytest.mark.usefixtures("two_backends")
-def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(checkpoint, tmp_path):
+def test_the_fastest_that_passes_is_written_whole_and_the_others_are_listed(
+    checkpoint, tmp_path, monkeypatch
+):
     said: list[str] = []
+    kept: list[Path] = []
+    timed = race._race
+
+    def watched(found, folder):
+        kept.extend((folder / "reference").iterdir())
+        return timed(found, folder)
+
+    monkeypatch.setattr(race, "_race", watched)
     path = tmp_path / "bundles" / "auto.marnet"
     ranked = export_fastest(checkpoint, path, SETTINGS, say=said.append)
     bundle = read_bundle(path)  # every byte
+    # Computed once for both: x_v, the logits, and those of four more seeds.
+    assert len(kept) == 6
     listed = json.loads(bundle.file("fidelity.json").read_text())["backends"]
     assert [row["backend"] for row in listed] == [c.backend for c in ranked]
     assert {row["backend"] for row in listed} == {"onnxruntime", "torchscript"}
@@ -65,7 +77,7 @@ def test_what_a_process_prints_is_not_its_answer(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(InvalidInput, match="none is not a checkpoint"):
-        fastest._build_apart(
+        race._build_apart(
             "onnxruntime", tmp_path, tmp_path / "none", SETTINGS, None, lambda _: None
         )
 
@@ -78,20 +90,20 @@ def test_a_text_encoder_that_the_fastest_cannot_build_costs_only_the_fastest(tmp
         if settings.backend == "openvino":
             raise ExportError("openvino cannot build the text encoder")
 
-    monkeypatch.setattr(fastest, "finish", finish)
+    monkeypatch.setattr(race, "finish", finish)
     passed = [
         Candidate(name, "passed", agreement=1.0, milliseconds={"1": 1.0})
         for name in ("openvino", "onnxruntime", "torchscript")
     ]
     crashed = Candidate("aotinductor", "crashed", "signal SIGABRT", exit_code=1)
     checkpoint = tmp_path / "run"
-    ranked = fastest._finish_first([*passed, crashed], tmp_path, checkpoint, SETTINGS, said.append)
+    ranked = race._finish_first([*passed, crashed], tmp_path, checkpoint, SETTINGS, said.append)
     assert [c.backend for c in ranked] == ["onnxruntime", "torchscript", "aotinductor", "openvino"]
     assert finished == [("openvino", "openvino"), ("onnxruntime", "onnxruntime")]
     assert said == ["openvino: refused: openvino cannot build the text encoder"]
     message = r"no backend could be built.*aotinductor: crashed.*openvino: refused: openvino cannot"
     with pytest.raises(ExportError, match=message):
-        fastest._finish_first([passed[0], crashed], tmp_path, checkpoint, SETTINGS, said.append)
+        race._finish_first([passed[0], crashed], tmp_path, checkpoint, SETTINGS, said.append)
 
 
 @pytest.mark.slow
@@ -114,8 +126,8 @@ def test_a_builder_that_crashes_is_a_line_of_the_report(checkpoint, tmp_path, mo
 def test_where_none_passes_every_reason_is_given_and_nothing_is_written(
     checkpoint, tmp_path, monkeypatch
 ):
-    chosen = {"torchscript": fastest.BUILDERS["torchscript"]}
-    monkeypatch.setattr(fastest, "BUILDERS", chosen)
+    chosen = {"torchscript": race.BUILDERS["torchscript"]}
+    monkeypatch.setattr(race, "BUILDERS", chosen)
     path: Path = tmp_path / "bundles" / "auto.marnet"
     with pytest.raises(
         ExportError, match=r"no backend could be built.*torchscript: refused: .*int8.*--precision"
@@ -139,16 +151,16 @@ def test_a_checkpoint_without_its_tokenizer_is_refused_before_anything_is_built(
 
 
 def test_for_a_gpu_those_that_build_for_one_are_tried(monkeypatch):
-    monkeypatch.setattr(fastest, "_why_not", lambda backend, device: None)
-    assert fastest._backends("cuda") == ["aotinductor", "tensorrt", "torchscript"]
-    assert fastest._backends("cpu") == ["aotinductor", "onnxruntime", "openvino", "torchscript"]
-    assert fastest._backends(None) == list(fastest.BUILDERS)
+    monkeypatch.setattr(race, "_why_not", lambda backend, device: None)
+    assert race._backends("cuda") == ["aotinductor", "tensorrt", "torchscript"]
+    assert race._backends("cpu") == ["aotinductor", "onnxruntime", "openvino", "torchscript"]
+    assert race._backends(None) == list(race.BUILDERS)
 
 
 def test_where_no_backend_runs_on_a_gpu_nothing_is_built(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(
-        fastest, "why_unavailable", lambda name: "no driver" if name == "tensorrt" else None
+        race, "why_unavailable", lambda name: "no driver" if name == "tensorrt" else None
     )
     message = (
         r"^nothing runs on cuda here: aotinductor: aotinductor cannot run on cuda: .*; "

@@ -13,9 +13,10 @@ from tiny import make_model
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
 from torch import nn
 
-from marnet_export import graph
-from marnet_export.builders import TORCH_TYPES, quiet
-from marnet_export.graph import (
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import TORCH_TYPES
+from marnet_export.lower import modules
+from marnet_export.lower.modules import (
     Head,
     PlanStep,
     RoundedMatrix,
@@ -24,7 +25,7 @@ from marnet_export.graph import (
     with_compute,
     with_rounded_results,
 )
-from marnet_export.plan import SamplingPlan, run_plan
+from marnet_export.lower.plan import SamplingPlan, run_plan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.noise.tables import make_tables
@@ -342,7 +343,7 @@ def test_an_encoder_that_cannot_keep_16_bits_is_warned_of(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x.half())
     message = r"cannot keep its results in 16 bits, .*slower: expected Float, but found Half"
     with pytest.warns(MarnetWarning, match=message):
-        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))
+        modules.on_device(Picky(), torch.float16, "cuda", torch.ones(1))
 
 
 def test_a_gpu_without_memory_is_no_reason_for_a_slower_encoder(monkeypatch):
@@ -352,4 +353,4 @@ def test_a_gpu_without_memory_is_no_reason_for_a_slower_encoder(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda x, *_: x)
     monkeypatch.setattr(Picky, "forward", full)
     with pytest.raises(torch.OutOfMemoryError):
-        graph.on_device(Picky(), torch.float16, "cuda", torch.ones(1))
+        modules.on_device(Picky(), torch.float16, "cuda", torch.ones(1))

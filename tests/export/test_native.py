@@ -18,16 +18,18 @@ from safetensors.numpy import load_file, save_file
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_LOOP, INT8
 
-from marnet_export import native, pipeline
-from marnet_export.again import changed_settings, check_receipt
-from marnet_export.builders import Types
-from marnet_export.graph import ScriptedLoop
-from marnet_export.inspection import PASSED
-from marnet_export.lower import lower_marnet
-from marnet_export.native import faster_up_to, loop_layers, shown
-from marnet_export.pipeline import export_bundle
-from marnet_export.plan import make_plan, run_plan
-from marnet_export.quantise import Range, loop_ranges
+from marnet_export.build import native
+from marnet_export.build.native import loop_layers
+from marnet_export.build.quantise import Range, loop_ranges
+from marnet_export.build.types import Types
+from marnet_export.choose.loop import faster_up_to, shown
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.modules import ScriptedLoop
+from marnet_export.lower.plan import make_plan, run_plan
+from marnet_export.prove.bundle import check_receipt
+from marnet_export.prove.checks import PASSED
+from marnet_export.rebuild import changed_settings
 from marnet_export.settings import Settings
 from marnet_kernels.native import NativeLoop, loop_reference
 from marnet_sdk import Classifier
@@ -253,7 +255,7 @@ def test_a_manifest_must_say_what_the_payload_has(native_bundle, tmp_path):
 
 @pytest.mark.parametrize(("taken", "loop"), [(KEEP, "native"), (DROP, "graph")])
 def test_auto_keeps_whichever_is_faster(taken, loop, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "time_loops", lambda *_: taken)
+    monkeypatch.setattr(loop, "time_loops", lambda *_: taken)
     said: list[str] = []
     export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
     bundle = read_bundle(tmp_path / "b")

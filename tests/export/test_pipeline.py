@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
-from marnet_export import pipeline
-from marnet_export.again import check_receipt
-from marnet_export.builders import Unread, builder
-from marnet_export.inspection import SKIPPED
-from marnet_export.pipeline import export_bundle
+from marnet_export import seal, work
+from marnet_export.build import torchscript
+from marnet_export.build.types import Unread
+from marnet_export.choose import steps
+from marnet_export.job import export_bundle
+from marnet_export.prove.bundle import check_receipt
+from marnet_export.prove.checks import SKIPPED
+from marnet_export.prove.fidelity import Fidelity
 from marnet_export.settings import Settings
-from marnet_export.verify import Fidelity
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import (
@@ -103,7 +106,7 @@ def test_a_receipt_that_cannot_be_read_stops_no_export_that_is_right(
         raise Unread("it calls _new_kernel, which this version cannot count")
 
     export_bundle(checkpoint, bundles / "read", quick(steps=3))
-    monkeypatch.setattr(builder("torchscript"), "products", unread)
+    monkeypatch.setattr(torchscript, "BUILDER", replace(torchscript.BUILDER, products=unread))
     said: list[str] = []
     fidelity = export_bundle(checkpoint, bundles / "b", quick(steps=3), say=said.append)
     assert fidelity.top1_agreement >= 0.98
@@ -366,14 +369,14 @@ def test_precision_can_be_swept_too(checkpoint, bundles):
 @pytest.fixture
 def no_fp16(monkeypatch) -> Settings:
     """A sweep of precisions where fp16 builds and does not open."""
-    opened = pipeline.open_built
+    opened = work.open_built
 
     def refuse(backend, payload, compute, device):
         if payload.name == "sweep-fp16":
             raise BackendUnavailable("no fp16 on this processor")
         return opened(backend, payload, compute, device)
 
-    monkeypatch.setattr(pipeline, "open_built", refuse)
+    monkeypatch.setattr(work, "open_built", refuse)
     return quick(precision="auto", steps="auto", sampler="ddim", samples=1, max_drop=0.05)
 
 
@@ -381,7 +384,7 @@ def no_fp16(monkeypatch) -> Settings:
 def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
     checkpoint, bundles, monkeypatch, no_fp16
 ):
-    monkeypatch.setattr(pipeline, "FLOATS", ("fp16", "fp32"))
+    monkeypatch.setattr(steps, "FLOATS", ("fp16", "fp32"))
     said: list[str] = []
     export_bundle(checkpoint, bundles / "b", no_fp16, say=said.append)
     assert "fp16 is left out: no fp16 on this processor" in said
@@ -391,7 +394,7 @@ def test_a_precision_that_cannot_be_opened_leaves_nothing_in_the_bundle(
 
 
 def test_where_no_precision_can_be_opened_each_is_named(checkpoint, bundles, monkeypatch, no_fp16):
-    monkeypatch.setattr(pipeline, "FLOATS", ("fp16",))
+    monkeypatch.setattr(steps, "FLOATS", ("fp16",))
     message = r"no precision can be built: fp16 is left out: no fp16 on this processor"
     with pytest.raises(ExportError, match=message):
         export_bundle(checkpoint, bundles / "none", no_fp16)
@@ -399,10 +402,10 @@ def test_where_no_precision_can_be_opened_each_is_named(checkpoint, bundles, mon
 
 
 def test_a_bundle_of_tensorrt_names_the_library_that_its_engines_depend_on(monkeypatch):
-    monkeypatch.setattr(pipeline, "versions", lambda packages: dict.fromkeys(packages, "1"))
-    found = pipeline._built_for(Settings("tensorrt", device="cuda")).packages
+    monkeypatch.setattr(seal, "versions", lambda packages: dict.fromkeys(packages, "1"))
+    found = seal.built_for(Settings("tensorrt", device="cuda")).packages
     assert {"tensorrt", "tensorrt_rtx"} <= found.keys()
-    assert "tensorrt_rtx" not in pipeline._built_for(Settings("openvino")).packages
+    assert "tensorrt_rtx" not in seal.built_for(Settings("openvino")).packages
 
 
 def test_a_sweep_needs_classes_that_the_checkpoint_knows(checkpoint, tmp_path, bundles):
@@ -482,8 +485,8 @@ def test_settings_that_do_not_exist_are_refused(setting, message):
 def test_the_manifest_says_which_device_and_which_gpu_it_was_built_for(
     monkeypatch, tmp_path, backend, device, built_for, targets
 ):
-    monkeypatch.setattr(pipeline, "gpu_name", lambda: ("sm90", "NVIDIA H100"))
-    found = pipeline._built_for(Settings(backend, device=device))
+    monkeypatch.setattr(seal, "gpu_name", lambda: ("sm90", "NVIDIA H100"))
+    found = seal.built_for(Settings(backend, device=device))
     assert (found.device, found.targets) == (built_for, targets)
 
 

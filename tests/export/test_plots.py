@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marnet_export.plots import plot_pareto, plot_risk_coverage
-from marnet_export.selection import (
-    Candidate,
-    RiskThreshold,
-    choose,
-    evaluate_candidate,
-    evaluate_exact,
-    pareto_report,
-    risk_coverage,
-)
+from marnet_export.choose.candidates import Candidate, evaluate_candidate, evaluate_exact
+from marnet_export.choose.charts import plot_pareto, plot_risk_coverage
+from marnet_export.choose.points import choose, pareto_report
+from marnet_export.choose.risk import RiskThreshold, risk_coverage
 
 
 def measured() -> tuple[list[Candidate], Candidate]:

@@ -14,8 +14,8 @@ from pictures import encode
 from PIL import Image
 from tolerances import BUILT
 
-from marnet_export.builders import quiet
-from marnet_export.pipeline import export_bundle
+from marnet_export.build.tracing import quiet
+from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_train.assemble import make_preprocess

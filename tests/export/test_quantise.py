@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,11 +23,9 @@ from tiny import make_model, plain_refine, tables_of
 from tolerances import FLOAT32_TWICE, INT8
 from torch import nn
 
-from marnet_export.builders import Calibration, Types, builder
-from marnet_export.lower import Lowered, lower, lower_marnet
-from marnet_export.pipeline import export_bundle
-from marnet_export.plan import make_plan
-from marnet_export.quantise import (
+from marnet_export.build import onnxruntime
+from marnet_export.build.builder import Order, builder
+from marnet_export.build.quantise import (
     IMAGES,
     LEVELS,
     Range,
@@ -38,6 +35,10 @@ from marnet_export.quantise import (
     ranked,
     require_calibration,
 )
+from marnet_export.build.types import Calibration, Types
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import Lowered, lower, lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import read_bundle
@@ -56,8 +57,8 @@ def build(
 ) -> None:
     payload.mkdir(parents=True)
     module, pixels = builder(backend), torch.from_numpy(calibration.pixels[:2])
-    module.build_encoder(lowered, pixels, types, payload, calibration=calibration)
-    module.build_refine(lowered, types, payload, calibration=calibration)
+    module.build_encoder(lowered, pixels, types, payload, Order(calibration=calibration))
+    module.build_refine(lowered, types, payload, Order(calibration=calibration))
 
 
 def ddpm(model: MARNet) -> SamplerTable:
@@ -292,8 +293,8 @@ def test_an_encoder_and_a_loop_may_have_types_of_their_own(backend, trained, tmp
     model, pixels = trained
     lowered, calibration = lower(model), calibrate(model, pixels[:50])
     module, example = builder(backend), torch.from_numpy(pixels[:2])
-    module.build_encoder(lowered, example, INT8_TYPES, tmp_path, calibration=calibration)
-    module.build_refine(lowered, FLOAT_TYPES, tmp_path, calibration=calibration)
+    module.build_encoder(lowered, example, INT8_TYPES, tmp_path, Order(calibration=calibration))
+    module.build_refine(lowered, FLOAT_TYPES, tmp_path, Order(calibration=calibration))
     run, table = (
         open_backend(backend, tmp_path, "fp32", 1),
         sampler_table(model.config.schedule, "ddpm"),
@@ -331,7 +332,7 @@ def test_quantising_is_silent_and_writes_nothing_home(tmp_path):
         "from calibration import calibrate\n"
         "from test_quantise import BACKENDS, INT8_TYPES, build\n"
         "from tiny import make_model\n"
-        "from marnet_export.lower import lower\n"
+        "from marnet_export.lower.methods import lower\n"
         "model = make_model()\n"
         "for backend in BACKENDS:\n"
         f"    folder = Path({str(tmp_path / 'payload')!r}) / backend\n"
@@ -477,11 +478,12 @@ def test_layers_are_found_in_a_graph_by_their_rows_whatever_scales_and_turns_the
 def test_int8_is_not_fitted_to_images_that_only_verify(checkpoint, digits, tmp_path, monkeypatch):
     seen = []
 
-    def build_encoder(*_: Any, calibration: Calibration) -> None:
-        seen.append(calibration.pixels)
+    def build_encoder(lowered, pixels, types, payload, order) -> None:
+        seen.append(order.calibration.pixels)
         raise ExportError("stop here")
 
-    monkeypatch.setattr(builder("onnxruntime"), "build_encoder", build_encoder)
+    stopped = replace(onnxruntime.BUILDER, build_encoder=build_encoder)
+    monkeypatch.setattr(onnxruntime, "BUILDER", stopped)
     settings = Settings("onnxruntime", "int8", steps=2)
     for data in (None, digits / "test"):
         with pytest.raises(ExportError, match="stop here"):

@@ -10,11 +10,11 @@ import torch
 from tiny import make_model, tables_of
 from torch import nn
 
-from marnet_export.builders import Calibration
-from marnet_export.graph import with_compute
-from marnet_export.lower import Lowered, lower
-from marnet_export.plan import make_plan
-from marnet_export.ranges import check_activations, check_weights, watch_products
+from marnet_export.build.types import Calibration
+from marnet_export.lower.methods import Lowered, lower
+from marnet_export.lower.modules import with_compute
+from marnet_export.lower.plan import make_plan
+from marnet_export.prove.overflow import check_activations, check_weights, watch_products
 from marnet_sdk.errors import ExportError
 from marnet_train.diffusion import sampler_table
 from marnet_train.models.marnet import MARNet

@@ -11,10 +11,11 @@ from quick import kept
 from tiny import make_model
 from torch import Tensor, nn
 
-from marnet_export.builders import Product, Types, Unread, quiet
-from marnet_export.builders.torchscript import build_encoder, build_refine, products
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.build.torchscript import build_encoder, build_refine, products
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import Product, Types, Unread
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 HOW = [("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")]

@@ -13,11 +13,12 @@ from quick import kept
 from tiny import make_model
 from torch import nn
 
-from marnet_export.builders import Product, Types, builder
-from marnet_export.class_token import for_class_token
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
-from marnet_export.receipt import NOT_READ, check_delivered, count_products
+from marnet_export.build.builder import Order, builder
+from marnet_export.build.types import Product, Types
+from marnet_export.lower.class_token import for_class_token
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
+from marnet_export.prove.receipt import NOT_READ, check_delivered, count_products
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import VerificationFailed
 from marnet_train.models.marnet import MARNet
@@ -65,8 +66,8 @@ def built(tmp_path_factory) -> Callable[..., Receipt]:
             plan, payload = make_plan(model, carry), tmp_path_factory.mktemp("receipt")
             lowered, calibration = lower_marnet(model, plan), calibrate(model, plan=plan, steps=4)
             module, pixels = builder(backend), torch.rand(2, *SHAPE)
-            module.build_encoder(lowered, pixels, encoder, payload, calibration=calibration)
-            module.build_refine(lowered, loop, payload, calibration=calibration)
+            module.build_encoder(lowered, pixels, encoder, payload, Order(calibration=calibration))
+            module.build_refine(lowered, loop, payload, Order(calibration=calibration))
             known[key] = model, module.products(payload, loop, SHAPE)
         return known[key]
 

@@ -15,9 +15,9 @@ from tiny import RESNET
 from tolerances import BUILT
 from torch import Tensor, nn
 
-from marnet_export.graph import Step
-from marnet_export.lower import LOWERINGS, Lowered
-from marnet_export.pipeline import export_bundle
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import LOWERINGS, Lowered
+from marnet_export.lower.modules import Step
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ExportError

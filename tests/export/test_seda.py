@@ -10,8 +10,8 @@ import torch
 from quick import kept
 from tolerances import BUILT
 
-from marnet_export.lower import lower
-from marnet_export.pipeline import export_bundle
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import lower
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.noise.trajectory import draw_trajectory

@@ -14,17 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import FLOAT64
 
-from marnet_export.selection import (
+from marnet_export.choose.candidates import (
     Candidate,
-    choose,
     evaluate_candidate,
     evaluate_exact,
     images_needed,
     non_dominated,
-    pareto_report,
-    risk_coverage,
-    threshold_for_risk,
 )
+from marnet_export.choose.points import choose, pareto_report
+from marnet_export.choose.risk import risk_coverage, threshold_for_risk
 from marnet_sdk.errors import InvalidInput, VerificationFailed
 from marnet_train.measures import paired_interval
 

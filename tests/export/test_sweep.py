@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from marnet_export.lower import lower
-from marnet_export.selection import paired_interval
-from marnet_export.sweep import as_points, sweep, swept_processes
-from marnet_export.verify import Built, Reference
-from marnet_export.zero_steps import alignment_head, process_table
+from marnet_export.choose.sweep import as_points, sweep, swept_processes
+from marnet_export.lower.methods import lower
+from marnet_export.lower.zero_steps import alignment_head, process_table
+from marnet_export.prove.built import Built
+from marnet_export.prove.reference import Reference
 from marnet_sdk.alignment import WithAlignment
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import Bundle, read_bundle
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import ScheduleConfig, sampler_table
+from marnet_train.measures import paired_interval
 
 
 def test_every_sampler_meets_every_number_of_steps_and_the_trained_process_is_first():
@@ -108,7 +109,7 @@ def test_a_sweep_counts_what_the_float32_checkpoint_would_answer(
     truth = np.roll(labels["exact"], 0)
     truth[:6] = (truth[:6] + 1) % 10
     built = built_of(bundle, tables, pixels)
-    monkeypatch.setattr("marnet_export.sweep.in_turn", by_work)
+    monkeypatch.setattr("marnet_export.choose.sweep.in_turn", by_work)
     head = alignment_head(lower(model))
     assert head is not None
     built.backend = WithAlignment(built.backend, head)

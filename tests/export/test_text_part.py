@@ -19,8 +19,10 @@ from torch import nn
 from transformers import CanineTokenizer
 
 from marnet_export import text as text_part
-from marnet_export.builders import Types, builder
-from marnet_export.lower import Lowered, lower
+from marnet_export.build import torchscript
+from marnet_export.build.builder import Order
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import Lowered, lower
 from marnet_export.text import (
     MAX_ERROR,
     MIN_COSINE,
@@ -211,14 +213,14 @@ def other_words(module: nn.Module) -> nn.Module:
 def test_a_graph_that_does_something_else_is_refused(
     loaded, lowered, tmp_path, monkeypatch, broken, message
 ):
-    module = builder("torchscript")
-    build = module.build_text
+    build = torchscript.BUILDER.build_text
 
-    def build_broken(lowered: Lowered, types: Types, payload: Path) -> None:
+    def build_broken(lowered: Lowered, types: Types, payload: Path, order: Order) -> None:
         assert lowered.text is not None
-        build(replace(lowered, text=broken(lowered.text)), types, payload)
+        build(replace(lowered, text=broken(lowered.text)), types, payload, order)
 
-    monkeypatch.setattr(module, "build_text", build_broken)
+    breaks = replace(torchscript.BUILDER, build_text=build_broken)
+    monkeypatch.setattr(torchscript, "BUILDER", breaks)
     with pytest.raises(VerificationFailed, match=message + ".*No bundle .* another --backend"):
         export_text(loaded, lowered, "torchscript", FLOAT32, tmp_path / "text")
 

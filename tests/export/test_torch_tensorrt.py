@@ -21,12 +21,17 @@ from quick import kept
 from tiny import make_model
 from tolerances import BUILT, FLOAT32_LAYER
 
-from marnet_export import tensorrt_engines
-from marnet_export.builders import TORCH_TYPES, Types
-from marnet_export.builders.tensorrt import build_encoder, build_refine, open_reference
-from marnet_export.graph import with_compute
-from marnet_export.lower import Lowered, lower
-from marnet_export.torch_tensorrt import encoder_engine, export_program, load_torch_tensorrt
+from marnet_export.build.builder import Order
+from marnet_export.build.tensorrt import engines
+from marnet_export.build.tensorrt.graphs import build_encoder, build_refine, open_reference
+from marnet_export.build.tensorrt.torch_route import (
+    encoder_engine,
+    export_program,
+    load_torch_tensorrt,
+)
+from marnet_export.build.types import TORCH_TYPES, Types
+from marnet_export.lower.methods import Lowered, lower
+from marnet_export.lower.modules import with_compute
 from marnet_sdk.backends.tensorrt import open_payload
 from marnet_sdk.errors import BackendUnavailable, ExportError, InvalidInput, MissingExtra
 from marnet_sdk.files import sha256_file
@@ -233,14 +238,15 @@ def build(lowered, pixels, tmp_path, monkeypatch) -> Build:
     here: what it is called decides."""
     ada, rtx = Device("NVIDIA L4", (8, 9), 13000), load_library("tensorrt_rtx")
     monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tensorrt_engines, "find_device", lambda: ada)
+    monkeypatch.setattr(engines, "find_device", lambda: ada)
 
     def run(flavour: str = STANDARD, **settings: Any) -> None:
         library = Library(flavour, rtx.version, rtx.module)
-        monkeypatch.setattr(tensorrt_engines, "load_library", lambda name: library)
-        how: dict[str, Any] = {"route": "torch-tensorrt", "buckets": BUCKETS, "types": TYPES}
+        monkeypatch.setattr(engines, "load_library", lambda name: library)
+        types = settings.pop("types", TYPES)
+        order = Order(**{"route": "torch-tensorrt", "buckets": BUCKETS} | settings)
         (tmp_path / "payload").mkdir(exist_ok=True)
-        build_encoder(lowered, pixels[:2], payload=tmp_path / "payload", **(how | settings))
+        build_encoder(lowered, pixels[:2], types, tmp_path / "payload", order)
 
     return run
 
@@ -258,7 +264,7 @@ def test_its_engine_takes_the_place_of_the_other_s(build, lowered, pixels, packa
     assert engine.batches == ((1, 4),)
     assert engine.onnx_sha256 == sha256_file(payload / "encoder.onnx")
     # The loop comes by the other route, and leaves the encoder as it is.
-    build_refine(lowered, TYPES, payload, buckets=BUCKETS)
+    build_refine(lowered, TYPES, payload, Order(buckets=BUCKETS))
     (both,) = read_index(payload)
     assert both.engines["encoder"] == engine
     assert both.engines["refine"].batches == ((1, 1), (4, 4))
@@ -297,7 +303,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_written(
 def test_other_gpus_are_refused_with_the_route_that_builds_for_them(lowered, pixels, tmp_path):
     how: dict[str, Any] = {"route": "torch-tensorrt", "targets": ["sm86", "sm89"]}
     with pytest.raises(ExportError, match=f"this machine, got targets sm86, sm89; .*{INSTEAD}"):
-        build_encoder(lowered, pixels[:2], TYPES, tmp_path, **how)
+        build_encoder(lowered, pixels[:2], TYPES, tmp_path, Order(**how))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,8 +323,8 @@ def test_the_real_engine_answers_as_the_model_does(compute, lowered, pixels, tmp
         pytest.skip(str(error))
     types = Types(compute, compute)
     how: dict[str, Any] = {"buckets": BUCKETS, "route": "torch-tensorrt"}
-    build_encoder(lowered, pixels[:2], types, tmp_path, **how)
-    build_refine(lowered, types, tmp_path, buckets=BUCKETS)
+    build_encoder(lowered, pixels[:2], types, tmp_path, Order(**how))
+    build_refine(lowered, types, tmp_path, Order(buckets=BUCKETS))
     run = open_payload(tmp_path, compute, None)
     for batch in (1, 3, 4):
         want = answer_of(lowered, pixels[:batch])

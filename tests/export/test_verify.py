@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,25 +18,25 @@ from scipy.stats import binomtest
 from tiny import plain_refine
 from tolerances import FLOAT32_TWICE, FLOAT64
 
-from marnet_export.verify import (
-    Built,
+from marnet_export.prove.built import Built
+from marnet_export.prove.fidelity import (
     Fidelity,
-    Reference,
-    instability_floor,
     margin,
     measure_fidelity,
     row_invariance,
-    settling,
-    trajectory_error,
     wilson_interval,
 )
+from marnet_export.prove.noise import instability_floor, settling
+from marnet_export.prove.reference import Reference
+from marnet_export.prove.store import Store
+from marnet_export.prove.trial import Trial
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import ExportError
 from marnet_sdk.run import pixel_key
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.diffusion import sampler_table
+from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.marnet import MARNet
 
 Floats = np.ndarray
@@ -332,10 +335,35 @@ def test_what_is_built_answers_as_a_classifier_does(built, bundle_of, images):
         np.testing.assert_allclose(got, want, atol=FLOAT32_TWICE * np.abs(want).max())
 
 
+def test_what_a_reference_gives_is_shared_with_other_processes(model, images, tmp_path):
+    table = sampler_table(model.config.schedule, "ddpm", 3)
+    store, nobody = Store(tmp_path / "answers", "a checkpoint"), cast(MARNet, SimpleNamespace())
+    alone, first = Reference(model, images), Reference(model, images, store=store)
+    want = alone.logits(table, 7, 2)
+    np.testing.assert_array_equal(first.logits(table, 7, 2), want)
+    second = Reference(nobody, images, store=store)  # it could compute nothing
+    np.testing.assert_array_equal(second.x_v.numpy(), alone.x_v.numpy())
+    np.testing.assert_array_equal(second.logits(table, 7, 2), want)
+    for other in (
+        lambda: second.logits(table, 8, 2),
+        lambda: Reference(nobody, images[:-1], store=store),
+        lambda: Reference(nobody, images, by_image=True, store=store).logits(table, 7, 2),
+        lambda: Reference(nobody, images, store=replace(store, checkpoint_sha256="another")),
+    ):
+        with pytest.raises(AttributeError):
+            other()
+
+
+def trial_of(reference: Reference, built: Built, table: SamplerTable) -> Trial:
+    return Trial(
+        reference, built, None, {"default": table}, min_agreement=0.999, row_tolerance=0.02
+    )
+
+
 def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     table = sampler_table(model.config.schedule, "ddpm")
     reference, opened = Reference(model, images), built("fp32")
-    found = trajectory_error(reference, opened, "default", table, most=5)
+    found = trial_of(reference, opened, table).trajectory("default", most=5)
     assert [(row["step"], row["t"]) for row in found] == [
         (1, 100), (26, 75), (50, 51), (75, 26), (100, 1)
     ]  # fmt: skip
@@ -344,7 +372,7 @@ def test_the_trajectory_shows_where_a_built_loop_departs(built, model, images):
     spoiled["coefficients.default"] = spoiled["coefficients.default"].copy()
     spoiled["coefficients.default"][60] *= 1.5  # the 61st step goes too far
     departing = Built(opened.backend, spoiled, opened.sampling, images)
-    errors = trajectory_error(reference, departing, "default", table, most=100)
+    errors = trial_of(reference, departing, table).trajectory("default", most=100)
     assert max(row["error"] for row in errors[:60]) < 1e-2
     assert errors[61]["error"] > 10 * max(row["error"] for row in errors[:60])
 

@@ -15,15 +15,22 @@ from safetensors.numpy import load_file, save_file
 from tiny import make_model
 from tolerances import FLOAT32_LAYER
 
-from marnet_export import pipeline
-from marnet_export.builders import Types
+from marnet_export import work
+from marnet_export.build.types import Types
 from marnet_export.bundle_cli import main
-from marnet_export.diagnose import diagnose
-from marnet_export.lower import lower
-from marnet_export.pipeline import explain, export_bundle
+from marnet_export.choose.asked import explain
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import lower
+from marnet_export.lower.zero_steps import (
+    alignment_head,
+    check_branch,
+    process_table,
+    write_head,
+)
+from marnet_export.prove.built import Built
+from marnet_export.prove.departure import diagnose
+from marnet_export.prove.reference import Reference
 from marnet_export.settings import Settings
-from marnet_export.verify import Built, Reference
-from marnet_export.zero_steps import alignment_head, check_branch, process_table, write_head
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import read_bundle, reseal_bundle
@@ -252,7 +259,7 @@ def test_an_export_takes_the_checkpoint_s_number_of_samples(checkpoint, tmp_path
         object.__setattr__(found.model.config, "samples", 3)
         return found
 
-    monkeypatch.setattr(pipeline, "load_checkpoint", loaded)
+    monkeypatch.setattr(work, "load_checkpoint", loaded)
     lenient = Settings("torchscript", steps=2, min_agreement=0.9, text=False)
     export_bundle(checkpoint, tmp_path / "b", lenient)
     assert read_bundle(tmp_path / "b").manifest.sampling.point.samples == 3

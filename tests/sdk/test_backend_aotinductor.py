@@ -21,10 +21,11 @@ from quick import kept
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_TWICE
 
-from marnet_export.builders import Types
-from marnet_export.builders.aotinductor import build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.build.aotinductor import build_encoder, build_refine
+from marnet_export.build.builder import Order
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_sdk.backends import aotinductor, torch_device
 from marnet_sdk.backends.aotinductor import ENCODER, REFINE, load_model, open_payload
 from marnet_sdk.backends.torch_cuda import TorchOnCuda
@@ -434,8 +435,8 @@ def test_a_torch_without_cuda_is_told_how_to_get_one(payload, monkeypatch):
 @pytest.mark.parametrize("compute", ["fp32", "fp16"])
 def test_code_for_a_gpu_gives_the_model_s_answers(model, payload, tmp_path, compute):
     lowered, types = lower_marnet(model), Types(compute, compute)
-    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, tmp_path, device="cuda")
-    build_refine(lowered, types, tmp_path, device="cuda")
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, tmp_path, Order("cuda"))
+    build_refine(lowered, types, tmp_path, Order("cuda"))
     on_gpu, on_cpu = open_payload(tmp_path, compute, None, "cuda"), open_payload(payload, "fp32", 1)
     for count, table in ((1, tables(model)), (9, tables(model, samples=2)), (1, tables(model))):
         got = on_gpu.run(pixels(count), table)[0]

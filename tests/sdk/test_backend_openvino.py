@@ -14,10 +14,11 @@ import torch
 from calibration import calibrate
 from tiny import make_model, tables_of
 
-from marnet_export.builders import Types
-from marnet_export.builders.openvino import build_encoder, build_refine
-from marnet_export.lower import lower
-from marnet_export.plan import make_plan
+from marnet_export.build.builder import Order
+from marnet_export.build.openvino import build_encoder, build_refine
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower
+from marnet_export.lower.plan import make_plan
 from marnet_sdk.backends import open_backend
 from marnet_sdk.backends.openvino import ENCODER, REFINE, load_openvino
 from marnet_sdk.errors import BackendUnavailable, MissingExtra
@@ -171,8 +172,8 @@ def test_a_part_in_int8_is_refused_where_this_cpu_lacks_it(part, model, tmp_path
     types[part] = Types("int8", "fp32")
     calibration, lowered = calibrate(model, steps=3), lower(model)
     pixels = torch.rand(2, 3, 32, 32)
-    build_encoder(lowered, pixels, types["encoder"], tmp_path, calibration=calibration)
-    build_refine(lowered, types["loop"], tmp_path, calibration=calibration)
+    build_encoder(lowered, pixels, types["encoder"], tmp_path, Order(calibration=calibration))
+    build_refine(lowered, types["loop"], tmp_path, Order(calibration=calibration))
     request.getfixturevalue("old_cpu")
     message = r"this CPU \(Old CPU\) has no int8 arithmetic.*--precision fp32"
     with pytest.raises(BackendUnavailable, match=message):

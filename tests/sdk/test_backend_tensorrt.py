@@ -31,8 +31,8 @@ from tolerances import BUILT
 import marnet_kernels.loader
 import marnet_kernels.persistent
 import marnet_sdk.gpu.driver
-from marnet_export.builders import Types
-from marnet_export.builders.tensorrt import (
+from marnet_export.build.tensorrt.engines import add_engines, check_targets
+from marnet_export.build.tensorrt.graphs import (
     _session,
     build_encoder,
     build_refine,
@@ -40,11 +40,11 @@ from marnet_export.builders.tensorrt import (
     open_reference,
     open_text_reference,
 )
-from marnet_export.lower import Lowered, lower
-from marnet_export.pipeline import export_bundle
-from marnet_export.plan import make_plan
+from marnet_export.build.types import Types
+from marnet_export.job import export_bundle
+from marnet_export.lower.methods import Lowered, lower
+from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
-from marnet_export.tensorrt_engines import add_engines, check_targets
 from marnet_kernels.loader import DeviceInfo
 from marnet_kernels.persistent import ReverseSamplerArguments, Variant, check_launch
 from marnet_kernels.reverse_sampler import Layout, PackedLoop, reverse_sampler_reference

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from marnet_export.tensorrt_engines import add_engines
+from marnet_export.build.tensorrt.engines import add_engines
 from marnet_sdk.errors import (
     BackendUnavailable,
     BundleCorrupt,

@@ -27,10 +27,11 @@ import torch
 from tiny import make_model, tables_of
 from tolerances import BUILT, CAPTURED_LOOP, FLOAT32_TWICE
 
-from marnet_export.builders import Types
-from marnet_export.builders.torchscript import build_encoder, build_refine
-from marnet_export.lower import lower_marnet
-from marnet_export.plan import make_plan
+from marnet_export.build.builder import Order
+from marnet_export.build.torchscript import build_encoder, build_refine
+from marnet_export.build.types import Types
+from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
 from marnet_sdk.backends import torch_cuda, torch_device, torchscript
 from marnet_sdk.backends.torch_cuda import TorchOnCuda
@@ -697,8 +698,8 @@ def gpu_payload_of(models, tmp_path_factory) -> Callable[[str], Path]:
         if compute not in made:
             folder = tmp_path_factory.mktemp("cuda")
             lowered, types = lower_marnet(models[HIDDEN]), Types(compute, compute)
-            build_encoder(lowered, torch.rand(2, 3, 32, 32), types, folder, device="cuda")
-            build_refine(lowered, types, folder, device="cuda")
+            build_encoder(lowered, torch.rand(2, 3, 32, 32), types, folder, Order("cuda"))
+            build_refine(lowered, types, folder, Order("cuda"))
             made[compute] = folder
         return made[compute]
 

@@ -71,7 +71,7 @@ def risk_coverage(score: ArrayLike, correct: ArrayLike) -> float:
     orders.
 
     It mixes accuracy and ranking: of two models the more accurate one may have the worse scores.
-    `marnet_export.selection.risk_coverage` gives the curve itself.
+    `marnet_export.choose.points.risk_coverage` gives the curve itself.
 
     Args:
         score: how sure each answer is, finite, [N].

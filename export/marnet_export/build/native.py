@@ -1,0 +1,148 @@
+"""The native loop beside a bundle's graph: its weights, and what it multiplies.
+
+The graph of the loop stays in the bundle. It answers where the kernel's library is not there, and
+for more rows at once than those that the kernel was found to be faster for. So both are held to the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from marnet_export.build.builder import Builder
+from marnet_export.build.quantise import Range, loop_ranges, quantised_rows, require_calibration
+from marnet_export.build.types import Calibration, Product, Types
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.plan import SamplingPlan
+from marnet_sdk.native_loop import (
+    LAYERS,
+    Kind,
+    LoopLayer,
+    LoopLayers,
+    compile_library,
+    load_layers,
+    save_layers,
+    to_bits,
+)
+from marnet_train.models.denoiser import LEAKY_SLOPE
+
+ANY_ROWS = 2**31 - 1  # while it is verified, it answers everything
+
+
+def why_not(builder: Builder, lowered: Lowered) -> str | None:
+    """Why a backend cannot have the native loop for this model here; compiles its library."""
+    if builder.head is None:
+        return f"{builder.name} has no place for it"
+    if not isinstance(lowered.plan, SamplingPlan):
+        return "the method's loop is not of the form that it runs"
+    return compile_library()
+
+
+def loop_layers(plan: SamplingPlan, types: Types, ranges: Mapping[str, Range]) -> LoopLayers:
+    """The plan's layers as the kernel takes them.
+
+    Args:
+        ranges: of the inputs of the products in int8, by their names in `PlanStep`.
+    """
+    once: Kind = "fp32" if types.storage == "int8" else _kind(types)
+    mean, std = (np.ascontiguousarray(a, np.float32) for a in plan.standardise)
+
+    def repeated(name: str, weight: NDArray, bias: NDArray | None = None) -> LoopLayer:
+        return _layer(_kind(types), weight, bias, ranges.get(name))
+
+    return LoopLayers(
+        mean,
+        std,
+        condition=_layer(once, plan.condition_weight),
+        hidden2=repeated("hidden2", *plan.hidden2),
+        hidden3=repeated("hidden3", *plan.hidden3),
+        carry=repeated("carry", plan.carry_weight),
+        output=_layer(once, *plan.output),
+        input=None if plan.carry == "hidden" else repeated("input", plan.input_weight),
+        slope=LEAKY_SLOPE,
+    )
+
+
+def _kind(types: Types) -> Kind:
+    kinds: dict[str, Kind] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
+    return kinds[types.storage]
+
+
+def _layer(
+    kind: Kind, weight: NDArray, bias: NDArray | None = None, values: Range | None = None
+) -> LoopLayer:
+    biases = None if bias is None else bias.astype(np.float32)
+    if kind == "int8":
+        assert values is not None
+        stored, scale = quantised_rows(weight)
+        step = float(np.float32(values.scale))
+        return LoopLayer(kind, stored, biases, scale[:, 0], step, values.zero_point)
+    single = weight.astype(np.float32)
+    return LoopLayer(kind, single if kind == "fp32" else to_bits(single, kind), biases)
+
+
+def write_native(
+    builder: Builder,
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    calibration: Calibration | None,
+) -> None:
+    """Put the native loop and the graph of the head into a payload.
+
+    Args:
+        types: of the loop.
+
+    Raises:
+        ExportError: int8 without calibration.
+    """
+    calibrated = require_calibration(calibration, types)
+    assert isinstance(lowered.plan, SamplingPlan)
+    ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
+    save_layers(loop_layers(lowered.plan, types, ranges), payload / LAYERS, ANY_ROWS)
+    assert builder.head is not None  # as `why_not` tells
+    builder.head.build(lowered, types, payload)
+
+
+def remove_native(payload: Path) -> None:
+    """Take it out again."""
+    for path in (payload / LAYERS, *payload.glob("head.*")):
+        path.unlink()
+
+
+def set_most_rows(payload: Path, most_rows: int) -> None:
+    """Of more rows, the graph runs the loop."""
+    layers, _ = load_layers(payload / LAYERS)
+    save_layers(layers, payload / LAYERS, most_rows)
+
+
+def loop_products(
+    builder: Builder, payload: Path, types: Types, graph: Sequence[Product]
+) -> list[Product]:
+    """What a payload multiplies: with a native loop, its products in the place of the graph's.
+
+    Args:
+        types: of the encoder. graph: what the graphs would multiply by themselves.
+    """
+    if builder.head is None or not (payload / LAYERS).exists():
+        return list(graph)
+    layers, _ = load_layers(payload / LAYERS)
+    found = [product for product in graph if product.part == "encoder"]
+    for name, layer in layers.layers():
+        compute = "int8" if layer.kind == "int8" else "fp32"
+        once = Product("head", f"last {name}", layer.weight.size, layer.kind, compute)
+        if name not in ("condition", "output"):
+            found.append(replace(once, part="loop", name=name))
+        if name != "carry":  # the last step gives its estimate, and gains nothing
+            found.append(once)
+    return [*found, *builder.head.products(payload, types)]
+
+
+def delivered(types: Types) -> Types:
+    """What the native loop is asked for: it multiplies in float32 what is not int8."""
+    return replace(types, compute="fp32")

@@ -1,0 +1,454 @@
+"""ONNX for ONNX Runtime: the encoder, and the loop as one `Scan` with the head.
+
+In int8, the graphs hold int8 weights and pairs of QuantizeLinear and DequantizeLinear, which are
+plain ONNX; the runtime fuses them with the products between them. The encoder is quantised by ONNX
+Runtime's own tools. Float: attention, normalisation, softmax, residual sums of transformers, the
+loop's state, the projection of the condition and the last estimate (once per image each), and the
+head. The encoder's first convolution is int8 too: float, it makes the runtime turn the image around
+twice, which costs a small ResNet all that int8 gains.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from marnet_export.build.builder import USUAL, Builder, HeadAlone, Order
+from marnet_export.build.quantise import (
+    LEVELS,
+    Range,
+    corrected,
+    kept_nodes,
+    loop_ranges,
+    products_of_activations,
+    quantised_rows,
+    require_calibration,
+    stored_factors,
+)
+from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Matrix, Refine, ScanLoop
+from marnet_sdk.backends.onnxruntime import (
+    ENCODER,
+    HEAD,
+    REFINE,
+    TEXT,
+    load_onnxruntime,
+    session_options,
+)
+from marnet_sdk.noise.tables import Floats
+
+load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
+
+_ONNX_TYPES = {
+    "fp32": TensorProto.FLOAT,
+    "fp16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+}
+
+
+def build_encoder(
+    lowered: Lowered,
+    pixels: Tensor,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
+) -> None:
+    """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
+
+    Raises:
+        ExportError: int8 without calibration.
+    """
+    calibrated = require_calibration(order.calibration, types)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
+    path = payload / ENCODER
+    encoder = lowered.encoder
+    if calibrated is not None:
+        encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept)
+    _export(encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    if calibrated is not None:
+        _quantise_encoder(path, encoder, calibrated)
+
+
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
+    """Write payload/text.onnx."""
+    assert lowered.text is not None
+    free = torch.export.Dim.AUTO  # the encoder has positions for so many tokens and no more
+    shapes = ({0: free, 1: free}, {0: free, 1: free})
+    inputs, outputs = ["ids", "mask"], ["x_s"]
+    _export(lowered.text, example_texts(), shapes, inputs, outputs, types, payload / TEXT)
+
+
+def build_refine(
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
+) -> None:
+    """Write payload/refine.onnx.
+
+    Raises:
+        ExportError: int8 without calibration.
+    """
+    calibrated = require_calibration(order.calibration, types)
+    step = lowered.step(torch.float32)
+    if calibrated is not None:
+        for name, values in loop_ranges(lowered, calibrated).items():
+            step.set_submodule(name, _Int8Matrix(step.get_submodule(name), values))
+    module = Refine(ScanLoop(step), lowered.head).eval()
+    # No size of the example is kept but the widths; each is different, so that none is mistaken.
+    x_v = torch.zeros(2, lowered.image_width)
+    tables = (torch.zeros(4, 3), torch.zeros(4, 2, 5, lowered.row_width))
+    batch, length, samples = (
+        torch.export.Dim(name, min=least, max=1 << 20)
+        for name, least in (("batch", 1), ("steps", 3), ("samples", 1))
+    )
+    shapes = ({0: batch}, {0: length}, {0: length, 1: batch, 2: samples})
+    inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
+    _export(module, (x_v, *tables), shapes, inputs, outputs, types, payload / REFINE)
+
+
+def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
+    """Write payload/head.onnx, for behind the native loop."""
+    example = (torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width))
+    batch, samples = (torch.export.Dim(n, min=1, max=1 << 20) for n in ("batch", "samples"))
+    shapes = ({0: batch}, {0: batch, 1: samples})
+    inputs, outputs = ["x_v", "x_cdr"], ["logits", "features"]
+    _export(lowered.head, example, shapes, inputs, outputs, types, payload / HEAD)
+
+
+def _quantise_encoder(path: Path, encoder: nn.Module, calibration: Calibration) -> None:
+    """Replace a float32 graph by its int8 twin.
+
+    What a Clip (ReLU6) cuts off must not count for the range of the convolution before it.
+    """
+    load_onnxruntime()
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        kept = kept_nodes(stored_factors(graph), encoder, calibration.kept)
+        quantize_static(
+            prepared,
+            path,
+            _Images(calibration.pixels),  # type: ignore[arg-type]  # a reader but for its base class
+            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool"],
+            nodes_to_exclude=[*products_of_activations(graph), *kept],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "WeightSymmetric": True,
+                "ActivationSymmetric": False,
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            },
+        )
+
+
+class _Images:
+    """Calibration images as ONNX Runtime's tools read them: a batch at a call, None at the end."""
+
+    def __init__(self, images: Floats) -> None:
+        self._batches = (images[i : i + 10] for i in range(0, len(images), 10))
+
+    def get_next(self) -> dict[str, Floats] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixels": batch}
+
+
+@contextmanager
+def _silent_root_logger() -> Iterator[None]:
+    """ONNX Runtime's tools write to the root logger, which prints and installs a handler for it."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+@torch.library.custom_op("marnet::matmul_int8", mutates_args=())
+def _matmul_int8(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """Multiply x [..., I], on steps of its range, with stored int8 [I, O] of scale [O]; returns
+    [..., O].
+    """
+    on_steps = (torch.round(x / step) + zero).clamp(0, LEVELS - 1) - zero
+    return (on_steps * step) @ (stored.float() * scale)
+
+
+@_matmul_int8.register_fake
+def _(x: Tensor, stored: Tensor, scale: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], stored.shape[1]))
+
+
+def _as_onnx(x: Any, stored: Any, scale: Any, step: Any, zero: Any) -> Any:
+    op: Any = onnxscript.opset20
+    quantised = op.QuantizeLinear(x, step, zero)
+    weight = op.DequantizeLinear(stored, scale, axis=1)
+    return op.MatMul(op.DequantizeLinear(quantised, step, zero), weight)
+
+
+class _Int8Matrix(nn.Module):
+    """A linear layer with weights and activations in int8."""
+
+    def __init__(self, layer: nn.Module, values: Range) -> None:
+        super().__init__()
+        assert isinstance(layer, Matrix)
+
+        def parameter(array: Any) -> nn.Parameter:
+            return nn.Parameter(torch.from_numpy(np.array(array)), requires_grad=False)
+
+        stored, scale = quantised_rows(layer.matrix.detach().numpy())
+        self.stored, self.scale = parameter(np.ascontiguousarray(stored.T)), parameter(scale[:, 0])
+        self.step = parameter(np.float32(values.scale))
+        self.zero = parameter(np.uint8(values.zero_point))
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _matmul_int8(x, self.stored, self.scale, self.step, self.zero)
+        return y if self.bias is None else y + self.bias
+
+
+def _export(
+    module: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    shapes: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+    types: Types,
+    path: Path,
+) -> None:
+    with torch.no_grad(), quiet():
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+            custom_translation_table={torch.ops.marnet.matmul_int8.default: _as_onnx},
+        )
+        assert exported is not None  # only None for the old exporter
+        proto = exported.model_proto
+    _let_noise_broadcast(proto)
+    for node in proto.graph.node:
+        for inside in _body(node):
+            inside.name = f"step {inside.name}"  # names also tell products of a step from others
+    _store(proto, types.storage)
+    onnx.save(proto, path)
+
+
+def _let_noise_broadcast(proto: onnx.ModelProto) -> None:
+    """Allow one row of noise for a whole batch, beside a row for each image.
+
+    The exporter can only be told that `bias` has as many rows as there are images. ONNX broadcasts
+    a single one as well, if no shape in the graph claims otherwise.
+    """
+    for value in proto.graph.input:
+        if value.name == "bias":
+            value.type.tensor_type.shape.dim[1].dim_param = "noise_rows"
+    _forget_shapes(proto.graph)
+
+
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    """Drop the shapes of everything inside; the runtime infers them from the inputs."""
+    del graph.value_info[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                for value in (*attribute.g.input, *attribute.g.output):
+                    value.type.tensor_type.ClearField("shape")
+                _forget_shapes(attribute.g)
+
+
+def _body(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The nodes inside a Scan."""
+    return [inside for a in node.attribute if a.HasField("g") for inside in a.g.node]
+
+
+def _store(proto: onnx.ModelProto, storage: str) -> None:
+    """Store every float32 matrix in another type, cast back when the model is loaded.
+
+    The runtime folds a cast of a constant once, at load, so the graph computes as before.
+    """
+    if storage not in ("bf16", "fp16"):
+        return
+    casts = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        name, stored = tensor.name, f"{tensor.name}.{storage}"
+        rounded = torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(TORCH_TYPES[storage])
+        dims = list(tensor.dims)
+        bits = rounded.view(torch.int16).numpy().astype("<i2")
+        tensor.Clear()
+        tensor.name, tensor.data_type = stored, _ONNX_TYPES[storage]
+        tensor.dims.extend(dims)
+        tensor.raw_data = bits.tobytes()
+        casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
+# The receipt
+
+_INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger"}
+_FLOAT = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+# Sizes of inputs: a step in the loop, one behind it.
+_ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1), "x_cdr": (1, 1)}
+_NAMES: dict[int, str] = {
+    **{kind: name for name, kind in _ONNX_TYPES.items()},
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "int8",
+}
+
+
+def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
+    """Every matrix product and convolution, as ONNX Runtime executes it for one image.
+
+    Storage is read from the files; what is computed, and in what, from the runtime's profile of one
+    call. "loop" is one step of the `Scan`; "head" is all that refine.onnx does once per image: the
+    condition, the last step and the head.
+
+    Args:
+        shape: of an image, (3, H, W).
+    """
+    encoder = _executed(payload / ENCODER, {"pixels": np.zeros((1, *shape), np.float32)})
+    refine = _executed(payload / REFINE, _zeros(payload / REFINE))
+    return [
+        *(_product("encoder", run) for run in encoder),
+        *(_product("loop", run) for run in refine if run.inside),
+        *(_product("head", run) for run in refine if not run.inside),
+    ]
+
+
+def head_products(payload: Path, types: Types) -> list[Product]:
+    """The same of head.onnx."""
+    path = payload / HEAD
+    return [_product("head", run) for run in _executed(path, _zeros(path))]
+
+
+def _zeros(path: Path) -> dict[str, Floats]:
+    """Inputs of a graph behind the encoder, for one image and one sample."""
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    widths = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inputs}
+    return {
+        name: np.zeros((*_ONE[name], *sizes[len(_ONE[name]) :]), np.float32)
+        for name, sizes in widths.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A product that ran."""
+
+    node: onnx.NodeProto
+    inside: bool  # of the Scan
+    inputs: list[dict[str, list[int]]]  # type and shape, without those that the runtime has packed
+    output: list[int]
+    factor: tuple[list[int], str] | None  # the stored factor's shape and type, if there is one
+
+
+def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
+    """The products that run in one call, as the runtime's profile names them.
+
+    Without the change of layout that the runtime makes last, behind which weights have new names;
+    it changes no type.
+    """
+    ort = load_onnxruntime()
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(None)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
+        session.run(None, dict(feed))
+        events = json.loads(Path(session.end_profiling()).read_text())
+        graph = onnx.load(options.optimized_model_filepath).graph
+    nodes = {node.name: (node, False) for node in graph.node}
+    nodes |= {inside.name: (inside, True) for node in graph.node for inside in _body(node)}
+    sizes = {tensor.name: list(tensor.dims) for tensor in _initializers(graph)}
+    # Of what the runtime has made anew at load, its own; of everything else, the file's.
+    types = _stored_types(graph) | _stored_types(onnx.load(path).graph)
+    found: dict[str, _Run] = {}
+    for event in events:
+        name, about = event["name"].removesuffix("_kernel_time"), event.get("args", {})
+        if name == event["name"] or about.get("op_name") not in _INT8 | _FLOAT:
+            continue
+        node, inside = nodes[name]
+        factor = node.input[3 if node.op_type.startswith("Q") else 1]
+        stored = (sizes[factor], types[factor]) if factor in sizes else None
+        (output,) = about["output_type_shape"][0].values()
+        found[name] = _Run(node, inside, about["input_type_shape"], output, stored)
+    return list(found.values())
+
+
+def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Those of the graph and of the bodies in it."""
+    bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [*graph.initializer, *(tensor for body in bodies for tensor in body.initializer)]
+
+
+def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
+    """Map the name of everything that is made of stored values alone to the type in which it is
+    stored.
+    """
+    largest = {
+        tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
+        for tensor in _initializers(graph)
+    }
+    for node in [inside for outer in graph.node for inside in (*_body(outer), outer)]:
+        if node.input and all(name in largest for name in node.input):
+            made = max(largest[name] for name in node.input)
+            largest |= dict.fromkeys(node.output, made)
+    return {name: kind for name, (_, kind) in largest.items()}
+
+
+def _product(part: str, run: _Run) -> Product:
+    kind, output = run.node.op_type, run.output
+    ((came, first),) = run.inputs[0].items()
+    if run.factor is None:
+        storage, multiply_adds = "activation", prod(output) * prod(first) // prod(output[:-1])
+    elif "Conv" in kind:  # [O, I, height, width]
+        storage, multiply_adds = run.factor[1], prod(output) * prod(run.factor[0][1:])
+    else:  # [I, O] or [O, I]
+        storage, multiply_adds = run.factor[1], prod(output[:-1]) * prod(run.factor[0])
+    compute = "int8" if kind in _INT8 else {"float": "fp32", "float16": "fp16"}[came]
+    return Product(part, run.node.name, multiply_adds, storage, compute)
+
+
+BUILDER = Builder(
+    name="onnxruntime",
+    storage=("fp32", "bf16", "fp16", "int8"),
+    compute=("fp32",),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=("onnxruntime",),
+    head=HeadAlone(build_head, head_products),
+)

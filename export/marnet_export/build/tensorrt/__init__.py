@@ -1,0 +1,1 @@
+"""TensorRT: typed ONNX, the engines that are built from it, and its own reading of both."""

@@ -1,0 +1,433 @@
+"""TensorRT: strongly typed ONNX files, and the engines that are built from them.
+
+Precision is a property of the ONNX files: the factors of every product are 16 bits wide (or int8
+between Q and DQ nodes), and everything else, softmax and the loop's state included, is float32. The
+files stay in the payload, so that engines for other GPUs and versions can be added to it.
+TensorRT-RTX builds for GPUs by name, without one. Standard TensorRT builds for the one it runs on.
+Axes: B batch, S steps, K noise samples, L tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from marnet_export.build.builder import ROUTES, USUAL, Builder, Order, StandIn
+from marnet_export.build.quantise import (
+    corrected,
+    kept_nodes,
+    products_of_activations,
+    require_calibration,
+    stored_factors,
+)
+from marnet_export.build.tensorrt.engines import (
+    BUCKETS,
+    CONDITION,
+    ENCODER,
+    FINISH,
+    REFINE,
+    STEPS,
+    TEXT,
+    TOKEN_LIMIT,
+    add_engines,
+    check_targets,
+    replace_engine,
+)
+from marnet_export.build.tensorrt.receipt import read_products
+from marnet_export.build.tensorrt.torch_route import NAME as TORCH_TENSORRT
+from marnet_export.build.tensorrt.torch_route import encoder_engine, load_torch_tensorrt
+from marnet_export.build.tensorrt.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
+from marnet_export.build.tracing import quiet
+from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
+from marnet_export.lower.methods import Lowered
+from marnet_export.lower.modules import Condition, Finish, Refine, ScanLoop, Step, with_compute
+from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
+from marnet_sdk.backends.onnxruntime import load_onnxruntime
+from marnet_sdk.backends.tensorrt import by_noise_row
+from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
+from marnet_sdk.gpu.persistent_loop import LOOP
+from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, read_index
+from marnet_sdk.noise.tables import Floats, Integers, Tables
+
+load_onnxruntime()  # before anything else imports it, for its telemetry
+from onnxruntime.quantization import (  # noqa: E402
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+
+ONNX = ROUTES[0]
+TOKENS = 512  # most, where the encoder does not say less
+_OPSET = 23  # the first with an operator for attention, which TensorRT runs as one kernel
+
+
+def targets(payload: Path) -> list[str]:
+    """List the libraries and GPUs that the payload has engines for."""
+    return [str(engines) for engines in read_index(payload)]
+
+
+def check_loop(types: Types) -> None:
+    """Refuse int8 for the loop.
+
+    Raises:
+        ExportError: it is asked for.
+    """
+    if types.storage == "int8":
+        raise ExportError(
+            "tensorrt runs the reverse loop in fp16, bf16 or fp32, not in int8: on a GPU its small "
+            "products wait for each other rather than for arithmetic. Build an int8 encoder with "
+            "an fp16 loop: add --loop-precision fp16"
+        )
+
+
+# --- ONNX
+
+
+def build_encoder(
+    lowered: Lowered,
+    pixels: Tensor,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
+) -> None:
+    """Write payload/encoder.onnx and build its engine; see `add_engines`.
+
+    Args:
+        pixels: [B >= 2, 3, H, W], the example that is traced.
+        order: with the route torch-tensorrt, the engine for this machine's GPU is replaced by
+            torch-tensorrt's, which has one profile for all batches.
+
+    Raises:
+        ExportError: TensorRT cannot build it in these types, or not for these GPUs.
+        MissingExtra, BackendUnavailable: TensorRT is not here, or torch-tensorrt, if asked for.
+    """
+    _check_types(types)
+    _check_route(order.route, types, order.targets)
+    check_targets(order.targets)
+    calibrated = require_calibration(order.calibration, types)
+    module = lowered.encoder
+    if calibrated is None:
+        module = with_compute(module, TORCH_TYPES[types.compute])
+    else:
+        module = corrected(module, calibrated.pixels, kept=calibrated.kept)
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
+    proto = _export(module, (pixels,), ({0: batch},), ["pixels"], ["x_v"])
+    if calibrated is not None:
+        proto = _quantise(proto, module, calibrated)
+    _save(proto, types, payload / ENCODER)
+    buckets = order.buckets or BUCKETS
+    (*_, engines) = add_engines(payload, order.targets, buckets=buckets)
+    if order.route == TORCH_TENSORRT:
+        if engines.flavour != STANDARD:
+            raise ExportError(
+                f"torch-tensorrt builds engines of standard TensorRT, this payload has those of "
+                f"{engines}; install standard TensorRT, or use the ONNX route, which is the default"
+            )
+        content = encoder_engine(module, pixels, buckets, TORCH_TYPES[types.compute])
+        replace_engine(payload, engines, "encoder", content, (1, max(buckets)))
+
+
+def _check_route(route: str, types: Types, targets: Sequence[str]) -> None:
+    if route not in ROUTES:
+        raise InvalidInput(
+            f"route: got {route!r}, expected {' or '.join(ROUTES)}.{nearest(route, ROUTES)}"
+        )
+    if route == ONNX:
+        return
+    if targets:
+        raise ExportError(
+            f"torch-tensorrt builds for the GPU of this machine, got targets {', '.join(targets)}; "
+            "leave them out, or use the ONNX route, which is the default"
+        )
+    if types.storage == "int8":
+        raise ExportError(
+            "torch-tensorrt builds the encoder in fp16, bf16 or fp32, got int8; choose another "
+            "--precision, or use the ONNX route, which is the default"
+        )
+    load_torch_tensorrt()
+
+
+def build_refine(
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
+) -> None:
+    """Write payload/refine.onnx, the loop as one `Scan` with the head, and build its engine.
+
+    Where the persistent kernel can run the loop, also what it needs: the loop's weights, and what
+    comes before and behind it as two more graphs. They do what refine does, another way.
+
+    Raises:
+        ExportError: as `build_encoder`; and for int8.
+    """
+    _check_types(types)
+    check_loop(types)
+    compute = TORCH_TYPES[types.compute]
+    step, head = lowered.step(compute), with_compute(lowered.head, compute)
+    module = Refine(ScanLoop(step), head).eval()
+    # No size of the example is kept but the widths; each is different, so that none is mistaken.
+    x_v = torch.zeros(2, lowered.image_width)
+    tables = (torch.zeros(4, 3), torch.zeros(4, 1, 5, lowered.row_width))
+    batch, steps, samples = (
+        torch.export.Dim(name, min=least, max=1 << 20)
+        for name, least in (("batch", 1), ("steps", 3), ("samples", 1))
+    )
+    shapes = ({0: batch}, {0: steps}, {0: steps, 2: samples})
+    inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
+    _save(_export(module, (x_v, *tables), shapes, inputs, outputs), types, payload / REFINE)
+    _save_around_kernel(step, head, x_v, types, payload)
+    add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
+
+
+def _save_around_kernel(
+    step: Step, head: torch.nn.Module, x_v: Tensor, types: Types, payload: Path
+) -> None:
+    """Write condition.onnx, finish.onnx and loop.safetensors, or nothing for another kind of loop.
+
+    Args:
+        x_v: [B, D_v], an example.
+    """
+    for name in (CONDITION, FINISH, LOOP):  # of other types
+        (payload / name).unlink(missing_ok=True)
+    weights = step.kernel_weights()
+    if weights is None:
+        return
+    weights.save(payload / LOOP)
+    padded, hidden = weights.padded, len(weights.matrices["carry"])
+    batch, samples = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "samples"))
+    before = Condition(step, padded).eval()
+    proto = _export(before, (x_v,), ({0: batch},), ["x_v"], ["q"])
+    _save(proto, types, payload / CONDITION)
+    behind, h3 = Finish(step, head, hidden).eval(), torch.zeros(len(x_v), 5, padded)
+    shapes, outputs = ({0: batch}, {0: batch, 1: samples}), ["logits", "features"]
+    proto = _export(behind, (x_v, h3), shapes, ["x_v", "h3"], outputs)
+    _save(proto, types, payload / FINISH)
+
+
+def build_text(
+    lowered: Lowered,
+    types: Types,
+    payload: Path,
+    order: Order = USUAL,
+) -> None:
+    """Write payload/text.onnx and build its engine.
+
+    Raises:
+        ExportError: as `build_encoder`; and for int8.
+    """
+    _check_types(types)
+    if types.storage == "int8":
+        raise ExportError("the text encoder has no int8 form for tensorrt: build it in fp16")
+    assert lowered.text is not None
+    limit = _token_limit(lowered.text)
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    module = with_compute(lowered.text, TORCH_TYPES[types.compute])
+    most = {"batch": 1 << 20, "tokens": limit}
+    sizes = {i: torch.export.Dim(name, min=1, max=most[name]) for i, name in enumerate(most)}
+    proto = _export(module, (ids, ids.clone()), (sizes, sizes), ["ids", "mask"], ["x_s"])
+    helper.set_model_props(proto, {TOKEN_LIMIT: str(limit)})
+    _save(proto, types, payload / TEXT)
+    add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
+
+
+def _check_types(types: Types) -> None:
+    if types.storage not in (types.compute, "int8"):
+        raise ExportError(
+            f"tensorrt multiplies matrices in the type in which they are stored, got "
+            f"{types.storage} stored and {types.compute} computed; choose --precision "
+            f"{types.compute}, or leave out --compute"
+        )
+
+
+def _token_limit(text: torch.nn.Module) -> int:
+    """The longest text that every encoder inside has positions for."""
+    configs = [getattr(module, "config", None) for module in text.modules()]
+    found = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([TOKENS, *(limit for limit in found if isinstance(limit, int) and limit > 0)])
+
+
+def _export(
+    module: torch.nn.Module,
+    arguments: tuple[Tensor, ...],
+    shapes: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> onnx.ModelProto:
+    with torch.no_grad(), quiet():
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=_OPSET,
+            verbose=False,
+        )
+    assert exported is not None  # only None for the old exporter
+    return exported.model_proto
+
+
+def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
+    drop_full_masks(proto.graph)
+    onnx.save(type_products(proto, types.compute), path)
+
+
+# --- int8
+
+
+def _quantise(
+    proto: onnx.ModelProto, encoder: torch.nn.Module, calibration: Calibration
+) -> onnx.ModelProto:
+    """Put Q and DQ nodes around the factors of all layers, with ONNX Runtime's quantiser.
+
+    Activations get one symmetric scale a tensor, from their largest values on the images,
+    weights one a row. Products of activations are left alone, and layers that stay float.
+    """
+    left = products_of_activations(proto.graph)
+    left += kept_nodes(stored_factors(proto.graph), encoder, calibration.kept)
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        path = Path(folder) / ENCODER
+        quantize_static(
+            proto,
+            path,
+            _Images(calibration.pixels),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            nodes_to_exclude=left,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "QuantizeBias": False,  # TensorRT has no biases in int32
+            },
+        )
+        return onnx.load(path)
+
+
+class _Images(CalibrationDataReader):
+    """This hands images to the quantiser, a batch at a time."""
+
+    def __init__(self, pixels: Floats, batch: int = 16) -> None:
+        self._batches = iter(np.array_split(pixels, -(-len(pixels) // batch)))
+
+    def get_next(self) -> dict[str, Floats] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixels": batch}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The quantiser advises, through the root logger, to simplify the graph first."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.disable(before)
+
+
+# --- the receipt
+
+
+def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
+    """Every matrix product and convolution.
+
+    Read from the networks that TensorRT itself makes of the ONNX files, with one image, one noise
+    sample and fixed sizes: the networks are strongly typed, so an engine has no other types. "loop"
+    is one step; "head" is all that is done once for an image: condition, last step and head.
+
+    Args:
+        shape: (3, H, W), which the files know themselves.
+    """
+    return read_products(payload / ENCODER) + read_products(payload / REFINE)
+
+
+# --- the same graphs without a GPU
+
+
+def open_reference(payload: Path, threads: int | None) -> Backend:
+    """The ONNX files that the engines were built from, run by ONNX Runtime on the CPU.
+
+    It rounds where the engines round, so an export can be verified where there is no GPU; sums
+    are taken in another order. ONNX Runtime has no bf16 products on a CPU: there, the factors and
+    results are rounded to bf16, and what lies between is float32.
+    """
+    return _Reference(*(_session(payload / name, threads) for name in (ENCODER, REFINE)))
+
+
+def open_text_reference(payload: Path, threads: int | None) -> TextEncoder:
+    """Open the graph that the text encoder's engine was compiled from, in ONNX Runtime."""
+    session = _session(payload / TEXT, threads)
+
+    def encode(ids: Integers, mask: Integers) -> Floats:
+        (x_s,) = session.run(["x_s"], {"ids": ids, "mask": mask})
+        return x_s
+
+    return encode
+
+
+class _Reference(InTwoCalls):
+    def __init__(self, encoder: Any, refine: Any) -> None:
+        self._encoder, self._refine = encoder, refine
+
+    def encode(self, pixels: Floats) -> Floats:
+        (x_v,) = self._encoder.run(["x_v"], {"pixels": pixels})
+        return x_v
+
+    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        return by_noise_row(self._run, x_v, tables.at_least_two_steps())
+
+    def _run(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
+        feed = {"x_v": x_v, "coefficients": tables.coefficients, "bias": tables.bias}
+        logits, features = self._refine.run(["logits", "features"], feed)
+        return logits, features
+
+
+def _session(path: Path, threads: int | None) -> Any:
+    with requires_extra("onnxruntime", "onnxruntime"):
+        ort = load_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Q and DQ nodes as they stand: ONNX Runtime's own int8 products saturate on some CPUs.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.log_severity_level = 3
+    proto = onnx.load(path)
+    emulate_bfloat16(proto)
+    return ort.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+BUILDER = Builder(
+    name="tensorrt",
+    storage=("fp32", "bf16", "fp16", "int8"),
+    compute=("fp16", "bf16", "fp32"),
+    build_encoder=build_encoder,
+    build_refine=build_refine,
+    build_text=build_text,
+    products=products,
+    packages=(STANDARD, RTX),  # whichever is installed
+    device="cuda",
+    buckets=BUCKETS,
+    most_steps=STEPS[-1],
+    check_loop=check_loop,
+    targets=targets,
+    stand_in=StandIn(open_reference, open_text_reference),
+)

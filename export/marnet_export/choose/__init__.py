@@ -1,0 +1,1 @@
+"""Which sampler, steps, samples, precision and backend are served."""

@@ -1,0 +1,185 @@
+"""Ways to run the loop, and what was measured of each.
+
+Accuracies and agreements are shares between 0 and 1. The *exact* candidate is the process as it was
+trained; every other is compared with it on the same images. One passes if its accuracy is shown,
+with 95 % confidence, to be at most `max_drop` below the exact one's. A candidate of no steps runs
+no loop.
+
+Axes: N images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from marnet_sdk.errors import InvalidInput
+from marnet_train.measures import paired_interval
+
+
+def images_needed(max_drop: float, z: float = 1.96) -> int:
+    """The fewest images on which a candidate passes that never differs from the exact process.
+
+    Raises:
+        InvalidInput: `max_drop` outside 0 .. 1.
+    """
+    _check_max_drop(max_drop)
+    count = max(1, math.floor(z / max_drop) - 2)  # the interval's low end is -z / (N + 2)
+    while paired_interval(0, 0, count, z)[1] < -max_drop:
+        count += 1
+    return count
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the loop, and what was measured of it on N images."""
+
+    sampler: str
+    eta: float | None  # share of the noise that the sampler keeps, where it has such a setting
+    steps: int
+    samples: int
+    precision: str
+    latency_ms: float
+    images: int  # N
+    accuracy: float
+    agreement: float  # share of labels that are the exact process's
+    drop: float  # accuracy of the exact process - accuracy
+    low: float  # interval of accuracy - accuracy of the exact process
+    high: float
+    passes: bool
+    # accuracy - the zero-step candidate's, as measured, and its interval; None where there is none
+    over_zero: tuple[float, float, float] | None = None
+
+    @property
+    def process(self) -> tuple[str, float | None, int, int, str]:
+        """Return what is run, without what was measured."""
+        return self.sampler, self.eta, self.steps, self.samples, self.precision
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return f"no loop, {self.precision}"
+        eta = "" if self.eta is None else f" eta {self.eta:g}"
+        counts = f"{plural(self.steps, 'step')}, {plural(self.samples, 'sample')}"
+        return f"{self.sampler}{eta}, {counts}, {self.precision}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_candidate(
+    labels: ArrayLike,
+    reference: ArrayLike,
+    truth: ArrayLike,
+    *,
+    sampler: str,
+    steps: int,
+    samples: int,
+    latency_ms: float,
+    max_drop: float,
+    eta: float | None = None,
+    precision: str = "fp32",
+    without_loop: ArrayLike | None = None,
+    z: float = 1.96,
+) -> Candidate:
+    """Compare a candidate's labels with the exact process's, on the same images.
+
+    Args:
+        labels: class of each image by the candidate, integers [N].
+        reference: by the exact process, [N].
+        truth: the true ones, [N].
+        max_drop: how much accuracy may be lost, as a share.
+        without_loop: by the zero-step candidate, [N].
+
+    Raises:
+        InvalidInput: arrays that do not fit, or a number outside its range.
+    """
+    _check_max_drop(max_drop)
+    if not (math.isfinite(latency_ms) and latency_ms > 0):
+        raise InvalidInput(f"latency_ms: got {latency_ms}; expected a positive number")
+    got, exact, true = _labels(labels, reference, truth)
+    right = got == true
+    difference, low, high = _difference(right, exact == true, z)
+    over_zero = None
+    if without_loop is not None and steps:
+        over_zero = _difference(right, _labels(without_loop, true)[0] == true, z)
+    return Candidate(
+        sampler=sampler,
+        eta=eta,
+        steps=steps,
+        samples=samples,
+        precision=precision,
+        latency_ms=float(latency_ms),
+        images=len(true),
+        accuracy=float(right.mean()),
+        agreement=float((got == exact).mean()),
+        drop=0.0 - difference,  # not -difference, which makes -0.0 of 0
+        low=low,
+        high=high,
+        passes=low >= -max_drop,
+        over_zero=over_zero,
+    )
+
+
+def _difference(
+    right: NDArray[np.bool_], reference: NDArray[np.bool_], z: float
+) -> tuple[float, float, float]:
+    """`paired_interval` of what two processes have right, bool [N] each."""
+    better, worse = int((right & ~reference).sum()), int((~right & reference).sum())
+    return paired_interval(better, worse, len(right), z)
+
+
+def evaluate_exact(labels: ArrayLike, truth: ArrayLike, **settings: Any) -> Candidate:
+    """The exact process itself: it differs from itself by nothing, and passes by definition.
+
+    Args:
+        settings: those of `evaluate_candidate`.
+    """
+    measured = evaluate_candidate(labels, labels, truth, **settings)
+    return replace(measured, low=0.0, high=0.0, passes=True)
+
+
+def non_dominated(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Those to which no other is preferable, fastest first.
+
+    Another one is preferable if it is at least as fast and as accurate and better in one of the
+    two; of equals, the one with fewer steps, then fewer samples, then the first by name.
+    """
+    kept: list[Candidate] = []
+    for candidate in sorted(candidates, key=fastest_first):
+        if not kept or candidate.accuracy > kept[-1].accuracy:
+            kept.append(candidate)
+    return kept
+
+
+def fastest_first(candidate: Candidate) -> tuple[Any, ...]:
+    """A total order: latency, accuracy, then what is simplest."""
+    c = candidate
+    eta = -1.0 if c.eta is None else c.eta
+    return c.latency_ms, -c.accuracy, c.steps, c.samples, c.sampler, c.precision, eta
+
+
+def _labels(*arrays: ArrayLike) -> tuple[NDArray[np.int64], ...]:
+    labels = [np.asarray(array) for array in arrays]
+    shapes = [array.shape for array in labels]
+    if len(set(shapes)) > 1 or labels[0].ndim != 1 or not labels[0].size:
+        raise InvalidInput(f"labels: got shapes {shapes}; expected the same [N] for all, N > 0")
+    if any(array.dtype.kind not in "iu" for array in labels):
+        raise InvalidInput(f"labels: got {[str(a.dtype) for a in labels]}; expected integers")
+    return tuple(array.astype(np.int64) for array in labels)
+
+
+def _check_max_drop(max_drop: float) -> None:
+    if not 0 < max_drop < 1:
+        raise InvalidInput(
+            f"max_drop: got {max_drop}; expected a share of accuracy, more than 0 and less than 1 "
+            "(0.01 is one point)"
+        )
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,133 @@
+"""`--steps auto`: build, measure every way to run the loop, and choose the points to serve."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from marnet_export.build.builder import builder
+from marnet_export.build.types import Arithmetic
+from marnet_export.choose.candidates import Candidate
+from marnet_export.choose.charts import plot_pareto
+from marnet_export.choose.points import Choice, choose, pareto_report
+from marnet_export.choose.sweep import SAMPLES, sweep, swept_processes
+from marnet_export.lower.zero_steps import alignment_head, process_table
+from marnet_export.payload import check_fits, complete
+from marnet_export.prove.built import Built
+from marnet_export.seal import built_for
+from marnet_export.settings import AUTO, FLOATS, check_types
+from marnet_export.work import Job, Points
+from marnet_sdk.bundle import ZERO
+from marnet_sdk.errors import BackendUnavailable, DataError, ExportError
+from marnet_sdk.uncertainty import mean_logits
+from marnet_train.checkpoint import write_json
+
+PARETO, PARETO_PLOT = "pareto.json", "pareto.png"
+
+
+def swept_points(job: Job) -> tuple[Arithmetic, Points]:
+    """Build, sweep, choose; write pareto.json, and leave the payload of the chosen precision.
+
+    Raises:
+        DataError: images without labels. ExportError: no precision can be built.
+        VerificationFailed: nothing is within the latency budget.
+    """
+    asked = job.settings
+    candidates = _candidates(job)
+    everything = [c for found in candidates.values() for c in found]
+    limits = (asked.max_drop, asked.latency_budget_ms)
+    overall = choose(everything, next(iter(candidates.values()))[0], *limits)
+    precision = overall.points[overall.picked].precision
+    # A bundle has one precision, so its points are chosen among those of the one that is picked.
+    choice = choose(candidates[precision], candidates[precision][0], *limits)
+    _write_pareto(job, everything, choice)
+    for other in candidates:
+        if other != precision:
+            shutil.rmtree(job.fresh / f"sweep-{other}")
+    (job.fresh / f"sweep-{precision}").rename(job.payload)
+    schedule = job.checkpoint.model.config.schedule
+    tables = {
+        name: process_table(schedule, c.sampler, c.steps, c.eta or 0.0)
+        for name, c in choice.points.items()
+    }
+    samples = {name: c.samples for name, c in choice.points.items()}
+    types = check_types(replace(asked, precision=precision))
+    return types, job.points(tables, samples, choice.picked)
+
+
+def _candidates(job: Job) -> dict[str, list[Candidate]]:
+    """What was measured, by precision."""
+    asked, truth = job.settings, job.images.labels
+    if truth is None:
+        raise DataError(
+            "--steps auto compares accuracies, but some images have a class that the "
+            "checkpoint does not know; name others with --data"
+        )
+    tables = swept_processes(job.checkpoint.model.config.schedule, asked.sampler, asked.eta)
+    first, trained = next(iter(tables.items()))
+    exact = mean_logits(job.reference.logits(trained, asked.seed, job.trained_samples))
+    if alignment_head(job.lowered) is not None:
+        tables[ZERO] = job.table(0)
+    points = job.points(tables, dict.fromkeys(tables, 1), first)
+    found: dict[str, list[Candidate]] = {}
+    left_out: list[str] = []
+    for precision in FLOATS if asked.precision == AUTO else (asked.precision,):
+        try:
+            built = _built(job, precision, points)
+        except (ExportError, BackendUnavailable) as error:
+            if asked.precision != AUTO:
+                raise
+            shutil.rmtree(job.fresh / f"sweep-{precision}", ignore_errors=True)
+            left_out.append(f"{precision} is left out: {error}")
+            job.say(left_out[-1])
+            continue
+        found[precision] = sweep(
+            built,
+            truth,
+            exact.argmax(axis=1),
+            samples=SAMPLES if asked.samples is None else (asked.samples,),
+            trained_samples=job.trained_samples,
+            precision=precision,
+            max_drop=asked.max_drop,
+        )
+    if not found:
+        raise ExportError(f"no precision can be built: {'; '.join(left_out)}")
+    return found
+
+
+def _built(job: Job, precision: str, points: Points) -> Built:
+    """Build one precision, and open it."""
+    types = check_types(replace(job.settings, precision=precision))
+    check_fits(job, types, points)
+    payload, order, backend = (
+        job.fresh / f"sweep-{precision}",
+        job.order(points),
+        builder(job.settings.backend),
+    )
+    payload.mkdir()
+    backend.build_encoder(job.lowered, job.example, types.encoder, payload, order)
+    backend.build_refine(job.lowered, types.loop, payload, order)
+    complete(job, payload, types, points)
+    return job.opened(payload, types, points)
+
+
+def _write_pareto(job: Job, everything: Sequence[Candidate], choice: Choice) -> None:
+    about = {
+        "backend": job.settings.backend,
+        "noise": job.settings.noise,
+        "seed": job.settings.seed,
+        "checkpoint_sha256": job.checkpoint.sha256,
+        "built_for": asdict(built_for(job.settings)),
+    }
+    report = pareto_report(everything, choice, about)
+    write_json(job.fresh / PARETO, report)
+    plot_pareto(report, job.fresh / PARETO_PLOT)
+    for name, point in choice.points.items():
+        picked = " (picked)" if name == choice.picked else ""
+        job.say(
+            f"{name}{picked}: {point}: {point.latency_ms:.3g} ms, accuracy "
+            f"{point.accuracy:.2%} (95 % interval of the difference {point.low:+.2%} to "
+            f"{point.high:+.2%})"
+        )
+    job.say(choice.reason)

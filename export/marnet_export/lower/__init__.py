@@ -1,0 +1,1 @@
+"""A method's model as what the builders take."""

@@ -1,0 +1,1 @@
+"""What was built is held against the float32 checkpoint."""

@@ -22,6 +22,7 @@ from marnet_export.build import native
 from marnet_export.build.native import loop_layers
 from marnet_export.build.quantise import Range, loop_ranges
 from marnet_export.build.types import Types
+from marnet_export.choose import loop as choose_loop
 from marnet_export.choose.loop import faster_up_to, shown
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower_marnet
@@ -255,7 +256,7 @@ def test_a_manifest_must_say_what_the_payload_has(native_bundle, tmp_path):
 
 @pytest.mark.parametrize(("taken", "loop"), [(KEEP, "native"), (DROP, "graph")])
 def test_auto_keeps_whichever_is_faster(taken, loop, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "time_loops", lambda *_: taken)
+    monkeypatch.setattr(choose_loop, "time_loops", lambda *_: taken)
     said: list[str] = []
     export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
     bundle = read_bundle(tmp_path / "b")

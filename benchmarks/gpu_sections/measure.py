@@ -173,7 +173,7 @@ class Memory(dict[str, Tensor]):
     """Buffers of bytes on the device, which a kernel knows by their addresses alone."""
 
     def __init__(self, machine: Machine, sizes: Mapping[str, int]) -> None:
-        """`sizes` maps names to bytes."""
+        """Make the buffers that `sizes` maps from names to bytes."""
         for name, size in sizes.items():
             self[name] = torch.zeros(size, dtype=torch.uint8, device=machine.device)
 
@@ -277,12 +277,12 @@ class Job:
         self.send({"trying": None})  # what comes next is not to be blamed on it
 
     def measure(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:
-        """`interleave` for so long, or for no time at all in a rehearsal."""
+        """Run `interleave` for so long, or for no time at all in a rehearsal."""
         if self.tiny:
             return interleave(self.machine, calls, 0.0, least=3, sample_ms=0.0)
         return interleave(self.machine, calls, seconds)
 
     def wall(self, calls: Mapping[str, Call], seconds: float) -> dict[str, Values]:
-        """`latencies` likewise."""
+        """Run `latencies` for so long, or for no time at all in a rehearsal."""
         least, seconds = (3, 0.0) if self.tiny else (7, seconds)
         return latencies(self.machine, calls, seconds, least=least)

@@ -44,7 +44,9 @@ def make_model(vision: dict[str, Any] | None, train_steps: int, *, tiny: bool) -
 
 
 class PlainSteps:
-    """`PlainLoop.forward` up to x_CDR, with a step that may be compiled: x_v [B, D_v] -> [B, D]."""
+    """This is `PlainLoop.forward` up to x_CDR, with a step that may be compiled: x_v [B, D_v] ->
+    [B, D].
+    """
 
     def __init__(self, plain: PlainLoop) -> None:
         self.plain = plain

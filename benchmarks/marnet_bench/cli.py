@@ -1,4 +1,6 @@
-"""marnet-bench: latency and throughput of a bundle, or of its loop alone, beside their peers."""
+"""The command `marnet-bench`, which measures latency and throughput of a bundle, or of its loop
+alone, beside their peers.
+"""
 
 from __future__ import annotations
 

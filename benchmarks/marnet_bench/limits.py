@@ -193,7 +193,7 @@ def _multipliers(precision: str, side: int, threads: int) -> Iterator[Probe]:
 
 
 def _onnx_product(matrix: NDArray[np.float32], rows: int, threads: int) -> Callable[[], object]:
-    """[rows, in] times a constant matrix [in, out]."""
+    """Return a call that multiplies [rows, in] by a constant matrix [in, out]."""
     ort = load_onnxruntime()
     from onnx import TensorProto, helper, numpy_helper
 
@@ -213,7 +213,9 @@ def _onnx_product(matrix: NDArray[np.float32], rows: int, threads: int) -> Calla
 
 
 def _openvino_product(precision: str, side: int, threads: int) -> Callable[[], object]:
-    """[side, side] squared; int8 with the activations on a fixed grid of 256 levels."""
+    """Return a call that squares [side, side]; int8 has the activations on a fixed grid of 256
+    levels.
+    """
     ov = load_openvino()
     op = ov.opset15
     x = parameter = op.parameter([side, side], np.float32)

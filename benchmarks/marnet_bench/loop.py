@@ -290,7 +290,7 @@ class _NoEncoder(nn.Module):
     """Stands where a payload holds an encoder, which nothing here runs."""
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 3]."""
+        """Map pixels [B, 3, H, W] to [B, 3]."""
         return pixels.mean(dim=(2, 3))
 
 

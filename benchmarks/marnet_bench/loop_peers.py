@@ -522,7 +522,7 @@ class _OpenvinoLoop:
         return self.op.constant(np.array(values, np.int64))
 
     def _repeated(self, row: Any, batch: Any) -> Any:
-        """[1, W] -> [B, W]."""
+        """Repeat a row [1, W] to [B, W]."""
         width = int(row.shape[-1]) if isinstance(row, np.ndarray) else row.output(0).shape[-1]
         row = self.op.constant(row) if isinstance(row, np.ndarray) else row
         return self.op.broadcast(row, self.op.concat([batch, self.integers([width])], 0))

@@ -72,7 +72,7 @@ class PlainTorch:
         return torch.from_numpy(initial).float(), torch.from_numpy(steps).float()
 
     def logits(self, pixels: Floats) -> Floats:
-        """[B, 3, H, W] -> [B, C]."""
+        """Map pixels [B, 3, H, W] to logits [B, C]."""
         if not self.table.timesteps:
             with torch.inference_mode():
                 x_v = self.model.see(self.model.vision(torch.from_numpy(pixels)))

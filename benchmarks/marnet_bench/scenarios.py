@@ -80,7 +80,7 @@ def run_batches(
 
 
 def _loop(classifier: Classifier) -> str:
-    """What ran the reverse loop."""
+    """Say what ran the reverse loop."""
     point, manifest = classifier.operating_point, classifier.bundle.manifest
     if not manifest.sampling.points[point].timesteps:
         return "none: the alignment branch answers"

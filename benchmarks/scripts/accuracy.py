@@ -411,7 +411,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """ "a - b" -> paired difference of two rows over the seeds that have both, for `PAIRS`."""
+    """Map "a - b" of `PAIRS` to the paired difference of two rows over the seeds that have both."""
     out = {}
     for a, b in PAIRS:
         having = [run for run in runs if a in run["rows"] and b in run["rows"]]

@@ -267,7 +267,7 @@ def in_own_process(
 
 
 def summary(cells: Sequence[Cell]) -> str:
-    """How many cells work, and why the others do not."""
+    """Say how many cells work, and why the others do not."""
     failed = [cell for cell in cells if not cell.works]
     lines = [f"{len(cells) - len(failed)} of {len(cells)} cells work"]
     lines += [f"  {c.family} {c.backend} {c.precision}: {c.detail}" for c in failed]

@@ -1,4 +1,5 @@
-"""What becomes of every file in folders of test images: answered, refused, or a fault of ours.
+"""This script tells what becomes of every file in folders of test images: answered, refused, or a
+fault of ours.
 
     python benchmarks/scripts/image_collections.py DIR... [--reader opencv] [--output FILE.json]
 
@@ -39,7 +40,7 @@ resized = Preprocess(size=(224, 224))
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one file."""
+    """This is what became of one file."""
 
     path: str
     outcome: str
@@ -119,7 +120,7 @@ def outcomes(files: Sequence[str], reader: str, seconds: int) -> Iterator[Found]
 
 
 def tried(path: str, reader: Callable[[str], np.ndarray]) -> Found:
-    """What becomes of a file, and what the other reader makes of it."""
+    """Say what becomes of a file, and what the other reader makes of it."""
     try:
         image = decode(path)
         resized(image)
@@ -135,7 +136,7 @@ def tried(path: str, reader: Callable[[str], np.ndarray]) -> Found:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """How another picture of the same file differs."""
+    """Say how another picture of the same file differs."""
     if ours.shape != theirs.shape:
         return f"{ours.shape[1]} x {ours.shape[0]}, not {theirs.shape[1]} x {theirs.shape[0]}"
     off = np.abs(ours - theirs.astype(float)).max(axis=2) > 8

@@ -1,4 +1,4 @@
-"""marnet-bundle: look into bundles, verify, compare and rebuild them."""
+"""The command `marnet-bundle`, which looks into bundles, verifies, compares and rebuilds them."""
 
 from __future__ import annotations
 

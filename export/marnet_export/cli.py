@@ -1,4 +1,4 @@
-"""marnet-export: a checkpoint to a verified bundle."""
+"""The command `marnet-export`, which makes a verified bundle of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels beside a payload, the manifest, and the seal."""
+"""This module writes what travels beside a payload, the manifest, and the seal."""
 
 from __future__ import annotations
 

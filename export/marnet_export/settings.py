@@ -100,7 +100,7 @@ def check_types(settings: Settings) -> Arithmetic:
 
 
 def order_for(settings: Settings, calibration: Calibration | None = None) -> Order:
-    """What the builder is told beside model and types.
+    """Return what the builder is told beside model and types.
 
     Raises:
         InvalidInput: targets are named, and the backend builds for this machine.

@@ -80,7 +80,7 @@ class Kept:
 
 @dataclass(eq=False)
 class Job:
-    """What all steps of one export need."""
+    """This is what all steps of one export need."""
 
     fresh: Path  # the folder that becomes the bundle
     checkpoint: Checkpoint
@@ -187,7 +187,7 @@ class Job:
         return Built(backend, points.plan, points.sampling, self.images.pixels)
 
     def trial(self, built: Built, types: Arithmetic, points: Points) -> Trial:
-        """What was built beside the reference, with the bounds that it is held to."""
+        """Return what was built beside the reference, with the bounds that it is held to."""
         kind = "int8" if "int8" in types.storages else types.encoder.compute
         return Trial(
             self.reference,

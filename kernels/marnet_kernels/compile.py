@@ -44,7 +44,7 @@ class Cubin:
 
 
 def source(name: str) -> str:
-    """csrc/NAME.cu after csrc/device.cuh: the one text that is compiled.
+    """Return the one text that is compiled: csrc/NAME.cu after csrc/device.cuh.
 
     `compile_cubin` refuses include paths, because its key covers the source alone.
     """
@@ -107,13 +107,13 @@ def arch_for(compute_capability: tuple[int, int]) -> str:
 
 
 def cache_dir() -> Path:
-    """$MARNET_CACHE/cubin, or ~/.cache/marnet/cubin."""
+    """Return $MARNET_CACHE/cubin, or ~/.cache/marnet/cubin."""
     root = os.environ.get("MARNET_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "marnet") / "cubin"
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """(major, minor) of the NVRTC that compiles here."""
+    """Return (major, minor) of the NVRTC that compiles here."""
     nvrtc = _cuda.load("nvrtc")
     try:
         return _cuda.check(nvrtc.nvrtcVersion(), "nvrtcVersion")
@@ -174,7 +174,7 @@ def _compile(source: str, arch: str, flags: list[str]) -> Cubin:
 
 
 def _resources(log: str) -> tuple[int, int]:
-    """(registers, spill bytes) from the report of `ptxas -v`."""
+    """Read (registers, spill bytes) from the report of `ptxas -v`."""
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log)]
     if not registers or not spills:

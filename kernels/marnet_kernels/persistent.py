@@ -99,7 +99,7 @@ class Variant:
             raise ValueError(refusal)
 
     def _refusal(self, layout: Layout) -> str | None:
-        """Why the kernel cannot be built like that, if it cannot."""
+        """Say why the kernel cannot be built like that, if it cannot."""
         if self.exchange == "epoch" and layout.dtype != "fp16":
             return f"exchange: got 'epoch' for {layout.dtype}, expected fp16; use 'counter'"
         weights = self._weight_registers(layout)
@@ -113,7 +113,9 @@ class Variant:
         )
 
     def _weight_registers(self, layout: Layout) -> int:
-        """Of a thread: operands of mma for 16 features, whether a block has 16 or 8."""
+        """Count the weight registers of a thread: they hold operands of mma for 16 features,
+        whether a block has 16 or 8.
+        """
         return 8 * max(1, self.tiles // 2) * 3 * layout.padded // 256
 
 
@@ -158,7 +160,7 @@ def choose_variant(layout: Layout, rows: int, device: DeviceInfo) -> Variant:
 
 
 def _variant(layout: Layout, rows: int, device: DeviceInfo, tiles: int) -> Variant | None:
-    """With so many tiles, or None where that cannot be."""
+    """Return the variant with so many tiles, or None where that cannot be."""
     blocks = layout.ctas // tiles
     groups = min(device.multiprocessors // blocks, -(-rows // _ROWS[0]), ROW_GROUPS)
     if not groups:
@@ -180,8 +182,8 @@ def _variant(layout: Layout, rows: int, device: DeviceInfo, tiles: int) -> Varia
 
 
 def shipped_options() -> list[tuple[str, ...]]:
-    """Of the variants that a wheel carries compiled: those chosen for fp16 and bf16 operands at the
-    usual width.
+    """Return the options of the variants that a wheel carries compiled: those chosen for fp16 and
+    bf16 operands at the usual width.
     """
     kinds = [*((rows, 2) for rows in _ROWS), (_CROWDED_ROWS, 4)]
     epoch = [Variant(rows, tiles, "epoch", copies=COPIES) for rows, tiles in (kinds[0], kinds[-1])]
@@ -197,7 +199,7 @@ _SIZES = ("images", "samples", "noises", "steps")
 
 
 class _Parameters(ctypes.Structure):
-    """`struct Arguments` of csrc/reverse_sampler.cu, field for field."""
+    """This is `struct Arguments` of csrc/reverse_sampler.cu, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in POINTERS),
@@ -268,7 +270,7 @@ def check_launch(layout: Layout, variant: Variant, arguments: ReverseSamplerArgu
 def cleared(
     layout: Layout, variant: Variant, arguments: ReverseSamplerArguments
 ) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of what has to be zero when the kernel starts."""
+    """Yield (address, bytes) of what has to be zero when the kernel starts."""
     if variant.exchange == "counter":
         yield arguments.counter, 128 * variant.groups
         return

@@ -142,12 +142,12 @@ class Layout:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int, int, int]:
-        """[layer, CTA, warp, group, lane, half]."""
+        """Return the sizes of the axes [layer, CTA, warp, group, lane, half]."""
         return len(LAYERS), self.ctas, self.warps, self.groups, _LANES, _HALVES
 
     @property
     def weight_registers(self) -> int:
-        """32-bit registers in which a thread keeps its share of the matrices of one CTA."""
+        """Count the 32-bit registers of a thread for its share of the matrices of one CTA."""
         return len(LAYERS) * self.groups * _HALVES // 2
 
     def offset(self, layer: int, cta: int, warp: int, group: int, lane: int, half: int) -> int:
@@ -156,7 +156,7 @@ class Layout:
         return 2 * int(np.ravel_multi_index(index, self.weight_shape))
 
     def element(self, cta: int, warp: int, group: int, lane: int, half: int) -> tuple[int, int]:
-        """(output feature, input feature) of the padded matrix that is kept there."""
+        """Return (output feature, input feature) of the padded matrix that is kept there."""
         column = _GROUP * (warp * self.groups + group) + _HALVES * (lane % 4) + half
         return _FEATURES * cta + lane // 4, column
 
@@ -206,7 +206,7 @@ class PackedLoop:
 
 
 def layout(hidden: int, dtype: Operand = "fp16") -> Layout:
-    """For a loop of this hidden width H, with operands of this type."""
+    """Return the layout for a loop of this hidden width H, with operands of this type."""
     if hidden < 1:
         raise ValueError(f"hidden: got {hidden}, expected at least 1; it is the width of h1")
     if dtype not in _LARGEST:
@@ -221,7 +221,7 @@ def pack(
     carry: ArrayLike,
     dtype: Operand = "fp16",
 ) -> PackedLoop:
-    """(W2, b2), (W3, b3) and M -> what the kernel reads. W2, W3, M [H, H]; b2, b3 [H].
+    """Pack (W2, b2), (W3, b3) and M into what the kernel reads. W2, W3, M [H, H]; b2, b3 [H].
 
     float32 is expected, and other types are converted to it first.
     """
@@ -243,7 +243,7 @@ def pack(
 
 
 def unpack(packed: PackedLoop) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(matrices [3, H, H] as rounded, in the order of LAYERS; biases [2, H])."""
+    """Return (matrices [3, H, H] as rounded, in the order of LAYERS; biases [2, H])."""
     plan = packed.layout
     lanes = (3, plan.ctas, plan.warps, plan.groups, _FEATURES, 4, _HALVES)  # lane = 4 g + t
     rows = packed.weights.reshape(lanes).transpose(0, 1, 4, 2, 3, 5, 6)
@@ -351,7 +351,7 @@ def from_bits(bits: NDArray[np.uint16], dtype: Operand) -> NDArray[np.float32]:
 
 
 def _fragments(plan: Layout, bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """[H, H] -> [CTA, warp, group, lane, half], padded."""
+    """Map a matrix [H, H] to [CTA, warp, group, lane, half], padded."""
     matrix = np.zeros((plan.padded, plan.padded), np.uint16)
     matrix[: len(bits), : bits.shape[1]] = bits
     # Row 8 c + g; column 32 (w G + s) + 8 t + j.
@@ -434,7 +434,9 @@ def _rounded(values: NDArray[np.float32], dtype: Operand) -> NDArray[np.float32]
 def _exchanged(
     values: NDArray[np.float32], dtype: Operand, exchange: Exchange
 ) -> NDArray[np.float32]:
-    """[..., even] as other blocks read it: rounded, and the even columns once more for "epoch"."""
+    """Return values [..., even] as other blocks read them: rounded, and the even columns once more
+    for "epoch".
+    """
     if exchange not in ("counter", "epoch"):
         raise ValueError(f"exchange: got {exchange!r}, expected 'counter' or 'epoch'")
     if exchange == "epoch" and dtype != "fp16":

@@ -16,7 +16,7 @@ Variant = tuple[str, tuple[str, ...]]
 
 
 def shipped_variants() -> list[Variant]:
-    """(kernel, options) of all that is shipped, each for every one of TARGETS."""
+    """Return (kernel, options) of all that is shipped, each for every one of TARGETS."""
     return [("reverse_sampler", options) for options in persistent.shipped_options()]
 
 

@@ -1,4 +1,6 @@
-"""From a recipe and a data set to the parts of a training run: tokenizer, preprocessing, model."""
+"""This module makes the parts of a training run from a recipe and a data set: tokenizer,
+preprocessing, model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""marnet-train: make data sets, train, evaluate, push to the hub."""
+"""The command `marnet-train`, which makes data sets, trains, evaluates and pushes to the hub."""
 
 from __future__ import annotations
 

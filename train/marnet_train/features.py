@@ -1,4 +1,5 @@
-"""Where x_v comes from: an encoder that learns, or features that were computed once and kept.
+"""This module is where x_v comes from: an encoder that learns, or features that were computed once
+and kept.
 
 Axes: V views, N images, B batch, D_v width of x_v.
 """

@@ -1,4 +1,5 @@
-"""What models' answers show: how well they are calibrated and ranked, and which model is better.
+"""This module measures what models' answers show: how well they are calibrated and ranked, and
+which model is better.
 
 Pure functions of arrays. Accuracies, risks and coverages are shares between 0 and 1.
 

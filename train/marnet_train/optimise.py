@@ -1,4 +1,6 @@
-"""What every training loop shares: batches, learning rates, AdamW and the best weights so far."""
+"""This module holds what every training loop shares: batches, learning rates, AdamW and the best
+weights so far.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What lets an interrupted training run go on: the folder `OUT.partial`, until OUT is written.
+"""This module lets an interrupted training run go on, by the folder `OUT.partial`, until OUT is
+written.
 
     phase.safetensors   the model after the last finished phase
     epoch.safetensors   inside a phase: what learns, its optimizer, the random generators

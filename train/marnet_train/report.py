@@ -1,4 +1,6 @@
-"""What a training says at its end and in its model card: accuracies, and what bought them."""
+"""This module writes what a training says at its end and in its model card: accuracies, and what
+bought them.
+"""
 
 from __future__ import annotations
 

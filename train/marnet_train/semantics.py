@@ -1,4 +1,5 @@
-"""What plays x_s, the semantic vector of an image, in training: its text, or a control.
+"""This module makes what plays x_s, the semantic vector of an image, in training: its text, or a
+control.
 
 A control answers what the text itself contributes. All stand still while the images are learnt.
     text      F_s of the image's own text

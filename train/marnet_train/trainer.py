@@ -1,4 +1,6 @@
-"""From a data set and a recipe to a checkpoint: the three phases, the baseline, the evaluation."""
+"""This module makes a checkpoint from a data set and a recipe: the three phases, the baseline, the
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -132,7 +134,7 @@ def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
 
 
 def _check_apart(data: Path, out: Path) -> None:
-    """`out` may be replaced, so the data must be neither in it nor around it."""
+    """Check that the data are neither in `out`, which may be replaced, nor around it."""
     source, target = data.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise InvalidInput(

@@ -1,1 +1,1 @@
-"""What a backend runs, built from a lowered model: one file per backend."""
+"""This package builds what a backend runs from a lowered model: one file per backend."""

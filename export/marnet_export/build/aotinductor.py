@@ -129,7 +129,7 @@ def _text_limits(text: nn.Module) -> dict[str, int]:
 
 
 class _Refine(nn.Module):
-    """`ScanLoop` and the head; each image says which row of the table is its noise."""
+    """This is `ScanLoop` and the head; each image says which row of the table is its noise."""
 
     def __init__(self, step: Step, head: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""What a backend can build: one `Builder` each, in the file of its name beside this one."""
+"""This module defines what a backend can build: one `Builder` each, in the file of its name beside
+this one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ROUTES = ("onnx", "torch-tensorrt")  # to the engine of tensorrt's encoder; the 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """What a builder is told beside the model and its types; each reads what it knows of."""
+    """A builder is told this beside the model and its types; each reads what it knows of."""
 
     device: str = "cpu"  # or "cuda", where it builds for this machine's processor or its GPU
     targets: Sequence[str] = ()  # where it builds for other machines: their GPUs; none: this one's

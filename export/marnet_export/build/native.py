@@ -35,7 +35,10 @@ ANY_ROWS = 2**31 - 1  # while it is verified, it answers everything
 
 
 def why_not(builder: Builder, lowered: Lowered) -> str | None:
-    """Why a backend cannot have the native loop for this model here; compiles its library."""
+    """Say why a backend cannot have the native loop for this model here.
+
+    This compiles its library.
+    """
     if builder.head is None:
         return f"{builder.name} has no place for it"
     if not isinstance(lowered.plan, SamplingPlan):
@@ -116,7 +119,7 @@ def remove_native(payload: Path) -> None:
 
 
 def set_most_rows(payload: Path, most_rows: int) -> None:
-    """Of more rows, the graph runs the loop."""
+    """Set the most rows of which the native loop runs; of more rows, the graph runs the loop."""
     layers, _ = load_layers(payload / LAYERS)
     save_layers(layers, payload / LAYERS, most_rows)
 
@@ -124,7 +127,8 @@ def set_most_rows(payload: Path, most_rows: int) -> None:
 def loop_products(
     builder: Builder, payload: Path, types: Types, graph: Sequence[Product]
 ) -> list[Product]:
-    """What a payload multiplies: with a native loop, its products in the place of the graph's.
+    """Return what a payload multiplies: with a native loop, its products in the place of the
+    graph's.
 
     Args:
         types: of the encoder. graph: what the graphs would multiply by themselves.
@@ -144,5 +148,5 @@ def loop_products(
 
 
 def delivered(types: Types) -> Types:
-    """What the native loop is asked for: it multiplies in float32 what is not int8."""
+    """Return what the native loop is asked for: it multiplies in float32 what is not int8."""
     return replace(types, compute="fp32")

@@ -408,7 +408,7 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
 
 
 def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """Those of the graph and of the bodies in it."""
+    """Return the initializers of the graph and of the bodies in it."""
     bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return [*graph.initializer, *(tensor for body in bodies for tensor in body.initializer)]
 

@@ -1,4 +1,4 @@
-"""What was built, opened again."""
+"""This module opens again what was built."""
 
 from __future__ import annotations
 

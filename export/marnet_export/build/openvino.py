@@ -254,7 +254,7 @@ class _PlanLoop(_Loop):
     """The sampling plan, operator by operator."""
 
     def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range]) -> None:
-        """`ranges` are those of the inputs of the int8 products, by their names in `PlanStep`."""
+        """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`."""
         self.plan, self.ranges = plan, ranges
         self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
 

@@ -1,4 +1,6 @@
-"""What exporters have in common: texts to trace with, and their noise on a terminal."""
+"""This module holds what exporters have in common: texts to trace with, and their noise on a
+terminal.
+"""
 
 from __future__ import annotations
 

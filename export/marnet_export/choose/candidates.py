@@ -128,7 +128,7 @@ def evaluate_candidate(
 def _difference(
     right: NDArray[np.bool_], reference: NDArray[np.bool_], z: float
 ) -> tuple[float, float, float]:
-    """`paired_interval` of what two processes have right, bool [N] each."""
+    """Return `paired_interval` of what two processes have right, bool [N] each."""
     better, worse = int((right & ~reference).sum()), int((~right & reference).sum())
     return paired_interval(better, worse, len(right), z)
 
@@ -144,7 +144,7 @@ def evaluate_exact(labels: ArrayLike, truth: ArrayLike, **settings: Any) -> Cand
 
 
 def non_dominated(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those to which no other is preferable, fastest first.
+    """Return the candidates to which no other is preferable, fastest first.
 
     Another one is preferable if it is at least as fast and as accurate and better in one of the
     two; of equals, the one with fewer steps, then fewer samples, then the first by name.

@@ -77,7 +77,7 @@ def choose_loop(
 
 
 def _problems(name: str, native: Built, graph: Built, fidelity: Fidelity) -> list[str]:
-    """Why the native loop must not answer at an operating point; empty if it may."""
+    """Say why the native loop must not answer at an operating point; empty if it may."""
     bound = fidelity.row_tolerance * fidelity.largest_logit
     alike = _check_alike(native.logits(name), graph.logits(name), bound)
     return [f"{name}: {problem}" for problem in (*fidelity.problems(), *alike)]
@@ -113,7 +113,10 @@ def faster_up_to(taken: Mapping[int, Mapping[str, float]]) -> int:
 
 
 def _check_alike(native: Floats, graph: Floats, bound: float) -> list[str]:
-    """Whether an image may be answered by either: logits [N, C] of both. Problems, or none."""
+    """Tell whether an image may be answered by either, by the logits [N, C] of both.
+
+    Problems are returned, or none.
+    """
     difference = float(np.abs(native - graph).max())
     if difference <= bound:  # not so for NaN
         return []
@@ -124,13 +127,13 @@ def _check_alike(native: Floats, graph: Floats, bound: float) -> list[str]:
 
 
 def _about(taken: Mapping[int, Mapping[str, float]], most_rows: int) -> dict[str, Any]:
-    """What fidelity.json says of both loops."""
+    """Return what fidelity.json says of both loops."""
     milliseconds = {str(count): dict(ms) for count, ms in taken.items()}
     return {"runs": NATIVE, "most_rows": most_rows, "milliseconds": milliseconds}
 
 
 def shown(taken: Mapping[int, Mapping[str, float]]) -> str:
-    """What both loops took, in part of a line."""
+    """Say what both loops took, in part of a line."""
     return "; ".join(
         f"{ms[NATIVE]:.3g} ms for {count}, the graph {ms[GRAPH]:.3g}" for count, ms in taken.items()
     )

@@ -1,4 +1,5 @@
-"""`--backend auto`: build with every backend that this machine has, keep the fastest that passes.
+"""This module is `--backend auto`: it builds with every backend that this machine has, and keeps
+the fastest that passes.
 
 Each backend is built and verified in a process of its own, so that one that crashes is a line of
 the report. Those that pass then answer the same images in turn, from file bytes to predictions.
@@ -107,7 +108,7 @@ def export_fastest(
 
 
 def _backends(device: str | None) -> list[str]:
-    """Those that build for a device; None: all.
+    """Return the backends that build for a device; None: all.
 
     Raises:
         BackendUnavailable: none of them can run there on this machine; says why of each.
@@ -128,7 +129,7 @@ def _backends(device: str | None) -> list[str]:
 
 
 def _why_not(backend: str, device: str | None) -> str | None:
-    """Why what a backend builds cannot run on this machine."""
+    """Say why what a backend builds cannot run on this machine."""
     if reason := why_unavailable(backend):
         return reason
     try:

@@ -1,4 +1,6 @@
-"""`--steps auto`: build, measure every way to run the loop, and choose the points to serve."""
+"""This module is `--steps auto`: it builds, measures every way to run the loop, and chooses the
+points to serve.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def swept_points(job: Job) -> tuple[Arithmetic, Points]:
 
 
 def _candidates(job: Job) -> dict[str, list[Candidate]]:
-    """What was measured, by precision."""
+    """Measure the candidates, and return them by precision."""
     asked, truth = job.settings, job.images.labels
     if truth is None:
         raise DataError(

@@ -48,7 +48,7 @@ class ClassTokenLayer(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, parts: _Parts, heads: int) -> None:
-        """`heads` is h."""
+        """Take the layer to stand for, its parts, and the number of heads, h."""
         super().__init__()
         self._modules.update(layer._modules)
         self.parts, self.heads = parts, heads

@@ -199,7 +199,7 @@ class Step(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
-        """`width` is W."""
+        """Take the width W of the state."""
         super().__init__()
         self.width = width
 
@@ -287,7 +287,7 @@ class Condition(nn.Module):
     """This runs before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
 
     def __init__(self, step: Step, padded: int) -> None:
-        """`padded` is Hp."""
+        """Take the step, and Hp, to which q is padded."""
         super().__init__()
         self.step, self.padded = step, padded
 
@@ -300,7 +300,7 @@ class Finish(nn.Module):
     """This runs behind the kernel: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
 
     def __init__(self, step: Step, head: nn.Module, hidden: int) -> None:
-        """`hidden` is H."""
+        """Take the step, the head, and H, the hidden width without the padding."""
         super().__init__()
         self.step, self.head, self.hidden = step, head, hidden
 

@@ -43,7 +43,9 @@ def lower_seda(model: SeDA) -> Lowered:
 
 
 def _padded(weight: Floats, width: int) -> Floats:
-    """The weight of a layer that also gets s, and does not look at it. [R, D_v] -> [R, 2 D_v]"""
+    """Map the weight [R, D_v] of a layer to [R, 2 D_v]: the layer also gets s, and does not look at
+    it.
+    """
     return np.concatenate([weight, np.zeros((len(weight), width), np.float32)], axis=1)
 
 
@@ -105,7 +107,7 @@ class LoweredLearner(nn.Module):
         self.carry, self.output = _linear(plan.carry_weight), _linear(*plan.output)
 
     def forward(self, x_v: Tensor) -> Tensor:
-        """x_v [B, D_v] -> s [B, D_v]."""
+        """Map x_v [B, D_v] to s [B, D_v]."""
         q = self.into_condition((x_v - self.mean) / self.std)
         state, before = torch.zeros_like(q), torch.zeros_like(q)
         h = q

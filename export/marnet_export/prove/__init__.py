@@ -1,1 +1,1 @@
-"""What was built is held against the float32 checkpoint."""
+"""This package compares what was built with the float32 checkpoint."""

@@ -31,7 +31,7 @@ class Built:
         pixels: Floats,
         batch: int = BATCH,
     ) -> None:
-        """pixels: [N, 3, H, W]. batch: images that go through the loop together."""
+        """Take the images as pixels [N, 3, H, W], of which `batch` go through the loop together."""
         self.backend, self.plan, self.sampling, self.pixels = backend, plan, sampling, pixels
         self.batch = batch
 

@@ -1,4 +1,5 @@
-"""Where does what was built part from the float32 reference? For the message of a failed export.
+"""This module finds where what was built parts from the float32 reference, for the message of a
+failed export.
 
 Everything is looked at in the order in which it is computed: the layers of the encoder, the steps
 of the reverse loop behind the reference's own features, the head behind the loop. A layer is seen

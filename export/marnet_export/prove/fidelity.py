@@ -45,7 +45,7 @@ class Fidelity:
     row_tolerance: float
 
     def problems(self) -> list[str]:
-        """Why the bundle must not be used; empty if it may."""
+        """Say why the bundle must not be used; empty if it may."""
         found = []
         if self.non_finite:
             found.append(f"{self.non_finite} of its logits are NaN or infinite")
@@ -127,7 +127,7 @@ def row_invariance(
     limit: int = 64,
     sizes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Shuffle, split, pad and duplicate a batch: does any image's answer change?
+    """Shuffle, split, pad and duplicate a batch, and tell whether any image's answer changes.
 
     Args:
         sizes: of batches to run as well; where there are fewer images, they are repeated. None:

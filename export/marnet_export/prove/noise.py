@@ -1,4 +1,4 @@
-"""How much of an answer is owed to the noise, and to how much of it."""
+"""This module measures how much of an answer is owed to the noise, and to how much of it."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def library(*, compile_it: bool = False) -> ctypes.CDLL:
 
 
 def why_missing(*, compile_it: bool = False) -> str | None:
-    """Why the library cannot be loaded here, or None where it can; as `library`."""
+    """Say why the library cannot be loaded here, or return None where it can; see `library`."""
     try:
         library(compile_it=compile_it)
     except RuntimeError as error:
@@ -96,20 +96,21 @@ def build(folder: Path, flags: Sequence[str] = ()) -> Path:
 
 
 def cache_dir() -> Path:
-    """$MARNET_CACHE/native, or ~/.cache/marnet/native."""
+    """Return $MARNET_CACHE/native, or ~/.cache/marnet/native."""
     root = os.environ.get("MARNET_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "marnet") / "native"
 
 
 def file_name() -> str:
-    """Of the library that this version compiles for this kind of machine."""
+    """Return the name of the library that this version compiles for this kind of machine."""
     sources = [(SHIPPED / name).read_text("utf-8") for name in _SOURCES]
     parts = json.dumps([sources, _FLAGS, platform.machine(), sys.platform])
     return f"libmarnet_loop-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
 
 def _find(*, compile_it: bool) -> Path:
-    """
+    """Find the library, or compile it.
+
     Raises:
         RuntimeError: there is none, and it is not to be compiled, or cannot be.
     """
@@ -132,7 +133,8 @@ def _find(*, compile_it: bool) -> Path:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """
+    """Load the library from its file.
+
     Raises:
         RuntimeError: the system refuses it.
     """

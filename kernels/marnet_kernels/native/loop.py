@@ -91,7 +91,7 @@ class LoopLayer:
 
     @property
     def factors(self) -> Floats:
-        """Of the sums of an int8 layer, [O]."""
+        """Return the factors of the sums of an int8 layer, [O]."""
         assert self.scale is not None
         return self.scale.astype(np.float32) * np.float32(self.step)
 
@@ -136,14 +136,14 @@ class LoopLayers:
                 raise ValueError(f"{name}: got {array.shape}, expected ({given},)")
 
     def layers(self) -> Iterator[tuple[str, LoopLayer]]:
-        """Those that there are, by name."""
+        """Yield (name, layer) of every layer that there is."""
         for field in fields(self):
             if isinstance(layer := getattr(self, field.name), LoopLayer):
                 yield field.name, layer
 
     @property
     def step_bytes(self) -> int:
-        """Of weights that one step reads."""
+        """Count the bytes of weights that one step reads."""
         once = ("condition", "output")
         return sum(layer.weight.nbytes for name, layer in self.layers() if name not in once)
 
@@ -199,7 +199,8 @@ class NativeLoop:
         return max(1, min(self.most_threads, most))
 
     def __call__(self, x_v: Floats, coefficients: Floats, bias: Floats) -> Floats:
-        """x_v [B, D_v], coefficients [S, 3] (A, B, C), bias [S, N, K, H] -> estimates [B, K, D].
+        """Map x_v [B, D_v], coefficients [S, 3] (A, B, C) and bias [S, N, K, H] to estimates
+        [B, K, D].
 
         Raises:
             ValueError: arrays that do not fit the loop or each other.
@@ -282,7 +283,7 @@ def instruction_sets(lib: ctypes.CDLL | None = None) -> dict[str, int]:
 
 
 class Crowd:
-    """How many threads are worth having while other programs take the cores.
+    """This learns how many threads are worth having while other programs take the cores.
 
     A job whose threads slept at its meetings for more than half of their time would not have been
     slower with half as many. Threads that call at once may lose one of their observations.
@@ -295,7 +296,7 @@ class Crowd:
         self._pause = _LEAST_PAUSE  # jobs until more threads are tried again
 
     def most(self, wanted: int) -> int:
-        """How many threads to take where `wanted` would be worth having on idle cores."""
+        """Say how many threads to take where `wanted` would be worth having on idle cores."""
         return max(1, wanted >> self._halvings)
 
     def learn(self, used: int, asleep: float) -> None:
@@ -329,7 +330,7 @@ def _round_up(size: int) -> int:
 
 
 def _padded(array: NDArray) -> Floats:
-    """float32, with columns of zeros up to the next multiple of 64."""
+    """Return the array in float32, with columns of zeros up to the next multiple of 64."""
     width = array.shape[-1]
     if width % UNIT == 0:
         return np.ascontiguousarray(array, np.float32)

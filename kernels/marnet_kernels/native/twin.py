@@ -14,7 +14,7 @@ from marnet_kernels.reverse_sampler import from_bits
 
 
 def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: Floats) -> Floats:
-    """x_v [B, D_v], coefficients [S, 3], bias [S, N, K, H] -> estimates [B, K, D]."""
+    """Map x_v [B, D_v], coefficients [S, 3] and bias [S, N, K, H] to estimates [B, K, D]."""
     q = layer_reference(layers.condition, (x_v - layers.mean) / layers.std)[:, None]
     shape = (len(x_v), bias.shape[2], len(layers.carry.weight))
     p, previous = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -25,7 +25,7 @@ def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: 
 
 
 def layer_reference(layer: LoopLayer, x: Floats) -> Floats:
-    """x [..., I] -> [..., O]."""
+    """Map x [..., I] to [..., O]."""
     bias = np.float32(0) if layer.bias is None else layer.bias
     if layer.kind == "int8":
         levels = np.rint(x * layer.inverse).clip(-layer.zero, LEVELS - 1 - layer.zero)

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it: `marnet-train data check`.
+"""This module tells what a data set holds and what is wrong with it: `marnet-train data check`.
 
 Every image is read and decoded once. Of each only a digest, a thumbnail of 192 bytes, its size and
 its format are kept, so memory grows with the number of images and not with their pixels.

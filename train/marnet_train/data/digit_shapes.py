@@ -1,4 +1,5 @@
-"""What can be measured in one 8x8 picture of a pen stroke: small pure functions.
+"""This module measures what can be measured in one 8x8 picture of a pen stroke, by small pure
+functions.
 
 Every picture is [8, 8], rows downwards, ink from 0 (paper) to 16 (full), as scikit-learn has it.
 The numbers here know nothing of which digit it is; `digit_words` turns them into English.

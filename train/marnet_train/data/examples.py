@@ -1,4 +1,4 @@
-"""What every layout of a data set is read into, and how its problems are collected."""
+"""This module defines what every layout of a data set is read into, and collects its problems."""
 
 from __future__ import annotations
 

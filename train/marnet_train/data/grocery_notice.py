@@ -1,4 +1,6 @@
-"""Where the Grocery Store data set comes from, and its licence, which has to travel with it."""
+"""This module says where the Grocery Store data set comes from, and holds its licence, which has to
+travel with it.
+"""
 
 ADDRESS = "https://github.com/marcusklasson/GroceryStoreDataset"
 NOTICE = f"""\

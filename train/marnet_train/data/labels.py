@@ -1,4 +1,4 @@
-"""What is odd about the labels of a data set."""
+"""This module tells what is odd about the labels of a data set."""
 
 from __future__ import annotations
 

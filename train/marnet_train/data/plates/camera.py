@@ -1,4 +1,4 @@
-"""From the table to a photograph: viewpoint, light, steam, blur, sensor noise, JPEG."""
+"""This module photographs the table: viewpoint, light, steam, blur, sensor noise, JPEG."""
 
 from __future__ import annotations
 

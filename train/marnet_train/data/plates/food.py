@@ -1,4 +1,5 @@
-"""How each ingredient looks: one function per kind of piece, and a table from names to kinds.
+"""This module defines how each ingredient looks: one function per kind of piece, and a table from
+names to kinds.
 
 A function draws one piece at a place.
 """

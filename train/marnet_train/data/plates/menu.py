@@ -1,4 +1,5 @@
-"""What is on the plates: dishes, their ingredients, and which of them one plate holds.
+"""This module says what is on the plates: dishes, their ingredients, and which of them one plate
+holds.
 
 Dishes share their ingredients, so that no ingredient decides: the largest probability of a dish,
 given that one ingredient is there, is about one half. A plate has a random part of what its dish

@@ -65,7 +65,7 @@ def settings_of(backend: str, precision: str, **more) -> Settings:
 
 
 def _refine(classifier: Classifier) -> sdk.NativeRefine:
-    """What runs the loop and the head of an open classifier."""
+    """Return what runs the loop and the head of an open classifier."""
     refine = classifier._guard.check()._refine
     assert isinstance(refine, sdk.NativeRefine)
     return refine

@@ -71,7 +71,7 @@ def bundles(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ten_steps(checkpoint, tmp_path_factory) -> tuple[Fidelity, Path]:
-    """What an export returned, and the bundle."""
+    """This holds what an export returned, and the bundle."""
     path = tmp_path_factory.mktemp("bundles") / "b"
     return export_bundle(checkpoint, path, quick(steps=10, seed=3)), path
 

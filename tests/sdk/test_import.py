@@ -50,7 +50,7 @@ def test_importing_the_sdk_needs_nothing_that_only_unix_has():
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_classifying_needs_nothing_that_only_unix_has(bundle_of, digits, backend):
-    """As far as our own code goes; what the backend's package imports is its own business."""
+    """This concerns our own code; what the backend's package imports is its own business."""
     code = (
         "import os, sys\n"
         "os.environ['ORT_DISABLE_TELEMETRY'] = '1'; sys.modules['openvino_telemetry'] = None\n"

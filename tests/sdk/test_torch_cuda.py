@@ -350,7 +350,7 @@ def test_the_report_says_device_buckets_and_memory(backend, tables):
 
 
 def aligned(count: int, beside: int = 0) -> torch.Tensor:
-    """As a GPU's memory is, or as many floats beside such a place."""
+    """Make pixels that are aligned as a GPU's memory is, or lie `beside` floats from there."""
     memory = np.zeros(count * 3 * 32 * 32 + ALIGNMENT // 4 + beside, np.float32)
     start = -memory.ctypes.data % ALIGNMENT // 4 + beside
     return torch.from_numpy(memory[start : start + count * 3 * 32 * 32]).view(count, 3, 32, 32)

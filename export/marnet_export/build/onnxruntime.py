@@ -346,7 +346,7 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
 
 
 def head_products(payload: Path, types: Types) -> list[Product]:
-    """The same of head.onnx."""
+    """List the products of head.onnx, which runs behind the native loop."""
     path = payload / HEAD
     return [_product("head", run) for run in _executed(path, _zeros(path))]
 

@@ -478,7 +478,7 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
 
 
 def head_products(payload: Path, types: Types) -> list[Product]:
-    """The same of head.xml."""
+    """List the products of head.xml, which runs behind the native loop."""
     core = ov.Core()
     graph = core.read_model(payload / HEAD)
     _for_one_image(graph)

@@ -80,9 +80,9 @@ def speed() -> str:
     return table(["", *precisions], [*rows, ["marnet over the fastest peer", *last]])
 
 
-def loop() -> str:
+def loop(name: str) -> str:
     """The reverse loop alone: our fastest form over the fastest peer of the same precision."""
-    report = read("cpu-loop")
+    report = read(name)
     times = {(x["model"], x["precision"], x["batch"]): x["p50_ms"] for x in report["lines"]}
     best = {
         (r["ours_precision"], r["batch"]): (
@@ -390,7 +390,8 @@ grocery = partial(
 
 PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
-    "loop": loop,
+    "loop": partial(loop, "cpu-loop"),
+    "native-loop": partial(loop, "cpu-native-loop"),
     **{model: partial(real_size, model) for model in ("vit-b16", "swin-t", "resnet-50")},
     **{f"{m}-over-peers": partial(over_peers, m) for m in ("vit-b16", "swin-t", "resnet-50")},
     "auto": auto,

@@ -1,5 +1,6 @@
 """Training and every CPU backend on an idle machine, beside a busy process on each core, and under
-a quota of one CPU; ours and plain PyTorch in turn, and ours once more with one thread.
+a quota of one CPU: ours and plain PyTorch in turn, and ours alone with as many threads as it takes
+and with one, in turn.
 
     python benchmarks/scripts/busy.py --bundles bundles --data data/digits --out busy.json
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,7 @@ from marnet_sdk.cpus import cpus
 
 BACKENDS = ("torchscript", "aotinductor", "onnxruntime", "openvino")
 GROUPS = Path("/sys/fs/cgroup")
+TURNS = 3
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 Words = Sequence[object]  # of a command
 
@@ -119,21 +122,26 @@ def main(
 
 
 def measured(before: Words, bundle: Path, batch: int, duration: float) -> dict[str, Any]:
-    """A bundle with its own number of threads beside plain PyTorch, then alone with one thread.
+    """A bundle beside plain PyTorch, then alone with its own number of threads and with one.
 
     Returns:
-        For "bytes" (image files to logits) and "pixels": ours_ms, peer_ms, ratio with low and high,
-        and one_thread_ms, all at the median; and the threads and CPUs of the first run.
+        For "bytes" (image files to logits) and "pixels": ours_ms, peer_ms, ratio with low and high;
+        alone_ms and one_thread_ms, the medians of `TURNS` runs each; and the threads and CPUs of
+        the first run. All times are medians of calls.
     """
     both = benched(before, bundle, batch, duration)
-    alone = benched(before, bundle, batch, duration / 2, "--threads", 1, "--no-peer")
+    alone, single = [], []
+    for _ in range(TURNS):
+        for reports, more in ((alone, ()), (single, ("--threads", 1))):
+            reports.append(benched(before, bundle, batch, duration / 2, "--no-peer", *more))
     found = {"threads": both["threads"], "cpus": both["machine"]["cpus"]}
     for ratio in both["speedups"]:
         kind = ratio["input"]
         found[kind] = {
             "ours_ms": median(both, "bundle", kind),
             "peer_ms": median(both, ratio["over"], kind),
-            "one_thread_ms": median(alone, "bundle", kind),
+            "alone_ms": statistics.median(median(x, "bundle", kind) for x in alone),
+            "one_thread_ms": statistics.median(median(x, "bundle", kind) for x in single),
         } | {key: ratio[key] for key in ("ratio", "low", "high")}
     return found
 
@@ -203,8 +211,9 @@ def print_found(found: dict[str, Any], names: Sequence[str]) -> None:
 def cell(x: dict[str, float]) -> str:
     """One line as a cell."""
     ratio = f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
-    ours, peer, alone = (f"{x[k]:.1f}" for k in ("ours_ms", "peer_ms", "one_thread_ms"))
-    return f"{ours} ms, {peer} ms, {ratio}; 1 thread {alone} ms"
+    ours, peer = (f"{x[k]:.1f}" for k in ("ours_ms", "peer_ms"))
+    alone, single = (f"{x[k]:.1f}" for k in ("alone_ms", "one_thread_ms"))
+    return f"{ours} ms, {peer} ms, {ratio}; alone {alone} ms, 1 thread {single} ms"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from native import _compiled, make_input, make_layers
 from tolerances import FLOAT32_LOOP, NATIVE_LEVEL
 
+from marnet_kernels.crowd import Crowd
 from marnet_kernels.native import (
     KINDS,
     LoopLayer,
@@ -29,7 +30,7 @@ from marnet_kernels.native import (
     why_missing,
 )
 from marnet_kernels.native import loop as loop_module
-from marnet_kernels.native.loop import MOST_INPUTS, Crowd, pack
+from marnet_kernels.native.loop import MOST_INPUTS, pack
 from marnet_kernels.reverse_sampler import from_bits
 
 __all__ = ["_compiled"]

@@ -298,9 +298,8 @@ class _Graph:
         self._inputs.check(*arrays)
         # Contiguous, and torch warns of arrays that it must not write to.
         given = [np.require(array, requirements=["C", "W"]) for array in arrays]
-        torch_cpu.settle_threads()
         # A caller's autocast would change the types that the bundle was verified with.
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        with torch_cpu.computing(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
             outputs = self._runner.run([torch.from_numpy(array) for array in given])
         # Arrays of their own: one that needs a tensor would end it wherever it is dropped itself.
         return [output.numpy().copy() for output in outputs]

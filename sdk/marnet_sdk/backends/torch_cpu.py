@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from time import perf_counter, thread_time
 
+from marnet_kernels.crowd import Crowd
 from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import WrongProcess
 from marnet_sdk.process import forked_with_torch
@@ -45,12 +50,54 @@ def threads_now() -> int:
     return torch.get_num_threads()
 
 
-def settle_threads() -> None:
-    """Settle, before torch computes, on one thread in a process forked from one with torch.
+class _Calls:
+    """The calls that compute now, and torch's number of threads around them."""
 
-    Elsewhere this hands torch's number to OpenMP, which keeps one for each thread that computes.
+    def __init__(self) -> None:
+        self.lock, self.running, self.full = Lock(), 0, 1
+        self.crowd = Crowd()
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Compute with torch in the block: with fewer threads where they mostly wait for each other.
+
+    They do where other programs take the cores: a thread that waits for a time slice keeps the
+    others waiting at the end of every operation. Behind the block torch's number is what it was. In
+    a process that was forked from one with torch, it is one for good.
     """
     import torch
 
-    if torch.get_num_threads() > 1 and forked_with_torch():
-        torch.set_num_threads(1)
+    if forked_with_torch():
+        if torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+        yield
+        return
+    with _calls.lock:
+        # The first look of a thread at torch's number sets its own, perhaps to that of a call.
+        if not _calls.running:
+            _calls.full = torch.get_num_threads()
+        _calls.running += 1
+        full = _calls.full
+    try:
+        used = _calls.crowd.most(full)
+        _set_threads(used)
+        wall, cpu = perf_counter(), thread_time()
+        yield
+        asleep = 1 - (thread_time() - cpu) / max(perf_counter() - wall, 1e-9)
+        _calls.crowd.learn(used, asleep)
+    finally:
+        _set_threads(full)
+        with _calls.lock:
+            _calls.running -= 1
+
+
+def _set_threads(threads: int) -> None:
+    """Set the number of threads of torch and of the OpenMP of the thread that calls."""
+    import torch
+
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

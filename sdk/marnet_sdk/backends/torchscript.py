@@ -148,9 +148,8 @@ def _copied(tensor: Any) -> Floats:
 def _call(module: Any, *arrays: Floats | Integers) -> Any:
     import torch
 
-    torch_cpu.settle_threads()
     # torch warns of arrays that it must not write to, though nothing here writes to them.
     writeable = [array if array.flags.writeable else array.copy() for array in arrays]
     # A caller's autocast would change the types that the bundle was verified with.
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+    with torch_cpu.computing(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
         return module(*map(torch.from_numpy, writeable))

@@ -116,8 +116,9 @@ class Batcher:
     def stats(self) -> BatchingStats:
         """Describe the queue, and what happened until now."""
         threads = self._threads
-        here = threads is not None and threads.process == os.getpid()
-        return threads.stats() if here else BatchingStats()
+        if threads is None or threads.process != os.getpid():
+            return BatchingStats()
+        return threads.stats()
 
     def _started(self) -> _Threads:
         threads = self._threads
@@ -232,6 +233,7 @@ class _Threads:
                 self._to_run.notify()
         if failed and request.future.set_running_or_notify_cancel():
             _finish(request, pixels)
+        request = pixels = None  # to which the traceback of an error leads, and they to the error
         return True
 
     def _wait_for_an_image(self) -> Request | None:
@@ -266,6 +268,7 @@ class _Threads:
                 self._queue.begin(batch, decision.kind, decision.reason, self.clock())
         if batch:
             self._answer(batch, decision.kind)
+        batch = decision = None  # as above
         return True
 
     def _wait_for_a_batch(self) -> Decision[Request] | None:
@@ -294,6 +297,7 @@ class _Threads:
         for request, answer in zip(batch, answers, strict=True):
             _finish(request, answer)
         self._batch = ()
+        batch = got = answers = request = answer = None  # as above
 
     def _fail_expired(self) -> None:
         if not self._queue.expired:
@@ -317,8 +321,7 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except BaseException as error:
-        # Without this frame, whose variables lead to the futures.
-        return _failure(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+        return _failure(error)
 
 
 def _failure(error: BaseException) -> _Failure:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ from marnet_sdk.console import Choice, Command, next_commands, print_json, say
 from marnet_sdk.errors import UnstableMeasurement, requires_extra
 from marnet_sdk.outputs import writable
 
+TRAFFIC = ("single-stream", "multi-stream", "server", "offline")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--scenario",
-    type=Choice(["batches", "loop"]),
+    type=Choice(["batches", "loop", *TRAFFIC]),
     default="batches",
     show_default=True,
     help="batches: a bundle beside the plain PyTorch model. loop: the reverse loop alone, beside "
-    "the same loop in other frameworks.",
+    "the same loop in other frameworks. The others: a bundle under the traffic of MLPerf.",
 )
 @click.option(
     "--batch",
@@ -34,7 +36,8 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "batches",
     type=click.IntRange(1),
     multiple=True,
-    help="Images per call; with loop it may be repeated. Default: 1, with loop 1, 16 and 64.",
+    help="Images per call; with loop it may be repeated. Default: 1, with loop 1, 16 and 64, "
+    "with multi-stream 8.",
 )
 @click.option("--model", "-m", type=_FOLDER, help="Bundle. Default: the newest under ./bundles.")
 @click.option(
@@ -56,7 +59,26 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option(
     "--duration",
     type=click.FloatRange(0),
-    help="Seconds per input, with loop per batch size. Default: 5, with loop 45.",
+    help="Seconds per input, with loop per batch size, with traffic per rate. Default: 5, with "
+    "loop 45, with traffic 10.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="With server: images that come in each second. Default: the highest that is answered in "
+    "time is searched for.",
+)
+@click.option(
+    "--latency",
+    type=click.FloatRange(0, min_open=True),
+    help="With server: milliseconds within which 99 of 100 must be answered. Default: 100.",
+)
+@click.option(
+    "--photographs",
+    type=click.IntRange(16, 16384),
+    metavar="SIDE",
+    help="With traffic: JPEG photographs whose longer side has so many pixels, in the place of the "
+    "bundle's golden images.",
 )
 @click.option(
     "--max-drift",
@@ -83,6 +105,9 @@ def main(
     threads: int | None,
     warmup: int,
     duration: float | None,
+    rate: float | None,
+    latency: float | None,
+    photographs: int | None,
     max_drift: float | None,
     form: str,
     output: Path | None,
@@ -102,11 +127,19 @@ def main(
     Runtime and OpenVINO, and says how near each is to what this machine can do at all. About five
     minutes.
 
+    The scenarios "single-stream", "multi-stream", "server" and "offline" are those of MLPerf's
+    LoadGen, from the bytes of image files to answers: one image after another, several at a time,
+    images that come at random times, and all at once. Every answer is compared with that of a
+    single call.
+
     Speed-ups are ratios of medians with a 95 % bootstrap interval.
     """
-    _refuse_other_scenario(scenario, batches, model=model, no_peer=no_peer, steps=steps)
+    traffic = {"rate": rate, "latency": latency, "photographs": photographs}
+    _refuse_other_scenario(scenario, batches, traffic, model=model, no_peer=no_peer, steps=steps)
     if scenario == "loop":
         report, following = _loop(batches, checkpoint, steps, threads, warmup, duration, form)
+    elif scenario in TRAFFIC:
+        report, following = _traffic(scenario, batches, model, threads, duration, form, **traffic)
     else:
         report, following = _batches(
             batches, model, checkpoint, no_peer, threads, warmup, duration, form
@@ -116,7 +149,7 @@ def main(
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         say(f"wrote {output}")
-    worst = max(line["drift"] for line in report["lines"])
+    worst = max((line["drift"] for line in report["lines"]), default=0.0)
     if max_drift is not None and worst > max_drift:
         raise UnstableMeasurement(
             f"medians drift by {worst:.0%} during the run, {max_drift:.0%} was allowed; "
@@ -129,13 +162,23 @@ def main(
 def _refuse_other_scenario(
     scenario: str,
     batches: tuple[int, ...],
+    traffic: Mapping[str, float | None],
     *,
     model: Path | None,
     no_peer: bool,
     steps: int | None,
 ) -> None:
     """Options that the chosen scenario would ignore are refused."""
-    if scenario == "batches":
+    for name, value in traffic.items():
+        allowed = TRAFFIC if name == "photographs" else ("server",)
+        if value is not None and scenario not in allowed:
+            raise click.UsageError(f"--{name} is for --scenario {', '.join(allowed)}")
+    if scenario in TRAFFIC:
+        if steps is not None or (batches and scenario != "multi-stream") or len(batches) > 1:
+            raise click.UsageError(
+                f"--scenario {scenario} has no --steps, and one --batch only with multi-stream"
+            )
+    elif scenario == "batches":
         if steps is not None:
             raise click.UsageError(
                 "--steps is for --scenario loop; a bundle's steps were chosen at its export"
@@ -187,6 +230,50 @@ def _loop(
     )
 
 
+def _traffic(
+    scenario: Any,
+    batches: tuple[int, ...],
+    model: Path | None,
+    threads: int | None,
+    duration: float | None,
+    form: str,
+    *,
+    rate: float | None,
+    latency: float | None,
+    photographs: int | None,
+) -> Measured:
+    with requires_extra("bench", "psutil", "mlperf_loadgen", "sklearn"):
+        from marnet_bench.report import print_traffic
+        from marnet_bench.traffic import BATCHING, golden_or_photographs, run_traffic
+        from marnet_sdk.classifier import Classifier
+    model = _model_or_newest(model)
+    with Classifier(model, threads=threads, batching=BATCHING) as classifier:
+        report = run_traffic(
+            classifier,
+            golden_or_photographs(classifier, photographs),
+            scenario,
+            duration=10.0 if duration is None else duration,
+            together=batches[0] if batches else 8,
+            rate=rate,
+            latency_ms=100.0 if latency is None else latency,
+        )
+    if form == "json":
+        print_json(report)
+    else:
+        print_traffic(report)
+    return report, (
+        f"marnet-bench --scenario offline --model {shlex.quote(str(model))}",
+        f"marnet-serve --model {shlex.quote(str(model))}",
+    )
+
+
+def _model_or_newest(model: Path | None) -> Path:
+    if model is None:
+        model = newest_bundle()
+        say(f"model {model} (the newest under ./bundles)")
+    return model
+
+
 def _batches(
     batches: tuple[int, ...],
     model: Path | None,
@@ -201,9 +288,7 @@ def _batches(
         from marnet_bench.report import print_report
         from marnet_bench.scenarios import run_batches
         from marnet_sdk.classifier import Classifier
-    if model is None:
-        model = newest_bundle()
-        say(f"model {model} (the newest under ./bundles)")
+    model = _model_or_newest(model)
     classifier = Classifier(model, threads=threads)
     manifest = classifier.bundle.manifest
     peer, accuracy = None, None

@@ -68,6 +68,36 @@ def print_loop_report(report: dict[str, Any]) -> None:
     _say_how_steady(report)
 
 
+def print_traffic(report: dict[str, Any]) -> None:
+    """Print what `traffic.run_traffic` measured."""
+    together = f", {report['together']} at a time" if report["together"] > 1 else ""
+    title = (
+        f"{report['bundle']}, {report['scenario']}{together}: {report['image_bytes']:,} bytes an "
+        f"image, {report['steps']} steps, {report['machine']['processor']}, "
+        f"{report['threads']} threads"
+    )
+    rows = [
+        (
+            "" if run["rate"] is None else f"{run['rate']:,.1f}",
+            f"{run['images']:,}",
+            *(f"{run[key]:.2f}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{run['images_per_s']:,.1f}",
+        )
+        for run in sorted(report["runs"], key=lambda run: run["rate"] or 0)
+    ]
+    print_table(title, ("sent/s", "images", "p50 ms", "p90", "p99", "images/s"), rows)
+    if limit := report["latency_ms"]:
+        best, wanted = report["best"], f"99 of 100 within {limit:g} ms"
+        say(f"{wanted}: {best['images_per_s']:,.1f} images/s" if best else f"{wanted}: at no rate")
+    for times in report["batching"]["learned"]:
+        say(
+            f"a batch of n images takes {times['fixed_ms']:.2f} + {times['per_image_ms']:.2f} n ms;"
+            f" larger ones than {times['useful']} are hardly faster per image"
+        )
+    say(f"all answers to the {report['checked']} images are those of single calls")
+    _say_machine(report)
+
+
 def _loop_row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:
     own = (line["model"], line["precision"], line["batch"])
     ratio = next(
@@ -116,6 +146,11 @@ def _say_how_steady(report: dict[str, Any]) -> None:
     worst = max(line["drift"] for line in report["lines"])
     if worst > STEADY:
         say(f"unsteady: medians drift by up to {worst:.0%} during the run; is something else busy?")
+    _say_machine(report)
+
+
+def _say_machine(report: dict[str, Any]) -> None:
+    """Versions, load, and which CPUs there are."""
     machine = report["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     say(f"{packages}; load {machine['load_average'][0]}")

@@ -1,0 +1,288 @@
+"""Traffic on a classifier as MLPerf's LoadGen makes it: one caller, groups, Poisson arrivals, all.
+
+LoadGen decides when each image is asked for and takes the times. A request of the scenario "server"
+is due when the schedule says so, however late the ones before it are answered, so its latency is
+free of coordinated omission. Source: https://github.com/mlcommons/inference/tree/master/loadgen
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import mlperf_loadgen as loadgen
+import sklearn.datasets
+from PIL import Image
+
+from marnet_bench.machine import describe_machine
+from marnet_bench.scenarios import golden_images
+from marnet_sdk.classifier import Classifier
+from marnet_sdk.console import say
+from marnet_sdk.errors import InferenceError, MarnetError
+from marnet_sdk.prediction import Prediction
+from marnet_sdk.serve.many_callers import Kind
+from marnet_sdk.serve.policy import Batching
+
+Scenario = Literal["single-stream", "multi-stream", "server", "offline"]
+# The queue takes whatever LoadGen sends: what it means to be too late is LoadGen's to say.
+BATCHING = Batching(max_queue=2**31)
+_SCENARIOS = {
+    "single-stream": loadgen.TestScenario.SingleStream,
+    "multi-stream": loadgen.TestScenario.MultiStream,
+    "server": loadgen.TestScenario.Server,
+    "offline": loadgen.TestScenario.Offline,
+}
+_PERCENTILES = ("50.00", "90.00", "99.00")
+_FILES = 64  # golden images that are asked for, some of them more than once
+_SEARCH = 5  # halvings of the rates between none and all that the machine does offline
+_NS = 1e6  # nanoseconds of a millisecond
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of LoadGen. Latencies are of queries, whose images are answered together."""
+
+    rate: float | None  # queries that were scheduled for each second; None: as fast as answers come
+    images: int
+    images_per_s: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+
+def run_traffic(
+    classifier: Classifier,
+    images: Sequence[bytes],
+    scenario: Scenario,
+    *,
+    duration: float,
+    together: int = 8,
+    rate: float | None = None,
+    latency_ms: float = 100.0,
+) -> dict[str, Any]:
+    """Measure a classifier under one kind of traffic, from the bytes of image files to answers.
+
+    Args:
+        classifier: opened with `BATCHING`.
+        images: files, which LoadGen asks for at random.
+        scenario: "single-stream": the next image comes when the one before is answered.
+            "multi-stream": so many images do. "server": images come at random times. "offline": all
+            are there at once.
+        duration: seconds of each run, at least.
+        together: images of a query of "multi-stream".
+        rate: images for each second that "server" sends; None: the highest is searched for at
+            which 99 of 100 are answered within `latency_ms`.
+
+    Returns:
+        The report: plain data, as it is written to JSON.
+
+    Raises:
+        InferenceError, ImageError: an answer failed, or one differs from that of `predict`.
+    """
+    started = time.perf_counter()
+    expected = [answer.index for answer in classifier.predict(images)]
+    fastest = len(images) / (time.perf_counter() - started)
+    asked = _Asked(classifier, images)
+    one = partial(_run, asked, duration=duration, together=together, fastest=fastest)
+    runs = (
+        _search(one, latency_ms)
+        if scenario == "server" and rate is None
+        else [one(scenario, rate=rate)]
+    )
+    best = max(
+        (run for run in runs if scenario != "server" or run.p99_ms <= latency_ms),
+        key=lambda run: run.images_per_s,
+        default=None,
+    )
+    manifest = classifier.bundle.manifest
+    return {
+        "scenario": scenario,
+        "bundle": classifier.bundle.path.name,
+        "backend": manifest.backend,
+        "precision": asdict(manifest.precision),
+        "steps": len(manifest.sampling.points[classifier.operating_point].timesteps),
+        "images": len(images),
+        "image_bytes": sum(map(len, images)) // len(images),
+        "together": together if scenario == "multi-stream" else 1,
+        "latency_ms": latency_ms if scenario == "server" else None,
+        "threads": classifier.runtime.threads,
+        "runs": [asdict(run) for run in runs],
+        "best": None if best is None else asdict(best),
+        "checked": asked.check(expected),
+        "batching": _batching(classifier),
+        "lines": [],
+        "machine": describe_machine(),
+    }
+
+
+def golden_or_photographs(classifier: Classifier, side: int | None) -> list[bytes]:
+    """The golden images of a bundle as their files hold them, or JPEG photographs.
+
+    Args:
+        side: pixels of a photograph's longer side; None: the golden images.
+    """
+    if side is None:
+        return golden_images(classifier, _FILES)
+    files = []
+    for pixels in sklearn.datasets.load_sample_images().images:
+        photograph = Image.fromarray(pixels)
+        scale = side / max(photograph.size)
+        width, height = (max(1, round(scale * length)) for length in photograph.size)
+        for quality in (75, 85, 95):
+            photograph.resize((width, height)).save(file := io.BytesIO(), "JPEG", quality=quality)
+            files.append(file.getvalue())
+    return files
+
+
+def _search(one: Any, latency_ms: float) -> list[Run]:
+    """Runs of "server" at rates that close in on the highest one that is answered in time."""
+    say("offline first: no higher rate can be answered")
+    high, low = one("offline").images_per_s, 0.0
+    runs: list[Run] = []
+    for _ in range(_SEARCH):
+        middle = (low + high) / 2
+        runs.append(run := one("server", rate=middle))
+        in_time = run.p99_ms <= latency_ms
+        low, high = (middle, high) if in_time else (low, middle)
+        say(f"{middle:.1f} images/s: p99 {run.p99_ms:.1f} ms, {'' if in_time else 'not '}in time")
+    return runs
+
+
+class _Asked:
+    """The system under test: sends LoadGen's queries to a classifier, and its answers back."""
+
+    def __init__(self, classifier: Classifier, images: Sequence[bytes]) -> None:
+        self.images = images
+        self._classifier = classifier
+        self._answers: dict[int, set[int]] = defaultdict(set)  # by image
+        self._error: BaseException | None = None
+
+    def issue(self, queries: Sequence[Any]) -> None:
+        """Ask for the images of a query."""
+        for query in queries:
+            try:
+                future = self._classifier.submit(self.images[query.index])
+            except MarnetError as error:
+                self._complete(query.id, query.index, error)
+            else:
+                future.add_done_callback(partial(self._answered, query.id, query.index))
+
+    def _answered(self, number: int, image: int, future: Future[Prediction]) -> None:
+        self._complete(number, image, future.exception() or future.result().index)
+
+    def _complete(self, number: int, image: int, answer: int | BaseException) -> None:
+        if isinstance(answer, int):
+            self._answers[image].add(answer)
+        else:
+            self._error = answer
+        data = array("q", [answer if isinstance(answer, int) else -1])
+        address, count = data.buffer_info()
+        response = loadgen.QuerySampleResponse(number, address, count * data.itemsize)
+        loadgen.QuerySamplesComplete([response])
+
+    def raise_error(self) -> None:
+        """Raise what went wrong with an image."""
+        if self._error is not None:
+            raise self._error
+
+    def check(self, expected: Sequence[int]) -> int:
+        """Compare all answers of the timed runs with others to the same images.
+
+        Returns:
+            How many images were asked for.
+
+        Raises:
+            InferenceError: an answer is another one.
+        """
+        for image, found in sorted(self._answers.items()):
+            if found != {expected[image]}:
+                raise InferenceError(
+                    f"image {image}: got the classes {sorted(found)} under traffic, and predict "
+                    f"says {expected[image]}; its two likeliest classes may be a close call: "
+                    "measure with other images, or export with --precision fp32"
+                )
+        return len(self._answers)
+
+
+def _run(
+    asked: _Asked,
+    scenario: Scenario,
+    *,
+    duration: float,
+    together: int,
+    fastest: float,
+    rate: float | None = None,
+) -> Run:
+    settings = loadgen.TestSettings()
+    settings.scenario = _SCENARIOS[scenario]
+    settings.mode = loadgen.TestMode.PerformanceOnly
+    settings.min_duration_ms = round(duration * 1e3)
+    settings.min_query_count = 10
+    settings.multi_stream_samples_per_query = together
+    settings.offline_expected_qps = fastest  # makes a query of so many for each second
+    if rate is not None:
+        settings.server_target_qps = rate
+    with tempfile.TemporaryDirectory() as folder:
+        logs = loadgen.LogSettings()
+        output = loadgen.LogOutputSettings()
+        output.outdir, output.copy_summary_to_stdout = folder, False
+        logs.log_output, logs.enable_trace = output, False
+        system = loadgen.ConstructSUT(asked.issue, lambda: None)
+        count = len(asked.images)
+        library = loadgen.ConstructQSL(count, count, lambda _: None, lambda _: None)
+        try:
+            # The last argument names a file of audits; there is none.
+            loadgen.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/none")
+        finally:
+            loadgen.DestroyQSL(library)
+            loadgen.DestroySUT(system)
+        asked.raise_error()
+        found = read_log(Path(folder) / "mlperf_log_detail.txt")
+    return summary(found, scenario, rate)
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    """Read the values of LoadGen's detailed log, a JSON object in each line behind a mark."""
+    lines = path.read_text("utf-8").splitlines()
+    entries = (json.loads(line.removeprefix(":::MLLOG ")) for line in lines)
+    return {entry["key"]: entry["value"] for entry in entries}
+
+
+def summary(found: dict[str, Any], scenario: Scenario, rate: float | None) -> Run:
+    """A run in the words of this package.
+
+    Args:
+        found: as `read_log` gives it.
+    """
+    images = found["generated_samples_per_query"]  # of a query
+    p50, p90, p99 = (found[f"result_{p}_percentile_latency_ns"] / _NS for p in _PERCENTILES)
+    if scenario == "offline":
+        per_second = found["result_samples_per_second"]
+    elif scenario == "server":
+        per_second = found["result_completed_samples_per_sec"]
+    else:  # one query after another
+        per_second = images * 1e3 / (found["result_mean_latency_ns"] / _NS)
+    return Run(rate, found["result_query_count"] * images, per_second, p50, p90, p99)
+
+
+def _batching(classifier: Classifier) -> dict[str, Any]:
+    """What the batcher did in all runs: batches by the reason, and the learned times."""
+    stats = classifier.batching_stats()
+    learned = [
+        {"operating_point": kind.operating_point, "samples": kind.samples}
+        | {"fixed_ms": 1e3 * times.fixed, "per_image_ms": 1e3 * times.per_image}
+        | {"useful": times.useful}
+        for kind, times in stats.learned.items()
+        if isinstance(kind, Kind)
+    ]
+    return {"batches": dict(stats.batches), "learned": learned}

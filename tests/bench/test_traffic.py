@@ -1,0 +1,112 @@
+"""A bundle under LoadGen's traffic: what is reported, and that wrong answers are found."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import Future
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from marnet_bench import traffic
+from marnet_bench.cli import TRAFFIC, main
+from marnet_bench.traffic import BATCHING, golden_or_photographs, run_traffic
+from marnet_sdk import Classifier
+from marnet_sdk.errors import InferenceError, QueueFull
+
+
+@pytest.fixture(scope="module")
+def classifier(bundle_of):
+    with Classifier(bundle_of("onnxruntime", "fp32"), threads=1, batching=BATCHING) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("scenario", TRAFFIC)
+def test_every_scenario_asks_for_images_and_checks_the_answers(scenario, classifier):
+    images = golden_or_photographs(classifier, None)
+    rate = 50.0 if scenario == "server" else None
+    report = run_traffic(classifier, images, scenario, duration=0.1, together=3, rate=rate)
+    (run,) = report["runs"]
+    assert run["images"] >= 10
+    assert run["images"] % (3 if scenario == "multi-stream" else 1) == 0
+    assert 0 < run["p50_ms"] <= run["p90_ms"] <= run["p99_ms"]
+    assert run["images_per_s"] > 0
+    assert 0 < report["checked"] <= len(images)
+    assert sum(report["batching"]["batches"].values()) > 0
+
+
+def test_the_rate_that_is_answered_in_time_is_closed_in_on(monkeypatch):
+    """Offline it does 64 images/s; from 40 on each is late."""
+    sent = []
+
+    def one(scenario, rate=None):
+        sent.append(rate)
+        p99 = 200.0 if rate and rate > 40 else 20.0
+        return traffic.Run(rate, 10, rate or 64.0, 1.0, 2.0, p99)
+
+    runs = traffic._search(one, 100.0)
+    assert sent == [None, 32, 48, 40, 44, 42]
+    assert [run.rate for run in runs if run.p99_ms <= 100] == [32, 40]
+
+
+def test_another_answer_than_that_of_a_single_call_is_an_error(classifier, monkeypatch):
+    images = golden_or_photographs(classifier, None)
+    other = {0: 1}
+
+    def submit(image):
+        future: Future = Future()
+        answer = classifier.predict(images[1] if image == images[0] else images[0])
+        other[0] = answer.index
+        future.set_result(answer)
+        return future
+
+    assert classifier.predict(images[0]).label != classifier.predict(images[1]).label
+    monkeypatch.setattr(classifier, "submit", submit)
+    with pytest.raises(InferenceError, match=r"image \d+: got the classes .* predict says"):
+        run_traffic(classifier, images[:2], "single-stream", duration=0.05)
+
+
+def test_a_request_that_is_refused_is_an_error_and_hangs_nothing(classifier, monkeypatch):
+    def submit(image):
+        raise QueueFull("1 request waits, and 1 may; come again later")
+
+    monkeypatch.setattr(classifier, "submit", submit)
+    with pytest.raises(QueueFull, match="come again later"):
+        run_traffic(
+            classifier, golden_or_photographs(classifier, None)[:2], "offline", duration=0.05
+        )
+
+
+def test_photographs_have_the_side_that_was_asked_for(classifier):
+    files = golden_or_photographs(classifier, 300)
+    images = [Image.open(io.BytesIO(file)) for file in files]
+    assert {image.format for image in images} == {"JPEG"}
+    assert {max(image.size) for image in images} == {300}
+    assert len(set(files)) == len(files)
+
+
+def test_the_command_prints_a_table_and_the_learned_times(bundle_of):
+    chosen = ["--scenario", "server", "--rate", "30", "--duration", "0.1", "--threads", "1"]
+    result = CliRunner().invoke(main, [*chosen, "-m", str(bundle_of("onnxruntime", "fp32"))])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "30.0" in said
+    assert "99 of 100 within 100 ms: " in said
+    assert "images are those of single calls" in said
+    assert "marnet-serve --model" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "5"], "--rate is for --scenario server"),
+        (["--scenario", "offline", "--latency", "5"], "--latency is for --scenario server"),
+        (["--photographs", "500"], "--photographs is for --scenario single-stream"),
+        (["--scenario", "server", "--batch", "4"], "--batch only with multi-stream"),
+    ],
+)
+def test_options_of_another_scenario_are_refused(words, message):
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import nn
 
@@ -76,8 +75,16 @@ def quantise(
     """
     from onnxruntime.quantization import QuantType, quantize_static  # only int8 needs it
 
-    left = products_of_activations(proto.graph)
-    left += kept_nodes(stored_factors(proto.graph), encoder, calibration.kept)
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    products = [node for node in proto.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    factors = {
+        node.name: numpy_helper.to_array(stored[node.input[1]])
+        for node in products
+        if node.input[1] in stored
+    }
+    matmuls = [node for node in products if node.op_type == "MatMul"]
+    left = [node.name for node in matmuls if not stored.keys() & set(node.input)]
+    left += kept_nodes(factors, encoder, calibration.kept)
     with quiet(), silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_static(
@@ -92,24 +99,6 @@ def quantise(
             extra_options={"WeightSymmetric": True, **options},
         )
         return onnx.load(path)
-
-
-def products_of_activations(graph: GraphProto) -> list[str]:
-    """Names of a graph's products without a stored factor, as those of attention are."""
-    stored = {tensor.name for tensor in graph.initializer}
-    products = (node for node in graph.node if node.op_type == "MatMul")
-    return [node.name for node in products if not stored & set(node.input)]
-
-
-def stored_factors(graph: GraphProto) -> dict[str, NDArray]:
-    """The names of a graph's products with a stored factor, and that factor."""
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {
-        node.name: numpy_helper.to_array(stored[node.input[1]])
-        for node in products
-        if node.input[1] in stored
-    }
 
 
 class _Images:

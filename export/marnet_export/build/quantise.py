@@ -116,7 +116,7 @@ def loop_ranges(lowered: Lowered, calibration: Calibration) -> dict[str, Range]:
     coefficients = torch.from_numpy(tables.coefficients)
     with torch.inference_mode():
         repeated = _used_by_gain(lowered)
-        with _watched(step, Matrix) as seen:
+        with _watched(step, Matrix) as (seen, _):
             for i in range(0, images, _CHUNK):
                 rows = np.arange(i, min(i + _CHUNK, images))
                 x_v = torch.from_numpy(np.ascontiguousarray(calibration.x_v[rows]))
@@ -136,32 +136,34 @@ def _used_by_gain(lowered: Lowered) -> set[str]:
     """The names of the matrices that every step but the last multiplies with."""
     step, row = lowered.step(torch.float32), torch.zeros(1, 1, lowered.row_width)
     q = step.condition(torch.zeros(1, lowered.image_width))
-    with _watched(step, Matrix) as seen:
+    with _watched(step, Matrix) as (seen, _):
         step.gain(torch.zeros(1, 1, step.width), q, row)
     return set(seen)
 
 
 @contextmanager
-def _watched(module: nn.Module, kinds: Any) -> Iterator[dict[str, Range]]:
-    """Record the range of the input of each layer that runs, in order."""
-    seen: dict[str, Range] = {}
+def _watched(module: nn.Module, kinds: Any) -> Iterator[tuple[dict[str, Range], dict[str, int]]]:
+    """Record the range of the input and the multiply-adds of each layer that runs, in order."""
+    ranges: dict[str, Range] = {}
+    sizes: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def see(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             least, largest = (float(v) for v in torch.aminmax(inputs[0]))
-            before = seen.get(name, Range(0.0, 0.0))
+            before = ranges.get(name, Range(0.0, 0.0))
             # NumPy's keep NaN, Python's do not.
-            seen[name] = Range(
+            ranges[name] = Range(
                 float(np.minimum(before.least, least)), float(np.maximum(before.largest, largest))
             )
+            sizes[name] = sizes.get(name, 0) + output.numel() * layer.weight[0].numel()
 
-        return hook
+        return see
 
     with ExitStack() as stack:
         for name, layer in module.named_modules():
             if isinstance(layer, kinds):
-                stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
-        yield seen
+                stack.callback(layer.register_forward_hook(watch(name)).remove)
+        yield ranges, sizes
 
 
 # The encoder
@@ -266,7 +268,8 @@ def ranked(encoder: nn.Module, pixels: Floats) -> list[Block]:
     """
     fixed, encoder = corrected(encoder, pixels), copy.deepcopy(encoder)
     pixels = pixels[:_RANKED_ON]
-    ranges, sizes, want = _inputs(encoder, pixels)
+    with _watched(encoder, Layer) as (ranges, sizes):
+        want = _run(encoder, pixels)
     before = _convolutions_before(encoder, pixels)
     found = []
     for name, layers in _blocks(list(ranges)).items():
@@ -304,23 +307,6 @@ def _convolutions_before(encoder: nn.Module, pixels: Floats) -> dict[str, str]:
         if isinstance(module, nn.Conv2d) and isinstance(source, nn.Conv2d):
             found[names[module]] = names[source]
     return found
-
-
-def _inputs(encoder: nn.Module, pixels: Floats) -> tuple[dict[str, Range], dict[str, int], Tensor]:
-    """Return the input's range and the multiply-adds of each layer that runs, in order; and x_v."""
-    sizes: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            sizes[name] = sizes.get(name, 0) + output.numel() * layer.weight[0].numel()
-
-        return hook
-
-    with _watched(encoder, Layer) as ranges, ExitStack() as stack:
-        for name, layer in encoder.named_modules():
-            if isinstance(layer, Layer):
-                stack.callback(layer.register_forward_hook(watch(name)).remove)  # type: ignore[arg-type]
-        return ranges, sizes, _run(encoder, pixels)
 
 
 def _blocks(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:

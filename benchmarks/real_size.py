@@ -32,9 +32,10 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
-from marnet_bench.loop_peers import PEERS, make_problem
+from loop_peers import PEERS
 from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
+from marnet_bench.plain_loop import make_problem
 from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.build.builder import BUILDERS, builder

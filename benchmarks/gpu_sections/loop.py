@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gpu_sections.measure import Job, Machine, Memory, compiled, equal_again, relative_error
 from gpu_sections.models import PlainSteps, make_model
-from marnet_bench.loop_peers import PlainLoop, make_problem
+from marnet_bench.plain_loop import PlainLoop, make_problem
 from marnet_export.build.types import TORCH_TYPES
 from marnet_export.lower.modules import PlanStep, ScriptedLoop
 from marnet_export.lower.plan import SamplingPlan, make_plan

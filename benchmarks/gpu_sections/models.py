@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marnet_bench.loop_peers import PlainLoop
+from marnet_bench.plain_loop import PlainLoop
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig

@@ -37,7 +37,7 @@ from gpu_sections.models import (
     preprocessing,
     spread_out,
 )
-from marnet_bench.loop_peers import PlainLoop, make_problem
+from marnet_bench.plain_loop import PlainLoop, make_problem
 from marnet_export.build.builder import Order, builder
 from marnet_export.build.types import TORCH_TYPES, Types
 from marnet_export.lower.class_token import for_class_token

@@ -28,7 +28,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     default="batches",
     show_default=True,
     help="batches: a bundle beside the plain PyTorch model. loop: the reverse loop alone, beside "
-    "the same loop in other frameworks. The others: a bundle under the traffic of MLPerf.",
+    "the same loop as the paper writes it. The others: a bundle under the traffic of MLPerf.",
 )
 @click.option(
     "--batch",
@@ -123,9 +123,9 @@ def main(
     logits. The images are the bundle's own golden ones, repeated.
 
     The scenario "loop" needs no bundle. It runs only what follows the encoder, the reverse loop
-    and the head, through every backend, beside the loop as the paper writes it in PyTorch, ONNX
-    Runtime and OpenVINO, and says how near each is to what this machine can do at all. About five
-    minutes.
+    and the head, through every backend, beside the loop as the paper writes it in PyTorch. From a
+    checkout of the repository, ONNX Runtime and OpenVINO run that loop too. It says how near each
+    is to what this machine can do at all. About five minutes.
 
     The scenarios "single-stream", "multi-stream", "server" and "offline" are those of MLPerf's
     LoadGen, from the bytes of image files to answers: one image after another, several at a time,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from marnet_bench.limits import BYTES, PRECISIONS, Limits, higher, measure_limits
-from marnet_bench.loop_peers import (
-    PEERS,
+from marnet_bench.machine import describe_machine
+from marnet_bench.plain_loop import (
+    TORCH_PEERS,
     Logits,
+    Peer,
     Problem,
     make_problem,
     reference,
 )
-from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_export.build.builder import BUILDERS, USUAL, Order, builder
 from marnet_export.build.native import why_not, write_native
@@ -304,8 +307,16 @@ def _our_tables(problem: Problem, plan: SamplingPlan) -> Tables:
     return make_tables(arrays, sampling, "loop", seed=problem.seed, samples=1)
 
 
+def all_peers() -> Mapping[str, Peer]:
+    """Plain torch; from a checkout, which has them beside this package, other frameworks too."""
+    if find_spec("loop_peers") is None:
+        say("other frameworks than torch are measured from a checkout of marnet")
+        return TORCH_PEERS
+    return import_module("loop_peers").PEERS
+
+
 def _open_peers(problem: Problem, threads: int) -> Iterator[Candidate | Missing]:
-    for name, peer in PEERS.items():
+    for name, peer in all_peers().items():
         for precision in peer.precisions:
             try:
                 yield Candidate(name, precision, peer.open(problem, precision, threads))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marnet_export.cli import DATA, FOLDER, NEEDS
 from marnet_export.inspection import (
     Answers,
     compare_answers,
@@ -39,8 +40,6 @@ from marnet_sdk.errors import (
 if TYPE_CHECKING:
     from marnet_export.prove.bundle import Verification
 
-_NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
-_FOLDER = click.Path(file_okay=False, path_type=Path)
 _FORMAT = click.option(
     "--format", "form", type=Choice(["table", "json"]), default="table", show_default=True
 )
@@ -48,11 +47,6 @@ _CHECKPOINT = click.option(
     "--checkpoint",
     help="The checkpoint that it was made from: a folder, or ORG/NAME on the hub. Default: the one "
     "in the bundle.",
-)
-_DATA = click.option(
-    "--data",
-    type=_FOLDER,
-    help="Verify on this data set's val split, not the checkpoint's samples.",
 )
 _PARTS = ("encoder", "loop", "head", "all")
 _SHOWN = 60  # characters of a value in a table
@@ -73,7 +67,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
+@click.argument("bundle", type=FOLDER)
 @_FORMAT
 def inspect(bundle: Path, form: str) -> None:
     """Say what BUNDLE is: types, operating points, fidelity, versions, sizes.
@@ -196,9 +190,9 @@ def _print_versions(found: Mapping[str, Any]) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
+@click.argument("bundle", type=FOLDER)
 @_CHECKPOINT
-@_DATA
+@DATA
 @click.option(
     "--min-agreement",
     type=click.FloatRange(0, 1),
@@ -229,7 +223,7 @@ def verify(
     checks = [passed("bytes", f"{count} files and the manifest are what was written")]
     try:
         checks += check_here(found)
-        with requires_extra("export", *_NEEDS):
+        with requires_extra("export", *NEEDS):
             from marnet_export.prove.bundle import verify_again
             from marnet_export.rebuild import source_of
         source = source_of(found, checkpoint)
@@ -321,8 +315,8 @@ def _end(bundle: Bundle, checks: Sequence[Check], departure: str | None, form: s
 
 
 @main.command()
-@click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
+@click.argument("a", type=FOLDER)
+@click.argument("b", type=FOLDER)
 @click.option("--no-run", is_flag=True, help="Do not open them; compare what they hold.")
 @_FORMAT
 def diff(a: Path, b: Path, no_run: bool, form: str) -> None:
@@ -410,10 +404,10 @@ def _changes(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @main.command()
-@click.argument("bundle", type=_FOLDER)
-@click.option("--output", "-o", type=_FOLDER, help="Bundle to write. Default: replaces BUNDLE.")
+@click.argument("bundle", type=FOLDER)
+@click.option("--output", "-o", type=FOLDER, help="Bundle to write. Default: replaces BUNDLE.")
 @_CHECKPOINT
-@_DATA
+@DATA
 @_changes
 @click.option(
     "--target",
@@ -442,7 +436,7 @@ def rebuild(
     The settings are those of BUNDLE's export, but for those that are given here. A bundle that is
     replaced stays as it is if anything fails.
     """
-    with requires_extra("export", *_NEEDS):
+    with requires_extra("export", *NEEDS):
         from marnet_export.rebuild import add_targets
         from marnet_export.rebuild import rebuild as export_again
     given = {name: value for name, value in changes.items() if value is not None}

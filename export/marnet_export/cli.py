@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +19,13 @@ from marnet_sdk.errors import MarnetError, requires_extra
 if TYPE_CHECKING:
     from marnet_export.settings import Settings
 
-_NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+NEEDS = ("torch", "huggingface_hub", "transformers", "tokenizers", "onnx", "onnxscript")
+FOLDER = click.Path(file_okay=False, path_type=Path)
+DATA = click.option(
+    "--data",
+    type=FOLDER,
+    help="Verify on this data set's val split, not the checkpoint's samples.",
+)
 
 
 class Steps(click.IntRange):
@@ -35,6 +40,10 @@ class Steps(click.IntRange):
         return value if value == "auto" else super().convert(value, param, ctx)
 
 
+def _names(_context: click.Context, _option: click.Parameter, given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--checkpoint",
@@ -45,7 +54,7 @@ class Steps(click.IntRange):
 @click.option(
     "--output",
     "-o",
-    type=_FOLDER,
+    type=FOLDER,
     help="Bundle to write. Default: ./bundles/<run>-<precision>.marnet, with backend and device "
     "before the precision where they are asked for, and with a number behind it where that is a "
     "bundle of other settings.",
@@ -111,6 +120,7 @@ class Steps(click.IntRange):
     type=click.FloatRange(0, 100, min_open=True, max_open=True),
     default=0.2,
     show_default=True,
+    callback=lambda _context, _option, points: points / 100,
     help="With --steps auto: percentage points of accuracy that may be lost.",
 )
 @click.option(
@@ -143,13 +153,11 @@ class Steps(click.IntRange):
     help="Least share of images whose label equals the checkpoint's. "
     "Default: 0.999 for fp32 and fp16, 0.995 for bf16 and int8.",
 )
-@click.option(
-    "--data",
-    type=_FOLDER,
-    help="Verify on this data set's val split, not the checkpoint's samples.",
-)
+@DATA
 @click.option(
     "--target",
+    "targets",
+    callback=_names,
     metavar="SM[,SM...]",
     default="",
     help="GPUs to build tensorrt engines for without having them: sm80,sm86,sm89,sm120. "
@@ -157,6 +165,7 @@ class Steps(click.IntRange):
 )
 @click.option(
     "--tensorrt-route",
+    "route",
     type=Choice(["onnx", "torch-tensorrt"]),
     default="onnx",
     show_default=True,
@@ -181,29 +190,10 @@ def main(
     checkpoint: str | None,
     revision: str | None,
     output: Path | None,
-    backend: str,
-    precision: str,
-    compute: str | None,
-    device: str | None,
-    loop_precision: str | None,
-    loop: str,
-    sampler: str | None,
-    eta: float,
-    steps: int | Literal["auto"] | None,
-    max_drop: float,
-    latency_budget_ms: float | None,
-    samples: int | None,
-    noise: str,
-    seed: int,
-    target_risk: float | None,
-    min_agreement: float | None,
     data: Path | None,
-    target: str,
-    tensorrt_route: str,
-    text: bool,
-    source: bool,
     explain: bool,
     force: bool,
+    **asked: Any,
 ) -> None:
     """Build a bundle from a checkpoint, verify it against the checkpoint, and write it.
 
@@ -214,9 +204,10 @@ def main(
     The bundle must give the checkpoint's labels on real images, with the same noise, or nothing is
     written and the exit code is 3.
     """
-    with requires_extra("export", *_NEEDS):
+    with requires_extra("export", *NEEDS):
         from marnet_export.choose.asked import explain as explain_plan
         from marnet_export.choose.race import export_fastest
+        from marnet_export.inspection import sentence
         from marnet_export.job import export_bundle
         from marnet_export.settings import Settings
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
@@ -224,49 +215,23 @@ def main(
         checkpoint = str(newest_checkpoint())
         say(f"checkpoint {checkpoint} (the newest under ./runs)")
     path = find_checkpoint(checkpoint, revision=revision)
-    settings = Settings(
-        backend=backend,
-        precision=precision,
-        compute=compute,
-        loop_precision=loop_precision,
-        loop=loop,
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        samples=samples,
-        noise=noise,
-        seed=seed,
-        min_agreement=min_agreement,
-        max_drop=max_drop / 100,
-        latency_budget_ms=latency_budget_ms,
-        target_risk=target_risk,
-        targets=tuple(name.strip() for name in target.split(",") if name.strip()),
-        route=tensorrt_route,
-        text=text,
-        source=source,
-        device=device,
-    )
+    settings = Settings(**asked)  # options have the names of the settings
     if explain:
         rows, sentences = explain_plan(path, settings)
         print_table("reverse loop", ("", "as written", "as run"), rows)
-        for sentence in sentences.split("\n"):
-            say(sentence)
+        for line in sentences.split("\n"):
+            say(line)
         next_commands(f"marnet-export --checkpoint {shlex.quote(str(checkpoint))}")
         return
     if output is None:  # a place of our own choosing: the last build there may be replaced
-        parts = [Path(checkpoint).resolve().name, backend, device or "auto", precision]
+        types = settings.device or "auto", settings.precision
+        parts = [Path(checkpoint).resolve().name, settings.backend, *types]
         output = _free(Path("bundles"), "-".join(p for p in parts if p != "auto"), settings)
         force = True
     existed = output.exists()
-    export = export_fastest if backend == "auto" else export_bundle
+    export = export_fastest if settings.backend == "auto" else export_bundle
     export(path, output, settings, data=data, overwrite=force, say=say)
-    found = json.loads((output / FIDELITY).read_text("utf-8"))
-    low, high = found["top1_interval"]
-    say(
-        f"verified on {found['images']} images: top-1 agreement {found['top1_agreement']:.2%} "
-        f"(95 % interval {low:.2%} to {high:.2%}), largest logit error "
-        f"{found['logit_error_max']:.2g} of {found['largest_logit']:.3g}"
-    )
+    say(sentence(json.loads((output / FIDELITY).read_text("utf-8"))))
     say(f"{'replaced' if existed else 'wrote'} {output}")
     model = shlex.quote(str(output))
     next_commands(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -280,12 +279,6 @@ def _spread(texts: Sequence[str]) -> list[str]:
     return [texts[int(row)] for row in rows]
 
 
-@dataclass(frozen=True)
-class _Agreement:
-    error: float  # relative error of x_s of the worst text
-    cosine: float  # similarity of the worst text's embedding
-
-
 def _verify(embedder: TextEmbedder, source: _Source, types: Types) -> dict[str, float]:
     """Hold what was built against training's tokens and the float32 encoder.
 
@@ -306,19 +299,20 @@ def _verify(embedder: TextEmbedder, source: _Source, types: Types) -> dict[str, 
     for how, got in (("alone", alone), ("in a batch", mixed)):
         errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
         similar = cosines(embedder.alignment.texts(got), embedder.alignment.texts(want))
-        found.append(_Agreement(float(errors.max()), float(similar.min())))
+        error, cosine = float(errors.max()), float(similar.min())
+        found.append((error, cosine))
         least, most = MIN_COSINE[coarser], MAX_ERROR[coarser]
-        if not (found[-1].error <= most and found[-1].cosine >= least):  # NaN too
+        if not (error <= most and cosine >= least):  # NaN too
             worst = texts[int(errors.argmax())]
             raise VerificationFailed(
                 _failed(
                     types,
-                    f"encoded {how}, x_s is off by up to {found[-1].error:.3g} of its norm (bound "
+                    f"encoded {how}, x_s is off by up to {error:.3g} of its norm (bound "
                     f"{most:g}) and embeddings have a cosine similarity down to "
-                    f"{found[-1].cosine:.6f} (bound {least:g}), worst at {worst[:40]!r}",
+                    f"{cosine:.6f} (bound {least:g}), worst at {worst[:40]!r}",
                 )
             )
-    return {"error": max(f.error for f in found), "cosine": min(f.cosine for f in found)}
+    return {"error": max(e for e, _ in found), "cosine": min(c for _, c in found)}
 
 
 def _check_tokens(embedder: TextEmbedder, source: _Source) -> None:

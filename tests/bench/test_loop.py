@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner, Result
 from tiny import make_model
 
+from loop_peers import PEERS
 from marnet_bench import loop
 from marnet_bench.cli import main
 from marnet_bench.limits import PRECISIONS, Limits, Rate
 from marnet_bench.loop import Candidate, Check, Missing, compare, paper_model, run_loop
-from marnet_bench.loop_peers import PEERS, Peer, make_problem, reference
+from marnet_bench.plain_loop import TORCH_PEERS, Peer, make_problem, reference
 from marnet_bench.report import print_loop_report
 from marnet_export.build.builder import BUILDERS
 from marnet_sdk.errors import BackendUnavailable
@@ -49,7 +50,7 @@ def broken(*_: object) -> Any:
 def small_run(patch: pytest.MonkeyPatch) -> None:
     """One backend and one peer: building the others takes half a minute."""
     patch.setattr(loop, "measure_limits", quick_limits)
-    patch.setattr(loop, "PEERS", {"torch eager": PEERS["torch eager"]})
+    patch.setattr(loop, "all_peers", lambda: {"torch eager": PEERS["torch eager"]})
     patch.setattr(loop, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
 
 
@@ -60,7 +61,8 @@ def outcome(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "measure_limits", quick_limits)
         patch.setattr(loop, "_PAUSE", 0.001)
-        patch.setattr(loop, "PEERS", UNCOMPILED | {"torch.compile": Peer(broken)})
+        peers = UNCOMPILED | {"torch.compile": Peer(broken)}
+        patch.setattr(loop, "all_peers", lambda: peers)
         chosen = ("--checkpoint", str(checkpoint), "--steps", "5", "--output", str(file))
         result = bench("--scenario", "loop", "-b", "1", "-b", "3", *chosen, *SHORT)
     assert result.exit_code == 0, result.stderr
@@ -226,6 +228,12 @@ def test_the_default_model_has_the_paper_s_widths_and_always_the_same_weights():
     denoiser = one.denoiser
     assert (one.vision.dim, denoiser.dim, denoiser.layer2.out_features) == (768, 768, 1024)
     assert torch.equal(denoiser.layer1.weight, other.denoiser.layer1.weight)
+
+
+def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "find_spec", lambda _: None)
+    assert loop.all_peers() == TORCH_PEERS
+    assert "measured from a checkout of marnet" in one_line(capsys.readouterr().err)
 
 
 def test_labels_and_logits_are_compared_and_nonsense_is_refused():

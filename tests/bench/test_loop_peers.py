@@ -10,8 +10,8 @@ from quick import kept
 from tiny import make_model
 from tolerances import FLOAT32_LAYER
 
-from marnet_bench.loop_peers import (
-    PEERS,
+from loop_peers import PEERS
+from marnet_bench.plain_loop import (
     PRECISIONS,
     Logits,
     Problem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from marnet_export.choose import race
 from marnet_export.cli import main
 from marnet_sdk.bundle import read_bundle
+from marnet_sdk.errors import ExportError
 
 
 @pytest.fixture
@@ -238,3 +240,18 @@ def test_help_shows_the_usual_command_and_the_defaults():
     assert "[fp32|bf16|fp16|int8|auto]" in text
     assert "[cpu|cuda] What the bundle runs on: the processor, or cuda, an NVIDIA GPU" in text
     assert "[default: auto]" in text
+
+
+def test_three_calls_lead_from_the_command_to_the_exporter(workplace, monkeypatch):
+    """So a reader finds what writes a graph."""
+    calls: list[str] = []
+
+    def stop(**_: object) -> None:
+        stack = traceback.extract_stack()
+        calls.extend(frame.name for frame in stack if "marnet_export" in frame.filename)
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(torch.onnx, "export", stop)
+    result = export("--backend", "onnxruntime", *LENIENT)
+    assert "far enough" in result.stderr
+    assert calls == ["main", "export_bundle", "build_encoder"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -17,16 +16,17 @@ from quick import kept
 from tiny import make_model, sampling_of
 from torch import nn
 
-from marnet_export.build.builder import builder
-from marnet_export.build.types import Types
+from marnet_export.build.builder import USUAL, builder
+from marnet_export.build.types import Arithmetic, Types
 from marnet_export.lower.methods import lower
 from marnet_export.prove import departure as diagnosis
 from marnet_export.prove.built import Built
 from marnet_export.prove.departure import Departure, diagnose, relative_errors
 from marnet_export.prove.reference import Reference
+from marnet_export.prove.trial import Trial
 from marnet_sdk.backends import open_backend
 from marnet_train.checkpoint import load_checkpoint
-from marnet_train.diffusion import sampler_table
+from marnet_train.diffusion import SamplerTable, sampler_table
 from marnet_train.models.marnet import MARNet
 
 BACKENDS = ("torchscript", "onnxruntime", "openvino")
@@ -71,6 +71,11 @@ def loops(tmp_path_factory) -> Callable[[str, MARNet, str, Types], Path]:
     return make
 
 
+def trial_of(reference: Reference, built: Built, table: SamplerTable) -> Trial:
+    tables = {"default": table}
+    return Trial(reference, built, None, tables, min_agreement=0.999, row_tolerance=0.02)
+
+
 class Case:
     """An export of a model, to be spoilt, and its diagnosis."""
 
@@ -99,8 +104,9 @@ class Case:
 
     def diagnosed(self, built: Built, backend: str, types: Types) -> Departure:
         reference = Reference(self.model, PIXELS, by_image=self.noise == "image")
-        what = (built, self.payload, self.lowered, backend, types, self.table, "default")
-        return diagnose(reference, *what)
+        trial = trial_of(reference, built, self.table)
+        what = (self.payload, self.lowered, backend, Arithmetic(types, types), USUAL)
+        return diagnose(trial, "default", *what)
 
     def spoil_encoder(self, layer: str, change: Callable[[nn.Module], None]) -> None:
         self.lowered = replace(self.lowered, encoder=copy.deepcopy(self.lowered.encoder))
@@ -150,9 +156,8 @@ def test_the_first_layer_that_departs_is_named_with_the_one_before(
     assert (found.part, found.name, found.before) == ("encoder", layer, before)
     assert found.error == pytest.approx(2, rel=1e-3)
     assert found.error_before < 1e-5
-    assert (found.nan, found.infinite) == (0, 0)
     assert found.sentence.startswith(
-        f"the first layer that departs is the encoder's {layer} (relative error 2; "
+        f"the first layer that departs is the encoder's {layer} (relative error 2, bound 0.001; "
     )
     assert found.sentence.endswith(f" before it, at {before})")
 
@@ -192,14 +197,14 @@ def test_what_happens_between_layers_is_blamed_on_the_module_that_does_it(case):
     spoilt = case("vit")
 
     def change(embeddings: nn.Module) -> None:
-        embeddings.position_embeddings += 5
+        embeddings.position_embeddings[..., 0] += 5
 
     spoilt.spoil_encoder("backbone.embeddings", change)
     assert spoilt.departure().name == "backbone.embeddings"
 
 
 @pytest.mark.parametrize("backend", kept(BACKENDS, {"torchscript"}))
-def test_weights_beyond_half_precision_are_named_with_what_to_do(backend, case):
+def test_a_layer_that_overflows_is_named_with_an_infinite_error(backend, case):
     spoilt = case("vit")
     spoilt.model = copy.deepcopy(spoilt.model)  # float32 holds them, so the reference has them too
     with torch.no_grad():
@@ -208,57 +213,16 @@ def test_weights_beyond_half_precision_are_named_with_what_to_do(backend, case):
     found = spoilt.departure(backend, Types("fp16", "fp32"))
     assert found.name == VIT_LAYER
     assert math.isinf(found.error)
-    assert found.infinite + found.nan > 0
-    assert "values are NaN and" in found.sentence
-    assert "are beyond the largest fp16 value (65504): use bf16 or fp32" in found.sentence
-    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert read["error"] is None
-    assert read["sentence"] == found.sentence
+    assert "(relative error infinite, bound 0.02; " in found.sentence
 
 
 @pytest.mark.slow
 def test_few_outputs_are_kept_at_a_time_where_they_are_large(case, monkeypatch):
-    monkeypatch.setattr(diagnosis, "_FLOATS", 4 * 3000)  # a few layers at a time
+    monkeypatch.setattr(diagnosis, "_FLOATS", 3000)  # a few layers at a time
     spoilt = case("vit")
     spoilt.spoil_encoder(VIT_LAYER, scaled(3))
     found = spoilt.departure()
     assert (found.name, found.before) == (VIT_LAYER, "backbone.layers.1.layernorm_after")
-
-
-class WrongWhereFused(nn.Conv2d):
-    """A layer that is right only while the output of another is kept, as if both were fused."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        (other,) = self.others
-        return super().forward(input) * (1 if other._forward_hooks else 3)
-
-
-@pytest.mark.slow
-def test_a_layer_that_is_wrong_only_while_no_other_is_looked_at_is_found(case):
-    spoilt = case()
-    first = "backbone.embedder.embedder.convolution"
-
-    def change(encoder: nn.Module) -> None:
-        layer = encoder.get_submodule(RESNET_LAYER)
-        layer.__class__ = WrongWhereFused
-        layer.others = [encoder.get_submodule(first)]
-
-    spoilt.spoil_encoder("", change)
-    found = spoilt.departure()
-    assert found.name == RESNET_LAYER
-    assert found.error == pytest.approx(2, rel=1e-3)
-    assert found.error_before < 1e-5
-    assert found.note.startswith("only where layers are fused")
-
-
-@pytest.mark.slow
-def test_a_layer_whose_error_hardly_reaches_the_features_is_named_if_nothing_else_departs(case):
-    spoilt = case("vit")
-    spoilt.spoil_encoder("backbone.layers.1.attention.k_proj", scaled(1.2))
-    found = spoilt.departure()
-    assert (found.part, found.name) == ("encoder", "backbone.layers.1.attention.k_proj")
-    assert found.error == pytest.approx(0.2, rel=1e-3)
-    assert "in the end, features are off by up to 0.00" in found.sentence
 
 
 # --- the loop and the head
@@ -270,12 +234,14 @@ def test_the_first_step_that_departs_is_named(step, case):
     spoilt = case()
     spoilt.spoil_step(step)
     found = spoilt.departure()
-    assert (found.part, found.step, found.t) == ("loop", step + 1, 100 - 10 * step)
+    t = 100 - 10 * step
+    assert (found.part, found.name) == ("loop", f"step {step + 1} of 10 (t = {t})")
     assert found.error_before < 1e-4 < found.bound < found.error
     assert found.sentence.startswith(
-        f"the first step of the reverse loop that departs is step {step + 1} of 10 (t = {found.t})"
+        "the encoder agrees; the reverse loop or the head behind it departs from "
+        f"step {step + 1} of 10 (t = {t}) on (relative error "
     )
-    assert f"before it, at step {step} of 10 (t = {found.t + 10})" in found.sentence
+    assert f"before it, at step {step} of 10 (t = {t + 10})" in found.sentence
 
 
 @pytest.mark.parametrize("backend", kept(["onnxruntime", "openvino"], {"onnxruntime"}))
@@ -286,46 +252,39 @@ def test_a_loop_that_is_wrong_throughout_departs_at_its_first_step(backend, case
         wrong.denoiser.layer2.weight.mul_(-1)
     spoilt.lowered, spoilt.behind_is_spoilt = lower(wrong), True
     found = spoilt.departure(backend)
-    assert (found.part, found.step, found.t, found.before) == ("loop", 1, 100, "")
+    assert (found.part, found.name, found.before) == ("loop", "step 1 of 10 (t = 100)", "")
 
 
 @pytest.mark.slow
 def test_of_many_steps_few_are_looked_at(case, monkeypatch):
-    monkeypatch.setattr(diagnosis, "CHAIN_STEPS", 1000)
+    monkeypatch.setattr(diagnosis, "STEPS", 12)
     spoilt = case(steps=100)
     spoilt.spoil_step(61)
     found = spoilt.departure()
-    assert (found.part, found.step) == ("loop", 62)
-    assert found.before == "step 61 of 100 (t = 40)"
+    assert (found.part, found.name) == ("loop", "step 64 of 100 (t = 37)")
+    assert found.before == "step 55 of 100 (t = 46)"
 
 
 @pytest.mark.parametrize("noise", ["shared", "image"])
-def test_the_sample_that_departs_is_looked_at(noise, case):
+def test_a_step_is_found_with_several_samples_and_either_noise(noise, case):
     spoilt = case()
     spoilt.samples, spoilt.noise = 3, noise
     spoilt.spoil_step(6)
     found = spoilt.departure()
-    assert (found.part, found.step) == ("loop", 7)
+    assert (found.part, found.name) == ("loop", "step 7 of 10 (t = 40)")
 
 
-@pytest.mark.parametrize(
-    ("layer", "name", "before"),
-    [
-        ("classifier", "logits", "fused features"),
-        ("project_vision", "fused features", "step 10 of 10 (t = 10)"),
-    ],
-)
+@pytest.mark.parametrize("layer", ["classifier", "project_vision"])
 @pytest.mark.parametrize("backend", kept(["torchscript", "openvino"], {"torchscript"}))
-def test_a_wrong_head_is_not_blamed_on_the_loop(backend, layer, name, before, case):
+def test_a_wrong_head_departs_from_the_first_step_on(backend, layer, case):
     spoilt = case()
     spoilt.lowered = replace(spoilt.lowered, head=copy.deepcopy(spoilt.lowered.head))
     spoilt.behind_is_spoilt = True
     with torch.no_grad():
         spoilt.lowered.head.get_submodule(layer).weight.mul_(-1)
     found = spoilt.departure(backend)
-    assert (found.part, found.name, found.before) == ("head", name, before)
-    assert found.error_before < 1e-5 < found.bound < found.error
-    assert f"reverse loop agree, the head departs, from its {name} on (" in found.sentence
+    assert (found.part, found.name) == ("loop", "step 1 of 10 (t = 100)")
+    assert "the reverse loop or the head behind it departs from step 1" in found.sentence
 
 
 # --- nothing to name
@@ -354,9 +313,9 @@ def test_a_trained_loop_of_a_hundred_steps_is_within_the_bounds(types, checkpoin
     opened = open_backend("torchscript", tmp_path, types.compute, 1)
     arrays = lowered.plan.tensors({"default": table})
     built = Built(opened, arrays, sampling_of(loaded.model, table), pixels)
-    reference = Reference(loaded.model, pixels)
-    what = (built, tmp_path, lowered, "torchscript", types, table, "default")
-    assert diagnose(reference, *what).part == "none"
+    trial = trial_of(Reference(loaded.model, pixels), built, table)
+    what = (tmp_path, lowered, "torchscript", Arithmetic(types, types), USUAL)
+    assert diagnose(trial, "default", *what).part == "none"
 
 
 def test_what_cannot_be_built_apart_does_not_hide_the_failure(case):

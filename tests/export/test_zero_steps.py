@@ -16,7 +16,8 @@ from tiny import make_model
 from tolerances import FLOAT32_LAYER
 
 from marnet_export import work
-from marnet_export.build.types import Types
+from marnet_export.build.builder import USUAL
+from marnet_export.build.types import Arithmetic, Types
 from marnet_export.bundle_cli import main
 from marnet_export.choose.asked import explain
 from marnet_export.job import export_bundle
@@ -30,6 +31,7 @@ from marnet_export.lower.zero_steps import (
 from marnet_export.prove.built import Built
 from marnet_export.prove.departure import diagnose
 from marnet_export.prove.reference import Reference
+from marnet_export.prove.trial import Trial
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
@@ -199,7 +201,7 @@ def test_verify_says_that_the_head_departs_where_the_encoder_agrees(zero, few, t
     reseal_bundle(copy)
     result = bundle_command("verify", copy, "--data", few)
     assert result.exit_code == 3
-    assert "what departs is the alignment branch's head behind them" in one_line(result.stderr)
+    assert "what is left is the alignment branch's head behind them" in one_line(result.stderr)
 
 
 def test_an_encoder_that_agrees_leaves_nothing_to_blame(zero, checkpoint):
@@ -210,12 +212,15 @@ def test_an_encoder_that_agrees_leaves_nothing_to_blame(zero, checkpoint):
     plan = load_file(bundle.path / "payload/plan.safetensors")
     backend = open_backend("onnxruntime", bundle.path / "payload", "fp32", 1)
     built = Built(backend, plan, bundle.manifest.sampling, pixels)
-    found = diagnose(
-        *(Reference(model, pixels), built, bundle.path / "payload", lower(model), "onnxruntime"),
-        *(Types("fp32", "fp32"), process_table(model.config.schedule, None, 0), "zero"),
+    tables = {"zero": process_table(model.config.schedule, None, 0)}
+    trial = Trial(
+        Reference(model, pixels), built, None, tables, min_agreement=0.999, row_tolerance=0.02
     )
+    types = Arithmetic(Types("fp32", "fp32"), Types("fp32", "fp32"))
+    what = (bundle.path / "payload", lower(model), "onnxruntime", types, USUAL)
+    found = diagnose(trial, "zero", *what)
     assert found.part == "none"
-    assert "the alignment branch behind them is computed in float32" in found.sentence
+    assert "what is left is the alignment branch's head behind them" in found.sentence
 
 
 @pytest.mark.slow

@@ -25,13 +25,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 
 from marnet_export.build.builder import USUAL, Builder, Order
-from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.tracing import (
+    Signature,
+    encoder_signature,
+    most_tokens,
+    refine_signature,
+    text_signature,
+    tracing,
+)
 from marnet_export.build.types import TORCH_TYPES, Product, Types, Unread
 from marnet_export.lower.methods import Lowered
-from marnet_export.lower.modules import Step, on_device
+from marnet_export.lower.modules import ScanLoop, Step, on_device
 from marnet_sdk.backends.aotinductor import (
     CPU_FLAGS,
     ENCODER,
@@ -47,13 +53,8 @@ from marnet_sdk.backends.aotinductor import (
 )
 from marnet_sdk.backends.torch_device import gpu_name
 from marnet_sdk.errors import BackendUnavailable, ExportError
-from marnet_sdk.gpu.torch_stream import exact_float32
 
 _OLDEST = (2, 13)  # torch; 2.11 and 2.12 cannot write a `scan` in C++
-_LARGEST = 1 << 20  # of every size that is free
-
-# What a graph takes: name, example, its sizes in order (an int, or the name of a free one).
-Inputs = Sequence[tuple[str, Tensor, Sequence[int | str]]]
 
 
 def targets(payload: Path) -> list[str]:
@@ -62,11 +63,7 @@ def targets(payload: Path) -> list[str]:
 
 
 def build_encoder(
-    lowered: Lowered,
-    pixels: Tensor,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
+    lowered: Lowered, pixels: Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
     """Write payload/encoder.pt2. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
@@ -75,33 +72,33 @@ def build_encoder(
         ExportError: the compiler failed, or does not store matrices in this type.
     """
     encoder = on_device(lowered.encoder, _compute(types, order.device), order.device, pixels)
-    inputs = [("pixels", pixels, ("batch", *pixels.shape[1:]))]
-    _build(encoder, inputs, types, payload / ENCODER, device=order.device)
+    _build(encoder, encoder_signature(pixels), types, payload / ENCODER, device=order.device)
 
 
 def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.pt2; as `build_encoder`."""
     module = _Refine(lowered.step(_compute(types, order.device)), copy.deepcopy(lowered.head))
-    # No size of the example is kept but the widths; each is different, so that none is mistaken.
-    x_v, row = torch.zeros(2, lowered.image_width), torch.zeros(2, dtype=torch.int64)
+    signature = refine_signature(lowered)
+    x_v, coefficients = (signature.inputs[name] for name in ("x_v", "coefficients"))
     table, width = torch.zeros(4, 7, 5, lowered.row_width), lowered.row_width
-    inputs = [
-        ("x_v", x_v, ("batch", lowered.image_width)),
-        ("coefficients", torch.zeros(4, 3), (STEPS, 3)),
-        ("bias", table, (STEPS, "rows", "samples", width)),
-        ("the last bias", table[-1].clone(), ("rows", "samples", width)),
-        ("row", row, ("batch",)),
-    ]
-    _build(module, inputs, types, payload / REFINE, device=order.device)
+    inputs = {
+        "x_v": x_v,
+        "coefficients": (coefficients[0], (STEPS, 3)),
+        "bias": (table, (STEPS, "rows", "samples", width)),
+        "the last bias": (table[-1].clone(), ("rows", "samples", width)),
+        "row": (torch.zeros(2, dtype=torch.int64), ("batch",)),
+    }
+    signature = replace(signature, inputs=inputs)
+    _build(module, signature, types, payload / REFINE, device=order.device)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.pt2; as `build_encoder`."""
     assert lowered.text is not None
-    ids, mask = example_texts()
-    encoder = on_device(lowered.text, _compute(types, order.device), order.device, ids, mask)
-    inputs = [("ids", ids, ("batch", "length")), ("mask", mask, ("batch", "length"))]
-    _build(encoder, inputs, types, payload / TEXT, _text_limits(lowered.text), order.device)
+    signature, compute = text_signature(), _compute(types, order.device)
+    encoder = on_device(lowered.text, compute, order.device, *signature.example)
+    limits = _text_limits(lowered.text)
+    _build(encoder, signature, types, payload / TEXT, limits, order.device)
 
 
 def _compute(types: Types, device: str) -> torch.dtype:
@@ -117,23 +114,20 @@ def _compute(types: Types, device: str) -> torch.dtype:
 
 def _text_limits(text: nn.Module) -> dict[str, int]:
     """The largest token and the longest text, beyond which compiled code would read anything."""
-    limits = {"mask": 1}
+    longest = most_tokens(text)
     for module in text.modules():
         if get := getattr(module, "get_input_embeddings", None):
-            limits["ids"] = get().num_embeddings - 1
-            longest = getattr(module.config, "max_position_embeddings", None)
-            if isinstance(longest, int) and longest > 0:
-                limits["length"] = longest
-            return limits
+            limits = {"mask": 1, "ids": get().num_embeddings - 1}
+            return limits | ({"length": longest} if longest else {})
     raise ExportError("aotinductor cannot tell how many tokens this text encoder knows")
 
 
 class _Refine(nn.Module):
-    """This is `ScanLoop` and the head; each image says which row of the table is its noise."""
+    """`ScanLoop` and the head behind it; each image says which row of the table is its noise."""
 
     def __init__(self, step: Step, head: nn.Module) -> None:
         super().__init__()
-        self.step, self.head = step, head
+        self.loop, self.head = ScanLoop(step), head
 
     def forward(
         self, x_v: Tensor, coefficients: Tensor, bias: Tensor, last: Tensor, row: Tensor
@@ -141,23 +135,10 @@ class _Refine(nn.Module):
         """Map x_v [B, D_v], coefficients [S - 1, 3], bias [S - 1, N, K, R] and that of the last
         step [N, K, R], and row [B] to logits [B, K, C] and features [B, K, D_f].
         """
-        q = self.step.condition(x_v)
-        # Computed of both, so that the compiler sees where its shape comes from.
-        zero = (q[:, :, :1] + last.index_select(0, row)[:, :, :1]) * 0.0  # [B, K, 1]
-        state = zero + torch.zeros(self.step.width, device=x_v.device)
-
-        def step(
-            carried: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]
-        ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-            state, previous = carried
-            c, b = given
-            gained = self.step.gain(state, q, b.index_select(0, row))
-            of_state, of_gained, of_previous = c.split(1)
-            state = of_state * state + of_gained * gained + of_previous * previous
-            return (state, gained.clone()), c.clone()  # scan must emit something
-
-        (state, _), _ = scan(step, (state, torch.zeros_like(state)), (coefficients, bias))
-        logits, fused = self.head(x_v, self.step.finish(state, q, last.index_select(0, row)))
+        own = last.index_select(0, row)
+        q, state = self.loop.start(x_v, own)
+        state = self.loop.repeated(state, q, coefficients, bias, lambda b: b.index_select(0, row))
+        logits, fused = self.head(x_v, self.loop.step.finish(state, q, own))
         return logits, fused
 
 
@@ -187,7 +168,7 @@ class _Stored(nn.Module):
 
 def _build(
     module: nn.Module,
-    inputs: Inputs,
+    signature: Signature,
     types: Types,
     path: Path,
     limits: Mapping[str, int] | None = None,
@@ -196,62 +177,44 @@ def _build(
     """Compile `module`, which is changed, and write the package."""
     from torch._inductor import config
 
-    limits = dict(limits or {})
     stored = _Stored(module.eval(), TORCH_TYPES[types.storage]).to(device)
-    inputs = [(name, example.to(device), sizes) for name, example, sizes in inputs]
+    inputs = signature.inputs.items()
+    kinds = [[name, str(x.dtype).removeprefix("torch."), sizes] for name, (x, sizes) in inputs]
+    example = tuple(tensor.to(device) for tensor in signature.example)
+    # Of a module that takes any number of arguments, their shapes come as one tuple.
+    shapes = (signature.free(limits),)
     package = io.BytesIO()  # on a full disk, torch's own writer would end the process
-    with torch.no_grad(), quiet(), exact_float32(), _private_compiler(path):
-        program = _export(stored, inputs, limits)
+    with tracing(), _private_compiler(path):
+        program = torch.export.export(stored, example, dynamic_shapes=shapes, strict=False)
         metadata = {
             CPU_FLAGS: " ".join(_code_flags()),
-            INPUTS: json.dumps([[n, str(t.dtype).removeprefix("torch."), s] for n, t, s in inputs]),
-            LIMITS: json.dumps(limits),
+            INPUTS: json.dumps(kinds),
+            LIMITS: json.dumps(limits or {}),
             TORCH: torch.__version__,
         }
         if device == "cuda":
             metadata[GPU] = gpu_name()[0]
-        settings = {**_settings(), "aot_inductor.metadata": metadata}
+        settings = _SETTINGS | {"aot_inductor.metadata": metadata}
         settings["aot_inductor.use_runtime_constant_folding"] = stored.casts
         with config.patch(settings):
             torch._inductor.aoti_compile_and_package(program, package_path=package)
     path.write_bytes(package.getbuffer())
 
 
-def _export(module: nn.Module, inputs: Inputs, limits: Mapping[str, int]) -> Any:
-    names = dict.fromkeys(s for _, _, shape in inputs for s in shape if isinstance(s, str))
-    sizes = {
-        size: torch.export.Dim(f"size{i}", min=1, max=limits.get(size, _LARGEST))
-        for i, size in enumerate(names)
-    }
-    # Of a module that takes any number of arguments, their shapes come as one tuple.
-    shapes = tuple(
-        {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
-        for _, _, shape in inputs
-    )
-    example = tuple(tensor for _, tensor, _ in inputs)
-    return torch.export.export(module, example, dynamic_shapes=(shapes,), strict=False)
-
-
-def _settings() -> dict[str, Any]:
-    from torch._inductor import config
-
-    settings: dict[str, Any] = {
-        "cpp.dynamic_threads": True,  # else the number of threads of this process is compiled in
-        "compile_threads": 1,  # in this process: a pool would outlive the call
-        "aot_inductor.precompile_headers": False,  # takes longer than it saves in one compilation
-    }
-    if hasattr(config.cpp, "march"):
-        settings["cpp.march"] = ""  # only instruction sets that `_code_flags` names
-    return settings
+_SETTINGS: dict[str, Any] = {
+    "cpp.dynamic_threads": True,  # else the number of threads of this process is compiled in
+    "cpp.march": "",  # only instruction sets that `_code_flags` names
+    "compile_threads": 1,  # in this process: a pool would outlive the call
+    "aot_inductor.precompile_headers": False,  # takes longer than it saves in one compilation
+}
 
 
 def _code_flags() -> list[str]:
     """The instruction sets that the compiler may use, as its options name them."""
-    from torch._inductor import config
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     options = str(pick_vec_isa().build_arch_flags()).split()
-    if not hasattr(config.cpp, "march") or any(o.startswith("-march") for o in options):
+    if any(option.startswith("-march") for option in options):
         return sorted(host_flags())  # whatever this processor has
     return sorted({option.removeprefix("-m") for option in options})
 
@@ -302,9 +265,9 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
 
     Read from the C++ source that torch packs beside the library it was compiled to: the calls into
     torch's kernels with the sizes and types of what they are given, and the types of the constants
-    in the library. A weight that is cast or laid out anew on its way to a product is followed back
-    to its constant. "loop" is one step, the body of the loop; "head" is all that refine.pt2 does
-    once per image: the condition, the last step and the head.
+    in the library. The weight of a product is the constant of its sizes. "loop" is one step, the
+    body of the loop; "head" is all that refine.pt2 does once per image: the condition, the last
+    step and the head.
 
     Args:
         types, shape: not needed; the source says both.
@@ -314,7 +277,7 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
     """
     files = ((ENCODER, "encoder"), (REFINE, "head"))
     try:
-        return [p for name, once in files for p in _Source(payload / name).products(once)]
+        return [p for name, once in files for p in _Source(payload / name, once).products]
     except (LookupError, ValueError) as error:
         raise Unread(
             f"the source in {payload} is not as known versions of torch write it, so what was "
@@ -323,22 +286,27 @@ def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[P
 
 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
-_ARRAY = r"int64_t \*?(\w+)(?:\[\] = \{(.*?)\}|=nullptr)"
+_CONSTANT = ";.*?".join(
+    (
+        r'constants_info_\[\d+\]\.name = "(\w+)"',
+        r"dtype = cached_torch_dtype_(\w+)",
+        r"shape = \{(.*?)\}",
+        r'original_fqn = "(.*?)"',
+    )
+)
+_FOLDED = r'folded_constants_map\["(\w+)"\]'  # constants that are made of others
+_SIZES = r"int64_t \*?(\w+)(?:\[\] = \{(.*?)\}|=nullptr)"
 _EMPTY = r"aoti_torch_empty_strided\(\d+, (\w+), \w+, cached_torch_dtype_(\w+),.*&(\w+)_handle\)"
 _VIEW = r"reinterpret_tensor_wrapper\((\w+), \d+, (\w+), \w+, [^()]*\)"
 _SAME = (
-    r"aoti_torch_(?:assign_tensors_out|new_tensor_handle|clone)\((?P<old>\w+), "
-    r"&(?P<new>\w+(?:\[\d+\])?)\)",
-    r"(?:auto )?(?P<new>[\w\[\]]+) = (?:std::move|RAIIAtenTensorHandle)\((?P<old>\w+)\)",
-    r"(?P<new>output_handles\[\d+\]) = (?P<old>\w+)\.release\(\)",
+    r"aoti_torch_(?:assign_tensors_out|new_tensor_handle|clone)\((?P<old>\w+), &(?P<new>\w+)\)",
+    r"(?:auto )?(?P<new>\w+) = (?:std::move|RAIIAtenTensorHandle)\((?P<old>\w+)\)",
     r"RAIIAtenTensorHandle (?P<new>\w+)\((?P<old>\w+)_handle\)",
 )
-_KERNEL = r"\bcpp_\w+\((\(.*)\);"
-_POINTER = r"\((const )?[\w:]+\*\)\((\w+)\.data_ptr\(\)\)"
 _CALL = r"aoti_torch_(?:cpu|cuda)_(\w+)\((.*)\)\);"
-# Kernels of a GPU are declared with the names of what they read and write.
-_DECLARED = r"\bvoid (call_triton_\w+)\((.*?)\)\s*\{"
-_LAUNCHED = r"^\s*(call_triton_\w+)\((.*)\);"
+_TEMPLATE = (
+    r"\bcall_triton_tem_\w+"  # kernels of a GPU from torch's templates, which are for products
+)
 _PRODUCT = re.compile("mm|linear|conv|attention|dot|gemm|einsum|bilinear|_mv|addr|_rnn|lstm")
 
 
@@ -348,212 +316,123 @@ class _Array:
 
     sizes: tuple[int, ...]  # with one image and one sample
     dtype: str
-    weights: frozenset[str] = frozenset()  # the constants that it was made of
-    computed: bool = False  # of something else, too
 
 
-@dataclass(frozen=True)
-class _Called:
-    """A product in the generated code."""
-
-    looping: bool
-    function: str
-    multiply_adds: int
-    right: _Array  # the factor that may be a weight
+_INPUT = _Array((), "float32")
 
 
 class _Source:
     """The source of a package, followed line by line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, once: str) -> None:
+        """Read it; `once` is the part that is not in a loop."""
         with zipfile.ZipFile(path) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("wrapper.cpp"))
             source = archive.read(name).decode()
-        self.path = path
+        self.path, self.once = path, once
+        self.products: list[Product] = []  # in the order of execution
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.arrays: dict[str, _Array] = {}
-        self.found: list[_Called] = []
-        self.kernels = {
-            name: re.findall(r"(\w+)\s*(?:,|$)", parameters)
-            for name, parameters in re.findall(_DECLARED, source, re.DOTALL)
-        }
-        self.fqns = self._read_constants(source)
-        folding = source.partition("AOTInductorModel::_const_run_impl(")[2]
-        self._read(folding.partition("} // AOTInductorModel::_const_run_impl")[0])
-        folded = re.findall(r'folded_constants_map\["(\w+)"\] = (output_handles\[\d+\])', source)
-        for constant, output in folded:
-            made = self.arrays[output]
-            self.arrays[constant] = replace(self.arrays[constant], weights=made.weights)
-        self.found.clear()
-        self._read(source.partition("void AOTInductorModel::run_impl(")[2])
+        self.stored: dict[str, _Array] = {}  # by their names in the module
+        folded = set(re.findall(_FOLDED, source))
+        for name, dtype, shape, fqn in re.findall(_CONSTANT, source, re.DOTALL):
+            self.arrays[name] = array = _Array(_numbers(shape), dtype)
+            if name not in folded:
+                self.stored[fqn.removeprefix("module.")] = array
+        for line in source.partition("void AOTInductorModel::run_impl(")[2].splitlines():
+            self._read(line)
 
-    def _read_constants(self, source: str) -> dict[str, str]:
-        fqns = {}
-        fields = (
-            r'constants_info_\[\d+\]\.name = "(\w+)"',
-            r"dtype = cached_torch_dtype_(\w+)",
-            r"shape = \{(.*?)\}",
-            r'original_fqn = "(.*?)"',
-        )
-        pattern = ";.*?".join(fields)
-        for name, dtype, shape, fqn in re.findall(pattern, source, re.DOTALL):
-            weights = frozenset([name])
-            self.arrays[name] = _Array(self._numbers(shape), dtype, weights)
-            fqns[name] = fqn
-        return fqns
-
-    def _numbers(self, text: str) -> tuple[int, ...]:
-        """Sizes; those that are free are 1."""
-        plain = re.sub(r"\b[su]\d+\b", "1", re.sub(r"(\d)L\b", r"\1", text))
-        return tuple(self._value(term) for term in plain.split(",") if term.strip())
-
-    def _value(self, term: str) -> int:
-        total = 0
-        for part in term.replace("(", "").replace(")", "").split("+"):
-            factors = part.split("*")
-            if not all(factor.strip().lstrip("-").isdigit() for factor in factors):
-                return 0  # a stride, or a size that nothing we count has; else `_count` refuses
-            total += prod(int(factor) for factor in factors)
-        return total
-
-    def _read(self, source: str) -> None:
-        for line in source.splitlines():
-            if match := re.search(_ARRAY, line):
-                self.sizes[match[1]] = self._numbers(match[2] or "")
-            elif match := re.search(_EMPTY, line):
-                self.arrays[match[3]] = _Array(self.sizes[match[1]], match[2])
-            elif match := re.search(_KERNEL, line):
-                self._run_kernel(match[1])
-            elif match := re.search(_LAUNCHED, line):
-                self._launch(match[1], match[2])
-            elif match := re.search(_CALL, line):
-                self._run_call(match[1], match[2])
-            elif (match := re.search(_VIEW, line)) and (new := re.search(r"auto (\w+) = ", line)):
-                self.arrays[new[1]] = self._operand(match[0])
-            else:
-                self._rename(line)
-
-    def _rename(self, line: str) -> None:
-        for pattern in _SAME:
-            if (match := re.search(pattern, line)) and match["old"] in self.arrays:
-                self.arrays[match["new"].removesuffix("_handle")] = self.arrays[match["old"]]
-
-    def _run_kernel(self, arguments: str) -> None:
-        """A kernel of pointwise and reducing operations: what it writes is made of all it reads."""
-        pointers = re.findall(_POINTER, arguments)
-        written = [name for const, name in pointers if not const]
-        self._write([self._known(name) for const, name in pointers if const], written)
-
-    def _known(self, name: str) -> _Array:
-        return self.arrays.get(name) or _Array((), "float32", computed=True)  # an input
-
-    def _write(self, read: Sequence[_Array], names: Sequence[str]) -> None:
-        """Note what a kernel wrote to: all that it had and all that was read is in it."""
-        read = [*read, *(self.arrays[name] for name in names if name in self.arrays)]
-        for name in names:
-            if name in self.arrays:
-                self.arrays[name] = replace(
-                    self.arrays[name],
-                    weights=frozenset().union(*(array.weights for array in read)),
-                    computed=any(array.computed for array in read),
-                )
-
-    def _launch(self, kernel: str, text: str) -> None:
-        """A kernel of a GPU."""
-        if "triton_tem_" in kernel:  # of torch's templates, which are for products
-            raise Unread(f"{self.path.name} calls {kernel}, a product that is not counted yet")
-        roles = self.kernels[kernel]
-        read, written = [], []
-        for role, argument in zip(roles, _arguments(text), strict=False):
-            if role.startswith("in_ptr"):
-                read.append(self._operand(argument))
-            elif role.startswith(("out_ptr", "in_out_ptr")):
-                written.append(argument.strip())
-        self._write(read, written)
+    def _read(self, line: str) -> None:
+        if match := re.search(_TEMPLATE, line):
+            raise Unread(f"{self.path.name} calls {match[0]}, a product that is not counted yet")
+        if match := re.search(_SIZES, line):
+            self.sizes[match[1]] = _numbers(match[2] or "")
+        elif match := re.search(_EMPTY, line):
+            self.arrays[match[3]] = _Array(self.sizes[match[1]], match[2])
+        elif match := re.search(_CALL, line):
+            self._call(match[1], _arguments(match[2]), looping="while_loop_body" in match[2])
+        elif (match := re.search(_VIEW, line)) and (new := re.search(r"auto (\w+) = ", line)):
+            self.arrays[new[1]] = self._operand(match[0])
+        else:
+            for pattern in _SAME:
+                if (match := re.search(pattern, line)) and match["old"] in self.arrays:
+                    self.arrays[match["new"].removesuffix("_handle")] = self.arrays[match["old"]]
 
     def _operand(self, text: str) -> _Array:
         """An argument of a call: a name, or a view of one."""
         if match := re.search(_VIEW, text):
-            viewed = self.arrays.get(match[1]) or _Array((), "float32", computed=True)
-            return replace(viewed, sizes=self.sizes[match[2]])
+            return replace(self.arrays.get(match[1], _INPUT), sizes=self.sizes[match[2]])
         name = re.sub(r"&?temporary_reference\((\w+)\.get\(\)\)", r"\1", text.strip())
-        if name not in self.arrays:  # an input
-            return _Array((), "float32", computed=True)
-        return self.arrays[name]
+        return self.arrays.get(name, _INPUT)
 
-    def _run_call(self, function: str, text: str) -> None:
-        arguments = _arguments(text)
-        looping = "while_loop_body" in text
+    def _call(self, function: str, arguments: list[str], *, looping: bool) -> None:
         match function:
             case "mm_out" | "addmm_out" | "bmm_out" | "baddbmm_out":
-                out = arguments[0].strip()
-                given = arguments[1:3] if function in ("mm_out", "bmm_out") else arguments[2:4]
-                right = self._operand(given[1])
-                size = prod(self.arrays[out].sizes) * right.sizes[-2]
-                self.found.append(_Called(looping, function, size, right))
-                self.arrays[out] = replace(self.arrays[out], computed=True)
+                out = self.arrays[arguments[0].strip()]
+                factor = self._operand(arguments[2 if function in ("mm_out", "bmm_out") else 3])
+                count = prod(out.sizes) * factor.sizes[-2]
+                self._note(function, count, factor, looping, weight=not function.startswith("b"))
             case "convolution":
-                self._convolve(looping, arguments)
+                image, factor = map(self._operand, arguments[:2])
+                spatial = _convolved(image, factor, arguments)
+                self._define(arguments[-1], (1, factor.sizes[0], *spatial), factor.dtype)
+                count = prod(spatial) * prod(factor.sizes)
+                self._note(function, count, factor, looping, weight=True)
             case _ if function.startswith("_scaled_dot_product_"):
                 query, key = map(self._operand, arguments[:2])
-                size = 2 * prod(query.sizes) * key.sizes[-2]
-                self.found.append(_Called(looping, "attention", size, key))
                 # The first of what it gives is the answer; the others are for training.
-                self._define(next(a for a in arguments if a.strip().endswith("_handle")), query)
+                handle = next(a for a in arguments if a.strip().endswith("_handle"))
+                self._define(handle, query.sizes, query.dtype)
+                count = 2 * prod(query.sizes) * key.sizes[-2]
+                self._note("attention", count, key, looping, weight=False)
             case _ if _PRODUCT.search(function):
                 raise Unread(f"{self.path.name} calls {function}, which is not counted yet")
 
-    def _convolve(self, looping: bool, arguments: list[str]) -> None:
-        image, weight = map(self._operand, arguments[:2])
-        stride, padding, dilation = (
-            self._numbers(re.findall(r"\{(.*?)\}", arguments[i])[0]) for i in (3, 5, 7)
-        )
-        kernel = weight.sizes[2:]
-        spatial = [
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                image.sizes[2:], kernel, stride, padding, dilation, strict=True
-            )
-        ]
-        size = prod(spatial) * prod(weight.sizes)
-        self.found.append(_Called(looping, "convolution", size, weight))
-        sizes = (1, weight.sizes[0], *spatial)
-        self._define(arguments[-1], replace(weight, sizes=sizes))
-
-    def _define(self, handle: str, like: _Array) -> None:
+    def _define(self, handle: str, sizes: tuple[int, ...], dtype: str) -> None:
         name = handle.strip().removeprefix("&").removesuffix("_handle")
-        self.arrays[name] = replace(like, weights=frozenset(), computed=True)
+        self.arrays[name] = _Array(sizes, dtype)
 
-    def products(self, once: str) -> list[Product]:
-        """List the products in the order of execution; `once` is the part that is not in a loop."""
-        return [
-            self._count(i, "loop" if called.looping else once, called)
-            for i, called in enumerate(self.found)
-        ]
+    def _note(self, name: str, count: int, factor: _Array, looping: bool, *, weight: bool) -> None:
+        part, name = "loop" if looping else self.once, f"{name} {len(self.products)}"
+        if count <= 0 or factor.dtype not in _TYPES:
+            raise Unread(f"{self.path.name}: the sizes of product {name} cannot be read")
+        storage = "activation"
+        if weight:  # it may be cast or laid out anew on its way to the product
+            sizes = sorted(factor.sizes)
+            fitting = {k: a.dtype for k, a in self.stored.items() if sorted(a.sizes) == sizes}
+            if len(set(fitting.values())) != 1:
+                raise Unread(
+                    f"{self.path.name}: the weight {list(factor.sizes)} of product {name} cannot "
+                    f"be told from {', '.join(fitting) or 'any of its constants'}"
+                )
+            storage = _TYPES[next(iter(fitting.values()))]
+            name = next(iter(fitting)) if len(fitting) == 1 else name
+        self.products.append(Product(part, name, count, storage, _TYPES[factor.dtype]))
 
-    def _count(self, index: int, part: str, called: _Called) -> Product:
-        right, number = called.right, f"{called.function} {index}"
-        if called.multiply_adds <= 0 or right.dtype not in _TYPES:
-            raise Unread(f"{self.path.name}: the sizes of product {number} cannot be read")
-        compute = _TYPES[right.dtype]
-        # One kernel may cast and lay out several constants, and compute activations beside; what
-        # became of a constant has its sizes, in this or another order.
-        fitting = [
-            name
-            for name in sorted(right.weights)
-            if len(self.arrays[name].sizes) > 1
-            and sorted(self.arrays[name].sizes) == sorted(right.sizes)
-        ]
-        if not fitting and (right.computed or not right.weights):
-            return Product(part, number, called.multiply_adds, "activation", compute)
-        storage = {self.arrays[name].dtype for name in fitting}
-        if len(storage) != 1:
-            raise Unread(
-                f"{self.path.name}: the weight of product {number} cannot be told from "
-                f"{', '.join(sorted(right.weights))}"
-            )
-        name = self.fqns[fitting[0]].removeprefix("module.") if len(fitting) == 1 else number
-        return Product(part, name, called.multiply_adds, _TYPES[storage.pop()], compute)
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Sizes; those that are free are 1."""
+    plain = re.sub(r"\b[su]\d+\b", "1", re.sub(r"(\d)L\b", r"\1", text))
+    return tuple(_value(term) for term in plain.split(",") if term.strip())
+
+
+def _value(term: str) -> int:
+    total = 0
+    for part in term.replace("(", "").replace(")", "").split("+"):
+        factors = part.split("*")
+        if not all(factor.strip().lstrip("-").isdigit() for factor in factors):
+            return 0  # a stride, or a size that nothing we count has; else `_note` refuses
+        total += prod(int(factor) for factor in factors)
+    return total
+
+
+def _convolved(image: _Array, weight: _Array, arguments: Sequence[str]) -> list[int]:
+    """The sizes of the image that a convolution gives."""
+    stride, padding, dilation = (
+        _numbers(re.findall(r"\{(.*?)\}", arguments[i])[0]) for i in (3, 5, 7)
+    )
+    sizes = zip(image.sizes[2:], weight.sizes[2:], stride, padding, dilation, strict=True)
+    return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
 
 
 def _arguments(text: str) -> list[str]:

@@ -11,10 +11,8 @@ twice, which costs a small ResNet all that int8 gains.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,23 +22,35 @@ import numpy as np
 import onnx
 import onnxscript
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from marnet_export.build.builder import USUAL, Builder, HeadAlone, Order
+from marnet_export.build.onnx_graph import (
+    ONNX_TYPES,
+    bodies,
+    quantise,
+    silent_root_logger,
+    store,
+    to_onnx,
+)
 from marnet_export.build.quantise import (
     LEVELS,
     Range,
     corrected,
-    kept_nodes,
     loop_ranges,
-    products_of_activations,
     quantised_rows,
     require_calibration,
-    stored_factors,
 )
-from marnet_export.build.tracing import example_texts, quiet
-from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
+from marnet_export.build.tracing import (
+    encoder_signature,
+    head_signature,
+    quiet,
+    refine_signature,
+    text_signature,
+    tracing,
+)
+from marnet_export.build.types import Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Matrix, Refine, ScanLoop
 from marnet_sdk.backends.onnxruntime import (
@@ -53,36 +63,23 @@ from marnet_sdk.backends.onnxruntime import (
 )
 from marnet_sdk.noise.tables import Floats
 
-load_onnxruntime()  # what it builds is run before the export ends, so its absence ends it first
-
-_ONNX_TYPES = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-}
-
 
 def build_encoder(
-    lowered: Lowered,
-    pixels: Tensor,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
+    lowered: Lowered, pixels: Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
     """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
 
     Raises:
         ExportError: int8 without calibration.
     """
-    calibrated = require_calibration(order.calibration, types)
-    shapes = ({0: torch.export.Dim("batch", min=1, max=1 << 20)},)
-    path = payload / ENCODER
-    encoder = lowered.encoder
+    calibrated, encoder = require_calibration(order.calibration, types), lowered.encoder
     if calibrated is not None:
         encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept)
-    _export(encoder, (pixels,), shapes, ["pixels"], ["x_v"], types, path)
+    with tracing():
+        exported = torch.onnx.export(**to_onnx(encoder, encoder_signature(pixels)))
+        _save(exported, types, payload / ENCODER)
     if calibrated is not None:
-        _quantise_encoder(path, encoder, calibrated)
+        _quantise_encoder(payload / ENCODER, encoder, calibrated)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
@@ -90,16 +87,12 @@ def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USU
     assert lowered.text is not None
     free = torch.export.Dim.AUTO  # the encoder has positions for so many tokens and no more
     shapes = ({0: free, 1: free}, {0: free, 1: free})
-    inputs, outputs = ["ids", "mask"], ["x_s"]
-    _export(lowered.text, example_texts(), shapes, inputs, outputs, types, payload / TEXT)
+    with tracing():
+        exported = torch.onnx.export(**to_onnx(lowered.text, text_signature(), shapes))
+        _save(exported, types, payload / TEXT)
 
 
-def build_refine(
-    lowered: Lowered,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
-) -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.onnx.
 
     Raises:
@@ -111,25 +104,18 @@ def build_refine(
         for name, values in loop_ranges(lowered, calibrated).items():
             step.set_submodule(name, _Int8Matrix(step.get_submodule(name), values))
     module = Refine(ScanLoop(step), lowered.head).eval()
-    # No size of the example is kept but the widths; each is different, so that none is mistaken.
-    x_v = torch.zeros(2, lowered.image_width)
-    tables = (torch.zeros(4, 3), torch.zeros(4, 2, 5, lowered.row_width))
-    batch, length, samples = (
-        torch.export.Dim(name, min=least, max=1 << 20)
-        for name, least in (("batch", 1), ("steps", 3), ("samples", 1))
-    )
-    shapes = ({0: batch}, {0: length}, {0: length, 1: batch, 2: samples})
-    inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
-    _export(module, (x_v, *tables), shapes, inputs, outputs, types, payload / REFINE)
+    with tracing():
+        traced = to_onnx(module, refine_signature(lowered))
+        own = {torch.ops.marnet.matmul_int8.default: _as_onnx}
+        exported = torch.onnx.export(**traced, custom_translation_table=own)
+        _save(exported, types, payload / REFINE)
 
 
 def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/head.onnx, for behind the native loop."""
-    example = (torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width))
-    batch, samples = (torch.export.Dim(n, min=1, max=1 << 20) for n in ("batch", "samples"))
-    shapes = ({0: batch}, {0: batch, 1: samples})
-    inputs, outputs = ["x_v", "x_cdr"], ["logits", "features"]
-    _export(lowered.head, example, shapes, inputs, outputs, types, payload / HEAD)
+    with tracing():
+        exported = torch.onnx.export(**to_onnx(lowered.head, head_signature(lowered)))
+        _save(exported, types, payload / HEAD)
 
 
 def _quantise_encoder(path: Path, encoder: nn.Module, calibration: Calibration) -> None:
@@ -137,55 +123,19 @@ def _quantise_encoder(path: Path, encoder: nn.Module, calibration: Calibration) 
 
     What a Clip (ReLU6) cuts off must not count for the range of the convolution before it.
     """
-    load_onnxruntime()
-    from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # only int8 needs it
 
-    with quiet(), _silent_root_logger(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        graph = onnx.load(prepared).graph
-        kept = kept_nodes(stored_factors(graph), encoder, calibration.kept)
-        quantize_static(
-            prepared,
-            path,
-            _Images(calibration.pixels),  # type: ignore[arg-type]  # a reader but for its base class
-            op_types_to_quantize=["Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool"],
-            nodes_to_exclude=[*products_of_activations(graph), *kept],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={
-                "WeightSymmetric": True,
-                "ActivationSymmetric": False,
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
-            },
+        proto = quantise(
+            *(onnx.load(prepared), encoder, calibration),
+            kinds=["Conv", "MatMul", "Gemm", "Relu", "Clip", "MaxPool"],
+            activations="QUInt8",
+            ActivationSymmetric=False,
+            OpTypesToExcludeOutputQuantization=["MatMul", "Gemm"],
         )
-
-
-class _Images:
-    """Calibration images as ONNX Runtime's tools read them: a batch at a call, None at the end."""
-
-    def __init__(self, images: Floats) -> None:
-        self._batches = (images[i : i + 10] for i in range(0, len(images), 10))
-
-    def get_next(self) -> dict[str, Floats] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"pixels": batch}
-
-
-@contextmanager
-def _silent_root_logger() -> Iterator[None]:
-    """ONNX Runtime's tools write to the root logger, which prints and installs a handler for it."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-    root.addHandler(handler)
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        root.removeHandler(handler)
+        onnx.save(proto, path)
 
 
 @torch.library.custom_op("marnet::matmul_int8", mutates_args=())
@@ -230,32 +180,13 @@ class _Int8Matrix(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _export(
-    module: torch.nn.Module,
-    arguments: tuple[torch.Tensor, ...],
-    shapes: tuple[Any, ...],
-    inputs: list[str],
-    outputs: list[str],
-    types: Types,
-    path: Path,
-) -> None:
-    with torch.no_grad(), quiet():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
-        exported = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            input_names=inputs,
-            output_names=outputs,
-            verbose=False,
-            custom_translation_table={torch.ops.marnet.matmul_int8.default: _as_onnx},
-        )
-        assert exported is not None  # only None for the old exporter
-        proto = exported.model_proto
+def _save(exported: Any, types: Types, path: Path) -> None:
+    """Write a graph that is exported; its matrices are stored in another type if one is asked."""
+    proto = exported.model_proto
     _let_noise_broadcast(proto)
-    for node in proto.graph.node:
-        for inside in _body(node):
-            inside.name = f"step {inside.name}"  # names also tell products of a step from others
+    for body in _bodies(proto.graph):
+        for node in body.node:
+            node.name = f"step {node.name}"  # names also tell products of a step from others
     _store(proto, types.storage)
     onnx.save(proto, path)
 
@@ -264,28 +195,21 @@ def _let_noise_broadcast(proto: onnx.ModelProto) -> None:
     """Allow one row of noise for a whole batch, beside a row for each image.
 
     The exporter can only be told that `bias` has as many rows as there are images. ONNX broadcasts
-    a single one as well, if no shape in the graph claims otherwise.
+    a single one as well, if no shape in the graph claims otherwise: the runtime infers them.
     """
     for value in proto.graph.input:
         if value.name == "bias":
             value.type.tensor_type.shape.dim[1].dim_param = "noise_rows"
-    _forget_shapes(proto.graph)
+    for graph in (proto.graph, *_bodies(proto.graph)):
+        del graph.value_info[:]
+    for body in _bodies(proto.graph):
+        for value in (*body.input, *body.output):
+            value.type.tensor_type.ClearField("shape")
 
 
-def _forget_shapes(graph: onnx.GraphProto) -> None:
-    """Drop the shapes of everything inside; the runtime infers them from the inputs."""
-    del graph.value_info[:]
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                for value in (*attribute.g.input, *attribute.g.output):
-                    value.type.tensor_type.ClearField("shape")
-                _forget_shapes(attribute.g)
-
-
-def _body(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """The nodes inside a Scan."""
-    return [inside for a in node.attribute if a.HasField("g") for inside in a.g.node]
+def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """The body of every `Scan`."""
+    return [body for node in graph.node for body in bodies(node)]
 
 
 def _store(proto: onnx.ModelProto, storage: str) -> None:
@@ -297,17 +221,10 @@ def _store(proto: onnx.ModelProto, storage: str) -> None:
         return
     casts = []
     for tensor in proto.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue
-        name, stored = tensor.name, f"{tensor.name}.{storage}"
-        rounded = torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(TORCH_TYPES[storage])
-        dims = list(tensor.dims)
-        bits = rounded.view(torch.int16).numpy().astype("<i2")
-        tensor.Clear()
-        tensor.name, tensor.data_type = stored, _ONNX_TYPES[storage]
-        tensor.dims.extend(dims)
-        tensor.raw_data = bits.tobytes()
-        casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
+            name, tensor.name = tensor.name, f"{tensor.name}.{storage}"
+            store(tensor, storage)
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
     nodes = [*casts, *proto.graph.node]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
@@ -320,7 +237,7 @@ _FLOAT = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
 # Sizes of inputs: a step in the loop, one behind it.
 _ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1), "x_cdr": (1, 1)}
 _NAMES: dict[int, str] = {
-    **{kind: name for name, kind in _ONNX_TYPES.items()},
+    **{kind: name for name, kind in ONNX_TYPES.items()},
     TensorProto.INT8: "int8",
     TensorProto.UINT8: "int8",
 }
@@ -390,7 +307,7 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath).graph
     nodes = {node.name: (node, False) for node in graph.node}
-    nodes |= {inside.name: (inside, True) for node in graph.node for inside in _body(node)}
+    nodes |= {inside.name: (inside, True) for body in _bodies(graph) for inside in body.node}
     sizes = {tensor.name: list(tensor.dims) for tensor in _initializers(graph)}
     # Of what the runtime has made anew at load, its own; of everything else, the file's.
     types = _stored_types(graph) | _stored_types(onnx.load(path).graph)
@@ -409,8 +326,7 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
 
 def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     """Return the initializers of the graph and of the bodies in it."""
-    bodies = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
-    return [*graph.initializer, *(tensor for body in bodies for tensor in body.initializer)]
+    return [tensor for part in (graph, *_bodies(graph)) for tensor in part.initializer]
 
 
 def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
@@ -421,7 +337,7 @@ def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
         tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
         for tensor in _initializers(graph)
     }
-    for node in [inside for outer in graph.node for inside in (*_body(outer), outer)]:
+    for node in [node for part in (graph, *_bodies(graph)) for node in part.node]:
         if node.input and all(name in largest for name in node.input):
             made = max(largest[name] for name in node.input)
             largest |= dict.fromkeys(node.output, made)

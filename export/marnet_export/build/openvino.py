@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,17 @@ from marnet_export.build.quantise import (
     quantised_rows,
     require_calibration,
 )
-from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.tracing import (
+    Signature,
+    encoder_signature,
+    head_signature,
+    quiet,
+    refine_signature,
+    text_signature,
+    tracing,
+)
 from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
-from marnet_export.lower.modules import Step
 from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.backends.openvino import (
     ENCODER,
@@ -58,41 +66,35 @@ from marnet_train.models.denoiser import LEAKY_SLOPE
 ov = load_openvino()
 op = ov.opset15
 
-_STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8}
 _F32 = ov.Type.f32
 
 
 def build_encoder(
-    lowered: Lowered,
-    pixels: torch.Tensor,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
+    lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
     """Write payload/encoder.xml and .bin. `pixels` [B, 3, H, W] is the example that is traced.
 
     Raises:
         ExportError: int8 without calibration. MissingExtra: int8 without NNCF.
     """
-    calibrated = require_calibration(order.calibration, types)
-    encoder = lowered.encoder
+    calibrated, encoder = require_calibration(order.calibration, types), lowered.encoder
     if calibrated is not None:  # SmoothQuant rescales the weights of linear layers
         encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept, kinds=torch.nn.Conv2d)
-    graph = _convert(encoder, pixels)
-    graph.reshape([-1, *pixels.shape[1:]])
+    signature = encoder_signature(pixels)
+    graph = _reshaped(_convert(encoder, pixels), signature)
     if calibrated is not None:
         graph = _quantise_encoder(graph, encoder, calibrated)
     _keep_norms_float32(graph)
-    _save(graph, ("pixels",), ("x_v",), types.storage, payload / ENCODER)
+    _save(graph, signature, types, payload / ENCODER)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.xml and .bin."""
     assert lowered.text is not None
-    graph = _convert(lowered.text, *example_texts())
-    graph.reshape({port: [-1, -1] for port in graph.inputs})
+    signature = text_signature()
+    graph = _reshaped(_convert(lowered.text, *signature.example), signature)
     _keep_norms_float32(graph)
-    _save(graph, ("ids", "mask"), ("x_s",), types.storage, payload / TEXT)
+    _save(graph, signature, types, payload / TEXT)
 
 
 def _keep_norms_float32(graph: Any) -> None:
@@ -101,12 +103,7 @@ def _keep_norms_float32(graph: Any) -> None:
             _keep_float32(node)
 
 
-def build_refine(
-    lowered: Lowered,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
-) -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.xml and .bin.
 
     Raises:
@@ -122,20 +119,19 @@ def build_refine(
         raise ExportError(
             "openvino has int8 for the loop of MARNet only; use --loop-precision fp16"
         )
-    shapes = (-1, lowered.image_width), (-1, 3), (-1, -1, -1, lowered.row_width)
-    x_v, coefficients, bias = map(_parameter, shapes)
-    x_cdr = loop.refined(x_v, coefficients, bias)
-    outputs = [output for estimate in x_cdr for output in _head(lowered, x_v, estimate)]
-    graph = ov.Model(outputs, [x_v, coefficients, bias], "refine")
-    inputs = ("x_v", "coefficients", "bias")
-    _save(graph, inputs, (*OUTPUTS, *FIRST_ORDER), types.storage, payload / REFINE)
+    signature = refine_signature(lowered)
+    inputs = _parameters(signature)
+    x_cdr = loop.refined(*inputs)
+    outputs = [output for estimate in x_cdr for output in _head(lowered, inputs[0], estimate)]
+    signature = replace(signature, outputs=(*OUTPUTS, *FIRST_ORDER))
+    _save(ov.Model(outputs, inputs, "refine"), signature, types, payload / REFINE)
 
 
 def build_head(lowered: Lowered, types: Types, payload: Path) -> None:
     """Write payload/head.xml and .bin, for behind the native loop."""
-    x_v, x_cdr = _parameter((-1, lowered.image_width)), _parameter((-1, -1, lowered.latent_width))
-    graph = ov.Model(_head(lowered, x_v, x_cdr), [x_v, x_cdr], "head")
-    _save(graph, ("x_v", "x_cdr"), OUTPUTS, types.storage, payload / HEAD)
+    signature = head_signature(lowered)
+    inputs = _parameters(signature)
+    _save(ov.Model(_head(lowered, *inputs), inputs, "head"), signature, types, payload / HEAD)
 
 
 def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibration) -> Any:
@@ -308,39 +304,39 @@ class _StepLoop(_Loop):
     def __init__(self, lowered: Lowered) -> None:
         self.step = lowered.step(torch.float32)
         self.width, self.row_width = self.step.width, lowered.row_width
-        example = torch.zeros(2, lowered.image_width)
-        self.examples = torch.zeros(2, 3, self.width), self.step.condition(example)
-        self.examples += (torch.zeros(2, 3, self.row_width),)
-        self.x_v = example
+        self.x_v = torch.zeros(2, lowered.image_width)
+        rows = torch.zeros(2, 3, self.width), torch.zeros(2, 3, self.row_width)
+        self.examples = rows[0], self.step.condition(self.x_v), rows[1]
 
     def condition(self, x_v: Any) -> Any:
-        return _keep_float32(_inlined(_Method(self.step, "condition"), (self.x_v,), (x_v,))[0])
+        return _keep_float32(self.call("condition", (self.x_v,), (x_v,)))
 
     def gain(self, state: Any, q: Any, row: Any) -> Any:
-        return _inlined(_Method(self.step, "gain"), self.examples, (state, q, row))[0]
+        return self.call("gain", self.examples, (state, q, row))
 
     def finish(self, state: Any, q: Any, row: Any) -> Any:
-        return _inlined(_Method(self.step, "finish"), self.examples, (state, q, row))[0]
+        return self.call("finish", self.examples, (state, q, row))
 
-
-class _Method(torch.nn.Module):
-    """One of the methods of a step, as a module."""
-
-    def __init__(self, step: Step, name: str) -> None:
-        super().__init__()
-        self.step = step  # so that its weights are found
-        self.forward = getattr(step, name)
+    def call(self, name: str, examples: Sequence[torch.Tensor], inputs: Sequence[Any]) -> Any:
+        """The node that computes what a method of the step does."""
+        module = torch.nn.Module()
+        module.step = self.step  # so that its weights are found
+        module.forward = getattr(self.step, name)
+        return _inlined(module, examples, inputs)[0].get_node()
 
 
 def _inlined(
     module: torch.nn.Module, examples: Sequence[torch.Tensor], inputs: Sequence[Any]
 ) -> list[Any]:
-    """The nodes that compute a module's outputs from nodes."""
+    """The ports at which a graph computes a module's outputs from its own nodes."""
     graph = _convert(module, *examples)
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "Log":
+            _make_log_sigmoid_finite(node)
     for parameter, value in zip(graph.get_parameters(), inputs, strict=True):
         # An iterator's value is a port already.
         parameter.output(0).replace(value.output(0) if isinstance(value, ov.Node) else value)
-    return [result.input_value(0).get_node() for result in graph.get_results()]
+    return [result.input_value(0) for result in graph.get_results()]
 
 
 def _on_steps(x: Any, values: Range) -> Any:
@@ -370,6 +366,23 @@ def _parameter(shape: Any) -> Any:
     return op.parameter(ov.PartialShape(shape), _F32)
 
 
+def _parameters(signature: Signature) -> list[Any]:
+    return [_parameter(shape) for shape in _shapes(signature)]
+
+
+def _reshaped(graph: Any, signature: Signature) -> Any:
+    graph.reshape(dict(zip(graph.inputs, _shapes(signature), strict=True)))
+    return graph
+
+
+def _shapes(signature: Signature) -> list[list[int]]:
+    """The shape of every input; -1 stands for a free size."""
+    return [
+        [size if isinstance(size, int) else -1 for size in sizes]
+        for _, sizes in signature.inputs.values()
+    ]
+
+
 def _keep_float32(node: Any) -> Any:
     """Mark a node that computes in float32 even where the graph is compiled for bfloat16.
 
@@ -383,14 +396,7 @@ def _head(lowered: Lowered, x_v: Any, x_cdr: Any) -> list[Any]:
     """Compute logits [B, K, C] and fused features [B, K, D_f] from x_v [B, D_v] and x_CDR
     [B, K, D].
     """
-    example = torch.zeros(2, lowered.image_width), torch.zeros(2, 3, lowered.latent_width)
-    graph = _convert(lowered.head, *example)
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() == "Log":
-            _make_log_sigmoid_finite(node)
-    for parameter, value in zip(graph.get_parameters(), (x_v, x_cdr), strict=True):
-        parameter.output(0).replace(value.output(0))
-    return [result.input_value(0) for result in graph.get_results()]
+    return _inlined(lowered.head, head_signature(lowered).example, (x_v, x_cdr))
 
 
 def _make_log_sigmoid_finite(log: Any) -> None:
@@ -402,19 +408,17 @@ def _make_log_sigmoid_finite(log: Any) -> None:
 
 
 def _convert(module: torch.nn.Module, *example: torch.Tensor) -> Any:
-    with torch.no_grad(), quiet():
+    with tracing():
         # Shared weights would be gone with the module, though nodes of the graph live on in ours.
         return ov.convert_model(module, example_input=example, share_weights=False)
 
 
-def _save(
-    graph: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], storage: str, path: Path
-) -> None:
-    names = zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True)
-    for port, name in names:
+def _save(graph: Any, signature: Signature, types: Types, path: Path) -> None:
+    names = (*signature.inputs, *signature.outputs)
+    for port, name in zip((*graph.inputs, *graph.outputs), names, strict=True):
         port.tensor.set_names({name})
-    if storage in TORCH_TYPES and storage != "fp32":
-        _store(graph, TORCH_TYPES[storage])
+    if types.storage in TORCH_TYPES and types.storage != "fp32":
+        _store(graph, TORCH_TYPES[types.storage])
     ov.save_model(graph, path, compress_to_fp16=False)  # that would also take biases
 
 
@@ -527,17 +531,10 @@ def _matched(nodes: Sequence[Any], executed: Sequence[Any]) -> list[Any]:
     the first of the same sizes that runs for no other.
     """
     ran: dict[str, int] = {}
-    sums: dict[str, int] = {}  # a product with a bias may run under the name of their sum
     for i, run in enumerate(executed):
         names = _about(run, "originalLayersNames").split(",")
         ran |= {name.removesuffix("/DequantizationMultiply"): i for name in names}
-        if _about(run, "layerType") != "Subgraph":
-            sums |= dict.fromkeys(names, i)
-    found: list[int | None] = []
-    for node in nodes:
-        after = [port.get_node() for port in node.output(0).get_target_inputs()]
-        biased = [sums.get(n.get_friendly_name()) for n in after if n.get_type_name() == "Add"]
-        found.append(ran.get(node.get_friendly_name(), next(iter(biased), None)))
+    found = [ran.get(node.get_friendly_name()) for node in nodes]
     for place, node in enumerate(nodes):
         if found[place] is None:
             free = (i for i, run in enumerate(executed) if i not in found)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from marnet_export.build.types import Calibration, Types
 from marnet_export.lower.methods import Lowered
-from marnet_export.lower.modules import Matrix, ScriptedLoop, Step
+from marnet_export.lower.modules import Matrix, ScriptedLoop
 from marnet_sdk.errors import ExportError
 from marnet_sdk.noise.tables import Floats, Tables
 
@@ -69,26 +69,6 @@ def quantised_rows(weight: NDArray) -> tuple[NDArray[np.int8], Floats]:
     largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
     scale = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
     return np.round(weight / scale).astype(np.int8), scale
-
-
-def products_of_activations(graph: Any) -> list[str]:
-    """Names of an ONNX graph's products without a stored factor, as those of attention are."""
-    stored = {tensor.name for tensor in graph.initializer}
-    products = (node for node in graph.node if node.op_type == "MatMul")
-    return [node.name for node in products if not stored & set(node.input)]
-
-
-def stored_factors(graph: Any) -> dict[str, NDArray]:
-    """The names of an ONNX graph's products with a stored factor, and that factor."""
-    from onnx import numpy_helper  # only some backends need it
-
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    products = [node for node in graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
-    return {
-        node.name: numpy_helper.to_array(stored[node.input[1]])
-        for node in products
-        if node.input[1] in stored
-    }
 
 
 def require_calibration(calibration: Calibration | None, types: Types) -> Calibration | None:
@@ -134,12 +114,14 @@ def loop_ranges(lowered: Lowered, calibration: Calibration) -> dict[str, Range]:
     images = min(len(calibration.x_v), max(1, IMAGES // samples))
     tables = Tables(calibration.coefficients, calibration.bias).at_least_two_steps()
     coefficients = torch.from_numpy(tables.coefficients)
-    with torch.inference_mode(), _watched(step) as (seen, repeated):
-        for i in range(0, images, _CHUNK):
-            rows = np.arange(i, min(i + _CHUNK, images))
-            x_v = torch.from_numpy(np.ascontiguousarray(calibration.x_v[rows]))
-            ScriptedLoop(step)(x_v, coefficients, torch.from_numpy(tables.rows(rows).bias))
-    found = {name: Range(*seen[name]) for name in seen if name in repeated}
+    with torch.inference_mode():
+        repeated = _used_by_gain(lowered)
+        with _watched(step, Matrix) as (seen, _):
+            for i in range(0, images, _CHUNK):
+                rows = np.arange(i, min(i + _CHUNK, images))
+                x_v = torch.from_numpy(np.ascontiguousarray(calibration.x_v[rows]))
+                ScriptedLoop(step)(x_v, coefficients, torch.from_numpy(tables.rows(rows).bias))
+    found = {name: values for name, values in seen.items() if name in repeated}
     for name, values in found.items():
         if not np.isfinite([values.least, values.largest]).all():
             raise ExportError(
@@ -150,43 +132,38 @@ def loop_ranges(lowered: Lowered, calibration: Calibration) -> dict[str, Range]:
     return found
 
 
+def _used_by_gain(lowered: Lowered) -> set[str]:
+    """The names of the matrices that every step but the last multiplies with."""
+    step, row = lowered.step(torch.float32), torch.zeros(1, 1, lowered.row_width)
+    q = step.condition(torch.zeros(1, lowered.image_width))
+    with _watched(step, Matrix) as (seen, _):
+        step.gain(torch.zeros(1, 1, step.width), q, row)
+    return set(seen)
+
+
 @contextmanager
-def _watched(step: Step) -> Iterator[tuple[dict[str, tuple[float, float]], set[str]]]:
-    """Record the range of values that each `Matrix` of a step meets, and which `gain` uses."""
-    seen: dict[str, tuple[float, float]] = {}
-    repeated: set[str] = set()
-    gain, gaining = step.gain, False
+def _watched(module: nn.Module, kinds: Any) -> Iterator[tuple[dict[str, Range], dict[str, int]]]:
+    """Record the range of the input and the multiply-adds of each layer that runs, in order."""
+    ranges: dict[str, Range] = {}
+    sizes: dict[str, int] = {}
 
-    def watched_gain(state: Tensor, q: Tensor, row: Tensor) -> Tensor:
-        nonlocal gaining
-        gaining = True
-        gained = gain(state, q, row)
-        gaining = False
-        return gained
-
-    def watch(name: str) -> object:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def watch(name: str) -> Callable[..., None]:
+        def see(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             least, largest = (float(v) for v in torch.aminmax(inputs[0]))
-            before = seen.get(name, (0.0, 0.0))
+            before = ranges.get(name, Range(0.0, 0.0))
             # NumPy's keep NaN, Python's do not.
-            seen[name] = (
-                float(np.minimum(before[0], least)),
-                float(np.maximum(before[1], largest)),
+            ranges[name] = Range(
+                float(np.minimum(before.least, least)), float(np.maximum(before.largest, largest))
             )
-            if gaining:
-                repeated.add(name)
+            sizes[name] = sizes.get(name, 0) + output.numel() * layer.weight[0].numel()
 
-        return hook
+        return see
 
-    matrices = [(name, m) for name, m in step.named_modules() if isinstance(m, Matrix)]
-    handles = [m.register_forward_pre_hook(watch(name)) for name, m in matrices]  # type: ignore[arg-type]
-    step.gain = watched_gain  # type: ignore[method-assign]
-    try:
-        yield seen, repeated
-    finally:
-        del step.gain
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, layer in module.named_modules():
+            if isinstance(layer, kinds):
+                stack.callback(layer.register_forward_hook(watch(name)).remove)
+        yield ranges, sizes
 
 
 # The encoder
@@ -291,7 +268,8 @@ def ranked(encoder: nn.Module, pixels: Floats) -> list[Block]:
     """
     fixed, encoder = corrected(encoder, pixels), copy.deepcopy(encoder)
     pixels = pixels[:_RANKED_ON]
-    ranges, sizes, want = _inputs(encoder, pixels)
+    with _watched(encoder, Layer) as (ranges, sizes):
+        want = _run(encoder, pixels)
     before = _convolutions_before(encoder, pixels)
     found = []
     for name, layers in _blocks(list(ranges)).items():
@@ -329,27 +307,6 @@ def _convolutions_before(encoder: nn.Module, pixels: Floats) -> dict[str, str]:
         if isinstance(module, nn.Conv2d) and isinstance(source, nn.Conv2d):
             found[names[module]] = names[source]
     return found
-
-
-def _inputs(encoder: nn.Module, pixels: Floats) -> tuple[dict[str, Range], dict[str, int], Tensor]:
-    """Return the input's range and the multiply-adds of each layer that runs, in order; and x_v."""
-    ranges: dict[str, Range] = {}
-    sizes: dict[str, int] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            before = ranges.get(name, Range(0.0, 0.0))
-            least, largest = (float(v) for v in torch.aminmax(inputs[0]))
-            ranges[name] = Range(min(before.least, least), max(before.largest, largest))
-            sizes[name] = sizes.get(name, 0) + output.numel() * layer.weight[0].numel()
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in encoder.named_modules():
-            if isinstance(layer, Layer):
-                stack.callback(layer.register_forward_hook(watch(name)).remove)  # type: ignore[arg-type]
-        return ranges, sizes, _run(encoder, pixels)
 
 
 def _blocks(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,59 +19,55 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marnet_export.build.builder import USUAL, Builder, Order
-from marnet_export.build.tracing import example_texts, quiet
+from marnet_export.build.tracing import (
+    Signature,
+    encoder_signature,
+    head_signature,
+    quiet,
+    text_signature,
+    tracing,
+)
 from marnet_export.build.types import TORCH_TYPES, Product, Types, Unread
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Refine, ScriptedLoop, on_device
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, TEXT, TRACED_ON, traced_on
 from marnet_sdk.backends.torchscript import _module as open_module
 from marnet_sdk.bundle import PLAN
-from marnet_sdk.gpu.torch_stream import exact_float32
 
 
 def build_encoder(
-    lowered: Lowered,
-    pixels: torch.Tensor,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
+    lowered: Lowered, pixels: torch.Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
     """Write payload/encoder.pt. `pixels` [B, 3, H, W] is the example that is traced."""
-    encoder = on_device(lowered.encoder, TORCH_TYPES[types.compute], order.device, pixels)
-    with tracing():
-        example = {"forward": pixels.to(order.device)}
-        module = torch.jit.trace_module(encoder, example, check_trace=False)
-        _save(module, types, payload / ENCODER, order.device)
+    _build(lowered.encoder, encoder_signature(pixels), types, payload / ENCODER, order.device)
 
 
 def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.pt."""
     assert lowered.text is not None
-    encoder = on_device(lowered.text, TORCH_TYPES[types.compute], order.device, *example_texts())
-    with tracing():
-        example = {"forward": tuple(tensor.to(order.device) for tensor in example_texts())}
-        module = torch.jit.trace_module(encoder, example, check_trace=False)
-        _save(module, types, payload / TEXT, order.device)
+    _build(lowered.text, text_signature(), types, payload / TEXT, order.device)
 
 
 def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.pt."""
     loop = ScriptedLoop(lowered.step(TORCH_TYPES[types.compute])).eval().to(order.device)
+    # `_store` casts what the traced module shares with it.
+    own = copy.deepcopy(lowered.head).to(order.device)
     with tracing():
-        shapes = (2, lowered.image_width), (2, 3, lowered.latent_width)
-        example = tuple(torch.zeros(shape, device=order.device) for shape in shapes)
-        # `_store` casts what the traced module shares with it.
-        own = copy.deepcopy(lowered.head).to(order.device)
-        head = torch.jit.trace_module(own, {"forward": example}, check_trace=False)
+        head = _trace(own, head_signature(lowered), order.device)
         module = torch.jit.script(Refine(torch.jit.script(loop), head))
         _save(module, types, payload / REFINE, order.device)
 
 
-@contextmanager
-def tracing() -> Iterator[None]:
-    """A traced convolution keeps for ever whether TF32 was allowed when it was traced."""
-    with torch.no_grad(), quiet(), exact_float32():
-        yield
+def _build(module: nn.Module, signature: Signature, types: Types, path: Path, device: str) -> None:
+    encoder = on_device(module, TORCH_TYPES[types.compute], device, *signature.example)
+    with tracing():
+        _save(_trace(encoder, signature, device), types, path, device)
+
+
+def _trace(module: nn.Module, signature: Signature, device: str) -> Any:
+    example = tuple(tensor.to(device) for tensor in signature.example)
+    return torch.jit.trace_module(module, {"forward": example}, check_trace=False)
 
 
 def _save(module: torch.jit.ScriptModule, types: Types, path: Path, device: str) -> None:

@@ -1,5 +1,5 @@
-"""This module holds what exporters have in common: texts to trace with, and their noise on a
-terminal.
+"""This module holds what exporters have in common: what each graph takes and gives, and their noise
+on a terminal.
 """
 
 from __future__ import annotations
@@ -7,16 +7,110 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from marnet_export.lower.methods import Lowered
+from marnet_sdk.gpu.torch_stream import exact_float32
+
+_LARGEST = 1 << 20  # of every size that is free
+_LEAST = {"steps": 3}  # two of them before the last: torch would take a size of 1 for a fixed one
 
 
-def example_texts() -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [2, 5] to trace a text encoder with: two tensors, or they are taken for one."""
-    ids = torch.ones(2, 5, dtype=torch.int64)
-    return ids, ids.clone()
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What a graph takes and gives.
+
+    Free sizes of the examples differ from each other, so that none is mistaken for another.
+    """
+
+    # Name -> an example, and its sizes in order: a number, or the name of a free one.
+    inputs: Mapping[str, tuple[Tensor, Sequence[int | str]]]
+    outputs: Sequence[str]
+
+    @property
+    def example(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for tensor, _ in self.inputs.values())
+
+    def free(self, most: Mapping[str, int] | None = None) -> tuple[dict[int, Any], ...]:
+        """The free sizes of every input by their axes, as `torch.export` has them.
+
+        Args:
+            most: the largest that some of them may be.
+        """
+        names = {size for _, sizes in self.inputs.values() for size in sizes}
+        dims = {
+            name: torch.export.Dim(
+                re.sub(r"\W+", "_", name),
+                min=_LEAST.get(name, 1),
+                max=(most or {}).get(name, _LARGEST),
+            )
+            for name in names
+            if isinstance(name, str)
+        }
+        return tuple(
+            {axis: dims[size] for axis, size in enumerate(sizes) if isinstance(size, str)}
+            for _, sizes in self.inputs.values()
+        )
+
+
+def encoder_signature(pixels: Tensor) -> Signature:
+    """Pixels [B, 3, H, W] -> x_v. `pixels`, of B >= 2, is the example that is traced."""
+    return Signature({"pixels": (pixels, ("batch", *pixels.shape[1:]))}, ("x_v",))
+
+
+def text_signature() -> Signature:
+    """Ids and mask [B, L] -> x_s: two tensors, or they are taken for one."""
+    ids, sizes = torch.ones(2, 5, dtype=torch.int64), ("batch", "length")
+    return Signature({"ids": (ids, sizes), "mask": (ids.clone(), sizes)}, ("x_s",))
+
+
+def most_tokens(text: nn.Module) -> int | None:
+    """The longest text that every encoder inside has positions for; None: none of them says."""
+    configs = [getattr(module, "config", None) for module in text.modules()]
+    found = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
+
+
+def refine_signature(lowered: Lowered, rows: int | str = "batch") -> Signature:
+    """x_v and the tables -> logits, features.
+
+    Args:
+        rows: of noise, in the tables.
+    """
+    image, width = lowered.image_width, lowered.row_width
+    bias = torch.zeros(4, rows if isinstance(rows, int) else 2, 5, width)
+    inputs = {
+        "x_v": (torch.zeros(2, image), ("batch", image)),
+        "coefficients": (torch.zeros(4, 3), ("steps", 3)),
+        "bias": (bias, ("steps", rows, "samples", width)),
+    }
+    return Signature(inputs, ("logits", "features"))
+
+
+def head_signature(lowered: Lowered) -> Signature:
+    """x_v and the estimate x_CDR -> logits, features."""
+    image, latent = lowered.image_width, lowered.latent_width
+    inputs = {
+        "x_v": (torch.zeros(2, image), ("batch", image)),
+        "x_cdr": (torch.zeros(2, 3, latent), ("batch", "samples", latent)),
+    }
+    return Signature(inputs, ("logits", "features"))
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Trace without gradients, quietly, in exact float32: a traced convolution keeps for ever
+    whether TF32 was allowed when it was traced.
+    """
+    with torch.no_grad(), quiet(), exact_float32():
+        yield
 
 
 @contextlib.contextmanager

@@ -69,42 +69,33 @@ def plot_pareto(report: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_risk_coverage(
-    curves: Mapping[str, RiskCoverage],
-    path: Path,
-    *,
-    target: float | None = None,
-    chosen: RiskThreshold | None = None,
+    curve: RiskCoverage, path: Path, *, target: float, chosen: RiskThreshold
 ) -> None:
-    """Draw risk against coverage as a PNG, one line for each score.
+    """Draw risk against coverage as a PNG.
 
     Args:
-        curves: name of the score -> its curve, on the same images.
-        target: risk that was asked for, a horizontal line.
-        chosen: the threshold that was found, a point with its upper bound.
+        target: the risk that was asked for, a horizontal line. chosen: the threshold that was
+            found, a point with its upper bound.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
     figure, axes = _figure()
-    for (name, curve), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
-        axes.plot(curve.coverage, curve.risk, label=name, color=colour, linewidth=1.5)
-    if target is not None:
-        axes.axhline(target, color="0.5", linewidth=1, linestyle="--", label=f"target {target:.2%}")
-    if chosen is not None:
-        axes.errorbar(
-            chosen.coverage,
-            chosen.risk,
-            yerr=[[0.0], [chosen.upper_bound - chosen.risk]],
-            color="black",
-            marker="o",
-            capsize=4,
-            linestyle="none",
-            label=f"answer at {chosen.threshold:.4g} or more, with upper bound",
-        )
+    axes.plot(curve.coverage, curve.risk, label="all thresholds", color=_COLOURS[0], linewidth=1.5)
+    axes.axhline(target, color="0.5", linewidth=1, linestyle="--", label=f"target {target:.2%}")
+    axes.errorbar(
+        chosen.coverage,
+        chosen.risk,
+        yerr=[[0.0], [chosen.upper_bound - chosen.risk]],
+        color="black",
+        marker="o",
+        capsize=4,
+        linestyle="none",
+        label=f"answer at {chosen.threshold:.4g} or more, with upper bound",
+    )
     axes.set_xlim(0, 1.01)
-    settled = [curve.risk[curve.answered >= 30].max(initial=0.0) for curve in curves.values()]
-    bound = 0.0 if chosen is None else chosen.upper_bound
-    axes.set_ylim(0, 1.1 * max(*settled, target or 0.0, bound, 0.01))  # not the first few answers
+    settled = curve.risk[curve.answered >= 30].max(initial=0.0)  # not the first few answers
+    axes.set_ylim(0, 1.1 * max(settled, target, chosen.upper_bound, 0.01))
     axes.set_xlabel("coverage: share of the images that are answered")
     axes.set_ylabel("risk: share of the answers that are wrong")
     _percent(axes.xaxis)

@@ -46,8 +46,6 @@ def with_thresholds(job: Job, built: Built) -> Sampling:
                 + (" if they had not also chosen the point" if len(points) > 1 else "")
             )
             if name == sampling.default:
-                plot_risk_coverage(
-                    {name: curve}, job.fresh / RISK_PLOT, target=target, chosen=found
-                )
+                plot_risk_coverage(curve, job.fresh / RISK_PLOT, target=target, chosen=found)
     write_json(job.fresh / RISK, {"images": len(truth), "operating_points": curves})
     return replace(sampling, points=points)

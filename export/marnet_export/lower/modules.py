@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class _Float32LayerNorm(nn.LayerNorm):
         return super().forward(input.float())
 
 
-class _OneType(TorchFunctionMode):
+class OneType(TorchFunctionMode):
     """Products of activations whose types differ are taken in `compute`.
 
     (A mask or a bias is float32 where queries are not.)
@@ -111,11 +112,11 @@ class _OneType(TorchFunctionMode):
         if function in self.PRODUCTS:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             if len({x.dtype for x in tensors if x.is_floating_point()}) > 1:
-                args = [self._cast(x) for x in args]
-                kwargs = {name: self._cast(x) for name, x in kwargs.items()}
+                args = [self.cast(x) for x in args]
+                kwargs = {name: self.cast(x) for name, x in kwargs.items()}
         return function(*args, **kwargs)
 
-    def _cast(self, x: Any) -> Any:
+    def cast(self, x: Any) -> Any:
         return x.to(self.compute) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
@@ -127,7 +128,7 @@ class _Rounded(nn.Module):
         self.module, self.compute = module, compute
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        with _OneType(self.compute):
+        with OneType(self.compute):
             return self.module(*inputs).float()
 
 
@@ -316,16 +317,19 @@ class ScriptedLoop(nn.Module):
         super().__init__()
         self.step, self.width = step, step.width
 
-    def start(self, x_v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q [B, 1, H] and the state before the first step, zeros [B, K, W]."""
+    def start(self, x_v: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q [B, 1, H] and the state before the first step, zeros [B, K, W].
+
+        row: [1 or B, K, R], any of the table.
+        """
         q = self.step.condition(x_v)
         # Computed of both, so that exporters see where its shape comes from.
-        zero = (q[:, :, :1] + bias[0, :, :, :1]) * 0.0  # [B, K, 1]
+        zero = (q[:, :, :1] + row[:, :, :1]) * 0.0  # [B, K, 1]
         return q, zero + torch.zeros(self.width, device=x_v.device)
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
         """Map x_v [B, D_v], coefficients [S, 3] and bias [S, 1 or B, K, R] to x_CDR [B, K, D]."""
-        q, state = self.start(x_v, bias)
+        q, state = self.start(x_v, bias[0])
         previous = state
         last = coefficients.shape[0] - 1
         for i in range(last):
@@ -343,21 +347,32 @@ class ScanLoop(ScriptedLoop):
     """
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
-        q, state = self.start(x_v, bias)
+        q, state = self.start(x_v, bias[0])
+        state = self.repeated(state, q, coefficients[:-1], bias[:-1], lambda row: row)
+        return self.step.finish(state, q, bias[-1])
+
+    def repeated(
+        self,
+        state: Tensor,
+        q: Tensor,
+        coefficients: Tensor,
+        bias: Tensor,
+        look_up: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """All steps of the tables; `look_up` gives a row of the table to each image."""
 
         def step(
             carried: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor]
         ) -> tuple[tuple[Tensor, Tensor], Tensor]:
             state, previous = carried
             c, b = row
-            gained = self.step.gain(state, q, b)
+            gained = self.step.gain(state, q, look_up(b))
             of_state, of_gained, of_previous = c.split(1)
             state = of_state * state + of_gained * gained + of_previous * previous
             return (state, gained.clone()), c.clone()  # scan must emit something
 
-        rows = (coefficients[:-1], bias[:-1])
-        (state, _), _ = scan(step, (state, torch.zeros_like(state)), rows)
-        return self.step.finish(state, q, bias[-1])
+        (state, _), _ = scan(step, (state, torch.zeros_like(state)), (coefficients, bias))
+        return state
 
 
 class Head(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import numpy as np
@@ -63,6 +63,28 @@ class Built:
             tables = shared or self.tables(name, pixels[rows], count)
             out.append(self.backend.refine(x_v[rows], tables)[0])
         return np.concatenate(out)
+
+    def estimates(
+        self, name: str, pixels: Floats, x_v: Floats, most: int
+    ) -> Iterator[tuple[int, Floats]]:
+        """Answer with the estimate of a step, at up to `most` of the steps of an operating point.
+
+        A chain that is cut short returns the estimate of its last step, so no graph needs a second
+        output for this.
+
+        Args:
+            pixels: [B, 3, H, W], which key the noise. x_v: [B, D_v], their features.
+
+        Returns:
+            The number of each step, from 1 on, and logits [B, C] of the first noise sample.
+        """
+        tables = self.tables(name, pixels, 1)
+        count = min(tables.steps, most)
+        rows = np.split(np.arange(len(x_v)), range(self.batch, len(x_v), self.batch))
+        for step in np.unique(np.linspace(1, tables.steps, count).round().astype(int)).tolist():
+            short = tables.first_steps(step)
+            logits = [self.backend.refine(x_v[i], short.rows(i))[0][:, 0] for i in rows]
+            yield step, np.concatenate(logits)
 
     def logits(self, name: str) -> Floats:
         """One row of logits for each image at an operating point, [N, C]."""

@@ -17,7 +17,7 @@ from marnet_export.lower.methods import Lowered, lower
 from marnet_export.lower.zero_steps import alignment_head, process_table
 from marnet_export.prove.built import BATCH, Built
 from marnet_export.prove.checks import SKIPPED, Check, failed, passed
-from marnet_export.prove.departure import BOUNDS, coarsest, diagnose, relative_errors
+from marnet_export.prove.departure import diagnose
 from marnet_export.prove.fidelity import Fidelity
 from marnet_export.prove.images import Images, load_images
 from marnet_export.prove.receipt import NOT_READ, answering, receipt
@@ -36,7 +36,6 @@ from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.diffusion import SamplerTable
 
 _SAME = 1e-6  # of the largest value: sums in another order, rounded to float32
-_STEPS = 100  # of the loop that are looked at where a bundle fails
 
 
 @dataclass
@@ -83,7 +82,9 @@ def verify_again(
     found.trajectory = trial.trajectory(bundle.manifest.sampling.default)
     broken = [name for name, fidelity in found.fidelity.items() if fidelity.problems()]
     if broken:
-        found.departure = _departure(bundle, trial, lowered, broken[0])
+        payload, order = bundle.path / PAYLOAD, _order(bundle, trial, broken[0])
+        what = payload, lowered, bundle.manifest.backend, _types(bundle), order
+        found.departure = diagnose(trial, broken[0], *what).sentence
     return found
 
 
@@ -237,41 +238,6 @@ def _types(bundle: Bundle) -> Arithmetic:
     precision = bundle.manifest.precision
     encoder, loop = (Types(kind, precision.compute) for kind in (precision.asked, precision.loop))
     return Arithmetic(encoder, loop)
-
-
-def _departure(bundle: Bundle, trial: Trial, lowered: Lowered, name: str) -> str:
-    """Say in one line where the payload departs from the reference at an operating point.
-
-    The layers of its encoder cannot be seen, so they are built again. The steps of its loop can: a
-    chain that is cut short returns the estimate of its last step.
-    """
-    types, table = _types(bundle), trial.tables[name]
-    apart = float(relative_errors(trial.built.x_v, trial.reference.x_v.numpy()).max())
-    if not apart <= BOUNDS[coarsest(types.encoder)].layer:  # NaN too
-        found = diagnose(
-            *(trial.reference, trial.built, bundle.path / PAYLOAD, lowered),
-            *(bundle.manifest.backend, types.encoder, table, name),
-            loop_types=types.loop,
-            order=_order(bundle, trial, name),
-        )
-        return found.sentence
-    if not table.timesteps:
-        return (
-            f"features are off by no more than their types explain, by up to {apart:.2g}; what "
-            "departs is the alignment branch's head behind them"
-        )
-    bound, steps = BOUNDS[coarsest(types.loop)].step, len(table.timesteps)
-    for row in trial.trajectory(name, most=_STEPS):
-        if not row["error"] <= bound:
-            return (
-                f"the encoder agrees; the reverse loop or the head behind it departs from step "
-                f"{row['step']:.0f} of {steps} (t = {row['t']:.0f}) on, relative error "
-                f"{row['error']:.2g} (bound {bound:g})"
-            )
-    return (
-        f"no step departs by more than its types explain: features are off by up to "
-        f"{apart:.2g}, the logits of every step by up to {bound:g}"
-    )
 
 
 def _order(bundle: Bundle, trial: Trial, name: str) -> Order:

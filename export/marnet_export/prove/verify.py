@@ -64,7 +64,7 @@ def verify(job: Job, built: Built, types: Arithmetic, points: Points) -> Fidelit
     found: dict[str, Fidelity] = {}
     for name, fidelity in trial.measure():
         if problems := fidelity.problems():
-            raise _failure(job, problems, built, types, points, name)
+            raise _failure(job, problems, trial, types, points, name)
         found[name] = fidelity
     more = _noise_matters(job, built, points) if points.table.timesteps else {}
     report(job, trial, found, **more)
@@ -96,26 +96,18 @@ def _noise_matters(job: Job, built: Built, points: Points) -> dict[str, Any]:
 
 
 def _failure(
-    job: Job,
-    problems: Sequence[str],
-    built: Built,
-    types: Arithmetic,
-    points: Points,
-    name: str,
+    job: Job, problems: Sequence[str], trial: Trial, types: Arithmetic, points: Points, name: str
 ) -> VerificationFailed:
-    """Say what is wrong, and the first layer or step that departs from the reference."""
+    """Say what is wrong, what departs from the reference first, and what to do."""
     backend = job.settings.backend
     job.say(f"{backend}: {'; '.join(problems)}; looking for the first layer that departs")
-    departure = diagnose(
-        *(job.reference, built, job.payload, job.lowered, backend),
-        *(types.encoder, points.tables[name], name),
-        loop_types=types.loop,
-        order=job.order(points),
-    )
+    what = job.payload, job.lowered, backend, types, job.order(points)
+    departure = diagnose(trial, name, *what)
     which = "" if name == DEFAULT else f" at operating point {name}"
+    flag = "--loop-precision" if departure.part == "loop" else "--precision"
     return VerificationFailed(
         f"{backend} {types.encoder.storage}{which}: {'; '.join(problems)}; {departure.sentence}. "
-        "No bundle was written; try --precision fp32, or a lower --min-agreement"
+        f"No bundle was written; try {flag} fp32, or a lower --min-agreement"
     )
 
 

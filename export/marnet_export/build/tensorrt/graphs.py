@@ -9,27 +9,18 @@ Axes: B batch, S steps, K noise samples, L tokens.
 
 from __future__ import annotations
 
-import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import helper
 from torch import Tensor
 
 from marnet_export.build.builder import ROUTES, USUAL, Builder, Order, StandIn
-from marnet_export.build.quantise import (
-    corrected,
-    kept_nodes,
-    products_of_activations,
-    require_calibration,
-    stored_factors,
-)
+from marnet_export.build.onnx_graph import quantise, to_onnx
+from marnet_export.build.quantise import corrected, require_calibration
 from marnet_export.build.tensorrt.engines import (
     BUCKETS,
     CONDITION,
@@ -47,8 +38,15 @@ from marnet_export.build.tensorrt.receipt import read_products
 from marnet_export.build.tensorrt.torch_route import NAME as TORCH_TENSORRT
 from marnet_export.build.tensorrt.torch_route import encoder_engine, load_torch_tensorrt
 from marnet_export.build.tensorrt.typed_onnx import drop_full_masks, emulate_bfloat16, type_products
-from marnet_export.build.tracing import quiet
-from marnet_export.build.types import TORCH_TYPES, Calibration, Product, Types
+from marnet_export.build.tracing import (
+    Signature,
+    encoder_signature,
+    most_tokens,
+    refine_signature,
+    text_signature,
+    tracing,
+)
+from marnet_export.build.types import TORCH_TYPES, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.modules import Condition, Finish, Refine, ScanLoop, Step, with_compute
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
@@ -58,14 +56,6 @@ from marnet_sdk.errors import ExportError, InvalidInput, nearest, requires_extra
 from marnet_sdk.gpu.persistent_loop import LOOP
 from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, read_index
 from marnet_sdk.noise.tables import Floats, Integers, Tables
-
-load_onnxruntime()  # before anything else imports it, for its telemetry
-from onnxruntime.quantization import (  # noqa: E402
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
 
 ONNX = ROUTES[0]
 TOKENS = 512  # most, where the encoder does not say less
@@ -95,11 +85,7 @@ def check_loop(types: Types) -> None:
 
 
 def build_encoder(
-    lowered: Lowered,
-    pixels: Tensor,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
+    lowered: Lowered, pixels: Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
     """Write payload/encoder.onnx and build its engine; see `add_engines`.
 
@@ -121,10 +107,19 @@ def build_encoder(
         module = with_compute(module, TORCH_TYPES[types.compute])
     else:
         module = corrected(module, calibrated.pixels, kept=calibrated.kept)
-    batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    proto = _export(module, (pixels,), ({0: batch},), ["pixels"], ["x_v"])
+    with tracing():
+        traced = to_onnx(module, encoder_signature(pixels))
+        exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
+    proto = exported.model_proto
     if calibrated is not None:
-        proto = _quantise(proto, module, calibrated)
+        proto = quantise(
+            *(proto, module, calibrated),
+            kinds=["MatMul", "Gemm", "Conv"],
+            activations="QInt8",
+            ActivationSymmetric=True,
+            MatMulConstBOnly=True,
+            QuantizeBias=False,  # TensorRT has no biases in int32
+        )
     _save(proto, types, payload / ENCODER)
     buckets = order.buckets or BUCKETS
     (*_, engines) = add_engines(payload, order.targets, buckets=buckets)
@@ -158,12 +153,7 @@ def _check_route(route: str, types: Types, targets: Sequence[str]) -> None:
     load_torch_tensorrt()
 
 
-def build_refine(
-    lowered: Lowered,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
-) -> None:
+def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.onnx, the loop as one `Scan` with the head, and build its engine.
 
     Where the persistent kernel can run the loop, also what it needs: the loop's weights, and what
@@ -177,27 +167,18 @@ def build_refine(
     compute = TORCH_TYPES[types.compute]
     step, head = lowered.step(compute), with_compute(lowered.head, compute)
     module = Refine(ScanLoop(step), head).eval()
-    # No size of the example is kept but the widths; each is different, so that none is mistaken.
-    x_v = torch.zeros(2, lowered.image_width)
-    tables = (torch.zeros(4, 3), torch.zeros(4, 1, 5, lowered.row_width))
-    batch, steps, samples = (
-        torch.export.Dim(name, min=least, max=1 << 20)
-        for name, least in (("batch", 1), ("steps", 3), ("samples", 1))
-    )
-    shapes = ({0: batch}, {0: steps}, {0: steps, 2: samples})
-    inputs, outputs = ["x_v", "coefficients", "bias"], ["logits", "features"]
-    _save(_export(module, (x_v, *tables), shapes, inputs, outputs), types, payload / REFINE)
-    _save_around_kernel(step, head, x_v, types, payload)
+    _export(module, refine_signature(lowered, rows=1), types, payload / REFINE)
+    _save_around_kernel(step, head, lowered.image_width, types, payload)
     add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
 
 
 def _save_around_kernel(
-    step: Step, head: torch.nn.Module, x_v: Tensor, types: Types, payload: Path
+    step: Step, head: torch.nn.Module, width: int, types: Types, payload: Path
 ) -> None:
     """Write condition.onnx, finish.onnx and loop.safetensors, or nothing for another kind of loop.
 
     Args:
-        x_v: [B, D_v], an example.
+        width: D_v.
     """
     for name in (CONDITION, FINISH, LOOP):  # of other types
         (payload / name).unlink(missing_ok=True)
@@ -206,22 +187,15 @@ def _save_around_kernel(
         return
     weights.save(payload / LOOP)
     padded, hidden = weights.padded, len(weights.matrices["carry"])
-    batch, samples = (torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "samples"))
-    before = Condition(step, padded).eval()
-    proto = _export(before, (x_v,), ({0: batch},), ["x_v"], ["q"])
-    _save(proto, types, payload / CONDITION)
-    behind, h3 = Finish(step, head, hidden).eval(), torch.zeros(len(x_v), 5, padded)
-    shapes, outputs = ({0: batch}, {0: batch, 1: samples}), ["logits", "features"]
-    proto = _export(behind, (x_v, h3), shapes, ["x_v", "h3"], outputs)
-    _save(proto, types, payload / FINISH)
+    x_v = torch.zeros(2, width), ("batch", width)
+    h3 = torch.zeros(2, 5, padded), ("batch", "samples", padded)
+    before, behind = Condition(step, padded).eval(), Finish(step, head, hidden).eval()
+    _export(before, Signature({"x_v": x_v}, ["q"]), types, payload / CONDITION)
+    signature = Signature({"x_v": x_v, "h3": h3}, ["logits", "features"])
+    _export(behind, signature, types, payload / FINISH)
 
 
-def build_text(
-    lowered: Lowered,
-    types: Types,
-    payload: Path,
-    order: Order = USUAL,
-) -> None:
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/text.onnx and build its engine.
 
     Raises:
@@ -231,12 +205,13 @@ def build_text(
     if types.storage == "int8":
         raise ExportError("the text encoder has no int8 form for tensorrt: build it in fp16")
     assert lowered.text is not None
-    limit = _token_limit(lowered.text)
-    ids = torch.ones(2, 5, dtype=torch.int64)
+    limit = min(TOKENS, most_tokens(lowered.text) or TOKENS)
     module = with_compute(lowered.text, TORCH_TYPES[types.compute])
-    most = {"batch": 1 << 20, "tokens": limit}
-    sizes = {i: torch.export.Dim(name, min=1, max=most[name]) for i, name in enumerate(most)}
-    proto = _export(module, (ids, ids.clone()), (sizes, sizes), ["ids", "mask"], ["x_s"])
+    signature = text_signature()
+    with tracing():
+        traced = to_onnx(module, signature, signature.free({"length": limit}))
+        exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
+    proto = exported.model_proto
     helper.set_model_props(proto, {TOKEN_LIMIT: str(limit)})
     _save(proto, types, payload / TEXT)
     add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
@@ -251,96 +226,16 @@ def _check_types(types: Types) -> None:
         )
 
 
-def _token_limit(text: torch.nn.Module) -> int:
-    """The longest text that every encoder inside has positions for."""
-    configs = [getattr(module, "config", None) for module in text.modules()]
-    found = [getattr(config, "max_position_embeddings", None) for config in configs]
-    return min([TOKENS, *(limit for limit in found if isinstance(limit, int) and limit > 0)])
-
-
-def _export(
-    module: torch.nn.Module,
-    arguments: tuple[Tensor, ...],
-    shapes: tuple[Any, ...],
-    inputs: list[str],
-    outputs: list[str],
-) -> onnx.ModelProto:
-    with torch.no_grad(), quiet():
-        program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
-        exported = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=_OPSET,
-            verbose=False,
-        )
-    assert exported is not None  # only None for the old exporter
-    return exported.model_proto
+def _export(module: torch.nn.Module, signature: Signature, types: Types, path: Path) -> None:
+    with tracing():
+        traced = to_onnx(module, signature)
+        exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
+    _save(exported.model_proto, types, path)
 
 
 def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
     drop_full_masks(proto.graph)
     onnx.save(type_products(proto, types.compute), path)
-
-
-# --- int8
-
-
-def _quantise(
-    proto: onnx.ModelProto, encoder: torch.nn.Module, calibration: Calibration
-) -> onnx.ModelProto:
-    """Put Q and DQ nodes around the factors of all layers, with ONNX Runtime's quantiser.
-
-    Activations get one symmetric scale a tensor, from their largest values on the images,
-    weights one a row. Products of activations are left alone, and layers that stay float.
-    """
-    left = products_of_activations(proto.graph)
-    left += kept_nodes(stored_factors(proto.graph), encoder, calibration.kept)
-    with tempfile.TemporaryDirectory() as folder, _silent():
-        path = Path(folder) / ENCODER
-        quantize_static(
-            proto,
-            path,
-            _Images(calibration.pixels),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            nodes_to_exclude=left,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-                "QuantizeBias": False,  # TensorRT has no biases in int32
-            },
-        )
-        return onnx.load(path)
-
-
-class _Images(CalibrationDataReader):
-    """This hands images to the quantiser, a batch at a time."""
-
-    def __init__(self, pixels: Floats, batch: int = 16) -> None:
-        self._batches = iter(np.array_split(pixels, -(-len(pixels) // batch)))
-
-    def get_next(self) -> dict[str, Floats] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        batch = next(self._batches, None)
-        return None if batch is None else {"pixels": batch}
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """The quantiser advises, through the root logger, to simplify the graph first."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with quiet():
-            yield
-    finally:
-        logging.disable(before)
 
 
 # --- the receipt

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from marnet_export.build.onnx_graph import bodies
 from marnet_export.build.tensorrt.engines import INPUT_SIZES, cast_layer, layers_of, parse_network
-from marnet_export.build.tensorrt.typed_onnx import PRODUCTS, bodies
+from marnet_export.build.tensorrt.typed_onnx import PRODUCTS
 from marnet_export.build.types import Product
 from marnet_sdk.errors import BackendUnavailable, MissingExtra
 from marnet_sdk.gpu.tensorrt_library import RTX, STANDARD, Library, load_library, make_log

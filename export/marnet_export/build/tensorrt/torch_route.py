@@ -15,17 +15,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from marnet_export.build.tracing import quiet
+from marnet_export.lower.modules import OneType
 from marnet_sdk.errors import BackendUnavailable, ExportError, MissingExtra
 
 NAME, RTX = "torch-tensorrt", "torch-tensorrt-rtx"
@@ -130,36 +129,18 @@ class _Encoder(nn.Module):
         return self.module(pixels)
 
 
-_PRODUCTS: set[Callable[..., Tensor]] = {
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    torch.bmm,
-    Tensor.bmm,
-    F.scaled_dot_product_attention,
-}
-
-
-class _Typed(TorchFunctionMode):
+class _Typed(OneType):
     """Products of float32 activations have factors in `compute` and a result in float32, as
     `typed_onnx.type_products` has it."""
 
-    def __init__(self, compute: torch.dtype) -> None:
-        super().__init__()
-        self.compute = compute
-
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS or args[0].dtype != torch.float32:
-            return func(*args, **kwargs)
-        named = {name: self._cast(value) for name, value in kwargs.items()}
-        return func(*map(self._cast, args), **named).float()
-
-    def _cast(self, value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.dtype == torch.float32
-        return value.to(self.compute) if is_float else value
+        if function not in self.PRODUCTS or args[0].dtype != torch.float32:
+            return function(*args, **kwargs)
+        named = {name: self.cast(value) for name, value in kwargs.items()}
+        return function(*map(self.cast, args), **named).float()
 
 
 def _is_installed(name: str) -> bool:

@@ -7,16 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from marnet_export.build.types import TORCH_TYPES
+from marnet_export.build.onnx_graph import ONNX_TYPES, bodies, store
 
-ONNX_TYPES = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-}
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 _FLOAT = int(TensorProto.FLOAT)
 
@@ -43,12 +37,9 @@ def _store_tables(graph: onnx.GraphProto, compute: str) -> None:
         tensor = tables.get(node.input[0])
         if tensor is None or read[tensor.name] > 1:
             continue
-        values = torch.from_numpy(numpy_helper.to_array(tensor).copy()).to(TORCH_TYPES[compute])
-        bits = values.view(torch.int16).numpy().astype("<i2").tobytes()
-        tensor.ClearField("float_data")
         for value in [v for v in graph.value_info if v.name == tensor.name]:
             graph.value_info.remove(value)
-        tensor.data_type, tensor.raw_data = ONNX_TYPES[compute], bits
+        store(tensor, compute)
         result, short = node.output[0], f"{node.name}.short"
         node.output[0] = short
         back = helper.make_node("Cast", [short], [result], short, to=_FLOAT)
@@ -96,10 +87,6 @@ def _captured(node: onnx.NodeProto) -> set[str]:
         for inner in body.node:
             found |= set(inner.input) | _captured(inner)
     return found
-
-
-def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
 
 
 def _type_products(graph: onnx.GraphProto, kind: int, outer: Mapping[str, int]) -> None:

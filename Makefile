@@ -21,7 +21,7 @@ ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup source demo test test-all lint format readme cubins native clean
+.PHONY: help setup source demo test test-all lint format readme cubins native gpu clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
@@ -33,6 +33,7 @@ help:
 	@echo "make docs    build the pages and the API reference into ./site"
 	@echo "make cubins  compile the CUDA kernels that a wheel ships; before building one"
 	@echo "make native  compile the loop for CPUs that a wheel ships; before building one"
+	@echo "make gpu     on a machine with a GPU: its tests and all speeds, into OUT=FOLDER"
 	@echo "make setup   the shared first step: .venv with this package in it"
 	@echo "make clean   remove .venv and everything that demo wrote"
 
@@ -96,6 +97,11 @@ readme: .venv/.dev
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# In twelve minutes, not counting the set-up. DRY_RUN=1 walks the plan on a machine without a GPU.
+OUT ?= benchmarks/results/gpu
+gpu: .venv/.dev
+	$(BIN)/python benchmarks/gpu_run.py --output "$(OUT)" $(if $(DRY_RUN),--dry-run)
 
 cubins: .venv/.dev
 	$(BIN)/python -m marnet_kernels.ship

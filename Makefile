@@ -8,13 +8,17 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 DATA ?= digits
 SEED ?= 0
-# The folder of a data set that is read and not made: make demo DATA=grocery SOURCE=DIR
+# The folder of a data set that is read and not made, and what it is: make demo DATA=grocery SOURCE=DIR
 SOURCE ?=
+SOURCE_grocery := a checkout of the Grocery Store data set: git clone https://github.com/marcusklasson/GroceryStoreDataset
+SOURCE_vireofood172 := the folder with ready_chinese_food and SplitAndIngreLabel of VireoFood-172; see docs/data.md
+SOURCE_ingredients101 := the folder with food-101 and Ingredients101; see docs/data.md
 # Two thirds of the plates are classified right, so many answers are close calls, and fp16 turns one
 # or two of the 512 that are compared: less than 99.9 % agreement, the default of marnet-export.
 EXPORT_plates := --min-agreement 0.99
 EXPORT_grocery := --min-agreement 0.99
-DATA_grocery = --source "$(SOURCE)"
+EXPORT_vireofood172 := --min-agreement 0.99
+EXPORT_ingredients101 := --min-agreement 0.99
 # The recipe for the groceries starts from pretrained encoders, which this command writes.
 ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 
@@ -25,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
-	@echo "             DATA=plates, or DATA=grocery SOURCE=DIR: on another data set"
+	@echo "             DATA=plates; with SOURCE=DIR: DATA=grocery, vireofood172 or ingredients101"
 	@echo "make test    set up, then run the quick test suite"
 	@echo "make test-all  all tests but those of an hour; COVERAGE=1: and tell which lines they ran"
 	@echo "make lint    ruff and pyright"
@@ -61,13 +65,12 @@ setup: .venv/.installed
 	@touch $@
 
 source:
-	@[ "$(DATA)" != grocery ] || [ -d "$(SOURCE)" ] \
-	  || { echo "DATA=grocery needs SOURCE=DIR, a checkout of the Grocery Store data set; run:"; \
-	       echo "  git clone https://github.com/marcusklasson/GroceryStoreDataset"; \
-	       echo "  make demo DATA=grocery SOURCE=GroceryStoreDataset"; exit 1; }
+	@[ -z "$(SOURCE_$(DATA))" ] || [ -d "$(SOURCE)" ] \
+	  || { echo "DATA=$(DATA) needs SOURCE=DIR, $(SOURCE_$(DATA))"; \
+	       echo "then run: make demo DATA=$(DATA) SOURCE=DIR"; exit 1; }
 
 demo: source setup
-	$(BIN)/marnet-train data $(DATA) $(DATA_$(DATA)) --out data/$(DATA) --force
+	$(BIN)/marnet-train data $(DATA) $(if $(SOURCE_$(DATA)),--source "$(SOURCE)") --out data/$(DATA) --force
 	$(ENCODERS_$(DATA))
 	$(BIN)/marnet-train fit --data data/$(DATA) --recipe $(DATA) --out runs/$(DATA) --seed $(SEED) --force
 	$(BIN)/marnet-export --precision fp16 $(EXPORT_$(DATA))

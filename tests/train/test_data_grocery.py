@@ -26,13 +26,13 @@ from marnet_train.data.check import check_data_set
 from marnet_train.data.dataset import read_data_set
 from marnet_train.data.grocery import (
     COLUMNS,
-    NOTICE_FILE,
     OFFICIAL,
     Picture,
     parse_line,
     read_grocery,
     write_grocery,
 )
+from marnet_train.data.published import NOTICE_FILE
 
 TEXTS = "iconic-images-and-descriptions"
 CSV = [
@@ -217,7 +217,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an empty list": (
         lambda root: (root / "val.txt").write_text(" \n\n"),
-        r"val\.txt: no pictures, expected lines like 'train/Fruit.*; restore it",
+        r"val\.txt: no lines, expected some like 'train/Fruit.*; restore it",
     ),
     "two fields": (
         lambda root: add_line(root, "val", "val/Fruit/Lime/Lime_001.jpg, 0"),
@@ -482,12 +482,24 @@ def make(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_the_demo_says_that_it_needs_a_source() -> None:
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("grocery", "git clone https://github.com/marcusklasson/GroceryStoreDataset"),
+        ("vireofood172", "ready_chinese_food and SplitAndIngreLabel of VireoFood-172; see docs/"),
+        ("ingredients101", "food-101 and Ingredients101; see docs/data.md"),
+    ],
+)
+def test_the_demo_says_that_it_needs_a_source(data: str, told: str, tmp_path: Path) -> None:
     for words in ((), ("SOURCE=",), ("SOURCE=nowhere",)):
-        result = make("source", "DATA=grocery", *words)
+        result = make("source", f"DATA={data}", *words)
         assert result.returncode == 2
-        assert "needs SOURCE=DIR" in result.stdout
-        assert "git clone https://github.com/marcusklasson/GroceryStoreDataset" in result.stdout
+        assert f"DATA={data} needs SOURCE=DIR, " in result.stdout
+        assert told in result.stdout
+    assert make("source", f"DATA={data}", f"SOURCE={tmp_path}").returncode == 0
+    dry = make("--dry-run", "demo", f"DATA={data}", "SOURCE=my copy").stdout
+    assert f'marnet-train data {data} --source "my copy" --out data/{data} --force' in dry
+    assert f"marnet-train fit --data data/{data} --recipe {data} --out runs/{data}" in dry
 
 
 def test_the_demo_passes_the_source_and_fetches_encoders_only_for_groceries(root: Path) -> None:

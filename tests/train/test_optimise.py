@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import FLOAT64
+from tolerances import FLOAT32_LAYER, FLOAT64
 from torch import Tensor, nn
 
 from marnet_sdk.errors import RecipeError
@@ -186,7 +187,98 @@ def test_a_learner_that_judged_nothing_yet_goes_on_without_a_best() -> None:
     assert torch.equal(model.weight, weights[0])
 
 
-def test_a_loss_that_is_not_finite_is_refused() -> None:
-    model, learner = make_learner()
-    with pytest.raises(RecipeError, match="the loss became inf; lower the learning rates"):
-        learner.step(model(torch.ones(1, 3)).square().sum() * math.inf)
+@pytest.mark.parametrize(
+    ("patience", "scores", "done"),
+    [
+        (None, [0.5, 0.1, 0.1, 0.1], [False] * 4),
+        (2, [0.5, 0.1, 0.5, 0.6], [False, False, True, False]),
+        (1, [0.1, 0.2, 0.2], [False, False, True]),
+    ],
+)
+def test_a_learner_is_done_when_nothing_better_came_for_so_many_scores(
+    patience: int | None, scores: list[float], done: list[bool]
+) -> None:
+    learner = Learner([(nn.Linear(1, 1), 0.1)], 0.0, total=8, patience=patience)
+    found = []
+    for score in scores:
+        learner.consider(score)
+        found.append(learner.is_done)
+        state = learner.state()
+        learner = Learner([(nn.Linear(1, 1), 0.1)], 0.0, total=8, patience=patience)
+        learner.load_state(state)
+        assert learner.is_done == found[-1]  # a training that goes on remembers
+    assert found == done
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize(("scale", "clipped"), [(1e-3, False), (1e3, True)])
+def test_gradients_above_the_norm_are_scaled_down_to_it_together(
+    scale: float, clipped: bool
+) -> None:
+    slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
+    learner = Learner([(slow, 0.0), (fast, 0.1)], 0.0, total=8, clip_norm=1.0)
+    loss = scale * (slow(torch.ones(4, 3)) + 2 * fast(torch.ones(4, 3))).sum()
+    expected = [g.clone() for g in torch.autograd.grad(loss, list(learner.modules.parameters()))]
+    norm = torch.cat([g.flatten() for g in expected]).norm()
+    learner.step(scale * (slow(torch.ones(4, 3)) + 2 * fast(torch.ones(4, 3))).sum())
+    assert (float(norm) > 1) == clipped
+    for gradient, parameter in zip(expected, learner.modules.parameters(), strict=True):
+        assert parameter.grad is not None
+        scaled = gradient / norm if clipped else gradient
+        torch.testing.assert_close(parameter.grad, scaled, rtol=FLOAT32_LAYER, atol=0)
+
+
+class Pair(nn.Module):
+    """Two layers with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sound, self.odd = nn.Linear(3, 2), nn.Linear(3, 2)
+
+
+def diverge(work: Callable[[Pair, Learner], object]) -> tuple[str, bool]:
+    """What a learner says when a step fails, and whether the weights are as they were."""
+    torch.manual_seed(0)
+    model = Pair()
+    learner = Learner([(model, 0.1)], 0.01, total=8, title="alignment")
+    learner.step(sum(p.square().sum() for p in model.parameters()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RecipeError) as raised:
+        work(model, learner)
+    after = model.state_dict()
+    return str(raised.value), all(torch.equal(after[n], v) for n, v in before.items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_its_place() -> None:
+    told, same = diverge(lambda model, learner: learner.step(model.odd.weight.sum() * math.inf))
+    assert same
+    assert told.startswith("alignment, step 2 of 8: the loss became ")
+    assert "(all weights are finite); lower the learning rates" in told
+    assert "clip_norm = 1.0, and train with --restart" in told
+
+
+def test_a_gradient_that_is_not_finite_ends_the_training_with_its_place() -> None:
+    """The square root of 0 has an infinite slope."""
+
+    def work(model: Pair, learner: Learner) -> None:
+        learner.step(model.sound.weight.sum() + (0 * model.odd.bias).square().sum().sqrt())
+
+    told, same = diverge(work)
+    assert same
+    assert "alignment, step 2 of 8: the loss was " in told
+    assert "but its gradient is not finite" in told
+    assert "NaN or infinite gradients: 1 of 4 tensors, such as odd.bias)" in told
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    def work(model: Pair, learner: Learner) -> None:
+        with torch.no_grad():
+            model.odd.weight[0, 0] = math.nan
+        learner.step(model.odd(torch.ones(1, 3)).sum())
+
+    told, _ = diverge(work)
+    assert (
+        "the loss became nan (NaN or infinite weights: 1 of 4 tensors, such as odd.weight)" in told
+    )

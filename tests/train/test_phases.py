@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from marnet_sdk.errors import RecipeError
 from marnet_train import phases
 from marnet_train.assemble import Prepared
+from marnet_train.data import pixels
 from marnet_train.diffusion import SamplerTable
 from marnet_train.features import FrozenFeatures, compute_views
 from marnet_train.losses import ita_loss
@@ -296,21 +297,18 @@ def test_phase_b_ends_with_the_weights_that_validation_liked_best(
 def test_validation_is_looked_at_some_dozen_times_and_at_the_end(
     epochs: int, looks: int, model: MARNet, features: Features
 ) -> None:
-    run, at = Progress(), list[int]()
-
-    def look() -> float:
-        at.append(run.record.log[-1]["epoch"])
-        return 0.0
-
-    recipe = change(RECIPE, refinement={"epochs": epochs, "batch": 98})
-    refine(model, features, recipe, look, run)
+    run, recipe = Progress(), change(RECIPE, refinement={"epochs": epochs, "batch": 98})
+    refine(model, features, recipe, lambda: 0.0, run)
+    at = [line["epoch"] for line in run.record.log if "score" in line]
     assert at[-1] == epochs
     assert len(at) == looks
 
 
 def test_a_loss_that_is_not_a_number_stops_the_training(model: MARNet, features: Features) -> None:
     features.x_v[0] = math.nan
-    with pytest.raises(RecipeError, match="the loss became nan; lower the learning rates"):
+    with pytest.raises(
+        RecipeError, match=r"step 1 of 60: the loss became nan .*; lower the learning rates"
+    ):
         refine(model, features, RECIPE)
 
 
@@ -602,3 +600,89 @@ def test_an_input_that_never_varies_does_not_blow_up_the_head(rows: tuple[Tensor
     head = nn.Linear(6, 3)
     train(head, rows, accuracy_on(rows), epochs=5)
     assert float(head.weight.detach().abs().max()) < 10
+
+
+# --- best weights and early stops in phase A
+
+
+def watched(model: nn.Module, scores: list[float]) -> tuple[Callable[..., float], list[dict]]:
+    """A look at validation with scores that are given, and the weights that it saw."""
+    seen: list[dict] = []
+
+    def look(mean: Tensor, std: Tensor) -> float:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return scores[len(seen) - 1]
+
+    return look, seen
+
+
+@pytest.mark.parametrize("rates", [{}, {"lr_backbone": 0.0}], ids=["learning", "frozen"])
+def test_phase_a_keeps_the_best_weights_if_the_recipe_says_so(
+    rates: dict[str, float], ready: Prepared
+) -> None:
+    best = {"epochs": 4, "keep_best": True} | rates
+    recipe, run = change(RECIPE, alignment=best), Progress()
+    model, source = ready.model, encoded(ready.model.vision, ready.data, recipe)
+    look, seen = watched(model, [0.1, 0.8, 0.3, 0.8])
+    target = make_target(model, ready.data, recipe, seed=0)
+    train_alignment(model, ready.data, source, target, recipe, 0, run, look=look)
+    assert [line["score"] for line in run.record.log] == [0.1, 0.8, 0.3, 0.8]
+    name = "alignment_classifier.weight"
+    kept = [torch.equal(model.state_dict()[name], weights[name]) for weights in seen]
+    assert kept == [False, True, False, False]
+
+
+def test_phase_a_without_it_looks_at_nothing_and_keeps_the_last_weights(ready: Prepared) -> None:
+    look, seen = watched(ready.model, [])
+    recipe, run = change(RECIPE, alignment={"epochs": 2}), Progress()
+    target = make_target(ready.model, ready.data, recipe, seed=0)
+    source = encoded(ready.model.vision, ready.data, recipe)
+    train_alignment(ready.model, ready.data, source, target, recipe, 0, run, look=look)
+    assert seen == []
+    assert [sorted(line) for line in run.record.log] == [["epoch", "loss", "phase"]] * 2
+
+
+def test_phases_end_early_when_validation_finds_nothing_better(
+    ready: Prepared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = change(
+        RECIPE,
+        alignment={"epochs": 6, "keep_best": True, "patience": 2},
+        refinement={"epochs": 24, "patience": 3},
+        fusion_phase={"epochs": 12, "patience": 1},
+    )
+    model, runs = ready.model, [Progress() for _ in range(3)]
+    look, _ = watched(model, [0.5, 0.4, 0.5])
+    target = make_target(model, ready.data, recipe, seed=0)
+    source = encoded(model.vision, ready.data, recipe)
+    train_alignment(model, ready.data, source, target, recipe, 0, runs[0], look=look)
+    features = make_features(model, ready.data, source, target, recipe)
+    refine(model, features, recipe, lambda: 0.0, runs[1])
+    rows = model.fuse(features.x_v, features.x_s).detach()
+    train_head(model.classifier, rows, features.labels, recipe, 0, runs[2], "fusion", lambda _: 0.0)
+    assert [run.record.log[-1]["epoch"] for run in runs] == [3, 8, 1]
+    told = capsys.readouterr().err
+    assert "alignment: ends after epoch 3 of 6; 2 looks at validation found nothing better" in told
+    assert "refinement: ends after epoch 8 of 24; 3 looks" in told
+
+
+def test_training_is_the_same_whether_images_are_kept_or_not(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for limit in (pixels.KEPT_LIMIT, 0):
+        monkeypatch.setattr(pixels, "KEPT_LIMIT", limit)
+        ready, run = make_ready(digits, RECIPE), Progress()
+        assert ready.data.images.store().keeps == (limit > 0)
+        align(ready, change(RECIPE, alignment={"epochs": 2}), run)
+        runs.append(losses(run))
+    assert runs[0] == runs[1]
+
+
+def test_clipped_gradients_change_what_a_phase_learns(digits: Path) -> None:
+    found = []
+    for norm in (None, 1e6, 1e-3):
+        run = Progress()
+        align(make_ready(digits, RECIPE), replace(RECIPE, clip_norm=norm), run)
+        found.append(losses(run))
+    assert found[0] == found[1] != found[2]

@@ -46,7 +46,9 @@ def test_the_package_has_small_recipes_and_the_papers() -> None:
         "digits",
         "grocery",
         "grocery_finetune",
+        "ingredients101",
         "plates",
+        "vireofood172",
         "vit_b16_bert",
     ]
     paper = load_recipe("vit_b16_bert")
@@ -282,3 +284,26 @@ def toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("clip_norm = 0.0\n", "clip_norm must be above 0, got 0.0; leave it out not to clip"),
+        ("[alignment]\npatience = 2\n", r"patience of \[alignment\] needs keep_best = true there"),
+        ("[alignment]\nkeep_best = true\npatience = 0\n", "patience must be finite and at least 1"),
+        ("[refinement]\npatience = 1.5\n", "patience must be int, got 1.5"),
+    ],
+)
+def test_settings_of_best_weights_and_gradients_are_checked(
+    text: str, told: str, tmp_path: Path
+) -> None:
+    head, table = (text, "") if text.startswith("clip") else ("", text)
+    with pytest.raises(RecipeError, match=told):
+        read(tmp_path, f"{head}{ENCODERS}{table}")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_is_read_back_from_what_it_writes(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe

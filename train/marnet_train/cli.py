@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from marnet_train.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from marnet_train.data.check import Report
+    from marnet_train.data.examples import DataSet
 
 _NEEDS = ("train", "torch", "huggingface_hub", "transformers", "tokenizers", "sklearn")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -125,13 +127,70 @@ def grocery(source: Path, out: Path, labels: Literal["fine", "coarse"], force: b
     Reads a checkout of the public Grocery Store data set (MIT licence); downloads nothing.
     """
     with requires_extra(*_NEEDS):
-        from marnet_train.data.grocery import NOTICE_FILE, unofficial_counts, write_grocery
-    written = write_grocery(source, out, labels=labels, overwrite=force)
-    for sentence in unofficial_counts(written):
+        from marnet_train.data.grocery import OFFICIAL, write_grocery
+    _say_written(write_grocery(source, out, labels=labels, overwrite=force), OFFICIAL, "grocery")
+
+
+@data.command()
+@click.option(
+    "--source",
+    metavar="DIR",
+    type=_FOLDER,
+    required=True,
+    help="Folder that holds ready_chinese_food and SplitAndIngreLabel.",
+)
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def vireofood172(source: Path, out: Path, force: bool) -> None:
+    """VireoFood-172: 110,241 photographs of Chinese dishes, each with its own ingredients.
+
+    Reads a copy that you got from its authors; downloads nothing.
+    """
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.vireofood172 import OFFICIAL, write_vireofood172
+    _say_written(write_vireofood172(source, out, overwrite=force), OFFICIAL, "vireofood172")
+
+
+@data.command()
+@click.option(
+    "--source",
+    metavar="DIR",
+    type=_FOLDER,
+    required=True,
+    help="Folder that holds food-101 and Ingredients101.",
+)
+@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--ingredients",
+    type=Choice(("complete", "simplified")),
+    default="complete",
+    show_default=True,
+    help="Which lists: of 446 ingredients, or of 228.",
+)
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+def ingredients101(
+    source: Path, out: Path, ingredients: Literal["complete", "simplified"], force: bool
+) -> None:
+    """Ingredients-101: the 101,000 photographs of Food-101, with the ingredients of each dish.
+
+    Reads copies of Food-101 and of the annotations; downloads nothing.
+    """
+    with requires_extra(*_NEEDS):
+        from marnet_train.data.ingredients101 import OFFICIAL, write_ingredients101
+    written = write_ingredients101(source, out, ingredients=ingredients, overwrite=force)
+    _say_written(written, OFFICIAL, "ingredients101")
+
+
+def _say_written(written: DataSet, official: Mapping[str, int], name: str) -> None:
+    """Say where a published data set was written, and in what it differs from the official one."""
+    from marnet_train.data.published import NOTICE_FILE, unofficial_counts
+
+    out = written.root
+    for sentence in unofficial_counts(written, official):
         say(f"warning: {sentence}")
     say(f"wrote {out}; source and licence are in {out / NOTICE_FILE}")
     next_commands(
-        f"marnet-train fit --data {shlex.quote(str(out))} --recipe grocery --out runs/grocery"
+        f"marnet-train fit --data {shlex.quote(str(out))} --recipe {name} --out runs/{name}"
     )
 
 
@@ -203,7 +262,8 @@ def encoders(out: Path, force: bool) -> None:
 @click.option(
     "--recipe",
     required=True,
-    help="digits, plates, grocery, grocery_finetune, vit_b16_bert, or a .toml file.",
+    help="digits, plates, grocery, grocery_finetune, vireofood172, ingredients101, vit_b16_bert, "
+    "or a .toml file.",
 )
 @click.option(
     "--method",
@@ -222,6 +282,7 @@ def encoders(out: Path, force: bool) -> None:
     "--threads", type=click.IntRange(min=1), help="CPU threads to compute with. Default: torch's."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--tensorboard", type=_FOLDER, help="Also write the metrics there, for TensorBoard.")
 @click.option("--no-samples", is_flag=True, help="Leave the validation images out of the result.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint if it exists.")
 @click.option("--restart", is_flag=True, help="Discard what an interrupted run to --out has done.")
@@ -233,6 +294,7 @@ def fit(
     seed: int,
     threads: int | None,
     device: str,
+    tensorboard: Path | None,
     no_samples: bool,
     force: bool,
     restart: bool,
@@ -242,6 +304,7 @@ def fit(
     An interrupted run leaves OUT.partial; the same command goes on from its last epoch.
     """
     with requires_extra(*_NEEDS):
+        from marnet_train.parallel import started
         from marnet_train.recipe import load_recipe
         from marnet_train.trainer import fit as run_fit
     keep_freed_memory()
@@ -254,10 +317,13 @@ def fit(
         seed=seed,
         threads=threads,
         device=device,
+        tensorboard=tensorboard,
         keep_samples=not no_samples,
         overwrite=force,
         restart=restart,
     )
+    if started()[0] > 0:  # of processes that train together, one speaks
+        return
     _print_training(training)
     say(f"wrote {out} after {training['seconds']} s")
     next_commands(_export_command(out))

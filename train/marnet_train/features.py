@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from marnet_sdk.outputs import atomic_file
 from marnet_train.data.examples import Example, read_image
 from marnet_train.data.pixels import PixelStore, augment
 from marnet_train.models.backbones import VisionEncoder
+from marnet_train.parallel import gathered, own_rows
 from marnet_train.recipe import Augment
 
 _VERSION = 1  # of what a cached file holds
@@ -59,10 +60,16 @@ class LearningEncoder:
     def __len__(self) -> int:
         return len(self.store)
 
+    def ahead(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the rows of each batch while the images of the one after it are decoded."""
+        return self.store.ahead(order, own_rows)
+
     def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Compute x_v of some images, [B] -> [B, D_v]."""
-        pixels = augment(self.store.batch(rows.numpy()), self.settings, generator)
-        return self.vision(_for_convolutions(pixels).to(device))
+        """Compute x_v of some images, [B] -> [B, D_v]; other processes compute their share."""
+        count, own = len(rows), own_rows(len(rows))
+        pixels = self.store.batch(rows[own])
+        pixels = augment(pixels, self.settings, generator, batch=count, own=own)
+        return gathered(self.vision(_for_convolutions(pixels).to(device)), count)
 
 
 class FrozenFeatures:
@@ -73,6 +80,10 @@ class FrozenFeatures:
 
     def __len__(self) -> int:
         return self.views.shape[1]
+
+    def ahead(self, order: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the rows of each batch."""
+        return iter(order)
 
     def __call__(self, rows: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
         """Look up x_v of some images, [B] -> [B, D_v]."""
@@ -98,8 +109,10 @@ def compute_views(
     for view in range(views):
         chosen = settings if view else Augment()
         rows = []
-        for i in track(range(0, len(store), batch), f"features, view {view + 1} of {views}"):
-            pixels = augment(store.batch(slice(i, i + batch)), chosen, generator)
+        order = torch.arange(len(store)).split(batch)
+        title = f"features, view {view + 1} of {views}"
+        for part in track(store.ahead(order), title, len(order)):
+            pixels = augment(store.batch(part), chosen, generator)
             rows.append(vision(_for_convolutions(pixels).to(device)))
         found.append(torch.cat(rows))
     return torch.stack(found)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from marnet_sdk.errors import RecipeError
 from marnet_train.models.denoiser import TimeEmbedding
+from marnet_train.parallel import average
 
 _BEST = "best."
 
@@ -71,38 +73,86 @@ class Learner:
         weight_decay: float,
         total: int,
         warmup: float = 0.1,
+        *,
+        title: str = "training",
+        clip_norm: float | None = None,
+        patience: int | None = None,
     ) -> None:
         """Train `parts`, pairs of a module and its learning rate, for `total` steps.
 
         Args:
             warmup: share of the steps in which the learning rate rises.
+            title: how messages call it.
+            clip_norm: gradients whose norm, over all parameters, is larger are scaled down to it.
+            patience: so many scores in a row without a better one are enough; see `is_done`.
         """
         self.modules = nn.ModuleList([module for module, _ in parts])
         groups = [g for module, rate in parts for g in parameter_groups(module, rate, weight_decay)]
         self.optimizer = torch.optim.AdamW(groups)
+        self._moving = [  # averages of batch normalisation, which saw the rows of one process
+            value for name, value in self.modules.named_buffers() if ".running_" in name
+        ]
         self.total, self.warmup = total, warmup
+        self.title, self.clip_norm, self.patience = title, clip_norm, patience
         self.rates = [group["lr"] for group in groups]
         self.steps = 0
         self.score, self.best = -math.inf, dict[str, Tensor]()
+        self.waited = 0  # scores since the best one
 
     def step(self, loss: Tensor) -> float:
-        """Follow the gradient of the loss once, and return the loss."""
+        """Follow the gradient of the loss once, and return the loss.
+
+        Raises:
+            RecipeError: loss or gradients are NaN or infinite; says in which step and where. The
+                weights are as they were before the step.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss became {value}")
         factor = warmup_cosine(self.steps, self.total, self.warmup)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
         loss.backward()
+        learning = [p for p in self.modules.parameters() if p.grad is not None]
+        gradients = [p.grad for p in learning if p.grad is not None]
+        average([*gradients, *self._moving])
+        norm = get_total_norm(gradients)
+        if not math.isfinite(float(norm)):
+            raise self._diverged(f"the loss was {value:.4g}, but its gradient is not finite")
+        if self.clip_norm is not None:
+            clip_grads_with_norm_(learning, self.clip_norm, norm)
         self.optimizer.step()
         self.steps += 1
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RecipeError(f"the loss became {value}; lower the learning rates of the recipe")
         return value
+
+    def _diverged(self, what: str) -> RecipeError:
+        """Make the error that says where numbers are not finite."""
+        named = [(name.partition(".")[2], p) for name, p in self.modules.named_parameters()]
+        weights = [name for name, p in named if not p.isfinite().all()]
+        gradients = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        places = [
+            f"NaN or infinite {kind}: {len(names)} of {len(named)} tensors, such as {names[-1]}"
+            for kind, names in (("weights", weights), ("gradients", gradients))
+            if names
+        ]
+        found = "; ".join(places) or "all weights are finite"
+        return RecipeError(
+            f"{self.title}, step {self.steps + 1} of {self.total}: {what} ({found}); lower the "
+            "learning rates of the recipe or set clip_norm = 1.0, and train with --restart"
+        )
 
     def consider(self, score: float) -> None:
         """Remember the weights as they are if they score higher than any before."""
+        self.waited += 1
         if score > self.score:
             self.score, self.best = score, copy.deepcopy(dict(self.modules.state_dict()))
+            self.waited = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Tell whether `patience` scores in a row were no better than the best."""
+        return self.patience is not None and self.waited >= self.patience
 
     def take_best(self) -> None:
         """Go back to the weights that scored best, if any were considered."""
@@ -115,12 +165,14 @@ class Learner:
         for index, moments in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         state |= {f"{_BEST}{name}": value for name, value in self.best.items()}
-        score = torch.tensor(self.score, dtype=torch.float64)
-        return state | {"steps": torch.tensor(self.steps), "score": score}
+        state["score"] = torch.tensor(self.score, dtype=torch.float64)
+        counts = {"steps": self.steps, "waited": self.waited}
+        return state | {name: torch.tensor(count) for name, count in counts.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go back to where `state` was taken. Entries with other names are left alone."""
-        self.steps, self.score = int(state["steps"]), float(state["score"])
+        self.steps, self.waited = int(state["steps"]), int(state["waited"])
+        self.score = float(state["score"])
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             if name.startswith("optimizer."):

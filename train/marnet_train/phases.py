@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from marnet_sdk.console import track
+from marnet_sdk.console import say, track
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
 from marnet_train.features import FrozenFeatures, Images, Source, compute_views
 from marnet_train.losses import classification_loss, ita_loss, refinement_loss
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import ImageBranch, MARNet, mean_and_scale
 from marnet_train.optimise import Learner, batches
+from marnet_train.parallel import agreed
 from marnet_train.progress import Progress
-from marnet_train.recipe import AlignmentPhase, Recipe
+from marnet_train.recipe import AlignmentPhase, FusionPhase, Recipe, RefinementPhase, TextPhase
 from marnet_train.semantics import semantic_vectors
 
 LOOKS = 12  # at validation, in phases B and C: at least, and fewer than twice as many
@@ -34,6 +37,9 @@ LOOKS = 12  # at validation, in phases B and C: at least, and fewer than twice a
 # By so much of top-1 a trained head must beat the one that it starts from: features of training
 # images are easier than others, and on a few hundred images a head can seem better by luck.
 HEAD_GAIN = 0.01
+HEADS = ("project_vision", "alignment_classifier")  # behind the encoder, in phase A
+
+Look = Callable[[Tensor, Tensor], float]  # mean and deviation of x_v that E_v expects -> score
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,29 @@ def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
     return found[inverse.to(device)]
 
 
+def make_learner(
+    parts: Sequence[tuple[nn.Module, float]],
+    phase: TextPhase | AlignmentPhase | RefinementPhase | FusionPhase,
+    recipe: Recipe,
+    title: str,
+    count: int,
+    *,
+    warmup: float = 0.1,
+    patience: int | None = None,
+) -> Learner:
+    """Make what learns in a phase: `parts`, modules and their learning rates, on `count` rows."""
+    steps = phase.epochs * len(range(0, count, phase.batch))
+    return Learner(
+        parts,
+        phase.weight_decay,
+        steps,
+        warmup,
+        title=title,
+        clip_norm=recipe.clip_norm,
+        patience=patience,
+    )
+
+
 def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run: Progress) -> None:
     """In the text phase F_s and a linear head, which is thrown away, learn the class from text."""
     phase = recipe.text_phase
@@ -86,8 +115,8 @@ def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run:
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(model.text.dim, len(model.config.labels)).to(device)
     count = len(data.labels)
-    steps = phase.epochs * len(range(0, count, phase.batch))
-    learner = Learner([(model.text, phase.lr), (head, phase.lr)], phase.weight_decay, steps)
+    parts = [(model.text, phase.lr), (head, phase.lr)]
+    learner = make_learner(parts, phase, recipe, "text", count)
     for epoch in run.epochs("text", phase.epochs, learner, generator):
         model.text.train()
         losses = []
@@ -96,7 +125,7 @@ def train_text(model: MARNet, data: TrainingSet, recipe: Recipe, seed: int, run:
                 head(_learning_text(model, data, rows)), data.labels[rows].to(device)
             )
             losses.append(learner.step(loss))
-        run.log(phase="text", epoch=epoch, loss=sum(losses) / len(losses))
+        finish_epoch(run, learner, epoch, phase.epochs, losses)
 
 
 def _learning_text(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
@@ -152,6 +181,7 @@ def train_alignment(
     seed: int,
     run: Progress,
     title: str = "alignment",
+    look: Look | None = None,
 ) -> None:
     """Run phase A: minimise L_EMA (eq. 13) over E_v, E_s, the alignment classifier and, if they
     have a learning rate, F_v and F_s. With `joint`, L_CDR (eq. 20) of one step is added to it.
@@ -163,7 +193,9 @@ def train_alignment(
     device = model.device
     temperature = _Temperature(phase.temperature, learned=phase.learn_temperature).to(device)
     joint = _JointRefinement(model, recipe).to(device) if phase.joint else None
-    heads = nn.ModuleList([model.project_text, temperature, *([joint] if joint else [])])
+    heads = nn.ModuleDict({"project_text": model.project_text, "temperature": temperature})
+    if joint is not None:
+        heads["joint"] = joint
 
     def text_loss(x_v: Tensor, visual: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         if target.x_s is None:
@@ -179,7 +211,7 @@ def train_alignment(
     parts: list[tuple[nn.Module, float]] = [(heads, phase.lr_heads)]
     if target.x_s is None:
         parts.append((model.text, phase.lr_text))
-    _train_image_branch(model, data, source, phase, seed, run, title, parts, text_loss)
+    _train_image_branch(model, data, source, recipe, seed, run, title, parts, text_loss, look)
     fold(model.project_text, model.text_mean, model.text_std)
 
 
@@ -191,23 +223,29 @@ def train_baseline(
     seed: int,
     run: Progress,
     title: str = "baseline",
+    look: Look | None = None,
 ) -> None:
     """Run phase A of the image-only peer: the same encoder, data, order and epochs, and no text."""
-    _train_image_branch(model, data, source, recipe.alignment, seed, run, title, [], None)
+    _train_image_branch(model, data, source, recipe, seed, run, title, [], None, look)
 
 
 def _train_image_branch(
     model: ImageBranch,
     data: TrainingSet,
     source: Source,
-    phase: AlignmentPhase,
+    recipe: Recipe,
     seed: int,
     run: Progress,
     title: str,
     parts: list[tuple[nn.Module, float]],
     text_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
+    look: Look | None,
 ) -> None:
-    """Minimise cross-entropy on x_v' plus `text_loss` of (x_v, x_v', rows, labels)."""
+    """Minimise cross-entropy on x_v' plus `text_loss` of (x_v, x_v', rows, labels).
+
+    With `keep_best`, the weights are kept that score best by `look` on validation.
+    """
+    phase = recipe.alignment
     device = model.device
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # dropout
@@ -215,18 +253,20 @@ def _train_image_branch(
     mean, std = torch.zeros(1, device=device), torch.ones(1, device=device)
     if isinstance(source, FrozenFeatures):
         mean, std = mean_and_scale(source.views.flatten(0, 1))
-    heads = nn.ModuleList([model.project_vision, model.alignment_classifier])
+    heads = nn.ModuleDict({name: getattr(model, name) for name in HEADS})
     parts = [
         *([] if frozen else [(model.vision, phase.lr_backbone)]),
         (heads, phase.lr_heads),
         *parts,
     ]
-    steps = phase.epochs * len(range(0, len(source), phase.batch))
-    learner = Learner(parts, phase.weight_decay, steps, phase.warmup)
+    learner = make_learner(
+        parts, phase, recipe, title, len(source), warmup=phase.warmup, patience=phase.patience
+    )
+    judged = partial(look, mean, std) if look is not None and phase.keep_best else None
     for epoch in run.epochs(title, phase.epochs, learner, generator):
         model.train()
         losses = []
-        for rows in batches(len(source), phase.batch, generator):
+        for rows in source.ahead(batches(len(source), phase.batch, generator)):
             labels = data.labels[rows].to(device)
             with torch.autocast(device.type, torch.bfloat16, phase.bf16 and device.type == "cuda"):
                 x_v = (source(rows, generator, device) - mean) / std
@@ -237,7 +277,9 @@ def _train_image_branch(
                 if text_loss is not None:
                     loss = loss + text_loss(x_v, visual, rows, labels)
             losses.append(learner.step(loss))
-        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
+        if finish_epoch(run, learner, epoch, phase.epochs, losses, judged):
+            break
+    learner.take_best()
     if frozen:
         fold(model.project_vision, mean, std)
 
@@ -350,8 +392,14 @@ def train_refinement(
     generator = torch.Generator().manual_seed(seed)
     abar = torch.as_tensor(alphas_cumprod(recipe.schedule), dtype=torch.float32, device=device)
     count = len(condition)
-    steps = phase.epochs * len(range(0, count, phase.batch))
-    learner = Learner([(refiner, phase.lr)], phase.weight_decay, steps)
+    learner = make_learner(
+        [(refiner, phase.lr)], phase, recipe, title, count, patience=phase.patience
+    )
+
+    def judged() -> float:
+        refiner.eval()
+        return look()
+
     assert phase.norm_weight != "auto"
     for epoch in run.epochs(title, phase.epochs, learner, generator):
         refiner.train()
@@ -376,13 +424,34 @@ def train_refinement(
                 norm_weight=phase.norm_weight,
             )
             losses.append(learner.step(loss))
-        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
-        if _is_look(epoch, phase.epochs):
-            refiner.eval()
-            learner.consider(look())
+        if finish_epoch(run, learner, epoch, phase.epochs, losses, judged):
+            break
     learner.take_best()
     refiner.eval()
     return learner.score
+
+
+def finish_epoch(
+    run: Progress,
+    learner: Learner,
+    epoch: int,
+    epochs: int,
+    losses: Sequence[float],
+    look: Callable[[], float] | None = None,
+) -> bool:
+    """Log an epoch, with a look at validation if one is due; tell whether the phase is over."""
+    line: dict[str, Any] = {"phase": learner.title, "epoch": epoch}
+    line["loss"] = sum(losses) / len(losses)
+    if look is not None and _is_look(epoch, epochs):
+        line["score"] = agreed(look())
+        learner.consider(line["score"])
+    run.log(**line)
+    if learner.is_done and epoch < epochs:
+        say(
+            f"{learner.title}: ends after epoch {epoch} of {epochs}; {learner.patience} looks at "
+            "validation found nothing better"
+        )
+    return learner.is_done
 
 
 def _is_look(epoch: int, epochs: int) -> bool:
@@ -447,16 +516,16 @@ def train_head(
         return done
 
     generator = torch.Generator().manual_seed(seed)
-    steps = phase.epochs * len(range(0, len(scaled), phase.batch))
-    learner = Learner([(head, phase.lr)], phase.weight_decay, steps)
+    learner = make_learner(
+        [(head, phase.lr)], phase, recipe, title, len(scaled), patience=phase.patience
+    )
     learner.consider(look(folded()) + HEAD_GAIN)
     for epoch in run.epochs(title, phase.epochs, learner, generator):
         losses = []
         for rows in batches(len(scaled), phase.batch, generator):
             rows = rows.to(scaled.device)
             losses.append(learner.step(classification_loss(head(scaled[rows]), labels[rows])))
-        run.log(phase=title, epoch=epoch, loss=sum(losses) / len(losses))
-        if _is_look(epoch, phase.epochs):
-            learner.consider(look(folded()))
+        if finish_epoch(run, learner, epoch, phase.epochs, losses, lambda: look(folded())):
+            break
     learner.take_best()
     fold(head, mean, std)

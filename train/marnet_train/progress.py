@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from marnet_sdk.console import say, track
 from marnet_sdk.errors import CheckpointError, OutputExists
 from marnet_sdk.outputs import atomic_file, enough_space, exclusive
+from marnet_train.board import Board
 
 PHASE, EPOCH, METRICS = "phase.safetensors", "epoch.safetensors", "metrics.jsonl"
 SAVING_SHARE = 0.05  # of the time at most is spent on saving epochs, so some may not be saved
@@ -56,9 +57,15 @@ class Record:
 class Progress:
     """This is one training run: what it has logged and done, saved if there is a folder for it."""
 
-    def __init__(self, folder: Path | None = None, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        record: Record | None = None,
+        board: Board | None = None,
+    ) -> None:
         self.folder = folder
         self.record = record or Record({})
+        self.board = board
         self._before = self.record.seconds
         self._started = time.perf_counter()
         self._saved_at, self._save_seconds = float("-inf"), 0.0
@@ -69,8 +76,10 @@ class Progress:
         return self._before + time.perf_counter() - self._started
 
     def log(self, **line: Any) -> None:
-        """Remember one line about an epoch."""
+        """Remember one line about an epoch, and show it on the board if there is one."""
         self.record.log.append(line)
+        if self.board is not None:
+            self.board.show(line)
         if self.folder is not None:
             with (
                 enough_space(self.folder),
@@ -133,7 +142,9 @@ class Progress:
 
 
 @contextmanager
-def saved_progress(out: Path, settings: dict[str, Any], *, restart: bool) -> Iterator[Progress]:
+def saved_progress(
+    out: Path, settings: dict[str, Any], *, restart: bool, board: Board | None = None
+) -> Iterator[Progress]:
     """Open the run that writes `out`: a new one, or the interrupted one with the same settings.
 
     The folder `OUT.partial` is removed if the block succeeds, and kept otherwise.
@@ -141,6 +152,7 @@ def saved_progress(out: Path, settings: dict[str, Any], *, restart: bool) -> Ite
     Args:
         settings: all that decides the weights, as JSON data.
         restart: discard what an interrupted run has saved.
+        board: shows every epoch.
 
     Raises:
         OutputExists: the interrupted run had other settings.
@@ -152,7 +164,7 @@ def saved_progress(out: Path, settings: dict[str, Any], *, restart: bool) -> Ite
         try:
             if restart:
                 _clear(folder)
-            yield _begin(folder, settings)
+            yield _begin(folder, settings, board)
         except BaseException:
             if any((folder / name).is_file() for name in (PHASE, EPOCH)):
                 say(f"{out} is not finished: run the same command again, and it goes on")
@@ -162,14 +174,14 @@ def saved_progress(out: Path, settings: dict[str, Any], *, restart: bool) -> Ite
         shutil.rmtree(folder)
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> Progress:
+def _begin(folder: Path, settings: dict[str, Any], board: Board | None) -> Progress:
     record = _read_record(folder)
     if record is None:
         record = Record(settings)
     else:
         _check_same(folder, record.settings, settings)
         say(f"going on from {folder}: {_position(record)}")
-    run = Progress(folder, record)
+    run = Progress(folder, record, board)
     with enough_space(folder):
         (folder / METRICS).write_text(run.log_lines(), "utf-8")
     return run

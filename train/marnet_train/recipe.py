@@ -62,6 +62,8 @@ class AlignmentPhase:
     learn_temperature: bool = False  # start at `temperature`; 1 / tau stays at most 100
     dedup_negatives: bool = False  # pairs with the same text are no negatives of each other
     joint: bool = False  # minimise L_EMA + L_CDR (eq. 20), the latter through the encoder as well
+    keep_best: bool = False  # keep the weights that are best on validation, and not the last ones
+    patience: int | None = None  # with keep_best: stop after so many looks without a better one
     bf16: bool = False  # autocast on CUDA devices
 
 
@@ -76,6 +78,7 @@ class RefinementPhase:
     views: int = 4  # augmented views of each training image that are cached
     dropout: float = 0.0  # of the condition, in training
     pure_noise: float = 0.0  # share of the rows at t = T; the others have t ~ Uniform{1..T}
+    patience: int | None = None  # stop after so many looks at validation without a better one
     ce_weight: float = 1.0  # alpha_2
     norm_weight: float | Auto = 1.0  # gamma, of the squared norm (eq. 19): a sum over dimensions
 
@@ -96,6 +99,7 @@ class SemanticPhase:
     norm_weight: float = 1.0  # of the squared distance to the centre: a sum over dimensions
     wrong: float = 0.15  # share of the training vectors that are another class's centre
     jitter: float = 0.1  # standard deviation of what is added to training vectors
+    patience: int | None = None  # as in phase B
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class FusionPhase:
     lr: float = 1e-2
     weight_decay: float = 1e-3
     draws: int = 2  # noise draws of x_CDR per cached view
+    patience: int | None = None  # as in phase B
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Recipe:
     text_pooling: str = "mean"  # or "first": the vector of [CLS] is x_s
     max_tokens: int = 64
     samples: int | Auto = 1  # K, noise samples whose probabilities are averaged when classifying
+    clip_norm: float | None = None  # of gradients, over all that a phase trains; none: not clipped
     semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)
     image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -150,6 +156,10 @@ class Recipe:
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
+        if self.alignment.patience is not None and not self.alignment.keep_best:
+            raise RecipeError("patience of [alignment] needs keep_best = true there")
+        if self.clip_norm == 0:
+            raise RecipeError("clip_norm must be above 0, got 0.0; leave it out not to clip")
         if self.alignment.temperature == 0:
             raise RecipeError("temperature must be above 0, got 0.0")
         if self.refinement.pure_noise > 1:
@@ -174,7 +184,7 @@ class Recipe:
         Raises:
             RecipeError: an unknown key or a value of the wrong type; names `where`.
         """
-        return _build(cls, {k: v for k, v in content.items() if v is not None}, where)
+        return _build(cls, content, where)
 
 
 # Settings of older versions whose value would mean something else today.
@@ -245,7 +255,8 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and name not in table:
             raise RecipeError(f"{where}: the setting {name!r} is missing")
-    values = {k: _value(hints[k], v, f"{where}: {k}") for k, v in table.items()}
+    given = {k: v for k, v in table.items() if v is not None}  # as `to_dict` writes a default
+    values = {k: _value(hints[k], v, f"{where}: {k}") for k, v in given.items()}
     try:
         return cls(**values)
     except MarnetError as error:

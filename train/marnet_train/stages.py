@@ -46,6 +46,7 @@ from marnet_train.features import (
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import Baseline, ImageBranch, MARNet
 from marnet_train.models.seda import SeDA
+from marnet_train.parallel import agreed
 from marnet_train.phases import (
     Features,
     Refiner,
@@ -144,13 +145,19 @@ def train_all(
 
     source = partial(encoded, data=data, recipe=recipe)
 
-    def judge(branch: ImageBranch) -> float:
-        """Temper its classifier, and return its score on validation."""
+    def judge(
+        branch: ImageBranch, mean: Tensor | float = 0.0, std: Tensor | float = 1.0, *, done: bool
+    ) -> float:
+        """Return its score on validation, and temper its classifier if it has done learning.
+
+        mean, std: of x_v, where E_v expects it standardised.
+        """
         seen = val.seen_by(branch.vision, frozen=frozen)
         branch.eval()
         with torch.no_grad():
-            visual = branch.align_vision(seen.x_v)
-            temper(branch.alignment_classifier, [visual], seen.labels)
+            visual = branch.align_vision((seen.x_v - mean) / std)
+            if done:
+                temper(branch.alignment_classifier, [visual], seen.labels)
             return score(branch.alignment_classifier(visual).softmax(dim=1), seen.labels)
 
     stage = Stages(run, Trained(model, baseline, mlp, recipe).modules)
@@ -162,8 +169,9 @@ def train_all(
     recipe = _choose_alignment(model, data, source, target, recipe, seed, stage, judge)
 
     def align() -> None:
-        train_alignment(model, data, source(model.vision), target, recipe, seed, run)
-        judge(model)
+        look = partial(judge, model, done=False)
+        train_alignment(model, data, source(model.vision), target, recipe, seed, run, look=look)
+        judge(model, done=True)
 
     stage.once("alignment", align)
     features = make_features(model, data, source(model.vision), target, recipe)
@@ -206,7 +214,7 @@ def learn_semantics(
     learner, phase = model.learner, recipe.semantic
     condition, judged = MARNet.condition(model, features.x_v), MARNet.condition(model, seen.x_v)
     learner.set_centres(condition, features.labels)
-    own = ("epochs", "batch", "lr", "weight_decay", "ce_weight", "norm_weight")
+    own = ("epochs", "batch", "lr", "weight_decay", "ce_weight", "norm_weight", "patience")
     of_stage = {name: getattr(phase, name) for name in own} | {"pure_noise": 0.0}
     settings = replace(
         recipe,
@@ -266,7 +274,7 @@ class Stages:
             return values[0]
         titles = [f"{name} {value:.4g}" for value in values]
         scores = [
-            self.once(title, lambda v=value, t=title: attempt(v, t))
+            self.once(title, lambda v=value, t=title: agreed(attempt(v, t)))
             for value, title in zip(values, titles, strict=True)
         ]
         best = max(range(len(values)), key=scores.__getitem__)
@@ -318,7 +326,7 @@ def _train_baseline(
     recipe: Recipe,
     seed: int,
     stage: Stages,
-    judge: Callable[[ImageBranch], float],
+    judge: Callable[..., float],
 ) -> None:
     """Train the image-only peer.
 
@@ -327,8 +335,9 @@ def _train_baseline(
 
     def train(branch: Baseline, factor: float, title: str) -> float:
         faster = _faster(recipe, factor)
-        train_baseline(branch, data, source(branch.vision), faster, seed, stage.run, title)
-        return judge(branch)
+        look = partial(judge, branch, done=False)
+        train_baseline(branch, data, source(branch.vision), faster, seed, stage.run, title, look)
+        return judge(branch, done=True)
 
     def attempt(factor: float, title: str) -> float:
         return train(copy.deepcopy(baseline), factor, title)
@@ -346,7 +355,7 @@ def _choose_alignment(
     recipe: Recipe,
     seed: int,
     stage: Stages,
-    judge: Callable[[ImageBranch], float],
+    judge: Callable[..., float],
 ) -> Recipe:
     """Choose beta, if the recipe leaves it open."""
 
@@ -356,9 +365,17 @@ def _choose_alignment(
     def attempt(weight: float, title: str) -> float:
         trial = copy.deepcopy(model)
         train_alignment(
-            trial, data, source(trial.vision), target, chosen(weight), seed, stage.run, title
+            trial,
+            data,
+            source(trial.vision),
+            target,
+            chosen(weight),
+            seed,
+            stage.run,
+            title,
+            partial(judge, trial, done=False),
         )
-        return judge(trial)
+        return judge(trial, done=True)
 
     given = recipe.alignment.ita_weight
     return chosen(stage.choose("beta", ITA_WEIGHTS if given == "auto" else (given,), attempt))

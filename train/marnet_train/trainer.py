@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.outputs import atomic_directory, check_output
 from marnet_train.assemble import prepare
+from marnet_train.board import Board
 from marnet_train.card import model_card
 from marnet_train.checkpoint import (
     SAMPLES,
@@ -34,7 +35,8 @@ from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
 from marnet_train.data.examples import image_suffix
 from marnet_train.data.imagefolder import write_split
 from marnet_train.evaluate import pick_device
-from marnet_train.progress import METRICS, saved_progress
+from marnet_train.parallel import joined, rank, size
+from marnet_train.progress import METRICS, Progress, saved_progress
 from marnet_train.recipe import Recipe, chosen
 from marnet_train.report import BRANCHES, differences
 from marnet_train.stages import Split, Trained, measure_all, train_all
@@ -53,6 +55,7 @@ def fit(
     threads: int | None = None,
     device: str = "auto",
     keep_samples: bool = True,
+    tensorboard: Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
@@ -60,11 +63,13 @@ def fit(
 
     On the CPU, the same seed, threads, processor and versions give the same weights, also when the
     training was interrupted: what it has done is kept in `OUT.partial`, and another call with the
-    same settings goes on from there.
+    same settings goes on from there. Several processes that torchrun starts train together; see
+    `marnet_train.parallel`. They keep nothing to go on from.
 
     Args:
         threads: CPU threads to compute with; None: torch's own number, or fewer where this process
             may use fewer CPUs (`marnet_sdk.cpus`).
+        tensorboard: folder for TensorBoard's event files, besides metrics.jsonl.
         overwrite: replace the checkpoint at `out`.
         restart: discard what an interrupted training to `out` has done.
 
@@ -73,18 +78,27 @@ def fit(
 
     Raises:
         DataError, RecipeError, InvalidInput, OutputExists: before any training.
+        MissingExtra: `tensorboard` is given and the package is not installed.
         OutputBusy: another process is training to `out`.
         OutputError: no space left, or `out` must not be written to.
     """
     _check_apart(data, out)
+    if tensorboard is not None and tensorboard.resolve().is_relative_to(out.resolve()):
+        raise InvalidInput(
+            f"--tensorboard {tensorboard} lies in --out {out}, which appears whole at the end; "
+            "expected another folder: choose one such as runs/board"
+        )
     check_output(out, overwrite=overwrite, replaceable=is_checkpoint)
-    with _threads(threads):
-        target = pick_device(device)
+    with _threads(threads), joined(pick_device(device)) as target, _board(tensorboard) as board:
         folder = read_data_set(data)
         for warning in folder.warnings:
             say(f"warning: {warning}")
         decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
-        with saved_progress(out, decisive, restart=restart) as run:
+        if size() > 1:  # nothing is kept to go on from
+            progress = nullcontext(Progress(board=board))
+        else:
+            progress = saved_progress(out, decisive, restart=restart, board=board)
+        with progress as run:
             ready = prepare(folder, recipe, seed, target)
             trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, seed, run)
             found = {
@@ -105,6 +119,8 @@ def fit(
                 "chosen": chosen(recipe, trained.recipe),
                 **decisive,
             }
+            if rank() > 0:
+                return training
             with atomic_directory(out, overwrite=overwrite, replaceable=is_checkpoint) as fresh:
                 write_model(fresh, trained.model, ready.preprocess)
                 write_baseline(fresh, trained.baseline)
@@ -128,6 +144,7 @@ def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "device": str(device),
             "processor": platform.machine(),
+            **({"processes": size()} if size() > 1 else {}),
         },
         "versions": versions(PACKAGES),
     }
@@ -141,6 +158,16 @@ def _check_apart(data: Path, out: Path) -> None:
             f"--out {out} and --data {data} are, or lie in, the same folder; expected two folders "
             "apart: choose another --out, such as runs/NAME"
         )
+
+
+@contextmanager
+def _board(folder: Path | None) -> Iterator[Board | None]:
+    """Open a board in `folder`, if there is one and this process writes."""
+    if folder is None or rank() > 0:
+        yield None
+    else:
+        with closing(Board(folder)) as board:
+            yield board
 
 
 @contextmanager

@@ -13,31 +13,26 @@ Every picture gets the description of its product as text, because there is none
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from marnet_sdk.errors import NotFound
-from marnet_sdk.outputs import atomic_directory
 from marnet_train.data.csvfile import read_csv
-from marnet_train.data.dataset import read_data_set
-from marnet_train.data.examples import (
-    SPLITS,
-    DataSet,
-    Example,
-    Problems,
-    check_classes,
-    read_image,
-)
+from marnet_train.data.examples import SPLITS, DataSet, Example, Problems, check_classes
 from marnet_train.data.grocery_notice import ADDRESS, NOTICE
-from marnet_train.data.image_names import name_fault, quoted
-from marnet_train.data.imagefolder import is_data_set, write_split
+from marnet_train.data.image_names import quoted
+from marnet_train.data.published import (
+    flat,
+    is_number,
+    path_fault,
+    picture_fault,
+    read_lines,
+    write_published,
+)
 
 OFFICIAL = {"train": 2640, "val": 296, "test": 2485}  # pictures
-NOTICE_FILE = "SOURCE.md"
 CLASSES = "classes.csv"
 NAME, NUMBER = "Class Name (str)", "Class ID (int)"
 COARSE_NAME, COARSE_NUMBER = "Coarse Class Name (str)", "Coarse Class ID (int)"
@@ -89,21 +84,7 @@ def write_grocery(
     """
     root = find_root(source)
     splits = read_grocery(root, labels=labels)
-    with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
-        for split, examples in splits.items():
-            write_split(fresh / split, _rows(root, split, examples))
-        (fresh / NOTICE_FILE).write_bytes(NOTICE.encode())
-    return read_data_set(out)
-
-
-def unofficial_counts(data: DataSet) -> list[str]:
-    """Write one sentence for each split that has more or fewer pictures than the official one."""
-    return [
-        f"{split} has {len(data.splits[split]):,} images, the official split has {count:,}; "
-        "results cannot be compared with published ones"
-        for split, count in OFFICIAL.items()
-        if len(data.splits[split]) != count
-    ]
+    return write_published(out, root, splits, NOTICE, overwrite=overwrite)
 
 
 def find_root(source: Path) -> Path:
@@ -148,13 +129,9 @@ def parse_line(line: str) -> Picture | str:
     """
     path, *numbers = (part.strip() for part in line.rsplit(",", 2))
     path = path.removeprefix("/")
-    if path and len(numbers) == 2 and all(_is_number(number) for number in numbers):
+    if path and len(numbers) == 2 and all(is_number(number) for number in numbers):
         return Picture(path, int(numbers[0]), int(numbers[1]))
     return f"got {quoted(line.strip())}, expected a line like {LINE_EXAMPLE!r}; correct it"
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def _read_products(root: Path, problems: Problems) -> dict[int, Product | None]:
@@ -171,7 +148,7 @@ def _read_products(root: Path, problems: Problems) -> dict[int, Product | None]:
             problems.add(f"{path}:{line}: {fault}")
         for key in (row[NAME], row[NUMBER]):
             lines.setdefault(key, line)
-        if _is_number(row[NUMBER]):
+        if is_number(row[NUMBER]):
             products.setdefault(int(row[NUMBER]), None if faults else _product(row, text))
     if not products and problems.count == before:
         problems.add(f"{path}: no classes, expected one line for each; {_RESTORE}")
@@ -182,7 +159,7 @@ def _row_faults(row: Mapping[str, str], lines: Mapping[str, int]) -> list[str]:
     """Say what is wrong with a row of classes.csv; `lines` knows names and numbers before it."""
     faults = [f"no {column!r}; fill it in" for column in COLUMNS if not row[column]]
     for column in (NUMBER, COARSE_NUMBER):
-        if row[column] and not _is_number(row[column]):
+        if row[column] and not is_number(row[column]):
             got = quoted(row[column])
             faults.append(f"{column!r} is {got}, expected a number like 9; correct it")
     for column in (NAME, NUMBER):
@@ -201,7 +178,7 @@ def _product(row: Mapping[str, str], text: str) -> Product:
 def _read_description(root: Path, path: str, faults: list[str]) -> str:
     """Read the whole description on one line; what is wrong with it goes to `faults`."""
     path = path.removeprefix("/")
-    if fault := _path_fault(root, path):
+    if fault := path_fault(root, path, _RESTORE):
         faults.append(fault)
         return ""
     try:
@@ -230,44 +207,18 @@ def _read_list(
         seen: file name to write -> line on which it was, over all lists; is added to.
     """
     examples: list[Example] = []
-    before = problems.count
-    lines = list(_read_lines(path, problems))
-    if not lines and problems.count == before:
-        problems.add(f"{path}: no pictures, expected lines like {LINE_EXAMPLE!r}; {_RESTORE}")
-    for origin, line in lines:
+    for origin, line in read_lines(path, problems, _RESTORE, LINE_EXAMPLE):
         picture = parse_line(line)
         if isinstance(picture, str):
             problems.add(f"{origin}: {picture}")
             continue
         for fault in _picture_faults(path.parent, picture, products, seen):
             problems.add(f"{origin}: {fault}")
-        seen.setdefault(_flat(picture.path), origin)
+        seen.setdefault(flat(picture.path), origin)
         if product := products.get(picture.number):
             label = product.name if labels == "fine" else product.coarse_name
             examples.append(Example(path.parent / picture.path, label, product.text, origin))
     return examples
-
-
-def _read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """Yield ("FILE:LINE", text) of every line that is not blank."""
-    try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except FileNotFoundError:
-        problems.add(f"{path}: missing; {_RESTORE}")
-        return
-    except OSError as error:
-        problems.add(f"{path}: cannot be read ({error.strerror}); {_RESTORE}")
-        return
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        origin = f"{path}:{number}"
-        try:
-            text = line.decode()
-        except UnicodeDecodeError as error:
-            value = line[error.start]
-            problems.add(f"{origin}: not UTF-8 (byte 0x{value:02x}); save it as UTF-8")
-            continue
-        if text.strip():
-            yield origin, text
 
 
 def _picture_faults(
@@ -278,9 +229,7 @@ def _picture_faults(
 ) -> list[str]:
     """Say what is wrong with a line that could be parsed."""
     faults = []
-    if first := seen.get(_flat(picture.path)):
-        faults.append(f"{quoted(picture.path)} was already on {first}; keep one of them")
-    elif fault := _path_fault(root, picture.path):
+    if fault := picture_fault(root, picture.path, seen, _RESTORE):
         faults.append(fault)
     product = products.get(picture.number)
     if product and product.coarse_number != picture.coarse_number:
@@ -295,35 +244,3 @@ def _picture_faults(
             "correct it or add it there"
         )
     return faults
-
-
-def _path_fault(root: Path, path: str) -> str | None:
-    """Say what is wrong with a path that anybody may have written; None if it is a file in `root`.
-
-    Symbolic links are followed.
-    """
-    base = os.path.realpath(root)
-    if name_fault(path) or not (
-        target := Path(os.path.realpath(os.path.join(base, path)))
-    ).is_relative_to(base):
-        return f"{quoted(path)} leads out of {root} or is no plain path; keep it below that folder"
-    try:
-        present = target.is_file()
-    except OSError:  # a name that is too long
-        present = False
-    return None if present else f"no file {quoted(path)} in {root}; {_RESTORE}"
-
-
-def _flat(path: str) -> str:
-    """Write a path as one file name, which keeps where the picture comes from."""
-    return path.replace("/", "__")
-
-
-def _rows(
-    root: Path, split: str, examples: Sequence[Example]
-) -> Iterator[tuple[str, bytes, str, str | None]]:
-    """Yield the rows of one split for `write_split`: name, bytes, label, text."""
-    for example in examples:
-        path = Path(str(example.image)).relative_to(root).as_posix()
-        name = _flat(path.removeprefix(f"{split}/"))
-        yield name, read_image(example), example.label, example.text

@@ -13,12 +13,12 @@ import tempfile
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import mlperf_loadgen as loadgen
 import sklearn.datasets
@@ -29,7 +29,6 @@ from marnet_bench.scenarios import golden_images
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import say
 from marnet_sdk.errors import InferenceError, MarnetError
-from marnet_sdk.prediction import Prediction
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.policy import Batching
 
@@ -92,13 +91,13 @@ def run_traffic(
     started = time.perf_counter()
     expected = [answer.index for answer in classifier.predict(images)]
     fastest = len(images) / (time.perf_counter() - started)
-    asked = _Asked(classifier, images)
-    one = partial(_run, asked, duration=duration, together=together, fastest=fastest)
-    runs = (
-        _search(one, latency_ms)
-        if scenario == "server" and rate is None
-        else [one(scenario, rate=rate)]
+    traffic = Traffic(
+        classifier.submit, images, duration=duration, together=together, fastest=fastest
     )
+    if scenario == "server" and rate is None:
+        runs = traffic.search(latency_ms)
+    else:
+        runs = [traffic.run(scenario, rate)]
     best = max(
         (run for run in runs if scenario != "server" or run.p99_ms <= latency_ms),
         key=lambda run: run.images_per_s,
@@ -118,7 +117,7 @@ def run_traffic(
         "threads": classifier.runtime.threads,
         "runs": [asdict(run) for run in runs],
         "best": None if best is None else asdict(best),
-        "checked": asked.check(expected),
+        "checked": traffic.check(expected),
         "batching": _batching(classifier),
         "lines": [],
         "machine": describe_machine(),
@@ -144,56 +143,78 @@ def golden_or_photographs(classifier: Classifier, side: int | None) -> list[byte
     return files
 
 
-def _search(one: Any, latency_ms: float) -> list[Run]:
-    """Runs of "server" at rates that close in on the highest one that is answered in time."""
-    say("offline first: no higher rate can be answered")
-    high, low = one("offline").images_per_s, 0.0
-    runs: list[Run] = []
-    for _ in range(_SEARCH):
-        middle = (low + high) / 2
-        runs.append(run := one("server", rate=middle))
-        in_time = run.p99_ms <= latency_ms
-        low, high = (middle, high) if in_time else (low, middle)
-        say(f"{middle:.1f} images/s: p99 {run.p99_ms:.1f} ms, {'' if in_time else 'not '}in time")
-    return runs
+class Answer(Protocol):
+    """What a request is answered with."""
+
+    @property
+    def index(self) -> int:
+        """The likeliest class."""
+        ...
 
 
-class _Asked:
-    """The system under test: sends LoadGen's queries to a classifier, and its answers back."""
+class Traffic:
+    """LoadGen on one side, and whatever answers images on the other."""
 
-    def __init__(self, classifier: Classifier, images: Sequence[bytes]) -> None:
-        self.images = images
-        self._classifier = classifier
+    def __init__(
+        self,
+        submit: Callable[[bytes], Future[Any]],
+        images: Sequence[bytes],
+        *,
+        duration: float,
+        fastest: float,
+        together: int = 1,
+    ) -> None:
+        """Get ready.
+
+        Args:
+            submit: sends the bytes of an image and returns a future of an `Answer`.
+            duration: seconds of each run, at least.
+            fastest: images for each second that "offline" may do, to know how many to send.
+            together: images of a query of "multi-stream".
+        """
+        self._submit, self._images = submit, images
+        self._duration, self._fastest, self._together = duration, fastest, together
         self._answers: dict[int, set[int]] = defaultdict(set)  # by image
         self._error: BaseException | None = None
 
-    def issue(self, queries: Sequence[Any]) -> None:
-        """Ask for the images of a query."""
-        for query in queries:
+    def run(self, scenario: Scenario, rate: float | None = None) -> Run:
+        """Run LoadGen once.
+
+        Raises:
+            Exception: of a request that failed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            logs = loadgen.LogSettings()
+            output = loadgen.LogOutputSettings()
+            output.outdir, output.copy_summary_to_stdout = folder, False
+            logs.log_output, logs.enable_trace = output, False
+            system = loadgen.ConstructSUT(self._issue, lambda: None)
+            count = len(self._images)
+            library = loadgen.ConstructQSL(count, count, lambda _: None, lambda _: None)
             try:
-                future = self._classifier.submit(self.images[query.index])
-            except MarnetError as error:
-                self._complete(query.id, query.index, error)
-            else:
-                future.add_done_callback(partial(self._answered, query.id, query.index))
+                # The last argument names a file of audits; there is none.
+                settings = self._settings(scenario, rate)
+                loadgen.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/none")
+            finally:
+                loadgen.DestroyQSL(library)
+                loadgen.DestroySUT(system)
+            if self._error is not None:
+                raise self._error
+            return summary(read_log(Path(folder) / "mlperf_log_detail.txt"), scenario, rate)
 
-    def _answered(self, number: int, image: int, future: Future[Prediction]) -> None:
-        self._complete(number, image, future.exception() or future.result().index)
-
-    def _complete(self, number: int, image: int, answer: int | BaseException) -> None:
-        if isinstance(answer, int):
-            self._answers[image].add(answer)
-        else:
-            self._error = answer
-        data = array("q", [answer if isinstance(answer, int) else -1])
-        address, count = data.buffer_info()
-        response = loadgen.QuerySampleResponse(number, address, count * data.itemsize)
-        loadgen.QuerySamplesComplete([response])
-
-    def raise_error(self) -> None:
-        """Raise what went wrong with an image."""
-        if self._error is not None:
-            raise self._error
+    def search(self, latency_ms: float) -> list[Run]:
+        """Runs of "server" at rates that close in on the highest one that is answered in time."""
+        say("offline first: no higher rate can be answered")
+        high, low = self.run("offline").images_per_s, 0.0
+        runs: list[Run] = []
+        for _ in range(_SEARCH):
+            middle = (low + high) / 2
+            runs.append(run := self.run("server", middle))
+            in_time = run.p99_ms <= latency_ms
+            low, high = (middle, high) if in_time else (low, middle)
+            word = "in time" if in_time else "too late"
+            say(f"{middle:.1f} images/s: p99 {run.p99_ms:.1f} ms, {word}")
+        return runs
 
     def check(self, expected: Sequence[int]) -> int:
         """Compare all answers of the timed runs with others to the same images.
@@ -213,42 +234,40 @@ class _Asked:
                 )
         return len(self._answers)
 
+    def _settings(self, scenario: Scenario, rate: float | None) -> Any:
+        settings = loadgen.TestSettings()
+        settings.scenario = _SCENARIOS[scenario]
+        settings.mode = loadgen.TestMode.PerformanceOnly
+        settings.min_duration_ms = round(self._duration * 1e3)
+        settings.min_query_count = 10
+        settings.multi_stream_samples_per_query = self._together
+        settings.offline_expected_qps = self._fastest  # makes a query of so many for each second
+        if rate is not None:
+            settings.server_target_qps = rate
+        return settings
 
-def _run(
-    asked: _Asked,
-    scenario: Scenario,
-    *,
-    duration: float,
-    together: int,
-    fastest: float,
-    rate: float | None = None,
-) -> Run:
-    settings = loadgen.TestSettings()
-    settings.scenario = _SCENARIOS[scenario]
-    settings.mode = loadgen.TestMode.PerformanceOnly
-    settings.min_duration_ms = round(duration * 1e3)
-    settings.min_query_count = 10
-    settings.multi_stream_samples_per_query = together
-    settings.offline_expected_qps = fastest  # makes a query of so many for each second
-    if rate is not None:
-        settings.server_target_qps = rate
-    with tempfile.TemporaryDirectory() as folder:
-        logs = loadgen.LogSettings()
-        output = loadgen.LogOutputSettings()
-        output.outdir, output.copy_summary_to_stdout = folder, False
-        logs.log_output, logs.enable_trace = output, False
-        system = loadgen.ConstructSUT(asked.issue, lambda: None)
-        count = len(asked.images)
-        library = loadgen.ConstructQSL(count, count, lambda _: None, lambda _: None)
-        try:
-            # The last argument names a file of audits; there is none.
-            loadgen.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/none")
-        finally:
-            loadgen.DestroyQSL(library)
-            loadgen.DestroySUT(system)
-        asked.raise_error()
-        found = read_log(Path(folder) / "mlperf_log_detail.txt")
-    return summary(found, scenario, rate)
+    def _issue(self, queries: Sequence[Any]) -> None:
+        """Ask for the images of a query."""
+        for query in queries:
+            try:
+                future = self._submit(self._images[query.index])
+            except MarnetError as error:
+                self._complete(query.id, query.index, error)
+            else:
+                future.add_done_callback(partial(self._answered, query.id, query.index))
+
+    def _answered(self, number: int, image: int, future: Future[Answer]) -> None:
+        self._complete(number, image, future.exception() or future.result().index)
+
+    def _complete(self, number: int, image: int, answer: int | BaseException) -> None:
+        if isinstance(answer, int):
+            self._answers[image].add(answer)
+        else:
+            self._error = answer
+        data = array("q", [answer if isinstance(answer, int) else -1])
+        address, count = data.buffer_info()
+        response = loadgen.QuerySampleResponse(number, address, count * data.itemsize)
+        loadgen.QuerySamplesComplete([response])
 
 
 def read_log(path: Path) -> dict[str, Any]:

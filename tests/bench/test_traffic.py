@@ -9,9 +9,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from marnet_bench import traffic
 from marnet_bench.cli import TRAFFIC, main
-from marnet_bench.traffic import BATCHING, golden_or_photographs, run_traffic
+from marnet_bench.traffic import BATCHING, Run, Traffic, golden_or_photographs, run_traffic
 from marnet_sdk import Classifier
 from marnet_sdk.errors import InferenceError, QueueFull
 
@@ -40,24 +39,24 @@ def test_the_rate_that_is_answered_in_time_is_closed_in_on(monkeypatch):
     """Offline it does 64 images/s; from 40 on each is late."""
     sent = []
 
-    def one(scenario, rate=None):
+    def run(scenario, rate=None):
         sent.append(rate)
         p99 = 200.0 if rate and rate > 40 else 20.0
-        return traffic.Run(rate, 10, rate or 64.0, 1.0, 2.0, p99)
+        return Run(rate, 10, rate or 64.0, 1.0, 2.0, p99)
 
-    runs = traffic._search(one, 100.0)
+    traffic = Traffic(lambda _: Future(), [b""], duration=1, fastest=1)
+    monkeypatch.setattr(traffic, "run", run)
+    runs = traffic.search(100.0)
     assert sent == [None, 32, 48, 40, 44, 42]
     assert [run.rate for run in runs if run.p99_ms <= 100] == [32, 40]
 
 
 def test_another_answer_than_that_of_a_single_call_is_an_error(classifier, monkeypatch):
     images = golden_or_photographs(classifier, None)
-    other = {0: 1}
 
     def submit(image):
         future: Future = Future()
         answer = classifier.predict(images[1] if image == images[0] else images[0])
-        other[0] = answer.index
         future.set_result(answer)
         return future
 

@@ -182,6 +182,16 @@ class Bundle:
             raise BundleFormatError(f"{self.path}: the manifest lists no {name}; export it again")
         return self.path / name
 
+    def check_listed(self, folder: Path) -> None:
+        """Refuse files inside a folder of the bundle that the manifest does not list.
+
+        Raises:
+            BundleFormatError: there is one.
+        """
+        for file in folder.rglob("*"):
+            if not file.is_dir():
+                self.file(file.relative_to(self.path).as_posix())
+
 
 def is_bundle(path: Path) -> bool:
     """Tell whether a directory looks like a bundle."""

@@ -32,14 +32,16 @@ from marnet_sdk.inputs.batches import (
 )
 from marnet_sdk.inputs.images import DEFAULT_LIMITS, ImageInput, Limits
 from marnet_sdk.noise.tables import Floats
-from marnet_sdk.prediction import Prediction, predictions
+from marnet_sdk.prediction import Prediction
 from marnet_sdk.process import left_to_the_parent, native
-from marnet_sdk.run import Runner
+from marnet_sdk.run import Answering, Runner
 from marnet_sdk.self_test import self_test
+from marnet_sdk.serve.many_callers import ManyCallers
+from marnet_sdk.serve.policy import DEFAULT_BATCHING, Batching
 from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 
 
-class Classifier:
+class Classifier(ManyCallers):
     """Classifies images with a bundle.
 
     When the constructor returns, the files that classify have been checked byte by byte, of those
@@ -64,6 +66,7 @@ class Classifier:
         threads: int | None = None,
         device: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        batching: Batching = DEFAULT_BATCHING,
     ) -> None:
         """Open a bundle.
 
@@ -78,6 +81,7 @@ class Classifier:
                 quota of its control groups (`runtime.cpus`).
             device: "cpu" or "cuda"; default: the one that the bundle was built for.
             limits: larger images are refused before they are decoded.
+            batching: how `submit` and `apredict` collect images into batches.
 
         Raises:
             InvalidInput: an argument of the wrong type or range; more threads than the machine has.
@@ -85,8 +89,7 @@ class Classifier:
             MissingExtra, BackendUnavailable: its backend cannot run here.
             SelfTestFailed: it does not reproduce its golden answers.
         """
-        if threads is not None:
-            threads = check_threads(positive("threads", threads))
+        threads = check_threads(threads)
         if device not in (None, "cpu", "cuda"):
             raise InvalidInput(
                 f"device: got {brief(device)}, expected cpu or cuda; leave it out for the device "
@@ -95,15 +98,14 @@ class Classifier:
         bundle = read_bundle(path, lazily=True)
         manifest, sampling = bundle.manifest, bundle.manifest.sampling
         name = sampling.default if operating_point is None else operating_point
-        bundle.check_point(name)
+        for point in (name, *batching.brown_out):
+            bundle.check_point(point)
         # Files are opened later, too, perhaps from another working directory.
         self.bundle = bundle = replace(bundle, path=bundle.path.absolute())
         self.limits, self.labels = limits, manifest.labels
         self.preprocess = manifest.preprocessing
         plan = bundle.file(PLAN)
-        for file in plan.parent.rglob("*"):  # the backend opens them by name
-            if not file.is_dir():
-                bundle.file(file.relative_to(bundle.path).as_posix())
+        bundle.check_listed(plan.parent)  # the backend opens them by name
         self._threads = threads
         self._text: TextEmbedder | None = None  # opened by the first text
         self._text_lock = Lock()
@@ -114,21 +116,24 @@ class Classifier:
             )
         self._guard = Guarded(left_to_the_parent(backend), bundle.path)
         runner = partial(Runner, self._guard, load_file(plan), sampling)
-        golden = [
-            self_test(bundle, self.preprocess, runner(point, sampling.seed))
-            for point in dict.fromkeys([sampling.default, name])
-        ]
-        self._feature_width = golden[-1].features.shape[1]
-        self._run = runner(name, sampling.seed if seed is None else seed)
-        default = self._run.point.samples
-        self._samples = default if samples is None else positive("samples", samples)
-        self._run.check_draws(self._samples)
+        golden = {
+            point: self_test(bundle, self.preprocess, runner(point, sampling.seed))
+            for point in dict.fromkeys([sampling.default, name, *batching.brown_out])
+        }
+        self._feature_width = golden[name].features.shape[1]
+        seed = sampling.seed if seed is None else seed
+        runners = [runner(point, seed) for point in (name, *batching.brown_out)]
+        self._run = runners[0]
+        self._serve([Answering(run, self.labels) for run in runners], batching)
+        self._samples = self._run.point.samples
+        self._samples = self._draws(samples)
 
     def close(self) -> None:
-        """Let go of the backend and its threads; calls that are running finish first.
+        """Let go of the backend and its threads, once running calls and accepted requests are done.
 
         Another call raises `ClassifierClosed`. Closing twice does nothing.
         """
+        self._batcher.close()
         self._guard.close()
         self._text = None
 
@@ -246,21 +251,16 @@ class Classifier:
         """
         self._guard.check()
         batch_size, top_k = positive("batch_size", batch_size), positive("top_k", top_k)
-        samples = self._samples if samples is None else positive("samples", samples)
-        self._run.check_draws(samples, stop)
+        samples = self._draws(samples, stop)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {brief(on_error)}')
-        threshold = self._run.abstain_below(samples, stop)
         if one := is_single(images):
             batches = iter([Usable(self._pixels([images]), [], {})])
         else:
             batches = usable(images, batch_size, self.preprocess, self.limits)
         answers: list[Prediction | ImageError] = []
         for pixels, names, refused in batches:
-            found: list[Prediction] = []
-            if len(pixels):
-                batch = self._run(pixels, names, samples=samples, stop=stop)
-                found = predictions(batch.answers, self.labels, top_k, threshold)
+            found = self._answer(pixels, names, samples=samples, stop=stop, top_k=top_k)
             answers += in_place(found, refused)
         if one:
             return cast(Prediction, answers[0])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path, PurePosixPath
 
+from marnet_sdk.arguments import positive
 from marnet_sdk.errors import InvalidInput
 
 _ROOT = Path("/")
@@ -53,10 +54,10 @@ def check_threads(threads: int | None) -> int | None:
     """The number that a user asked for; None is left to whoever runs the threads.
 
     Raises:
-        InvalidInput: more than the machine has CPUs.
+        InvalidInput: no integer, below 1, or more than the machine has CPUs.
     """
     here = cpus()
-    if threads is not None and threads > here.machine:
+    if threads is not None and (threads := positive("threads", threads)) > here.machine:
         raise InvalidInput(
             f"threads: got {threads}, but this machine has {here.machine} CPUs; pass at most that "
             f"many, or leave it out for {here.threads}: this process may use {here}"

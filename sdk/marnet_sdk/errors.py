@@ -159,6 +159,34 @@ class WrongProcess(MarnetError):
     """A classifier in a process that it was not opened in, where its threads do not exist."""
 
 
+class QueueFull(MarnetError):
+    """More requests wait than the queue of a classifier takes; nothing was begun for this one.
+
+    waiting: requests in the queue.
+    retry_after: seconds until all of them should be answered; None: not known yet.
+    """
+
+    def __init__(self, message: str, *, waiting: int = 0, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.waiting = waiting
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(MarnetError):
+    """A request that cannot be answered before its deadline, or was not; the model did not run.
+
+    deadline: seconds from the request to its deadline.
+    expected: seconds that its answer was expected to take; None: it waited until the deadline.
+    """
+
+    def __init__(
+        self, message: str, *, deadline: float = 0.0, expected: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.deadline = deadline
+        self.expected = expected
+
+
 class EnvironmentMismatch(MarnetError):
     """The machine or its packages lack what is asked for."""
 

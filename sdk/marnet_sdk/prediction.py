@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,21 +37,28 @@ class Prediction:
     abstain: bool | None = (
         None  # not to be relied on; None where the bundle has no threshold for it
     )
+    operating_point: str | None = None  # of the bundle, at which it was found
 
 
 def predictions(
-    answers: Answers, labels: tuple[str, ...], top_k: int, threshold: float | None
+    answers: Answers,
+    labels: tuple[str, ...],
+    top_k: int | Sequence[int],
+    threshold: float | None,
+    operating_point: str,
 ) -> list[Prediction]:
     """Name what was found for each image.
 
     Args:
-        top_k: how many classes `Prediction.top` holds.
+        top_k: how many classes `Prediction.top` holds, of all answers or of each.
         threshold: the score below which an answer abstains; None: it does not say.
+        operating_point: at which they were found.
     """
-    order = np.argsort(-answers.probabilities, axis=1, kind="stable")[:, :top_k]
+    order = np.argsort(-answers.probabilities, axis=1, kind="stable")
+    counts = np.broadcast_to(top_k, len(order))
     out = []
     for i, (row, best) in enumerate(zip(answers.probabilities, order, strict=True)):
-        top = tuple(Score(labels[k], int(k), float(row[k])) for k in best)
+        top = tuple(Score(labels[k], int(k), float(row[k])) for k in best[: counts[i]])
         error = float(answers.standard_error[i])
         out.append(
             Prediction(
@@ -59,6 +67,7 @@ def predictions(
                 vote_share=float(answers.vote_share[i]),
                 standard_error=None if np.isnan(error) else error,
                 abstain=None if threshold is None else top[0].score < threshold,
+                operating_point=operating_point,
             )
         )
     return out

@@ -1,4 +1,4 @@
-"""One batch, from pixels to what its noise samples say: `Runner`.
+"""One batch, from pixels to what its noise samples say: `Runner`, and `Answering` in words.
 
 The loop's tables are made here, the backend is called here, and numbers that are none are refused
 here, with the name of the image and the step.
@@ -23,6 +23,7 @@ from marnet_sdk.backends.guarded import Guarded
 from marnet_sdk.bundle import Sampling
 from marnet_sdk.errors import InferenceError, InvalidInput, brief
 from marnet_sdk.noise.tables import Floats, Tables, make_tables
+from marnet_sdk.prediction import Prediction, predictions
 from marnet_sdk.uncertainty import Answers, mean_logits, schedule, settled, softmax, summarise
 
 
@@ -199,6 +200,34 @@ class Runner:
                 "memory for that; pass a NumPy array"
             )
         return rows
+
+
+class Answering:
+    """Answers batches in words: with labels, and with abstention where the export allows it."""
+
+    def __init__(self, run: Runner, labels: tuple[str, ...]) -> None:
+        """Answer with one `Runner`."""
+        self.run, self._labels = run, labels
+
+    def __call__(
+        self,
+        pixels: Floats,
+        names: Sequence[str] = (),
+        *,
+        samples: int,
+        top_k: int | Sequence[int],
+        stop: str | None = None,
+    ) -> list[Prediction]:
+        """Answer a batch of images that are preprocessed, perhaps of none; as `Runner` does.
+
+        Args:
+            top_k: how many classes `Prediction.top` holds, of all answers or of each.
+        """
+        if not len(pixels):
+            return []
+        batch = self.run(pixels, names, samples=samples, stop=stop)
+        threshold = self.run.abstain_below(samples, stop)
+        return predictions(batch.answers, self._labels, top_k, threshold, self.run.operating_point)
 
 
 def pixel_key(pixels: Floats) -> int:

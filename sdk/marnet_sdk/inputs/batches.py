@@ -37,11 +37,12 @@ def in_chunks(
     """
     iterator, start = iter(cast(Iterable[ImageInput], images)), 0
     while chunk := list(islice(iterator, size)):
-        yield chunk, [_name(image, start + i) for i, image in enumerate(chunk)]
+        yield chunk, [name_of(image, start + i) for i, image in enumerate(chunk)]
         start += len(chunk)
 
 
-def _name(image: ImageInput, position: int) -> str:
+def name_of(image: ImageInput, position: int) -> str:
+    """Name an image in errors: by its position, and its path if it has one."""
     path = f" ({shown(image)})" if isinstance(image, str | os.PathLike) else ""
     return f"image {position}{path}"
 

@@ -1,0 +1,1 @@
+"""Many callers at once: what they ask for is collected into batches."""

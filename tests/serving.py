@@ -25,7 +25,8 @@ from marnet_sdk.errors import (
     InvalidInput,
     QueueFull,
 )
-from marnet_sdk.serve.queue import BatchingStats
+from marnet_sdk.serve.many_callers import Kind
+from marnet_sdk.serve.queue import BatchingStats, Learned
 from marnet_sdk.server.gate import AccessLog
 from marnet_sdk.server.network import listen, make_server
 from marnet_sdk.server.service import ServerLimits, Service
@@ -46,7 +47,8 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **more: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=PATIENCE, **more)
+        # No certificates, whose reading takes longer than most tests.
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, verify=False, **more)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
@@ -171,7 +173,14 @@ class Played:
         return np.stack([means, 2 * means, -means], axis=1).astype(np.float32)
 
     def batching_stats(self) -> BatchingStats:
-        return BatchingStats(waiting=3, batches={"full": 2, "quiet": 1}, images=9)
+        kind = Kind("exact", 1)
+        return BatchingStats(
+            waiting=3,
+            batches={"full": 2, "quiet": 1},
+            images={kind: 9},
+            refused={"deadline": 1},
+            learned={kind: Learned(0.5, 0.25, 8, {})},
+        )
 
     def close(self) -> None:
         self.closed = True

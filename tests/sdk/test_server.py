@@ -70,12 +70,27 @@ def answers(classifier, images):
     return classifier.predict(images)
 
 
-@pytest.fixture
-def played():
-    """A server whose classifier does what the image says, and that classifier."""
+@pytest.fixture(scope="module")
+def playing():
+    """A server whose classifier does what the image says."""
     classifier = Played()
     with running(lambda: classifier, samples=4) as server, server.client() as client:
-        yield server, client, classifier
+        yield client, classifier
+
+
+@pytest.fixture
+def played(playing):
+    """A client of that server, and the classifier."""
+    playing[1].calls.clear()
+    return playing
+
+
+@pytest.fixture
+def own():
+    """A client of a server of one's own, the server and its classifier."""
+    classifier = Played()
+    with running(lambda: classifier) as server, server.client() as client:
+        yield client, server, classifier
         classifier.go_on.set()
 
 
@@ -123,10 +138,9 @@ def test_json_holds_images_in_base64(client, images, answers):
     assert {len(answer["top"]) for answer in response.json()["answers"]} == {1}
 
 
-def test_many_clients_at_once_get_their_own_answers(server, images, answers):
+def test_many_requests_at_once_get_their_own_answers(client, images, answers):
     def ask(number: int) -> str:
-        with server.client() as own:
-            response = own.post("/predict", content=images[number % 4])
+        response = client.post("/predict", content=images[number % 4])
         return response.json()["answers"][0]["label"]
 
     with ThreadPoolExecutor(8) as pool:
@@ -161,7 +175,7 @@ def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(client):
 
 
 def test_the_query_and_the_form_and_json_ask_for_the_same_things(played):
-    _, client, classifier = played
+    client, classifier = played
     query = {"top_k": 2, "samples": 3, "operating_point": "exact", "deadline_ms": 5000}
     given = [
         client.post("/predict", params=query, content=b"x"),
@@ -188,7 +202,7 @@ def test_the_query_and_the_form_and_json_ask_for_the_same_things(played):
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_reason(played, query, status, reason):
-    _, client, classifier = played
+    client, classifier = played
     response = client.post("/predict", params=query, content=b"x")
     assert response.status_code == status
     assert reason in response.json()["error"]
@@ -196,7 +210,7 @@ def test_what_cannot_be_had_is_refused_with_the_reason(played, query, status, re
 
 
 def test_what_is_asked_for_twice_is_refused(played):
-    _, client, _ = played
+    client, _ = played
     response = client.post("/predict?top_k=1", json={"images": ["eA=="], "top_k": 2})
     assert response.status_code == 400
     assert "top_k stands in the query and in the body" in response.json()["error"]
@@ -280,7 +294,7 @@ def test_any_body_is_taken_apart_or_refused(kind, body):
     [("full", 429), ("late", 504), ("invalid", 400), ("closed", 503), ("nan", 500), ("bug", 500)],
 )
 def test_errors_of_the_classifier_become_status_codes_without_secrets(played, image, status):
-    _, client, _ = played
+    client, _ = played
     response = client.post("/predict", files=files([b"x", image.encode()]))
     assert response.status_code == status
     assert response.json().keys() == {"error"}
@@ -290,12 +304,12 @@ def test_errors_of_the_classifier_become_status_codes_without_secrets(played, im
 
 
 def test_an_answer_does_not_tell_where_objects_lay_in_memory(played):
-    response = played[1].post("/predict", content=b"bad")
+    response = played[0].post("/predict", content=b"bad")
     assert response.json()["error"] == "image 0: no image <_io.BytesIO object>"
 
 
-def test_a_client_that_hangs_up_cancels_its_images(played):
-    server, _, classifier = played
+def test_a_client_that_hangs_up_cancels_its_images(own):
+    _, server, classifier = own
     with server.connect() as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nwait")
         until(classifier.waiting.is_set)
@@ -355,8 +369,8 @@ def test_with_a_token_only_those_who_send_it_are_answered():
             assert client.get(path).status_code == 200
 
 
-def test_metrics_count_requests_and_show_the_queue(played):
-    server, client, _ = played
+def test_metrics_count_requests_and_show_the_queue(own):
+    client, server, _ = own
     client.post("/predict", content=b"x")
     client.post("/predict", content=b"full")
     client.get("/nowhere")
@@ -374,15 +388,17 @@ def test_metrics_count_requests_and_show_the_queue(played):
         "marnet_connections 1.0",
         'marnet_queue_images{state="waiting"} 3.0',
         'marnet_batches_total{reason="full"} 2.0',
-        "marnet_batched_images_total 9.0",
+        'marnet_batched_images_total{operating_point="exact",samples="1"} 9.0',
+        'marnet_images_total{end="refused: deadline"} 1.0',
+        'marnet_batch_seconds{operating_point="exact",samples="1",term="per_image"} 0.25',
     ):
         assert line in lines
     assert [line for line in lines if line.startswith("marnet_model_info{")]
     assert [line for line in lines if line.startswith("process_open_fds")]
 
 
-def test_each_request_is_one_json_line(played):
-    server, client, _ = played
+def test_each_request_is_one_json_line(own):
+    client, server, _ = own
     client.post("/predict?top_k=1", content=b"x")
     client.get("/%0a%22evil%22" + "x" * 500)
     first, second = server.log(2)
@@ -396,7 +412,7 @@ def test_each_request_is_one_json_line(played):
 
 
 def test_what_is_not_there_is_told_as_json(played):
-    _, client, _ = played
+    client, _ = played
     missing, wrong = client.get("/nowhere"), client.get("/predict")
     assert (missing.status_code, missing.json()) == (404, {"error": "Not Found"})
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
@@ -407,7 +423,7 @@ def test_what_is_not_there_is_told_as_json(played):
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
 def test_a_page_needs_no_other_server_and_runs_only_its_own_script(played, path):
-    response = played[1].get(path)
+    response = played[0].get(path)
     assert response.headers["content-type"].startswith("text/html")
     assert not re.search(r"(src|href)=\"(https?:)?//", response.text)
     assert "innerHTML" not in response.text
@@ -419,7 +435,7 @@ def test_a_page_needs_no_other_server_and_runs_only_its_own_script(played, path)
 
 
 def test_the_openapi_document_names_every_status(played):
-    document = played[1].get("/openapi.json").json()
+    document = played[0].get("/openapi.json").json()
     predict = document["paths"]["/predict"]["post"]
     assert set(predict["responses"]) >= {"200", "400", "401", "413", "415", "422", "429", "503"}
     assert "application/json" in predict["requestBody"]["content"]

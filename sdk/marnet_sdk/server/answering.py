@@ -85,8 +85,11 @@ def settings_for(
         deadline = asked.deadline_ms / 1e3 - (time.perf_counter() - started)
         if deadline <= 0:
             raise Refused(504, "the deadline passed while the body arrived; allow more time")
+    samples = asked.samples
+    if samples is None and asked.operating_point is not None:
+        samples = classifier.samples  # which keeps it from being answered at another point
     top_k = min(asked.top_k, len(classifier.labels))
-    return {"top_k": top_k, "samples": asked.samples, "deadline": deadline}
+    return {"top_k": top_k, "samples": samples, "deadline": deadline}
 
 
 async def answer_all(

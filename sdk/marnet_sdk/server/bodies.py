@@ -35,7 +35,9 @@ class Asked(BaseModel):
         None, gt=0, le=1e9, description="Answer within so many milliseconds, or refuse with 504"
     )
     operating_point: str | None = Field(
-        None, max_length=100, description="Refused unless it is the one that this server opened"
+        None,
+        max_length=100,
+        description="Answer at no other; refused unless it is the one that this server opened",
     )
 
 

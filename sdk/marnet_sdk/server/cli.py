@@ -44,6 +44,26 @@ _MIB = 2**20
 @click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
 @click.option(
+    "--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Images of a batch."
+)
+@click.option(
+    "--max-delay",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Milliseconds that an image waits for others while the model is idle.",
+)
+@click.option(
+    "--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Images waiting."
+)
+@click.option(
+    "--brown-out",
+    metavar="NAME",
+    multiple=True,
+    help="Operating point that may answer instead while the queue is too long; may be repeated, "
+    "the best first.",
+)
+@click.option(
     "--max-body",
     type=click.IntRange(1),
     default=32,
@@ -93,6 +113,10 @@ def main(
     samples: int | None,
     seed: int | None,
     threads: int | None,
+    max_batch: int,
+    max_delay: float,
+    max_queue: int,
+    brown_out: tuple[str, ...],
     max_body: int,
     max_pixels: int,
     max_images: int,
@@ -116,6 +140,7 @@ def main(
         from marnet_sdk.server.service import ServerLimits, Service
     from marnet_sdk.classifier import Classifier
     from marnet_sdk.inputs.images import Limits
+    from marnet_sdk.serve.policy import Batching
 
     if model is None:
         model = newest_bundle()
@@ -137,6 +162,7 @@ def main(
             seed=seed,
             threads=threads,
             limits=Limits(limits.body_bytes, max_pixels),
+            batching=Batching(max_batch, max_delay / 1e3, max_queue, brown_out=brown_out),
         )
 
     name = name or model.absolute().name.removesuffix(".marnet")

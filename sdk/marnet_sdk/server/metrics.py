@@ -103,4 +103,24 @@ def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
     for reason, count in stats.batches.items():
         batches.add_metric([reason], count)
     yield batches
-    yield CounterMetricFamily("marnet_batched_images", "Images in all batches.", stats.images)
+    run = CounterMetricFamily(
+        "marnet_batched_images",
+        "Images in batches, by how they were answered.",
+        labels=["operating_point", "samples"],
+    )
+    for kind, count in stats.images.items():
+        run.add_metric([kind.operating_point, str(kind.samples)], count)
+    yield run
+    yield CounterMetricFamily(
+        "marnet_stepped_down_images", "Of these, otherwise than asked.", stats.stepped_down
+    )
+    times = GaugeMetricFamily(
+        "marnet_batch_seconds",
+        "A batch of n images takes fixed + n per_image seconds, as learned.",
+        labels=["operating_point", "samples", "term"],
+    )
+    for kind, learned in stats.learned.items():
+        ways = [kind.operating_point, str(kind.samples)]
+        times.add_metric([*ways, "fixed"], learned.fixed)
+        times.add_metric([*ways, "per_image"], learned.per_image)
+    yield times

@@ -23,8 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import PATIENCE, Played, read_all, running, until
 
+from marnet_sdk import Classifier
+from marnet_sdk.errors import BundleCorrupt
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.gate import AccessLog
+from marnet_sdk.server.network import listen, serve
+from marnet_sdk.server.service import ServerLimits, Service
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\n"
 MAIN = "from marnet_sdk.server.cli import main; main()"
@@ -241,15 +245,11 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(bundle_of, digit
         assert served.stderr.read() == ""
 
 
-def test_a_damaged_bundle_ends_the_server_with_its_exit_code(bundle_of, tmp_path):
+def test_a_damaged_bundle_ends_the_server_with_the_reason(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
-    with process(tmp_path) as (served, _):
-        assert served.wait(PATIENCE) == 1
-        assert served.stderr is not None
-        said = served.stderr.read()
-        assert said.startswith("Error: ")
-        assert "is damaged" in said
-        assert "Traceback" not in said
+    service = Service(lambda: Classifier(tmp_path), ServerLimits(), name="digits")
+    with pytest.raises(BundleCorrupt, match="is damaged"):
+        serve(service, [listen("127.0.0.1", 0)], AccessLog(io.BytesIO()), lambda: None)
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
@@ -278,13 +278,3 @@ def test_without_the_extra_the_pip_line_is_told(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["-m", str(tmp_path)])
     assert result.exit_code == 5
     assert 'pip install "marnet[serve]"' in result.stderr
-
-
-def test_importing_the_sdk_and_the_command_imports_no_web_framework():
-    code = (
-        "import sys, marnet_sdk, marnet_sdk.server.cli\n"
-        "names = ('fastapi', 'starlette', 'uvicorn', 'pydantic', 'prometheus_client')\n"
-        "print([name for name in names if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,15 +28,20 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    top_k: int = Field(5, ge=1, le=2**31, description="Classes in each answer, the likeliest first")
+    top_k: int = Field(
+        default=5, ge=1, le=2**31, description="Classes in each answer, the likeliest first"
+    )
     samples: int | None = Field(
-        None, ge=1, le=2**31, description="Noise samples per image; default: the server's"
+        default=None, ge=1, le=2**31, description="Noise samples per image; default: the server's"
     )
     deadline_ms: float | None = Field(
-        None, gt=0, le=1e9, description="Answer within so many milliseconds, or refuse with 504"
+        default=None,
+        gt=0,
+        le=1e9,
+        description="Answer within so many milliseconds, or refuse with 504",
     )
     operating_point: str | None = Field(
-        None,
+        default=None,
         max_length=100,
         description="Answer at no other; refused unless it is the one that this server opened",
     )
@@ -69,7 +75,7 @@ REQUEST_BODY = {
 class Upload:
     """The images of a request in their order, and the settings that came with them."""
 
-    images: list[bytes | bytearray] = field(default_factory=list)
+    images: Sequence[bytes | bytearray] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -140,24 +146,26 @@ def _decoded(text: str, position: int) -> bytes:
 def _from_form(body: bytearray, boundary: bytes | None, limits: ServerLimits) -> Upload:
     if not boundary:
         raise Refused(400, "multipart/form-data needs a boundary in its Content-Type")
-    upload, ended = Upload(), []
+    images: list[bytes] = []
+    settings: dict[str, Any] = {}
+    ended: list[bool] = []
 
     def on_file(file: File) -> None:
-        _check_count(len(upload.images) + 1, limits)
+        _check_count(len(images) + 1, limits)
         file.file_object.seek(0)
-        upload.images.append(file.file_object.read())
+        images.append(file.file_object.read())
 
     def on_field(one: FormField) -> None:
         name = (one.field_name or b"").decode("utf-8", "replace")
-        if name in upload.settings or len(upload.settings) == _FIELDS:
+        if name in settings or len(settings) == _FIELDS:
             raise Refused(400, f"the field {brief(name)} is one too many")
-        upload.settings[name] = (one.value or b"").decode("utf-8", "replace")
+        settings[name] = (one.value or b"").decode("utf-8", "replace")
 
     # Files stay in memory, whose bytes are counted already; none is written to a disk.
     config = {"MAX_MEMORY_FILE_SIZE": float("inf"), "UPLOAD_ERROR_ON_BAD_CTE": True}
     try:
         parser = FormParser(
-            "multipart/form-data", on_field, on_file, lambda: ended.append(1), boundary,
+            "multipart/form-data", on_field, on_file, lambda: ended.append(True), boundary,
             config=config,
         )  # fmt: skip
         parser.write(bytes(body))
@@ -166,7 +174,7 @@ def _from_form(body: bytearray, boundary: bytes | None, limits: ServerLimits) ->
         raise Refused(400, f"not a multipart body ({type(error).__name__})") from error
     if not ended:
         raise Refused(400, "the multipart body ends before its last boundary; send all of it")
-    return upload
+    return Upload(images, settings)
 
 
 def _check_count(images: int, limits: ServerLimits) -> None:

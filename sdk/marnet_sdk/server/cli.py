@@ -173,7 +173,12 @@ def main(
     if token is None and host not in ("127.0.0.1", "::1", "localhost"):
         say(f"no token: whoever reaches this address may ask; set {TOKEN} or --token-file")
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
-    serve(service, [listener], AccessLog(out), ready=lambda: say("ready: the self-test passed"))
+    log = AccessLog(out)
+    try:
+        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
+    finally:
+        if log.lost:
+            say(f"{log.lost} lines of the access log could not be written")
 
 
 def read_token(file: Path | None) -> str | None:

@@ -15,6 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats
 from marnet_sdk.server.service import Service
 
@@ -109,6 +110,7 @@ def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
         labels=["operating_point", "samples"],
     )
     for kind, count in stats.images.items():
+        assert isinstance(kind, Kind)
         run.add_metric([kind.operating_point, str(kind.samples)], count)
     yield run
     yield CounterMetricFamily(
@@ -120,6 +122,7 @@ def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
         labels=["operating_point", "samples", "term"],
     )
     for kind, learned in stats.learned.items():
+        assert isinstance(kind, Kind)
         ways = [kind.operating_point, str(kind.samples)]
         times.add_metric([*ways, "fixed"], learned.fixed)
         times.add_metric([*ways, "per_image"], learned.per_image)

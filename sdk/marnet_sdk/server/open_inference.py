@@ -439,7 +439,7 @@ def _wanted(content: dict[str, Any], input: str, binary: bool) -> list[Wanted]:
     wanted = []
     for one in _objects(content, "outputs"):
         name = one.get("name")
-        if name not in OUTPUTS[input]:
+        if not isinstance(name, str) or name not in OUTPUTS[input]:
             _refuse(
                 f"outputs: got {brief(name)}; for {input} there are {', '.join(OUTPUTS[input])}"
             )

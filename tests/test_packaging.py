@@ -212,7 +212,8 @@ def test_the_wheel_is_used_from_another_folder(plain: Path, tmp_path: Path) -> N
     version, name, file = done.stdout.split()
     assert (version, name) == ("0.1.0", "Classifier")
     assert Path(file).is_relative_to(plain.parent.parent)
-    for script in ("marnet-train", "marnet-export", "marnet-classify", "marnet-bench"):
+    commands = ("train", "export", "classify", "serve", "bench")
+    for script in (f"marnet-{command}" for command in commands):
         said = run_command(plain.parent / script, "--version", cwd=tmp_path)
         assert said == f"{script}, version 0.1.0\n"
 

@@ -31,6 +31,7 @@ from marnet_sdk.server.network import listen, serve
 from marnet_sdk.server.service import ServerLimits, Service
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\n"
+POOL = 32 + 4  # threads that asyncio may start for what would hold up its loop
 MAIN = "from marnet_sdk.server.cli import main; main()"
 
 
@@ -168,6 +169,31 @@ def test_bodies_of_all_requests_together_have_a_limit():
         until(lambda: server.service.held == 0)
 
 
+def test_nothing_is_left_of_many_requests_of_every_kind(server):
+    def round_of_requests() -> None:
+        with server.client() as client:
+            for content in (b"x", b"bad", b"full", b"nan", b"x" * 21, b""):
+                client.post("/predict", content=content)
+            client.post("/predict", files=[("f", ("x", b"x"))] * 3)
+            client.get("/metrics")
+        for broken in (b"", b"POST", HEAD + b"content-length: 9\r\n\r\nhalf", HEAD + b"\0\r\n"):
+            with server.connect() as connection:
+                connection.sendall(broken)
+        server.idle()
+
+    def held() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+    for _ in range(2):  # until the pools of threads have their size
+        round_of_requests()
+    before = held()
+    for _ in range(4):
+        round_of_requests()
+    assert held()[0] <= before[0]
+    assert held()[1] <= before[1] + POOL
+    assert server.service.held == 0
+
+
 # --- the access log -------------------------------------------------------------------------------
 
 
@@ -233,7 +259,8 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(bundle_of, digit
             until(lambda: "marnet_requests_in_flight 2.0" in client.get(f"{url}metrics").text)
             served.send_signal(signal.SIGTERM)
             until(lambda: client.get(f"{url}readyz").status_code == 503)
-            assert client.get(f"{url}healthz").status_code == 200
+            for path in ("healthz", "metrics"):
+                assert client.get(f"{url}{path}").status_code == 200
             refused = client.post(f"{url}predict", content=image)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             accepted.sendall(image[50:])

@@ -18,6 +18,7 @@ from marnet_sdk.server.metrics import Metrics
 from marnet_sdk.server.service import Service, logger
 
 PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+WATCHED = (*PROBES, "/metrics")  # answered while the server stops or has too many connections
 OPEN = (*PROBES, "/", "/docs", "/openapi.json")  # without a token: nothing of them is secret
 _SHOWN = 200  # characters of a path in a line of the log
 _WAITING = 10_000  # lines of the log that may wait to be written
@@ -100,7 +101,7 @@ class Gate:
         if path not in OPEN and not self._is_known(scope):
             headers = {"WWW-Authenticate": "Bearer"}
             return _refuse(401, "send the server's token: Authorization: Bearer TOKEN", headers)
-        if path in PROBES:
+        if path in WATCHED:
             return None
         if service.draining:
             return _refuse(503, "the server is stopping", {"Retry-After": "1"})

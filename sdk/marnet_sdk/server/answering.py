@@ -1,4 +1,4 @@
-"""From the images of a request to their answers, and how a refusal looks."""
+"""Answers the images of a request, and describes how a refusal looks."""
 
 from __future__ import annotations
 

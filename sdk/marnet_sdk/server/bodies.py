@@ -24,7 +24,7 @@ EXPECTED = (
 
 
 class Asked(BaseModel):
-    """What a request may ask for, beside its images."""
+    """The settings that a request may ask for, beside its images."""
 
     model_config = ConfigDict(extra="forbid")
 

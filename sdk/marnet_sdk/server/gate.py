@@ -1,4 +1,4 @@
-"""What every request passes: who may enter, what is measured, and a line in the access log."""
+"""The gate that every request passes: it may enter, it is measured, and it is logged."""
 
 from __future__ import annotations
 

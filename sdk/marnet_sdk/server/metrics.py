@@ -26,7 +26,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Metrics(Collector):
-    """What a server counts, and what its classifier counted, in a registry of its own."""
+    """All that a server and its classifier count, in a registry of its own."""
 
     def __init__(self, service: Service, log: AccessLog) -> None:
         self._service, self._log = service, log

@@ -419,7 +419,7 @@ def _parameters(holder: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
 
 
 def _asked(parameters: dict[str, Any]) -> Asked:
-    """What the parameters ask for; `timeout` is in microseconds, 0 for none."""
+    """Read what the parameters ask for; `timeout` is in microseconds, 0 for none."""
     timeout, samples = parameters.get("timeout", 0), parameters.get("samples")
     if not _is_count(timeout):
         _refuse(f"timeout: got {brief(timeout)}, expected microseconds")

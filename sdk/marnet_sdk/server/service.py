@@ -1,4 +1,4 @@
-"""What all requests of a server share: the classifier, the limits, and the refusals."""
+"""All that the requests of a server share: the classifier, the limits, and the refusals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("marnet_sdk.server")
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a server bears before it does any work. The pixels of an image are in `Limits`."""
+    """The most that a server bears before it works. The pixels of an image are in `Limits`."""
 
     body_bytes: int = 32 * 2**20  # of one request
     buffered_bytes: int = 2**30  # of the bodies of all requests that are being answered

@@ -30,6 +30,7 @@ FRAMEWORKS = {
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
     "tensorrt_rtx", "cuda", "sklearn", "datasets",
 }  # fmt: skip
+OF_THE_SERVER = {"fastapi", "h11", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # The files of the SDK that may import frameworks, and which.
 LEAVES = {
     "marnet_sdk/backends/aotinductor.py": {"torch"},
@@ -113,6 +114,12 @@ def test_the_sdk_imports_frameworks_in_their_leaves_and_only_when_they_are_used(
         used = {root(m) for m in imports(tree)} & FRAMEWORKS
         assert used <= LEAVES.get(name, set()), name
         assert not {root(m) for m in imports(run_on_import(tree))} & FRAMEWORKS, name
+
+
+def test_only_the_server_imports_what_serves():
+    for name, tree in sources("marnet_sdk"):
+        used = {root(m) for m in imports(tree)} & OF_THE_SERVER
+        assert not used or name.startswith("marnet_sdk/server/"), name
 
 
 def test_every_leaf_is_where_this_test_thinks_it_is():

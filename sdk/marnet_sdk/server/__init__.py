@@ -1,0 +1,1 @@
+"""The HTTP server of a bundle, `marnet-serve`; nothing else imports it."""

@@ -1,0 +1,205 @@
+"""The command `marnet-serve`, which answers over HTTP with a bundle."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from marnet_sdk.bundle import newest_bundle
+from marnet_sdk.console import Command, say
+from marnet_sdk.errors import InvalidInput, NotFound, requires_extra
+
+TOKEN = "MARNET_SERVE_TOKEN"
+_PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
+_MIB = 2**20
+
+
+@click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--model",
+    "-m",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Bundle. Default: the newest under ./bundles.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one."
+)
+@click.option("--name", help="The model's name under /v2/models. Default: the bundle's.")
+@click.option(
+    "--token-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"File with the bearer token that clients must send. Default: ${TOKEN}, or none.",
+)
+@click.option(
+    "--operating-point",
+    metavar="NAME",
+    help="fast, balanced, exact or zero, where the bundle has them. Default: the one its export "
+    "picked.",
+)
+@click.option("--samples", type=click.IntRange(1), help="Noise samples per image.")
+@click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
+@click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Images of a batch."
+)
+@click.option(
+    "--max-delay",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    help="Milliseconds that an image waits for others while the model is idle.",
+)
+@click.option(
+    "--max-queue", type=click.IntRange(1), default=1024, show_default=True, help="Images waiting."
+)
+@click.option(
+    "--brown-out",
+    metavar="NAME",
+    multiple=True,
+    help="Operating point that may answer instead while the queue is too long; may be repeated, "
+    "the best first.",
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="MiB of one request.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=89_478_485,
+    show_default=True,
+    help="Of one image, width x height; larger ones are refused before they are decoded.",
+)
+@click.option(
+    "--max-images", type=click.IntRange(1), default=64, show_default=True, help="In one request."
+)
+@click.option("--max-connections", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--header-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds until a request's header is there.",
+)
+@click.option(
+    "--body-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds until its body is there.",
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that accepted requests have after SIGTERM.",
+)
+@click.version_option(package_name="marnet")
+def main(
+    model: Path | None,
+    host: str,
+    port: int,
+    name: str | None,
+    token_file: Path | None,
+    operating_point: str | None,
+    samples: int | None,
+    seed: int | None,
+    threads: int | None,
+    max_batch: int,
+    max_delay: float,
+    max_queue: int,
+    brown_out: tuple[str, ...],
+    max_body: int,
+    max_pixels: int,
+    max_images: int,
+    max_connections: int,
+    header_timeout: float,
+    body_timeout: float,
+    drain_timeout: float,
+) -> None:
+    """Answer over HTTP with a bundle: POST an image to /predict, or open / in a browser.
+
+    \b
+    marnet-serve --model bundles/digits-fp16.marnet
+    curl -T photo.jpg -X POST http://127.0.0.1:8000/predict
+
+    Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
+    each request goes to standard output. SIGTERM answers what was accepted, and ends.
+    """
+    with requires_extra("serve", *_PACKAGES):
+        from marnet_sdk.server.gate import AccessLog
+        from marnet_sdk.server.network import listen, serve
+        from marnet_sdk.server.service import ServerLimits, Service
+    from marnet_sdk.classifier import Classifier
+    from marnet_sdk.inputs.images import Limits
+    from marnet_sdk.serve.policy import Batching
+
+    if model is None:
+        model = newest_bundle()
+    token = read_token(token_file)
+    limits = ServerLimits(
+        body_bytes=max_body * _MIB,
+        images=max_images,
+        connections=max_connections,
+        header_seconds=header_timeout,
+        body_seconds=body_timeout,
+        drain_seconds=drain_timeout,
+    )
+
+    def open_classifier() -> Classifier:
+        return Classifier(
+            model,
+            operating_point=operating_point,
+            samples=samples,
+            seed=seed,
+            threads=threads,
+            limits=Limits(limits.body_bytes, max_pixels),
+            batching=Batching(max_batch, max_delay / 1e3, max_queue, brown_out=brown_out),
+        )
+
+    name = name or model.absolute().name.removesuffix(".marnet")
+    service = Service(open_classifier, limits, name=name, token=token)
+    listener = listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")
+    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"no token: whoever reaches this address may ask; set {TOKEN} or --token-file")
+    out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
+    log = AccessLog(out)
+    try:
+        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
+    finally:
+        if log.lost:
+            say(f"{log.lost} lines of the access log could not be written")
+
+
+def read_token(file: Path | None) -> str | None:
+    """Read the bearer token, from a file or from the environment; None where there is neither.
+
+    Raises:
+        NotFound: the file cannot be read.
+        InvalidInput: the token is empty, or has characters that no header can carry.
+    """
+    if file is None:
+        if (token := os.environ.get(TOKEN)) is None:
+            return None
+    else:
+        try:
+            token = file.read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            raise NotFound(f"--token-file {file} cannot be read: {error}") from error
+    token = token.strip()
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise InvalidInput(
+            "the bearer token is empty or has characters other than those of ASCII without "
+            "spaces; make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return token

@@ -1,0 +1,186 @@
+"""Servers for the tests: one in a thread, on a free port of loopback, and a classifier to play."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+
+from marnet_sdk import ImageError, Prediction, Score
+from marnet_sdk.errors import (
+    ClassifierClosed,
+    DeadlineExceeded,
+    InferenceError,
+    InvalidInput,
+    QueueFull,
+)
+from marnet_sdk.serve.many_callers import Kind
+from marnet_sdk.serve.queue import BatchingStats, Learned
+from marnet_sdk.server.gate import AccessLog
+from marnet_sdk.server.network import listen, make_server
+from marnet_sdk.server.service import ServerLimits, Service
+
+PATIENCE = 30.0  # seconds until a test that waits gives up; nothing waits for so long
+
+
+@dataclass
+class Running:
+    """A server that runs, and how to reach it."""
+
+    service: Service
+    port: int
+    written: io.BytesIO
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **more: Any) -> httpx.Client:
+        # No certificates, whose reading takes longer than most tests.
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, verify=False, **more)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+
+    def log(self, lines: int) -> list[dict[str, Any]]:
+        """The access log, once it has so many lines."""
+        until(lambda: self.written.getvalue().count(b"\n") >= lines)
+        return [json.loads(line) for line in self.written.getvalue().splitlines()]
+
+    def idle(self) -> None:
+        """Wait until nothing of any request is left."""
+        until(lambda: not self.service.in_flight and not self.service.connections())
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for something that another thread or process does."""
+    pause, end = threading.Event(), time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        pause.wait(0.005)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """All that a server sends until it closes the connection."""
+    got = b""
+    try:
+        while part := connection.recv(65536):
+            got += part
+    except ConnectionResetError:
+        pass
+    return got
+
+
+@contextmanager
+def running(
+    open_classifier: Callable[[], Any],
+    *,
+    token: str | None = None,
+    wait: bool = True,
+    **limits: Any,
+) -> Iterator[Running]:
+    """Serve in a thread until the block ends.
+
+    Args:
+        wait: begin the block once the classifier is open.
+        limits: fields of `ServerLimits`.
+    """
+    written, ready = io.BytesIO(), threading.Event()
+    service = Service(open_classifier, ServerLimits(**limits), name="digits", token=token)
+    log = AccessLog(written)
+    server, listener = make_server(service, log, ready.set), listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        assert not wait or ready.wait(PATIENCE)
+        yield Running(service, port, written)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        log.close()
+        assert not thread.is_alive()
+
+
+LABELS = ("zero", "one", "<b>two</b>")
+SHAPE = (3, 4, 4)
+
+
+@dataclass
+class Played:
+    """A classifier whose answer to an image is what the image's bytes say."""
+
+    labels: tuple[str, ...] = LABELS
+    operating_point: str = "exact"
+    samples: int = 1
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    waiting: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    closed: bool = False
+
+    preprocess = SimpleNamespace(output_shape=SHAPE)
+    bundle = SimpleNamespace(
+        manifest=SimpleNamespace(backend="played", precision=SimpleNamespace(asked="fp32"))
+    )
+
+    async def apredict(self, image: bytes, *, top_k: int = 5, **more: Any) -> Prediction:
+        self.calls.append({"top_k": top_k, **more})
+        image = bytes(image)
+        errors = {
+            b"full": QueueFull("7 wait", waiting=7, retry_after=2.5),
+            b"late": DeadlineExceeded("too late", deadline=0.1),
+            b"bad": ImageError("image", "no image <_io.BytesIO object at 0x7f00aa>"),
+            b"invalid": InvalidInput("samples: got 3, but there is no loop"),
+            b"closed": ClassifierClosed("closed"),
+            b"nan": InferenceError("NaN; see /srv/secret/bundle"),
+            b"bug": RuntimeError("/srv/secret/bundle"),
+        }
+        if image in errors:
+            raise errors[image]
+        if image == b"wait":
+            await self._wait()
+        order = (2, 0, 1)[:top_k]
+        top = tuple(Score(LABELS[i], i, 0.5 / (rank + 1)) for rank, i in enumerate(order))
+        return Prediction(top[0].label, top[0].index, top[0].score, top)
+
+    async def _wait(self) -> None:
+        self.waiting.set()
+        try:
+            end = time.monotonic() + PATIENCE
+            while not self.go_on.is_set() and time.monotonic() < end:
+                await asyncio.sleep(0.005)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        self.waiting.set()
+        if pixels[0, 0, 0, 0] == 99:
+            assert self.go_on.wait(PATIENCE)
+        means = pixels.mean(axis=(1, 2, 3))
+        return np.stack([means, 2 * means, -means], axis=1).astype(np.float32)
+
+    def batching_stats(self) -> BatchingStats:
+        kind = Kind("exact", 1)
+        return BatchingStats(
+            waiting=3,
+            batches={"full": 2, "quiet": 1},
+            images={kind: 9},
+            refused={"deadline": 1},
+            learned={kind: Learned(0.5, 0.25, 8, {})},
+        )
+
+    def close(self) -> None:
+        self.closed = True

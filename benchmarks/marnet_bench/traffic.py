@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tempfile
 import time
 from array import array
@@ -43,7 +44,7 @@ _SCENARIOS = {
 }
 _PERCENTILES = ("50.00", "90.00", "99.00")
 _FILES = 64  # golden images that are asked for, some of them more than once
-_SEARCH = 5  # halvings of the rates between none and all that the machine does offline
+_MOST_RUNS, _CLOSE = 12, 0.06  # of a search; the share of a rate that is close enough to it
 _NS = 1e6  # nanoseconds of a millisecond
 
 
@@ -144,7 +145,7 @@ def golden_or_photographs(classifier: Classifier, side: int | None) -> list[byte
 
 
 class Answer(Protocol):
-    """What a request is answered with."""
+    """Is what a request is answered with."""
 
     @property
     def index(self) -> int:
@@ -204,16 +205,16 @@ class Traffic:
 
     def search(self, latency_ms: float) -> list[Run]:
         """Runs of "server" at rates that close in on the highest one that is answered in time."""
-        say("offline first: no higher rate can be answered")
-        high, low = self.run("offline").images_per_s, 0.0
+        low, high = 0.0, math.inf
+        rate = self.run("offline").images_per_s / 2
         runs: list[Run] = []
-        for _ in range(_SEARCH):
-            middle = (low + high) / 2
-            runs.append(run := self.run("server", middle))
+        while len(runs) < _MOST_RUNS and high - low > _CLOSE * low:
+            runs.append(run := self.run("server", rate))
             in_time = run.p99_ms <= latency_ms
-            low, high = (middle, high) if in_time else (low, middle)
+            low, high = (rate, high) if in_time else (low, rate)
             word = "in time" if in_time else "too late"
-            say(f"{middle:.1f} images/s: p99 {run.p99_ms:.1f} ms, {word}")
+            say(f"{rate:.1f} images/s: p99 {run.p99_ms:.1f} ms, {word}")
+            rate = 1.5 * low if high == math.inf else (low + high) / 2
         return runs
 
     def check(self, expected: Sequence[int]) -> int:
@@ -295,7 +296,7 @@ def summary(found: dict[str, Any], scenario: Scenario, rate: float | None) -> Ru
 
 
 def _batching(classifier: Classifier) -> dict[str, Any]:
-    """What the batcher did in all runs: batches by the reason, and the learned times."""
+    """Describe what the batcher did in all runs: batches by the reason, and the learned times."""
     stats = classifier.batching_stats()
     learned = [
         {"operating_point": kind.operating_point, "samples": kind.samples}

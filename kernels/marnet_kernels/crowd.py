@@ -1,4 +1,4 @@
-"""How many threads to compute with, on cores that other programs may take."""
+"""Find how many threads to compute with, on cores that other programs may take."""
 
 from __future__ import annotations
 

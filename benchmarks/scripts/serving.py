@@ -1,0 +1,253 @@
+"""Measure `marnet-serve` beside LitServe around the same bundle, under the same traffic.
+
+    pip install litserve
+    python benchmarks/scripts/serving.py --model bundles/digits-fp16.marnet --out serving.json
+
+LoadGen sends image files, as base64 in JSON, over HTTP to one server after another. They come at
+random times that do not depend on the answers. A search closes in on the highest rate at which 99
+of 100 requests are answered within --latency. LitServe batches by a fixed delay, and has a line for
+each --delay. Clients and servers share the machine.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import queue
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marnet_bench.machine import describe_machine
+from marnet_bench.traffic import BATCHING, Run, Traffic, golden_or_photographs
+from marnet_sdk import Classifier
+from marnet_sdk.console import Command, print_table, say
+
+OURS = "marnet-serve"
+CLIENTS = 64  # connections that are kept open
+_PATIENCE = 120  # seconds until a server is ready
+_MARNET = "from marnet_sdk.server.cli import main; main()"
+_LITSERVE = """
+import base64
+import sys
+
+import litserve
+from marnet_sdk import Classifier
+
+
+class Labels(litserve.LitAPI):
+    def setup(self, device):
+        self.classifier = Classifier(sys.argv[1])
+
+    def decode_request(self, request):
+        return base64.b64decode(request["images"][0], validate=True)
+
+    def predict(self, images):
+        return [answer.index for answer in self.classifier.predict(list(images))]
+
+    def encode_response(self, index):
+        return {"index": index}
+
+
+if __name__ == "__main__":
+    api = Labels(max_batch_size=64, batch_timeout=float(sys.argv[3]))
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
+    server.run(host="127.0.0.1", port=int(sys.argv[2]), log_level="error",
+               generate_client_file=False, num_api_servers=1)
+"""
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The likeliest class, as a server said it."""
+
+    index: int
+
+
+class Client:
+    """Sends images over connections that are kept open."""
+
+    def __init__(self, port: int) -> None:
+        self._free: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
+        for _ in range(CLIENTS):
+            self._free.put(http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE))
+        self._threads = ThreadPoolExecutor(CLIENTS)
+
+    def submit(self, body: bytes) -> Any:
+        """Send an image in a body; a future of its class."""
+        return self._threads.submit(self.ask, body)
+
+    def ask(self, body: bytes) -> Indexed:
+        """Send an image in a body, and wait for its class."""
+        connection = self._free.get()
+        try:
+            connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            self._free.put(connection)
+        if response.status != http.client.OK:
+            raise click.ClickException(f"a server answered {response.status}: {text[:200]!r}")
+        found = json.loads(text)
+        return Indexed((found.get("answers") or [found])[0]["index"])
+
+    def close(self) -> None:
+        """End threads and connections."""
+        self._threads.shutdown()
+        for _ in range(CLIENTS):
+            self._free.get().close()
+
+
+@contextmanager
+def serving(model: Path, delay: float | None) -> Iterator[Client]:
+    """Run a server for the block.
+
+    Args:
+        delay: None: ours; otherwise LitServe's `batch_timeout`, in milliseconds.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["-c", _MARNET, "--model", model, "--port", port]
+    with ExitStack() as stack:
+        if delay is not None:  # its workers import the program again, from a file
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            (folder / "labels.py").write_text(_LITSERVE, "utf-8")
+            words = [folder / "labels.py", model, port, delay / 1e3]
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        stack.callback(stop, process)
+        client = Client(port)
+        stack.callback(client.close)
+        wait_until_ready(process, port, "/readyz" if delay is None else "/health")
+        yield client
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes that it started."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str) -> None:
+    """Ask until the server says that it is ready."""
+    end = time.monotonic() + _PATIENCE
+    while process.poll() is None and time.monotonic() < end:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+        try:
+            connection.request("GET", path)
+            if connection.getresponse().status == http.client.OK:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.05)
+    raise click.ClickException("a server did not start; LitServe needs: pip install litserve")
+
+
+@click.command(cls=Command)
+@click.option("--model", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--latency", default=100.0, show_default=True, help="Milliseconds.")
+@click.option("--delay", "delays", type=float, multiple=True, default=(0.0, 2.0, 10.0),
+              show_default=True, help="LitServe's, in milliseconds.")  # fmt: skip
+@click.option("--turns", default=3, show_default=True, help="Of every server.")
+@click.option("--duration", default=5.0, show_default=True, help="Seconds of each run.")
+@click.option(
+    "--photographs",
+    "side",
+    type=int,
+    metavar="SIDE",
+    help="JPEGs with a longer side of so many pixels; default: the golden images.",
+)
+@click.option("--no-peer", is_flag=True, help="Measure marnet-serve alone.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+def main(
+    model: Path,
+    latency: float,
+    delays: Sequence[float],
+    turns: int,
+    duration: float,
+    side: int | None,
+    no_peer: bool,
+    out: Path,
+) -> None:
+    """Measure both servers in turn, write the record and print its table."""
+    with Classifier(model, batching=BATCHING) as classifier:
+        images = golden_or_photographs(classifier, side)
+        expected = [answer.index for answer in classifier.predict(images)]
+    bodies = [json.dumps({"images": [b64encode(i).decode()]}).encode() for i in images]
+    servers = {OURS: None} | ({} if no_peer else {f"LitServe, {d:g} ms": d for d in delays})
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for turn in range(turns):
+        for name, delay in servers.items():
+            say(f"turn {turn + 1} of {turns}: {name}")
+            with serving(model, delay) as client:
+                runs[name].append(turned(client, bodies, expected, duration, latency))
+    found = {"bundle": model.name, "latency_ms": latency, "clients": CLIENTS, "runs": runs}
+    found["machine"] = describe_machine()
+    out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    print_found(found)
+
+
+def turned(
+    client: Client, bodies: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
+) -> dict[str, Any]:
+    """One turn of a server: its highest rate in time, and all runs."""
+    for body in bodies:
+        client.ask(body)  # warm, and to know how fast
+    started = time.perf_counter()
+    for future in [client.submit(body) for body in bodies]:
+        future.result()
+    fastest = len(bodies) / (time.perf_counter() - started)
+    traffic = Traffic(client.submit, bodies, duration=duration, fastest=fastest)
+    runs = traffic.search(limit)
+    traffic.check(expected)
+    return {"rate": best_rate(runs, limit), "runs": [asdict(run) for run in runs]}
+
+
+def best_rate(runs: Sequence[Run], limit: float) -> float:
+    """The highest rate that was answered in time; 0: none was."""
+    return max((run.images_per_s for run in runs if run.p99_ms <= limit), default=0.0)
+
+
+def print_found(found: dict[str, Any]) -> None:
+    """A row for each server: the highest rate in time of each turn, and the ratio to ours."""
+    medians = {
+        name: statistics.median(turn["rate"] for turn in turns)
+        for name, turns in found["runs"].items()
+    }
+    rows = [
+        (
+            name,
+            ", ".join(f"{turn['rate']:.0f}" for turn in found["runs"][name]),
+            f"{median:.0f}",
+            f"{medians[OURS] / median:.2f}" if median else "",
+        )
+        for name, median in medians.items()
+    ]
+    title = f"requests/s with 99 of 100 answered within {found['latency_ms']:g} ms"
+    print_table(title, ("server", "turns", "median", "ours over it"), rows)
+
+
+if __name__ == "__main__":
+    main()

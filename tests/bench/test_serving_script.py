@@ -1,0 +1,47 @@
+"""The comparison of servers finds the rate of a real one, and keeps what its table shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+from click.testing import CliRunner
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/serving.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("serving_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_server_is_asked_and_its_rates_are_kept(script, bundle_of, tmp_path):
+    out = tmp_path / "serving.json"
+    options = ["--model", bundle_of("onnxruntime", "fp32"), "--no-peer", "--turns", 1]
+    chosen = [*options, "--duration", 0.1, "--latency", 60_000, "--out", out]
+    result = CliRunner().invoke(script.main, [*map(str, chosen)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text("utf-8"))
+    ((name, (turn,)),) = found["runs"].items()
+    assert name == script.OURS
+    assert turn["rate"] == max(run["images_per_s"] for run in turn["runs"])
+    assert f"{turn['rate']:.0f}" in result.output
+
+
+def test_a_server_that_does_not_start_is_one_line(script, tmp_path):
+    with (
+        pytest.raises(click.ClickException, match="a server did not start"),
+        script.serving(tmp_path / "none.marnet", None),
+    ):
+        pass

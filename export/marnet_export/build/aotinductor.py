@@ -31,7 +31,6 @@ from marnet_export.build.tracing import (
     Signature,
     encoder_signature,
     most_tokens,
-    refine_signature,
     text_signature,
     tracing,
 )
@@ -78,17 +77,16 @@ def build_encoder(
 def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
     """Write payload/refine.pt2; as `build_encoder`."""
     module = _Refine(lowered.step(_compute(types, order.device)), copy.deepcopy(lowered.head))
-    signature = refine_signature(lowered)
-    x_v, coefficients = (signature.inputs[name] for name in ("x_v", "coefficients"))
-    table, width = torch.zeros(4, 7, 5, lowered.row_width), lowered.row_width
+    image, width = lowered.image_width, lowered.row_width
+    table = torch.zeros(4, 7, 5, width)
     inputs = {
-        "x_v": x_v,
-        "coefficients": (coefficients[0], (STEPS, 3)),
+        "x_v": (torch.zeros(2, image), ("batch", image)),
+        "coefficients": (torch.zeros(4, 3), (STEPS, 3)),
         "bias": (table, (STEPS, "rows", "samples", width)),
         "the last bias": (table[-1].clone(), ("rows", "samples", width)),
         "row": (torch.zeros(2, dtype=torch.int64), ("batch",)),
     }
-    signature = replace(signature, inputs=inputs)
+    signature = Signature(inputs, ("logits", "features"))
     _build(module, signature, types, payload / REFINE, device=order.device)
 
 
@@ -123,7 +121,7 @@ def _text_limits(text: nn.Module) -> dict[str, int]:
 
 
 class _Refine(nn.Module):
-    """`ScanLoop` and the head behind it; each image says which row of the table is its noise."""
+    """This is `ScanLoop` and the head; each image says which row of the table is its noise."""
 
     def __init__(self, step: Step, head: nn.Module) -> None:
         super().__init__()

@@ -184,9 +184,8 @@ def _save(exported: Any, types: Types, path: Path) -> None:
     """Write a graph that is exported; its matrices are stored in another type if one is asked."""
     proto = exported.model_proto
     _let_noise_broadcast(proto)
-    for body in _bodies(proto.graph):
-        for node in body.node:
-            node.name = f"step {node.name}"  # names also tell products of a step from others
+    for node in (node for body in _parts(proto.graph)[1:] for node in body.node):
+        node.name = f"step {node.name}"  # names also tell products of a step from others
     _store(proto, types.storage)
     onnx.save(proto, path)
 
@@ -200,16 +199,16 @@ def _let_noise_broadcast(proto: onnx.ModelProto) -> None:
     for value in proto.graph.input:
         if value.name == "bias":
             value.type.tensor_type.shape.dim[1].dim_param = "noise_rows"
-    for graph in (proto.graph, *_bodies(proto.graph)):
-        del graph.value_info[:]
-    for body in _bodies(proto.graph):
-        for value in (*body.input, *body.output):
-            value.type.tensor_type.ClearField("shape")
+    for part in _parts(proto.graph):
+        del part.value_info[:]
+    inside = _parts(proto.graph)[1:]
+    for value in (value for body in inside for value in (*body.input, *body.output)):
+        value.type.tensor_type.ClearField("shape")
 
 
-def _bodies(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """The body of every `Scan`."""
-    return [body for node in graph.node for body in bodies(node)]
+def _parts(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """A graph, and the body of every `Scan` in it."""
+    return [graph, *(body for node in graph.node for body in bodies(node))]
 
 
 def _store(proto: onnx.ModelProto, storage: str) -> None:
@@ -307,8 +306,8 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath).graph
     nodes = {node.name: (node, False) for node in graph.node}
-    nodes |= {inside.name: (inside, True) for body in _bodies(graph) for inside in body.node}
-    sizes = {tensor.name: list(tensor.dims) for tensor in _initializers(graph)}
+    nodes |= {inside.name: (inside, True) for body in _parts(graph)[1:] for inside in body.node}
+    sizes = {t.name: list(t.dims) for part in _parts(graph) for t in part.initializer}
     # Of what the runtime has made anew at load, its own; of everything else, the file's.
     types = _stored_types(graph) | _stored_types(onnx.load(path).graph)
     found: dict[str, _Run] = {}
@@ -324,20 +323,16 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
     return list(found.values())
 
 
-def _initializers(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """Return the initializers of the graph and of the bodies in it."""
-    return [tensor for part in (graph, *_bodies(graph)) for tensor in part.initializer]
-
-
 def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
     """Map the name of everything that is made of stored values alone to the type in which it is
     stored.
     """
     largest = {
         tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
-        for tensor in _initializers(graph)
+        for part in _parts(graph)
+        for tensor in part.initializer
     }
-    for node in [node for part in (graph, *_bodies(graph)) for node in part.node]:
+    for node in [node for part in _parts(graph) for node in part.node]:
         if node.input and all(name in largest for name in node.input):
             made = max(largest[name] for name in node.input)
             largest |= dict.fromkeys(node.output, made)

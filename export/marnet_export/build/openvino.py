@@ -121,7 +121,7 @@ def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = U
         )
     signature = refine_signature(lowered)
     inputs = _parameters(signature)
-    x_cdr = loop.refined(*inputs)
+    x_cdr = _refined(loop, *inputs)
     outputs = [output for estimate in x_cdr for output in _head(lowered, inputs[0], estimate)]
     signature = replace(signature, outputs=(*OUTPUTS, *FIRST_ORDER))
     _save(ov.Model(outputs, inputs, "refine"), signature, types, payload / REFINE)
@@ -191,63 +191,56 @@ def _silent_nncf() -> Iterator[Any]:
         logger.setLevel(level)
 
 
-class _Loop:
-    """All steps but the last in an iterator, the last behind it; a method's are as in `Step`."""
+def _refined(loop: _PlanLoop | _StepLoop, x_v: Any, coefficients: Any, bias: Any) -> list[Any]:
+    """Map x_v [B, D_v], coefficients [S, 3] and bias [S, N, K, R] to x_CDR [B, K, D].
 
-    width: int  # W
-    row_width: int  # R
-
-    def condition(self, x_v: Any) -> Any:
-        raise NotImplementedError
-
-    def gain(self, state: Any, q: Any, row: Any) -> Any:
-        raise NotImplementedError
-
-    def finish(self, state: Any, q: Any, row: Any) -> Any:
-        raise NotImplementedError
-
-    def refined(self, x_v: Any, coefficients: Any, bias: Any) -> list[Any]:
-        """Map x_v [B, D_v], coefficients [S, 3] and bias [S, N, K, R] to x_CDR [B, K, D].
-
-        Twice: with the term of the estimate before, and without.
-        """
-        condition, width = self.condition(x_v), _integer([self.width])
-        start = op.broadcast(_constant(0.0), op.concat([_size(x_v, 0), _size(bias, 2), width], 0))
-        last = op.gather(bias, _integer(-1), _integer(0))  # [N, K, R]
-        found = []
-        for looks_back in (True, False):
-            state = self.steps(start, condition, coefficients, bias, looks_back=looks_back)
-            found.append(self.finish(state, condition, last))
-        return found
-
-    def steps(
-        self, start: Any, condition: Any, coefficients: Any, bias: Any, *, looks_back: bool
-    ) -> Any:
-        """All steps but the last: start [B, K, W], condition [B, 1, H] -> state [B, K, W]."""
-        state, previous = (_parameter(start.output(0).partial_shape) for _ in range(2))
-        q = _parameter(condition.output(0).partial_shape)
-        row, table = _parameter((1, -1, -1, self.row_width)), _parameter((1, 3))
-        gained = self.gain(state, q, op.squeeze(row, _integer(0)))
-        columns = op.split(table, _integer(1), 3)
-        a, b, c = (op.squeeze(columns.output(i), _integer([0, 1])) for i in range(3))
-        following = op.add(op.multiply(state, a), op.multiply(gained, b))
-        carried = [(state, following)]
-        if looks_back:
-            following = op.add(following, op.multiply(previous, c))
-            carried = [(state, following), (previous, gained)]
-        loop = op.tensor_iterator()
-        parameters = [q, row, table, *(inside for inside, _ in carried)]
-        loop.set_body(ov.Model([result for _, result in carried], parameters, "step"))
-        for inside, result in carried:
-            loop.set_merged_input(inside, start.output(0), result.output(0))
-        loop.set_invariant_input(q, condition.output(0))
-        for inside, whole in ((row, bias), (table, coefficients)):
-            loop.set_sliced_input(inside, whole.output(0), 0, 1, 1, -2, 0)  # up to the last but one
-        return loop.get_iter_value(following.output(0), -1)
+    Twice: with the term of the estimate before, and without. All steps but the last are in an
+    iterator, the last is behind it.
+    """
+    condition, width = loop.condition(x_v), _integer([loop.width])
+    start = op.broadcast(_constant(0.0), op.concat([_size(x_v, 0), _size(bias, 2), width], 0))
+    last = op.gather(bias, _integer(-1), _integer(0))  # [N, K, R]
+    found = []
+    for looks_back in (True, False):
+        state = _steps(loop, start, condition, coefficients, bias, looks_back=looks_back)
+        found.append(loop.finish(state, condition, last))
+    return found
 
 
-class _PlanLoop(_Loop):
-    """The sampling plan, operator by operator."""
+def _steps(
+    method: _PlanLoop | _StepLoop,
+    start: Any,
+    condition: Any,
+    coefficients: Any,
+    bias: Any,
+    *,
+    looks_back: bool,
+) -> Any:
+    """All steps but the last: start [B, K, W], condition [B, 1, H] -> state [B, K, W]."""
+    state, previous = (_parameter(start.output(0).partial_shape) for _ in range(2))
+    q = _parameter(condition.output(0).partial_shape)
+    row, table = _parameter((1, -1, -1, method.row_width)), _parameter((1, 3))
+    gained = method.gain(state, q, op.squeeze(row, _integer(0)))
+    columns = op.split(table, _integer(1), 3)
+    a, b, c = (op.squeeze(columns.output(i), _integer([0, 1])) for i in range(3))
+    following = op.add(op.multiply(state, a), op.multiply(gained, b))
+    carried = [(state, following)]
+    if looks_back:
+        following = op.add(following, op.multiply(previous, c))
+        carried = [(state, following), (previous, gained)]
+    loop = op.tensor_iterator()
+    parameters = [q, row, table, *(inside for inside, _ in carried)]
+    loop.set_body(ov.Model([result for _, result in carried], parameters, "step"))
+    for inside, result in carried:
+        loop.set_merged_input(inside, start.output(0), result.output(0))
+    loop.set_invariant_input(q, condition.output(0))
+    for inside, whole in ((row, bias), (table, coefficients)):
+        loop.set_sliced_input(inside, whole.output(0), 0, 1, 1, -2, 0)  # up to the last but one
+    return loop.get_iter_value(following.output(0), -1)
+
+
+class _PlanLoop:
+    """The sampling plan, operator by operator; its methods are as in `Step`."""
 
     def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range]) -> None:
         """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`."""
@@ -298,7 +291,7 @@ def _quantised(weight: NDArray) -> Any:
     return op.multiply(op.convert(op.constant(stored), "f32"), _constant(scale))
 
 
-class _StepLoop(_Loop):
+class _StepLoop:
     """The step of any method, as OpenVINO converts it."""
 
     def __init__(self, lowered: Lowered) -> None:

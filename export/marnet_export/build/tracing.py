@@ -25,7 +25,7 @@ _LEAST = {"steps": 3}  # two of them before the last: torch would take a size of
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """What a graph takes and gives.
+    """A graph takes and gives this.
 
     Free sizes of the examples differ from each other, so that none is mistaken for another.
     """
@@ -61,12 +61,12 @@ class Signature:
 
 
 def encoder_signature(pixels: Tensor) -> Signature:
-    """Pixels [B, 3, H, W] -> x_v. `pixels`, of B >= 2, is the example that is traced."""
+    """The encoder maps pixels [B, 3, H, W] to x_v. `pixels`, B >= 2, is what is traced."""
     return Signature({"pixels": (pixels, ("batch", *pixels.shape[1:]))}, ("x_v",))
 
 
 def text_signature() -> Signature:
-    """Ids and mask [B, L] -> x_s: two tensors, or they are taken for one."""
+    """The text encoder maps ids and mask [B, L] to x_s: two tensors, or they are taken for one."""
     ids, sizes = torch.ones(2, 5, dtype=torch.int64), ("batch", "length")
     return Signature({"ids": (ids, sizes), "mask": (ids.clone(), sizes)}, ("x_s",))
 
@@ -79,7 +79,7 @@ def most_tokens(text: nn.Module) -> int | None:
 
 
 def refine_signature(lowered: Lowered, rows: int | str = "batch") -> Signature:
-    """x_v and the tables -> logits, features.
+    """The loop and the head map x_v and the tables to logits and features.
 
     Args:
         rows: of noise, in the tables.
@@ -95,7 +95,7 @@ def refine_signature(lowered: Lowered, rows: int | str = "batch") -> Signature:
 
 
 def head_signature(lowered: Lowered) -> Signature:
-    """x_v and the estimate x_CDR -> logits, features."""
+    """The head maps x_v and the estimate x_CDR to logits and features."""
     image, latent = lowered.image_width, lowered.latent_width
     inputs = {
         "x_v": (torch.zeros(2, image), ("batch", image)),

@@ -68,7 +68,7 @@ class Queue(Generic[R]):
         self._waiting: list[R] = []
         self._ready: list[R] = []
         self._decoding = 0
-        self._running, self._busy_until = 0, -math.inf
+        self._running, self._busy_until, self._idle = 0, -math.inf, -math.inf
         self._level = 0  # of the last batch: the place of its kind among its kinds
         self._times: dict[Hashable, ServiceTimes] = {}  # the kind seen last stands last
         self._arrivals = Arrivals()
@@ -182,6 +182,7 @@ class Queue(Generic[R]):
         """Decide what the idle model runs, and take it out."""
         decision = decide(
             *(self._ready, now, self.knobs, self.times, self._arrivals.gap),
+            idle=self._idle,
             behind=len(self._waiting) + self._decoding,
             level=self._level,
             closing=self.closing,
@@ -204,7 +205,7 @@ class Queue(Generic[R]):
         self, batch: Sequence[R], kind: Hashable, seconds: float, now: float, *, failed: int
     ) -> None:
         """Learn that the model is idle again, and how many of the batch got no answer."""
-        self._running, self._busy_until = 0, -math.inf
+        self._running, self._busy_until, self._idle = 0, -math.inf, now
         self._counts["failed"] += failed
         self._counts["answered"] += len(batch) - failed
         if not failed:

@@ -261,3 +261,15 @@ def test_no_more_than_two_batches_are_decoded_ahead_but_for_who_goes_first():
     assert queue.next_to_decode(0.0) is first
     queue.decoded(first, 0.0, usable=True)
     assert queue.look(0.0).release[0] is first
+
+
+def test_callers_who_make_up_kinds_fill_no_memory():
+    queue: Queue[Asked] = Queue(Batching())
+    for number in range(100):
+        batch = [Asked(number, 0, math.inf, (number,))]
+        queue.begin(batch, number, "full", 0.0)
+        queue.end(batch, number, 1.0, 1.0, failed=0)
+    stats = queue.stats(1.0)
+    assert stats.learned.keys() == set(range(84, 100))
+    assert stats.images.keys() == {None, *range(84, 100)}
+    assert sum(stats.images.values()) == 100

@@ -123,9 +123,14 @@ class Queue(Generic[R]):
     def _drop(self, now: float) -> None:
         """Drop those that nobody waits for any more."""
         for requests in (self._waiting, self._ready):
-            self.expired += [r for r in requests if r.deadline <= now and not r.cancelled]
-            self._counts["cancelled"] += sum(r.cancelled for r in requests)
-            requests[:] = [r for r in requests if r.deadline > now and not r.cancelled]
+            for request in requests[:]:
+                if request.cancelled:
+                    self._counts["cancelled"] += 1
+                elif request.deadline <= now:
+                    self.expired.append(request)
+                else:
+                    continue
+                requests.remove(request)
 
     def clear(self) -> Sequence[R]:
         """Take out all that wait, as failed."""

@@ -120,7 +120,7 @@ def step(count):
     loss.backward()
     gradients = [p.grad for p in (*encoder.parameters(), *head.parameters())]
     average(gradients)
-    return [float(loss), *torch.cat([g.flatten() for g in gradients]).tolist()]
+    return [loss.item(), *torch.cat([g.flatten() for g in gradients]).tolist()]
 """
 GRADIENTS = f"""
 import json

@@ -3,7 +3,9 @@
 The loss is that of the whole batch, because every other pair in it is a negative of ITA. So each
 process computes x_v of its own rows, is given the others', and computes the whole loss. Averaged
 over the processes, gradients are then those that one process has. Batch normalisation is the
-exception, as usual: it sees the rows of its own process.
+exception, as usual: it sees the rows of its own process. (Wrappers such as DistributedDataParallel,
+which `accelerate` uses too, average the losses of the shares: each pair would have the negatives of
+its own process alone.)
 
 `torchrun` starts the processes; where there is one alone, nothing here does anything.
 """

@@ -1,5 +1,5 @@
-"""Lists of pictures in text files, and the image folder that is written from them: all readers of
-published data sets share this.
+"""This module holds what the readers of published data sets share: lists of pictures in text files,
+and the image folder that is written from them.
 
 Nothing is downloaded: a folder that somebody got from its authors is read. Its files may be
 incomplete or damaged, so everything is checked and all faults are told at once, with file and line.

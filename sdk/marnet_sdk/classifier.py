@@ -250,17 +250,15 @@ class Classifier:
         self._run.check_draws(samples, stop)
         if on_error not in ("raise", "return"):
             raise InvalidInput(f'on_error must be "raise" or "return", got {brief(on_error)}')
-        threshold = self._run.abstain_below(samples, stop)
         if one := is_single(images):
             batches = iter([Usable(self._pixels([images]), [], {})])
         else:
             batches = usable(images, batch_size, self.preprocess, self.limits)
         answers: list[Prediction | ImageError] = []
         for pixels, names, refused in batches:
-            found: list[Prediction] = []
-            if len(pixels):
-                batch = self._run(pixels, names, samples=samples, stop=stop)
-                found = predictions(batch.answers, self.labels, top_k, threshold)
+            found = self.predict_pixels(
+                pixels, names=names, top_k=top_k, samples=samples, stop=stop
+            )
             answers += in_place(found, refused)
         if one:
             return cast(Prediction, answers[0])
@@ -271,6 +269,35 @@ class Classifier:
             kept = [None if isinstance(a, ImageError) else a for a in answers]
             raise InvalidImages(errors, kept)
         return cast(list[Prediction], answers)
+
+    def predict_pixels(
+        self,
+        pixels: Floats,
+        *,
+        names: Sequence[str] = (),
+        top_k: int = 5,
+        samples: int | None = None,
+        stop: str | None = None,
+    ) -> list[Prediction]:
+        """Classify images that are preprocessed already, as one batch; otherwise as `predict`.
+
+        Args:
+            pixels: float32 [B, 3, H, W].
+            names: what errors call the images; by default their rows.
+
+        Raises:
+            InvalidInput: another shape or type, and as `predict`.
+            InferenceError, ClassifierClosed, WrongProcess: as `predict`.
+        """
+        self._guard.check()
+        samples = self._samples if samples is None else positive("samples", samples)
+        self._run.check_draws(samples, stop)
+        rows = preprocessed(pixels, self.preprocess.output_shape)
+        if not len(rows):
+            return []
+        batch = self._run(rows, names, samples=samples, stop=stop)
+        threshold = self._run.abstain_below(samples, stop)
+        return predictions(batch.answers, self.labels, positive("top_k", top_k), threshold)
 
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
         """The fused representation that the final classifier sees, the mean over noise samples.

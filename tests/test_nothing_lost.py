@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -45,6 +46,37 @@ def test_a_killed_export_leaves_the_previous_bundle(checkpoint, tmp_path):
     out = tmp_path / "bundles/quick.marnet"
     target = Target(export_command(checkpoint, out), out, answers, tmp_path / "log")
     torment(target, kills=2, rng=random.Random(1))
+
+
+_AT_A_ROW = """
+import os, signal, sys
+from marnet_sdk import unfinished
+from marnet_sdk.cli import main
+
+write, left = unfinished._line, int(sys.argv.pop(1))
+
+def dying(content):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(content)
+
+unfinished._line = dying
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_classification_goes_on_and_loses_no_row(digits, bundle_of, tmp_path):
+    out, model = tmp_path / "out.jsonl", bundle_of("onnxruntime", "fp32")
+    for rows, code in ((30, -9), (1, -9), (100, -9), (10_000, 0)):
+        command = [sys.executable, "-c", _AT_A_ROW, rows, digits / "test", "-m", model, "-b", "8"]
+        done = subprocess.run([*map(str, command), "-o", str(out), "--resume"])
+        assert done.returncode == code
+    images = [json.loads(line)["image"] for line in out.read_text().splitlines()]
+    assert images == [str(path) for path in sorted((digits / "test").glob("*.png"))]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 _EVERY_EVENT = """

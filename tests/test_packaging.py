@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -213,10 +214,21 @@ def test_the_wheel_is_used_from_another_folder(plain: Path, tmp_path: Path) -> N
     version, name, file = done.stdout.split()
     assert (version, name) == ("0.1.0", "Classifier")
     assert Path(file).is_relative_to(plain.parent.parent)
-    commands = ("train", "export", "classify", "serve", "bench")
+    commands = ("train", "export", "classify", "serve", "bench", "doctor")
     for script in (f"marnet-{command}" for command in commands):
         said = run_command(plain.parent / script, "--version", cwd=tmp_path)
         assert said == f"{script}, version 0.1.0\n"
+
+
+def test_the_doctor_names_what_a_plain_installation_lacks(plain: Path, tmp_path: Path) -> None:
+    found = json.loads(
+        run_command(plain.parent / "marnet-doctor", "--format", "json", cwd=tmp_path)
+    )
+    backends = found["backends"]
+    assert backends["onnxruntime"]["install"] == 'pip install "marnet[onnxruntime]"'
+    assert backends["torchscript"]["problem"] == "torch is not installed"
+    assert not any(one["ok"] for one in (*backends.values(), *found["extras"].values()))
+    assert found["extras"]["export"]["missing"]
 
 
 def test_data_files_are_found_where_the_wheel_put_them(plain: Path, tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from marnet_sdk.cpus import cpus
-from marnet_sdk.environment import versions
+from marnet_sdk.environment import processor, versions
 
 _PACKAGES = ("marnet", "torch", "onnxruntime", "openvino", "transformers", "numpy", "pillow")
 
@@ -20,7 +19,7 @@ def describe_machine() -> dict[str, Any]:
     """Processor, cores, memory, load, package versions, date."""
     here = cpus()
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "architecture": platform.machine(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": os.cpu_count(),
@@ -32,12 +31,3 @@ def describe_machine() -> dict[str, Any]:
         "packages": versions(_PACKAGES),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

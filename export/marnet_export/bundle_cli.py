@@ -27,7 +27,7 @@ from marnet_export.inspection import (
 )
 from marnet_export.prove.checks import FAILED, Check, check_here, failed, passed
 from marnet_sdk.backends import BACKENDS
-from marnet_sdk.bundle import SOURCE, Bundle, read_bundle
+from marnet_sdk.bundle import SOURCE, Bundle, bundle_with, read_bundle
 from marnet_sdk.console import Choice, Group, next_commands, print_json, print_table, say
 from marnet_sdk.errors import (
     BundleCorrupt,
@@ -36,6 +36,10 @@ from marnet_sdk.errors import (
     VerificationFailed,
     requires_extra,
 )
+from marnet_sdk.files import sha256_file
+from marnet_sdk.prediction import Prediction
+from marnet_sdk.provenance import Replay, provenance_of, read_answers
+from marnet_sdk.provenance import replay as derive_again
 
 if TYPE_CHECKING:
     from marnet_export.prove.bundle import Verification
@@ -55,7 +59,7 @@ _SHOWN = 60  # characters of a value in a table
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="marnet")
 def main() -> None:
-    """Look into bundles, verify, compare and rebuild them.
+    """Look into bundles, verify, compare and rebuild them, and derive their answers again.
 
     \b
     marnet-bundle inspect bundles/digits.marnet
@@ -371,6 +375,78 @@ def _print_answers(answers: Answers | None, a: Path, b: Path) -> None:
         return
     largest = answers.largest_logit
     say(f"{text}; logits up to {largest:.3g} differ by up to {answers.logit_difference:.3g}")
+
+
+# --- replay
+
+
+@main.command()
+@click.argument("answers", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--model",
+    "-m",
+    type=FOLDER,
+    help="The bundle that made the answer. Default: the one under ./bundles with its digest.",
+)
+@_FORMAT
+def replay(answers: Path, image: Path, model: Path | None, form: str) -> None:
+    """Derive the answer to IMAGE in the file ANSWERS again, and compare.
+
+    \b
+    marnet-classify photo.jpg --provenance --format json > answer.json
+    marnet-bundle replay answer.json photo.jpg
+
+    ANSWERS is JSON or JSON lines of marnet-classify --provenance. Of several answers, those to an
+    image with the bytes of IMAGE are taken. With the same processor, packages and threads they must
+    be equal to the bit, elsewhere within what the self-test of the bundle allows.
+
+    Exit code 0: equal. 3: not, or it is another image or bundle. 5: the bundle cannot run here.
+    """
+    found = _answers_to(image, answers)
+    replays = [
+        derive_again(one, image, model or bundle_with(provenance_of(one).bundle)) for one in found
+    ]
+    if form == "json":
+        print_json([asdict(one) | {"equal": one.equal} for one in replays])
+    else:
+        for one in replays:
+            _print_replay(one)
+    if differences := [d for one in replays for d in one.differences]:
+        more = f", and {len(differences) - 1} more differences" if differences[1:] else ""
+        raise VerificationFailed(f"{answers} is not what {image} gives: {differences[0]}{more}")
+
+
+def _answers_to(image: Path, answers: Path) -> list[Prediction]:
+    """The answers of a file to an image; its only one, whatever that is to.
+
+    Raises:
+        VerificationFailed: none of several is.
+    """
+    digest, count, matching = sha256_file(image), 0, []
+    for count, one in enumerate(read_answers(answers), 1):  # noqa: B007
+        if provenance_of(one).image == digest:
+            matching.append(one)
+    if matching or count == 1:
+        return matching or list(read_answers(answers))
+    raise VerificationFailed(
+        f"none of the {count} answers in {answers} is to an image with the SHA-256 of {image}, "
+        f"{digest}"
+    )
+
+
+def _print_replay(one: Replay) -> None:
+    if one.answer is not None:
+        rows = [(score.label, f"{score.score!r}") for score in one.answer.top]
+        print_table("derived again", ("label", "score"), rows)
+    for difference in one.differences:
+        say(f"differs: {difference}")
+    for part in one.surroundings:
+        say(f"not as it was: {part}")
+    if one.equal and one.tolerance is None:
+        say("equal to the bit")
+    elif one.equal:
+        say(f"equal: logarithms of probabilities within {one.tolerance:.3g}")
 
 
 # --- rebuild

@@ -140,6 +140,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    digest: str  # of the manifest, and so of every byte of the bundle
 
     def has(self, folder: str) -> bool:
         """Tell whether it holds `TEXT` or `SOURCE`."""
@@ -212,6 +213,28 @@ def newest_bundle(folder: Path = Path("bundles")) -> Path:
     return found
 
 
+def bundle_with(digest: str, folder: Path = Path("bundles")) -> Path:
+    """The bundle under `folder` whose manifest has this digest.
+
+    Raises:
+        NotFound: there is none; says how to name one.
+    """
+    if (found := newest(folder, lambda path: _digest_in(path) == digest)) is None:
+        raise NotFound(
+            f"no bundle under {os.path.join('.', folder)} has the digest {brief(digest)}; name its "
+            "folder with --model"
+        )
+    return found
+
+
+def _digest_in(path: Path) -> str | None:
+    """The digest that a folder's manifest states; None where it is no bundle."""
+    try:
+        return json.loads((path / MANIFEST).read_bytes())["digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def seal_bundle(path: Path, fields: Mapping[str, Any]) -> Manifest:
     """Write manifest.json over all files that are in `path`, and return it.
 
@@ -240,7 +263,7 @@ def reseal_bundle(path: Path, **changes: Any) -> Manifest:
     Args:
         changes: fields of `Manifest` that are no longer what they were.
     """
-    manifest = _parse(path / MANIFEST)
+    manifest, _ = _parse(path / MANIFEST)
     kept = {f.name: getattr(manifest, f.name) for f in fields(Manifest) if f.name != "files"}
     return seal_bundle(path, kept | changes)
 
@@ -269,10 +292,10 @@ def read_bundle(path: str | Path, *, lazily: bool = False) -> Bundle:
         if not is_bundle(path):
             what = "has no manifest.json" if path.is_dir() else "is not a directory"
             raise NotFound(f"{path} {what}, so it is not a bundle; make one with: marnet-export")
-        manifest = _parse(path / MANIFEST)
+        manifest, digest = _parse(path / MANIFEST)
         for name, expected in manifest.files.items():
             _check_file(path, name, expected, content=not (lazily and name.startswith(LAZY)))
-    return Bundle(path, manifest)
+    return Bundle(path, manifest, digest)
 
 
 @contextmanager
@@ -287,7 +310,8 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _parse(path: Path) -> Manifest:
+def _parse(path: Path) -> tuple[Manifest, str]:
+    """Read a manifest and its digest."""
     raw = path.read_bytes()
     try:
         content = json.loads(raw)
@@ -312,7 +336,7 @@ def _parse(path: Path) -> Manifest:
         raise BundleCorrupt(
             f"{path} was changed after it was written; copy or export the bundle again"
         )
-    return _typed(path, content)
+    return _typed(path, content), digest
 
 
 def _typed(path: Path, content: dict[str, Any]) -> Manifest:

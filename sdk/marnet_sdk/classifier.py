@@ -31,6 +31,7 @@ from marnet_sdk.inputs.batches import (
     usable,
 )
 from marnet_sdk.inputs.images import DEFAULT_LIMITS, ImageInput, Limits
+from marnet_sdk.matching import Matching
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.prediction import Prediction
 from marnet_sdk.process import left_to_the_parent, native
@@ -38,10 +39,9 @@ from marnet_sdk.run import Answering, Runner
 from marnet_sdk.self_test import self_test
 from marnet_sdk.serve.many_callers import ManyCallers
 from marnet_sdk.serve.policy import DEFAULT_BATCHING, Batching
-from marnet_sdk.text import TextEmbedder, check_texts, open_text_part
 
 
-class Classifier(ManyCallers):
+class Classifier(ManyCallers, Matching):
     """Classifies images with a bundle.
 
     When the constructor returns, the files that classify have been checked byte by byte, of those
@@ -107,8 +107,7 @@ class Classifier(ManyCallers):
         plan = bundle.file(PLAN)
         bundle.check_listed(plan.parent)  # the backend opens them by name
         self._threads = threads
-        self._text: TextEmbedder | None = None  # opened by the first text
-        self._text_lock = Lock()
+        self._text, self._text_lock = None, Lock()  # opened by the first text
         self._device = device or manifest.built_for.device
         with native():
             backend = open_backend(
@@ -272,6 +271,30 @@ class Classifier(ManyCallers):
             raise InvalidImages(errors, kept)
         return cast(list[Prediction], answers)
 
+    def predict_pixels(
+        self,
+        pixels: Floats,
+        *,
+        names: Sequence[str] = (),
+        top_k: int = 5,
+        samples: int | None = None,
+        stop: str | None = None,
+    ) -> list[Prediction]:
+        """Classify images that are preprocessed already, as one batch; otherwise as `predict`.
+
+        Args:
+            pixels: float32 [B, 3, H, W].
+            names: what errors call the images; by default their rows.
+
+        Raises:
+            InvalidInput: another shape or type, and as `predict`.
+            InferenceError, ClassifierClosed, WrongProcess: as `predict`.
+        """
+        self._guard.check()
+        draws, top_k = self._draws(samples, stop), positive("top_k", top_k)
+        rows = preprocessed(pixels, self.preprocess.output_shape)
+        return self._answer(rows, names, samples=draws, stop=stop, top_k=top_k)
+
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
         """The fused representation that the final classifier sees, the mean over noise samples.
 
@@ -293,85 +316,6 @@ class Classifier(ManyCallers):
             batch = self._run(self._pixels(chunk, names), names, samples=self._samples)
             parts.append(batch.features)
         return np.concatenate(parts)
-
-    def match(
-        self,
-        images: ImageInput | Iterable[ImageInput],
-        texts: str | Iterable[str],
-        *,
-        batch_size: int = 64,
-    ) -> Floats:
-        """Score how well texts fit images: Sim(x_v', x_s') of eq. (5), the cosine of the angle
-        between the aligned embeddings of image and text.
-
-        1 is the best there is and -1 the worst. Only scores of one bundle can be compared. The
-        first text that a classifier meets loads the text encoder, which is checked and tested then.
-        A `MarnetWarning` says of how many texts most words are unknown to the model.
-
-        Args:
-            images: one image or many, as `predict` takes them.
-            texts: one text, or many.
-            batch_size: images, and texts, that go through their encoder together.
-
-        Returns:
-            [images, texts], without the first axis for one image (not in a list), without the last
-            for one text; for one image and one text a number.
-
-        Raises:
-            ImageError: names the first input that is not a usable image.
-            InvalidInput: a text that is no str, or has no word that the model knows; names it.
-            InferenceError: an encoder gives NaN or infinity.
-            BundleFormatError: the bundle has no text encoder; names the command that makes one.
-            BundleCorrupt, MissingExtra, BackendUnavailable, SelfTestFailed: its text encoder
-                cannot be used here.
-        """
-        self._guard.check()
-        batch_size = positive("batch_size", batch_size)
-        checked, one_text = check_texts(texts)
-        embedder = self._embedder()
-        with native():
-            semantic = embedder(checked, batch_size)  # [M, D]
-        one_image = is_single(images)
-        chunks = [([images], ["the image"])] if one_image else in_chunks(images, batch_size)
-        parts = [np.empty((0, len(checked)), np.float32)]
-        for chunk, names in chunks:
-            x_v = self._run.encode(self._pixels(chunk, None if one_image else names), names)
-            parts.append(embedder.alignment.images(x_v) @ semantic.T)
-        scores = np.concatenate(parts)
-        if one_text:
-            scores = scores[:, 0]
-        return scores[0] if one_image else scores
-
-    def embed_text(self, texts: str | Iterable[str], *, batch_size: int = 64) -> Floats:
-        """Aligned text embeddings x_s' = g(E_s(x_s)), eq. (8), scaled to length 1, so that the dot
-        product of two is their cosine similarity.
-
-        Longer texts than the model was trained with are cut, as in training. Behind 1,024
-        characters for each token that it takes, no text is looked at.
-
-        Returns:
-            [D] for one text, [texts, D] for many.
-
-        Raises:
-            InvalidInput, InferenceError, BundleFormatError, BundleCorrupt, MissingExtra,
-                BackendUnavailable, SelfTestFailed: for the reasons that `match` has.
-        """
-        self._guard.check()
-        batch_size = positive("batch_size", batch_size)
-        checked, one = check_texts(texts)
-        embedder = self._embedder()
-        with native():
-            embedded = embedder(checked, batch_size)
-        return embedded[0] if one else embedded
-
-    def _embedder(self) -> TextEmbedder:
-        """The text encoder, opened at the first call."""
-        with native(), self._text_lock:
-            if self._text is None:
-                self._text = left_to_the_parent(
-                    open_text_part(self.bundle, self._threads, self._device)
-                )
-            return self._text
 
     def _pixels(self, images: Sequence[ImageInput], names: Sequence[str] | None = None) -> Floats:
         return self.preprocess.pixels(images, names=names, limits=self.limits)

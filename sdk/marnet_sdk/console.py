@@ -23,7 +23,15 @@ from typing import Any, TextIO, TypeVar
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -219,16 +227,48 @@ def next_commands(*lines: str) -> None:
         say(f"  {line}")
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Iterate with a progress bar on a terminal, silently elsewhere."""
+def has_progress() -> bool:
+    """Tell whether `track` shows a bar, which needs a terminal."""
+    return Console(stderr=True).is_terminal
+
+
+class _RateColumn(ProgressColumn):
+    """The number of things that were done in a second, since the start."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        if not (task.completed and task.elapsed):
+            return Text("")
+        return Text(f"{task.completed / task.elapsed:,.1f} {self._unit}/s")
+
+
+def track(
+    items: Iterable[T], description: str, total: int | None = None, unit: str | None = None
+) -> Iterable[T]:
+    """Iterate with a progress bar on a terminal, silently elsewhere.
+
+    Args:
+        total: how many there are, where `items` does not tell; None: the time left is not shown.
+        unit: what they are, to show how many of them are done in a second.
+    """
     messages = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        *(() if unit is None else (_RateColumn(unit),)),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=messages, disable=not messages.is_terminal, transient=True)
+    bar = Progress(
+        *columns,
+        console=messages,
+        disable=not messages.is_terminal,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # answers in a pipe stay there
+    )
     with bar:
         yield from bar.track(items, total=total, description=printable(description, sys.stderr))
 
@@ -258,9 +298,14 @@ def print_json(content: Any) -> None:
     _print(json.dumps(content, indent=2))
 
 
-def print_csv(rows: Iterable[Sequence[Any]]) -> None:
-    """Lines of CSV on standard output, which a reader of CSV reads as they were."""
-    for row in rows:
-        line = io.StringIO()  # only the characters of the line's end are quoted, and \r is none
-        csv.writer(line, lineterminator="\r\n").writerow(row)
-        _print(line.getvalue().removesuffix("\r\n"))
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines for programs on standard output, as they are and as they come."""
+    for line in lines:
+        _print(line)
+
+
+def csv_line(row: Sequence[Any]) -> str:
+    """A line of CSV, without its end, which a reader of CSV reads as it was."""
+    line = io.StringIO()  # only the characters of the line's end are quoted, and \r is none
+    csv.writer(line, lineterminator="\r\n").writerow(row)
+    return line.getvalue().removesuffix("\r\n")

@@ -20,6 +20,33 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """All that an answer was made from, and with: enough to derive it again.
+
+    Digests are SHA-256, in hexadecimal.
+    """
+
+    image: str | None  # of the file's bytes; None where the image came as an array or a PIL image
+    pixels: str  # of what the model saw: float32 [3, H, W], little-endian
+    bundle: str  # of the bundle's manifest, which holds the digests of all of its files
+    preprocessing: str  # of the manifest's preprocessing
+    backend: str
+    precision: str  # that the export was asked for
+    compute: str  # type of the products that are not int8
+    device: str
+    loop: str  # what ran the reverse loop
+    operating_point: str
+    samples: int  # noise samples that the image could draw
+    stop: str | None  # the rule that may end the draws early
+    seed: int  # of the noise
+    threads: int | None  # of the processor, that a call computed with; None on a GPU
+    batch: int  # images that went through the model together, which sums may be rounded by
+    row: int  # the place of this one among them, from 0 on
+    processor: str
+    packages: dict[str, str]  # name -> version
+
+
+@dataclass(frozen=True)
 class Prediction:
     """The answer for one image: the most probable class, and the `top` few, best first.
 
@@ -38,6 +65,7 @@ class Prediction:
         None  # not to be relied on; None where the bundle has no threshold for it
     )
     operating_point: str | None = None  # of the bundle, at which it was found
+    provenance: Provenance | None = None  # what made it, where that was asked for
 
 
 def predictions(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, Bundle
+from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, Bundle, Manifest
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import BundleFormatError, InferenceError, SelfTestFailed
 from marnet_sdk.inputs.preprocess import Preprocess
@@ -32,8 +32,7 @@ def self_test(bundle: Bundle, preprocess: Preprocess, run: Runner) -> Batch:
         key=lambda name: int(Path(name).stem),
     )
     pixels = preprocess.pixels([bundle.path / name for name in names])
-    at_default = run.operating_point == manifest.sampling.default
-    key = "logits" if at_default else f"logits.{run.operating_point}"
+    key = golden_key(manifest, run.operating_point)
     expected = (pixels.shape, (len(names), len(manifest.labels)))
     if key not in golden or (golden["pixels"].shape, golden[key].shape) != expected:
         raise BundleFormatError(
@@ -50,6 +49,12 @@ def self_test(bundle: Bundle, preprocess: Preprocess, run: Runner) -> Batch:
         raise SelfTestFailed(mismatch(bundle, str(error))) from error
     _check_logits(bundle, batch.logits, golden[key])
     return batch
+
+
+def golden_key(manifest: Manifest, operating_point: str) -> str:
+    """The name of an operating point's logits among the golden answers."""
+    default = operating_point == manifest.sampling.default
+    return "logits" if default else f"logits.{operating_point}"
 
 
 def _check_logits(bundle: Bundle, logits: Floats, golden: Floats) -> None:

@@ -29,6 +29,7 @@ from marnet_export.prove.checks import check_second_process
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
+from marnet_sdk.cli import main as classify
 
 Change = Callable[[Path], None]
 
@@ -442,6 +443,72 @@ def test_verify_tries_the_batch_sizes_that_the_bundle_was_built_for(
     verified = verify_again(read_bundle(copy), checkpoint, data=few)
     assert tried == [(1, 5)]
     assert {check.outcome for check in verified.checks} <= {"passed", "skipped"}
+
+
+# --- replay
+
+
+@pytest.fixture(scope="module")
+def answered(bundle, digits, tmp_path_factory) -> tuple[Path, list[Path]]:
+    """The answers to three images, of which one is none, as JSON lines; and the images."""
+    folder = tmp_path_factory.mktemp("answers")
+    images = sorted((digits / "test").glob("*.png"))[:2]
+    (folder / "bad.png").write_text("no image")
+    images.append(folder / "bad.png")
+    chosen = ("-m", bundle, "--provenance", "-o", folder / "answers.jsonl")
+    done = CliRunner().invoke(classify, [str(word) for word in (*images, *chosen)])
+    assert done.exit_code == 1, done.stderr
+    return folder / "answers.jsonl", images
+
+
+def test_an_answer_is_derived_again_from_its_image_and_bundle(bundle, answered):
+    answers, images = answered
+    for image in images[:2]:
+        result = bundle_command("replay", answers, image, "--model", bundle)
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr == "equal to the bit\n"
+    shown = bundle_command("replay", answers, images[0], "-m", bundle, "--format", "json")
+    (found,) = json.loads(shown.stdout)
+    first = json.loads(answers.read_text().splitlines()[0])
+    assert (found["equal"], found["tolerance"], found["differences"]) == (True, None, [])
+    assert found["answer"] == {key: value for key, value in first.items() if key != "image"}
+
+
+def test_the_bundle_of_an_answer_is_found_by_its_digest(
+    bundle, bundle_of, answered, tmp_path, monkeypatch
+):
+    answers, images = answered
+    monkeypatch.chdir(tmp_path)
+    missing = bundle_command("replay", answers, images[0])
+    assert missing.exit_code == 2
+    assert "name its folder with --model" in one_line(missing.stderr)
+    for name, path in (("a", bundle), ("b", bundle_of("torchscript", "fp16"))):
+        shutil.copytree(path, tmp_path / "bundles" / name)
+    assert bundle_command("replay", answers, images[0]).exit_code == 0
+
+
+def test_an_answer_that_is_not_what_the_image_gives_is_exit_code_3(
+    bundle, bundle_of, answered, tmp_path
+):
+    answers, images = answered
+    row = json.loads(answers.read_text().splitlines()[0])
+    forged = tmp_path / "forged.json"
+    forged.write_text(json.dumps(row | {"label": "X"}))
+    result = bundle_command("replay", forged, images[0], "-m", bundle)
+    assert result.exit_code == 3
+    assert f"is not what {images[0]} gives: label: X, again {row['label']}" in result.stderr
+    single = tmp_path / "single.json"
+    single.write_text(json.dumps([row]))
+    for image, path, what in (
+        (images[1], bundle, "the image: its file was"),
+        (images[0], bundle_of("torchscript", "fp16"), "the bundle: it was"),
+    ):
+        result = bundle_command("replay", single, image, "-m", path)
+        assert result.exit_code == 3
+        assert what in one_line(result.stderr)
+    other = bundle_command("replay", answers, images[2], "-m", bundle)
+    assert other.exit_code == 3
+    assert "none of the 2 answers" in one_line(other.stderr)
 
 
 # --- rebuild

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from marnet_sdk import Classifier
+from marnet_sdk import rows as rows_module
 from marnet_sdk.bundle import read_bundle, reseal_bundle
 from marnet_sdk.cli import main
 
@@ -224,3 +225,211 @@ def test_version_is_the_package_s():
     from marnet_sdk import __version__
 
     assert classify("--version").stdout.rstrip().endswith(f"version {__version__}")
+
+
+# --- folders, lists and files -------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(images, tmp_path: Path) -> Path:
+    """Five images, one of them damaged, in two folders."""
+    root = tmp_path / "photos"
+    (root / "more").mkdir(parents=True)
+    for number, image in enumerate(images):
+        shutil.copy(image, root / ("more" if number > 1 else "") / f"{number}.png")
+    (root / "5.jpg").write_text("not pixels")
+    (root / "readme.txt").write_text("not an image")
+    return root
+
+
+def rows_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_is_classified_with_what_is_below_it(bundle, folder, answers):
+    result = classify(str(folder), "-m", bundle, "--format", "jsonl", "-b", "2")
+    assert result.exit_code == 1
+    rows = rows_of(result.stdout)
+    names = ("0.png", "1.png", "5.jpg", "more/2.png", "more/3.png")
+    assert [row["image"] for row in rows] == [str(folder / name) for name in names]
+    assert [row["label"] for row in rows if "label" in row] == [a.label for a in answers]
+    said = result.stderr.splitlines()
+    assert said[0] == "1 of 5 images could not be used"
+    assert said[1].startswith(f"  {folder}/5.jpg: ")
+
+
+def test_standard_input_names_images(bundle, images):
+    names = "\n".join(images[:2])
+    result = CliRunner().invoke(main, ["-", "-m", bundle, "--format", "jsonl"], input=names)
+    assert [row["image"] for row in rows_of(result.stdout)] == images[:2]
+    names = "\0".join(images[1:3])
+    result = CliRunner().invoke(main, ["-", "-0", "-m", bundle, "--format", "jsonl"], input=names)
+    assert [row["image"] for row in rows_of(result.stdout)] == images[1:3]
+
+
+def test_nothing_to_classify_is_wrong_use(bundle, tmp_path):
+    for form in ("table", "json"):
+        result = classify(str(tmp_path), "-m", bundle, "--format", form)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"no image files in {tmp_path}" in one_line(result.stderr)
+
+
+def test_many_failures_are_counted_and_the_first_are_named(bundle, tmp_path):
+    for number in range(25):
+        (tmp_path / f"{number:02}.jpg").write_text("")
+    result = classify(str(tmp_path), "-m", bundle, "--format", "jsonl")
+    said = result.stderr.splitlines()
+    assert said[0] == "25 of 25 images could not be used"
+    assert len(said) == 22
+    assert said[-1] == "  and 5 more, whose answer is an error"
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "parquet"])
+def test_the_end_of_the_output_s_name_is_its_format(form, bundle, folder, answers, tmp_path):
+    out = tmp_path / f"new/out.{form}"
+    result = classify(str(folder), "-m", bundle, "-o", str(out), "-b", "2")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"wrote {out}" in result.stderr
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    if form == "json":
+        rows = json.loads(out.read_text())
+    elif form == "jsonl":
+        rows = rows_of(out.read_text())
+    elif form == "csv":
+        rows = [r for r in csv.DictReader(io.StringIO(out.read_text())) if r["rank"] in ("", "1")]
+    else:
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(out).to_pylist()
+    assert [row["label"] for row in rows if row.get("label")] == [a.label for a in answers]
+    assert sum(bool(row.get("error")) for row in rows) == 1
+    again = classify(str(folder), "-m", bundle, "-o", str(out))
+    assert again.exit_code == 2
+    assert "pass --force to replace it" in one_line(again.stderr)
+
+
+def test_what_is_printed_and_what_is_written_is_the_same(bundle, folder, tmp_path):
+    for form in ("json", "csv"):
+        printed = classify(str(folder), "-m", bundle, "--format", form)
+        classify(
+            str(folder), "-m", bundle, "--format", form, "-o", str(tmp_path / "out"), "--force"
+        )
+        assert (tmp_path / "out").read_text() == printed.stdout
+
+
+@pytest.fixture
+def stumbling(monkeypatch) -> list[int]:
+    """Interrupts the classifier in the batch of a given number; has the sizes of the others."""
+    when, predict = [0], Classifier.predict
+
+    def stumble(self, images, **how):
+        when[0] -= 1
+        if when[0] == 0:
+            raise KeyboardInterrupt
+        when.append(len(images))
+        return predict(self, images, **how)
+
+    monkeypatch.setattr(Classifier, "predict", stumble)
+    return when
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_an_interrupted_run_goes_on_and_ends_like_one_that_was_not(
+    form, bundle, folder, tmp_path, stumbling
+):
+    out, whole = tmp_path / f"out.{form}", tmp_path / f"whole.{form}"
+    run = (str(folder), "-m", bundle, "-b", "2", "-o")
+    stumbling[0] = 2
+    cut = classify(*run, str(out))
+    assert cut.exit_code == 1
+    assert f"2 rows are in {out}.partial; the same command with --resume" in one_line(cut.stderr)
+    assert not out.exists()
+    refused = classify(*run, str(out))
+    assert refused.exit_code == 2
+    assert "--resume goes on with them, --force begins again" in one_line(refused.stderr)
+    with Path(f"{out}.partial").open("ab") as file:
+        file.write(b'{"image": "/photos/th')  # as a full disk or a power cut leaves it
+    del stumbling[1:]
+    done = classify(*run, str(out), "--resume")
+    assert done.exit_code == 1  # one image is none
+    assert stumbling[1:] == [2, 1]
+    assert "2 rows of an interrupted run are kept" in done.stderr
+    assert "1 of 5 images could not be used" in done.stderr
+    classify(*run, str(whole))
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_with_other_settings_does_not_go_on(bundle, folder, tmp_path, stumbling):
+    run = (str(folder), "-m", bundle, "-b", "2", "-o", str(tmp_path / "out.csv"))
+    stumbling[0] = 2
+    classify(*run)
+    result = classify(*run, "--resume", "--seed", "7")
+    assert result.exit_code == 2
+    assert "begun with other settings: seed (0, now 7)" in one_line(result.stderr)
+    assert classify(*run, "--resume").exit_code == 1
+    assert (tmp_path / "out.csv").exists()
+
+
+def test_progress_has_images_a_second_and_never_meets_the_answers(bundle, images, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    result = classify(*images, "-m", bundle, "--format", "jsonl")
+    assert [row["image"] for row in rows_of(result.stdout)] == images
+    assert "images/s" in result.stderr
+    assert "4/4" in result.stderr
+
+
+def test_images_are_taken_a_batch_at_a_time(bundle, images):
+    class Endless(io.BytesIO):
+        lines = 0
+
+        def __next__(self) -> bytes:
+            self.lines += 1
+            return f"{images[0]}\n".encode()
+
+    class Taken(Exception):
+        pass
+
+    seen = []
+
+    def stop(rows):
+        for row in rows:
+            seen.append(row)
+            if len(seen) == 5:
+                raise Taken
+            yield ""
+
+    endless = Endless()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rows_module.LINES, "jsonl", stop)
+        patch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        with pytest.raises(Taken):
+            main.main(["-", "-m", bundle, "--format", "jsonl", "-b", "2"], standalone_mode=False)
+    assert endless.lines == 6
+
+
+def test_answers_say_what_made_them_where_that_is_asked(bundle, images, answers):
+    result = classify(*images, "-m", bundle, "--format", "json", "--provenance")
+    content = json.loads(result.stdout)
+    assert [entry["label"] for entry in content] == [answer.label for answer in answers]
+    made = [entry["provenance"] for entry in content]
+    assert [one["row"] for one in made] == [0, 1, 2, 3]
+    assert {one["backend"] for one in made} == {"torchscript"}
+    plain = json.loads(classify(*images, "-m", bundle, "--format", "json").stdout)
+    assert plain == [{k: v for k, v in entry.items() if k != "provenance"} for entry in content]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--provenance",), "a table has no place for it; use --format json, jsonl or parquet"),
+        (("--provenance", "--format", "csv"), "a csv has no place for it"),
+        (("--resume",), "name it with --output FILE"),
+        (("--format", "parquet"), "name it with --output FILE"),
+        (("-o", "x.docx"), "whose end tells no format; choose one with --format: json"),
+        (("-o", "x", "--format", "table"), "--format table is not written to files"),
+    ],
+)
+def test_options_that_do_not_go_together_say_which_do(arguments, message):
+    result = classify("x.png", *arguments)
+    assert result.exit_code == 2
+    assert message in one_line(result.stderr)

@@ -27,7 +27,9 @@ COMMANDS = {
     "marnet-classify": "marnet_sdk.cli",
     "marnet-bench": "marnet_bench.cli",
     "marnet-bundle": "marnet_export.bundle_cli",
+    "marnet-doctor": "marnet_sdk.doctor_cli",
 }
+REFUSING = [command for command in COMMANDS if command != "marnet-doctor"]  # which tells of all
 ENCODINGS = ("utf-8", "ascii", "latin-1", "cp1252", "C")
 # What people name files and classes, and what they should not. In a file name each is possible.
 NAMES = (
@@ -151,7 +153,7 @@ def test_inspect_shows_labels_and_the_place(bundle, encoding):
 
 
 @pytest.mark.parametrize(
-    "command", kept(COMMANDS, {"marnet-classify", "marnet-bench", "marnet-bundle"})
+    "command", kept(REFUSING, {"marnet-classify", "marnet-bench", "marnet-bundle"})
 )
 def test_a_refusal_names_what_was_asked_for(folder, command):
     encoding = "ascii"
@@ -211,6 +213,7 @@ PRINTING = {
     "marnet-classify": ("IMAGE", "-m", "BUNDLE"),
     "marnet-bench": ("-m", "BUNDLE", "--no-peer", "--warmup", "0", "--duration", "0"),
     "marnet-bundle": ("inspect", "BUNDLE"),
+    "marnet-doctor": (),
     "marnet-export": ("--checkpoint", "CHECKPOINT", "--explain"),
 }
 

@@ -28,6 +28,14 @@ BACKENDS = {
     "tensorrt": "marnet_sdk.backends.tensorrt",
     "torchscript": "marnet_sdk.backends.torchscript",
 }
+# The distributions that a backend computes with, one of which it needs.
+PACKAGES = {
+    "aotinductor": ("torch",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt", "tensorrt-rtx"),
+    "torchscript": ("torch",),
+}
 
 
 class DeviceRows(Protocol):

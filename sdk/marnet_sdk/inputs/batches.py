@@ -100,7 +100,7 @@ def preprocessed(pixels: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if not is_array or pixels.dtype != np.float32 or pixels.shape[1:] != shape:
         got = f"{pixels.dtype} {pixels.shape}" if is_array else brief(pixels)
         raise InvalidInput(
-            f"logits() takes preprocessed pixels, float32 [B, {', '.join(map(str, shape))}], got "
+            f"expected preprocessed pixels, float32 [B, {', '.join(map(str, shape))}], got "
             f"{got}; for images use predict(), or preprocess.pixels(images)"
         )
     return np.ascontiguousarray(pixels)

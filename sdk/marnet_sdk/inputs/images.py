@@ -50,7 +50,7 @@ from marnet_sdk.inputs.image_files import (
     quiet,
 )
 
-__all__ = ["DEFAULT_LIMITS", "ImageInput", "Limits", "decode", "shown"]
+__all__ = ["DEFAULT_LIMITS", "ImageInput", "Limits", "decode", "file_bytes", "shown"]
 
 Buffer = bytes | bytearray | memoryview
 ImageInput = str | os.PathLike[str] | Buffer | IO[bytes] | Image.Image | NDArray[np.uint8]
@@ -100,19 +100,31 @@ def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
         return _from_pil(_from_array(image, source), source, limits)
     if isinstance(image, Image.Image):
         return _from_pil(image, source, limits)
-    if isinstance(image, (str, os.PathLike)):
-        data = _read(image, source, limits)
-    elif isinstance(image, Buffer):
-        data = bytes(image)
-    elif hasattr(image, "read"):
-        data = _read_open(image, source, limits)
-    else:
-        raise ImageError(
-            source,
-            f"got {type(image).__name__}; expected a path, bytes, a file opened in binary mode, a "
-            f"PIL image or a uint8 array [H, W, 3]{_hint(image)}",
-        )
+    data = file_bytes(image, source, limits)
     return _from_file(open_file(data, source, limits), source, limits)
+
+
+def file_bytes(image: ImageInput, source: str, limits: Limits) -> bytes:
+    """The bytes of an image file, at most one more than the limits allow.
+
+    Args:
+        image: the path of the file, its bytes, or the file opened in binary mode, which is read.
+        source: how errors call it.
+
+    Raises:
+        ImageError: it cannot be read, or is nothing that `decode` takes.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return _read(image, source, limits)
+    if isinstance(image, Buffer):
+        return bytes(image)
+    if hasattr(image, "read"):
+        return _read_open(image, source, limits)
+    raise ImageError(
+        source,
+        f"got {type(image).__name__}; expected a path, bytes, a file opened in binary mode, a "
+        f"PIL image or a uint8 array [H, W, 3]{_hint(image)}",
+    )
 
 
 def _from_file(file: Opened, source: str, limits: Limits) -> Image.Image:

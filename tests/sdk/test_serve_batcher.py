@@ -299,19 +299,20 @@ def test_threads_end_with_the_last_reference_and_a_request_is_one(model):
     gc.disable()
     try:
         owner = Owner(model)
-        kept, batcher = weakref.ref(owner), weakref.ref(owner.batcher)
         assert owner.submit(1).result(SECONDS)
-        with pytest.raises(ValueError, match="two is no number"):
-            owner.submit("two").result(SECONDS)
+        held = [weakref.ref(x) for x in (owner, owner.batcher, owner.batcher._threads)]
+        for bad, error in (("two", ValueError), (-1, RuntimeError), (-2, InferenceError)):
+            with pytest.raises(error):
+                owner.submit(bad).result(SECONDS)
         model.busy(owner.batcher)
         last = owner.submit(3)
         del owner
-        assert kept() is not None
+        assert held[0]() is not None
         model.open.set()
         assert last.result(SECONDS) == ("kind", 6, None)
         for thread in ours() - before:  # they end by themselves now
             thread.join(SECONDS)
-        assert (kept(), batcher()) == (None, None)
+        assert [reference() for reference in held] == [None] * 3
         assert ours() <= before
     finally:
         gc.enable()

@@ -378,6 +378,47 @@ def test_a_stream_keeps_its_classifier_until_its_end(bundle, paths, expected):
         check(answer, wanted)
 
 
+# --- brown-out
+
+
+def test_a_queue_that_is_too_long_is_answered_at_the_points_that_are_allowed(swept_bundle, paths):
+    impatient = Batching(brown_out=("fast",), patience=0)
+    fast = Classifier(swept_bundle, operating_point="fast", threads=1).predict(paths[0])
+    with Classifier(
+        swept_bundle, operating_point="exact", threads=1, batching=impatient
+    ) as classifier:
+        exact = classifier.predict(paths[0])
+        assert (exact.operating_point, fast.operating_point) == ("exact", "fast")
+        answer = classifier.submit(paths[0]).result(SECONDS)
+        assert answer.operating_point == "fast"
+        check(answer, fast)
+        samples = fast.samples  # whoever asks for a number of them gets the point that they know
+        assert (
+            classifier.submit(paths[0], samples=samples).result(SECONDS).operating_point == "exact"
+        )
+        stats = classifier.batching_stats()
+        assert stats.stepped_down == 1
+        assert {kind.operating_point: n for kind, n in stats.images.items()} == {
+            "fast": 1,
+            "exact": 1,
+        }
+
+
+def test_a_short_queue_is_answered_as_asked(swept_bundle, paths):
+    patient = Batching(brown_out=("fast", "zero"), patience=1000)
+    with Classifier(
+        swept_bundle, operating_point="exact", threads=1, batching=patient
+    ) as classifier:
+        for answer in [future.result(SECONDS) for future in map(classifier.submit, paths)]:
+            assert answer.operating_point == "exact"
+        assert classifier.batching_stats().stepped_down == 0
+
+
+def test_a_point_that_the_bundle_does_not_have_is_refused_when_it_is_opened(bundle):
+    with pytest.raises(InvalidInput, match=r"operating_point: got 'slow'; .* has default"):
+        Classifier(bundle, batching=Batching(brown_out=("slow",)))
+
+
 # --- forks and exits
 
 IN_CHILDREN = """

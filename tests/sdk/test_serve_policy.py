@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from marnet_sdk.errors import InvalidInput
-from marnet_sdk.serve.policy import REASONS, Batching, Waiting, decide, expected
+from marnet_sdk.serve.policy import REASONS, Batching, Waiting, decide, expected, step
 from marnet_sdk.serve.service_times import ServiceTimes
 
 KNOBS = Batching(max_batch=8, max_delay=0.5)
@@ -127,3 +127,63 @@ def test_the_expected_time_counts_full_batches_and_the_own():
 def test_impossible_knobs_are_refused(knobs, message):
     with pytest.raises(InvalidInput, match=message):
         Batching(**knobs)
+
+
+# --- brown-out
+
+BEST, LESS = learned(0.0, 1.0), learned(0.0, 0.1)  # an image takes a second, and a tenth of one
+PATIENT = Batching(max_batch=8, patience=5.0)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "behind", "level", "chosen"),
+    [
+        (1, 0, 0, 0),
+        (5, 0, 0, 0),
+        (6, 0, 0, 1),  # the sixth would wait for more than five seconds
+        (2, 3, 0, 0),
+        (2, 4, 0, 1),  # and so would the last of those that are not decoded yet
+        (1, 0, 1, 0),
+        (3, 0, 1, 0),
+        (4, 0, 1, 1),  # twice as many would be too many
+        (100, 0, 1, 1),  # there is nothing below
+    ],
+)
+def test_a_queue_that_is_too_long_is_run_otherwise_and_a_short_one_as_asked(
+    waiting, behind, level, chosen
+):
+    requests = queue(*[0.0] * waiting)
+    assert step(requests, 0.0, PATIENT, [BEST, LESS], behind, level) == chosen
+
+
+def test_a_deadline_may_be_shorter_than_the_patience():
+    tight = queue(0.0, 0.0, deadline=1.5)
+    assert step(tight, 0.0, PATIENT, [BEST, LESS]) == 1
+    assert step(tight, 0.0, PATIENT, [BEST]) == 0
+
+
+def test_of_several_ways_the_best_that_is_fast_enough_runs():
+    ways = [BEST, learned(0.0, 0.5), LESS]
+    chosen = [step(queue(*[0.0] * n), 0.0, PATIENT, ways) for n in (5, 6, 10, 11)]
+    assert chosen == [0, 1, 1, 2]
+
+
+def test_a_way_of_which_nothing_is_known_is_tried():
+    requests = queue(*[0.0] * 50)
+    assert step(requests, 0.0, PATIENT, [BEST, UNKNOWN, LESS]) == 1
+    assert step(requests, 0.0, PATIENT, [UNKNOWN, LESS]) == 0
+
+
+def test_a_batch_says_as_which_kind_it_runs():
+    requests = queue(*[0.0] * 9)
+    for request in requests:
+        request.kinds = ("best", "less")
+    times = {"best": BEST, "less": LESS}.__getitem__
+    decision = decide(requests, 0.0, PATIENT, times)
+    assert (decision.kind, decision.reason) == ("less", "no gain")
+    assert decide(requests[:2], 0.0, PATIENT, times).kind == "best"
+
+
+def test_operating_points_are_a_tuple():
+    with pytest.raises(InvalidInput, match=r"brown_out must be a tuple .* got 'fast'; pass \('fa"):
+        Batching(brown_out="fast")  # pyright: ignore[reportArgumentType]

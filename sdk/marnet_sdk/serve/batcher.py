@@ -116,8 +116,9 @@ class Batcher:
     def stats(self) -> BatchingStats:
         """Describe the queue, and what happened until now."""
         threads = self._threads
-        here = threads is not None and threads.process == os.getpid()
-        return threads.stats() if here else BatchingStats()
+        if threads is None or threads.process != os.getpid():
+            return BatchingStats()
+        return threads.stats()
 
     def _started(self) -> _Threads:
         threads = self._threads
@@ -149,7 +150,7 @@ class _Threads:
         self._batch: Sequence[Request] = ()  # what the model has
         self._enough = 0  # ready requests that wake the worker; 0: it is not asleep
         decoders = knobs.decoders or cpus().threads
-        works = [(f"marnet-decoder-{i}", self._decode_one) for i in range(decoders)]
+        works = [(f"marnet-decoder-{i}", self._decode) for i in range(decoders)]
         works.append(("marnet-batches", self._run_one))
         self._threads = [
             Thread(target=self._repeat, args=(work,), name=name, daemon=True)
@@ -213,26 +214,37 @@ class _Threads:
 
     # --- decoding
 
-    def _decode_one(self) -> bool:
-        """Decode one image; False: there is none, and none comes."""
-        with self._lock:
-            request = self._wait_for_an_image()
-        self._fail_expired()
-        if request is None:
-            return not self._queue.closing or not self._queue.all_decoded
-        pixels = _attempt(self._prepare, request.image)
-        failed = isinstance(pixels, _Failure)
-        if not failed:
-            request.pixels, request.image = pixels, None
-        with self._lock:
-            self._queue.decoded(request, self.clock(), usable=not failed)
-            closing = self._queue.closing
-            urgent = request.deadline < math.inf or closing
-            if self._enough and (urgent or self._queue.ready >= self._enough):
-                self._to_run.notify()
-        if failed and request.future.set_running_or_notify_cancel():
-            _finish(request, pixels)
-        return True
+    def _decode(self) -> bool:
+        """Decode images until none comes any more."""
+        done: Request | None = None
+        while True:
+            with self._lock:
+                if done is not None:
+                    self._put_back(done, usable=True)
+                    done = None
+                request = self._wait_for_an_image()
+            self._fail_expired()
+            if request is None:
+                if self._queue.closing and self._queue.all_decoded:
+                    return False
+                continue
+            pixels = _attempt(self._prepare, request.image)
+            if isinstance(pixels, _Failure):
+                with self._lock:
+                    self._put_back(request, usable=False)
+                if request.future.set_running_or_notify_cancel():
+                    _finish(request, pixels)
+            else:
+                request.pixels, request.image = pixels, None
+                done = request
+            # The traceback of an error leads here, and these would lead back to the error.
+            request = pixels = None
+
+    def _put_back(self, request: Request, *, usable: bool) -> None:
+        self._queue.decoded(request, self.clock(), usable=usable)
+        urgent = request.deadline < math.inf or self._queue.closing
+        if self._enough and (urgent or self._queue.ready >= self._enough):
+            self._to_run.notify()
 
     def _wait_for_an_image(self) -> Request | None:
         """Wait for the next; None: some have expired, or all is decoded and no others come."""
@@ -266,6 +278,7 @@ class _Threads:
                 self._queue.begin(batch, decision.kind, decision.reason, self.clock())
         if batch:
             self._answer(batch, decision.kind)
+        batch = decision = None  # as above
         return True
 
     def _wait_for_a_batch(self) -> Decision[Request] | None:
@@ -294,6 +307,7 @@ class _Threads:
         for request, answer in zip(batch, answers, strict=True):
             _finish(request, answer)
         self._batch = ()
+        batch = got = answers = request = answer = ()  # as above
 
     def _fail_expired(self) -> None:
         if not self._queue.expired:
@@ -317,8 +331,7 @@ def _attempt(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except BaseException as error:
-        # Without this frame, whose variables lead to the futures.
-        return _failure(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+        return _failure(error)
 
 
 def _failure(error: BaseException) -> _Failure:

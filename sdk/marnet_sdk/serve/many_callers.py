@@ -1,4 +1,4 @@
-"""What a classifier does for many callers at once: `ManyCallers`, which `Classifier` is."""
+"""Many callers of one classifier: `ManyCallers`, whose methods `Classifier` has."""
 
 from __future__ import annotations
 

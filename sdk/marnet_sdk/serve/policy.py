@@ -97,7 +97,7 @@ R = TypeVar("R", bound=Waiting)
 
 @dataclass(frozen=True)
 class Decision(Generic[R]):
-    """What to do now; where nothing is released, when to look again."""
+    """A batch to be run now; where there is none, when to look again."""
 
     release: Sequence[R] = ()  # to be run at once
     kind: Hashable = None  # one of their kinds, as which they are run

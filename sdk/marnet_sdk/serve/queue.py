@@ -207,7 +207,7 @@ class Queue(Generic[R]):
         self._running, self._busy_until = 0, -math.inf
         self._counts["failed"] += failed
         self._counts["answered"] += len(batch) - failed
-        if failed < len(batch):
+        if not failed:
             self._counts["late"] += sum(request.deadline < now for request in batch)
             times = self._times[kind] = self._times.pop(kind, None) or ServiceTimes()
             times.observe(len(batch), seconds)

@@ -1,4 +1,4 @@
-"""How long the model takes for a batch, learned as it answers, and how soon the next image comes.
+"""Times that a classifier learns as it answers: of a batch by its size, and between two arrivals.
 
 A batch of n images is taken to cost a + b n seconds: a whatever its size, b for each image. BentoML
 learns the same two numbers (https://docs.bentoml.com, "adaptive batching") and keeps them to

@@ -287,6 +287,13 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
     assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
 
 
+def test_answers_do_not_wait_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize("content", ["", " \n", "two words", "ümlaut"])
 def test_a_token_that_no_header_can_carry_is_refused(tmp_path, monkeypatch, content):
     file = tmp_path / "token"

@@ -182,12 +182,12 @@ def damaged(image: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("count", kept([40, 2000], {40}))
-def test_damaged_files_hurt_nobody(client, images, answers, photographs, count):
+def test_damaged_files_hurt_nobody(client, images, answers, count):
     rng = random.Random(0)
-    photograph = Image.open(photographs[0]).resize((40, 30))
+    picture = Image.effect_noise((40, 30), 50).convert("RGB")
     kinds = [images[1]]
     for name in ("JPEG", "GIF", "BMP", "TIFF", "WEBP"):
-        photograph.save(file := io.BytesIO(), name)
+        picture.save(file := io.BytesIO(), name)
         kinds.append(file.getvalue())
     for _ in range(count // 4):
         sent = [damaged(rng.choice(kinds), rng) for _ in range(4)]

@@ -242,6 +242,25 @@ def test_a_thread_that_is_struck_down_fails_what_waits_and_goes_on(made, model, 
     assert [args.exc_type for args in reported] == [MemoryError]
 
 
+def test_where_the_system_gives_no_more_threads_none_is_left_and_the_next_request_may_work(
+    made, monkeypatch
+):
+    before, batcher, start, started = ours(), made(decoders=3), threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        batcher.submit(1, None, KIND)
+    monkeypatch.undo()
+    assert ours() <= before
+    assert batcher.submit(2, None, KIND).result(SECONDS) == ("kind", 4, None)
+
+
 # --- the end
 
 

@@ -50,7 +50,7 @@ def test_nothing_waits_for_ever_for_nothing():
         (queue(*[0.0] * 9), 0.0, {}, "full", 8),
         (queue(0.0, 0.0), 0.0, {"times": NO_GAIN}, "no gain", 1),
         (queue(0.0, 0.0), 0.0, {"times": UNKNOWN}, "unknown", 2),
-        (queue(0.0), 0.0, {"gap": 1.5}, "quiet", 1),  # a pause of a / n has passed
+        (queue(0.0), 0.0, {"gap": 0.6}, "quiet", 1),
         (queue(0.0, 0.3), 0.5, {}, "delay", 2),
         (queue(0.0, 0.0, deadline=1.05), 0.1, {}, "deadline", 2),
         (queue(0.0), 0.0, {"closing": True}, "closing", 1),
@@ -66,14 +66,21 @@ def test_each_reason_to_release(requests, now, more, reason, count):
 def test_while_others_are_expected_it_waits_for_the_pause_that_costs_what_is_saved():
     decision = look(queue(0.0, 0.01, 0.02), 0.02)
     assert decision.release == ()
-    assert decision.again == pytest.approx(0.02 + 1.0 / 3)  # a / n after the last
+    assert decision.again == pytest.approx(0.02 + 1.0 / 6)  # a / (2 n) after the last
     assert decision.enough == 8
     assert look(queue(0.0, 0.01, 0.02), decision.again).reason == "quiet"
 
 
-def test_as_many_as_arrive_in_the_fixed_time_are_worth_waiting_for_and_no_more():
-    assert look(queue(*[0.0] * 3), 0.0, gap=0.3).enough == 4
-    assert look(queue(*[0.0] * 4), 0.0, gap=0.3).reason == "quiet"
+def test_as_many_as_arrive_in_half_the_fixed_time_are_worth_waiting_for_and_no_more():
+    assert look(queue(*[0.0] * 3), 0.0, gap=0.15).enough == 4
+    assert look(queue(*[0.0] * 4), 0.0, gap=0.15).reason == "quiet"
+
+
+def test_whoever_just_got_an_answer_may_come_back():
+    waited_long = queue(0.0, 0.01)
+    assert look(waited_long, 5.0).reason == "quiet"
+    decision = look(waited_long, 5.0, idle=5.0)
+    assert (decision.release, decision.again) == ((), 5.25)
 
 
 def test_the_delay_bounds_every_wait():

@@ -39,6 +39,7 @@ class Events(RuleBasedStateMachine):
         self.place: dict[Asked, str] = {}
         self.running: tuple[Asked, ...] = ()
         self.kind: Hashable = None
+        self.idle = 0.0  # since when the model is idle
         self.asked = 0
 
     def at(self, *places: str) -> list[Asked]:
@@ -119,7 +120,8 @@ class Events(RuleBasedStateMachine):
         if not decision.release:
             assert self.now < decision.again or not left
             # Idle, it lets nobody wait for longer than the delay.
-            assert all(decision.again <= r.ready + KNOBS.max_delay for r in left)
+            longest = [max(r.ready, self.idle) + KNOBS.max_delay for r in left]
+            assert all(decision.again <= at for at in longest)
             return
         batch = list(decision.release)
         assert len(batch) <= KNOBS.max_batch
@@ -146,7 +148,7 @@ class Events(RuleBasedStateMachine):
         failed = len(self.running) if fails else 0
         self.queue.end(self.running, self.kind, seconds, self.now, failed=failed)
         self.move(self.running, "failed" if fails else "answered", was="running")
-        self.running = ()
+        self.running, self.idle = (), self.now
 
     @rule(seconds=st.sampled_from([0.001, 0.1, 0.5, 2.0]))
     def wait(self, seconds: float) -> None:
@@ -259,3 +261,15 @@ def test_no_more_than_two_batches_are_decoded_ahead_but_for_who_goes_first():
     assert queue.next_to_decode(0.0) is first
     queue.decoded(first, 0.0, usable=True)
     assert queue.look(0.0).release[0] is first
+
+
+def test_callers_who_make_up_kinds_fill_no_memory():
+    queue: Queue[Asked] = Queue(Batching())
+    for number in range(100):
+        batch = [Asked(number, 0, math.inf, (number,))]
+        queue.begin(batch, number, "full", 0.0)
+        queue.end(batch, number, 1.0, 1.0, failed=0)
+    stats = queue.stats(1.0)
+    assert stats.learned.keys() == set(range(84, 100))
+    assert stats.images.keys() == {None, *range(84, 100)}
+    assert sum(stats.images.values()) == 100

@@ -156,8 +156,13 @@ class _Threads:
             Thread(target=self._repeat, args=(work,), name=name, daemon=True)
             for name, work in works
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # the system gives no more threads
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self.close()
+            raise
 
     def accept(self, request: Request) -> None:
         """Take a request in, or refuse it."""

@@ -4,13 +4,14 @@ Everything here is a pure function of the queue, the clock, the knobs and the le
 
 A batch of n images costs a + b n seconds (`service_times`). While the model is busy, a queue forms
 by itself, and what is in it is the next batch. While the model is idle, waiting for one more image
-saves its share of a, and costs each of the n that wait the time until it comes. So waiting pays as
-long as
+saves a, and costs each of the n that wait the time until it comes. The policy waits where that
+saves twice what it costs,
 
-    n gap < a
+    2 n gap < a
 
-where gap is the time from one arrival to the next. A caller who is alone therefore never waits, and
-neither does anybody where a is nearly 0, as for large encoders on few cores.
+where gap is the time from one arrival to the next, and until nobody came for a / (2 n). A caller
+who is alone therefore never waits, and neither does anybody where a is nearly 0, as for large
+encoders on few cores. Callers who wait for their answers before they ask again come back together.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from marnet_sdk.arguments import positive, seconds
 from marnet_sdk.errors import InvalidInput, brief
 from marnet_sdk.serve.service_times import ServiceTimes
 
+_WORTH = 2  # waiting must save as many times what it costs
 Reason = Literal["full", "no gain", "unknown", "quiet", "delay", "deadline", "closing"]
 REASONS: dict[Reason, str] = {
     "full": "a larger batch would be hardly faster per image",
@@ -46,7 +48,7 @@ class Batching:
     """
 
     max_batch: int = 64  # images that go through the model together
-    max_delay: float = 0.01  # seconds that an image waits for others while the model is idle
+    max_delay: float = 0.01  # seconds that images wait for others while the model is idle
     max_queue: int = 1024  # requests that wait for the model, decoded or not
     decoders: int | None = None  # threads that decode; None: as many as the process has cores
     # Operating points that may answer instead, the best first, while the queue is too long.
@@ -114,6 +116,7 @@ def decide(
     times: Callable[[Hashable], ServiceTimes],
     gap: float = math.inf,
     *,
+    idle: float = -math.inf,
     behind: int = 0,
     level: int = 0,
     closing: bool = False,
@@ -125,6 +128,7 @@ def decide(
         now: what the clock says.
         times: the service times of a kind.
         gap: seconds from one arrival to the next.
+        idle: since when the model is idle.
         behind: requests that are not decoded yet.
         level: place of the kind among its kinds that the last batch was run as.
         closing: no others come.
@@ -138,35 +142,34 @@ def decide(
     learned = times(kind)
     most = learned.useful(knobs.max_batch)
     batch = list(islice((request for request in live if request.kinds == kinds), most))
-    reason, again = _why(batch, most, live, now, knobs, learned, gap, closing)
+    n, reason, again = len(batch), None, -math.inf
+    if n == most:
+        reason = "no gain" if most == 1 < knobs.max_batch and learned.known else "full"
+    elif closing or not learned.known:
+        reason = "closing" if closing else "unknown"
+    else:
+        reason, again = _due(batch, live, knobs, learned, gap, idle)
     if again <= now:
         return Decision(batch, kind, reason, expired)
-    enough = min(most, math.ceil(learned.fixed / gap)) if gap > 0 else most
+    enough = min(most, math.ceil(learned.fixed / (_WORTH * gap))) if gap > 0 else most
     return Decision(expired=expired, again=again, enough=len(queue) - len(batch) + enough)
 
 
-def _why(
+def _due(
     batch: Sequence[R],
-    most: int,
     live: Sequence[R],
-    now: float,
     knobs: Batching,
     learned: ServiceTimes,
     gap: float,
-    closing: bool,
+    idle: float,
 ) -> tuple[Reason, float]:
-    """Find when a batch is released, and why then; at once is minus infinity."""
-    n = len(batch)
-    if n == most:
-        alone = most == 1 < knobs.max_batch and learned.known
-        return "no gain" if alone else "full", -math.inf
-    if closing or not learned.known:
-        return "closing" if closing else "unknown", -math.inf
-    newest = max(request.ready for request in batch)
+    """Find until when a batch waits for more, and why no longer."""
+    n, times = len(batch), _WORTH * len(batch)
+    newest = max(idle, *(request.ready for request in batch))
     due: dict[Reason, float] = {
-        "delay": min(request.ready for request in live) + knobs.max_delay,
+        "delay": max(idle, min(request.ready for request in live)) + knobs.max_delay,
         "deadline": min(request.deadline for request in batch) - learned.seconds(n + 1),
-        "quiet": -math.inf if n * gap >= learned.fixed else newest + learned.fixed / n,
+        "quiet": -math.inf if times * gap >= learned.fixed else newest + learned.fixed / times,
     }
     reason = min(due, key=due.__getitem__)
     return reason, due[reason]

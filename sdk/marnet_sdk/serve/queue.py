@@ -52,7 +52,8 @@ class BatchingStats:
     late: int = 0  # of those that were answered, after their deadline
     refused: dict[str, int] = field(default_factory=dict)  # by "queue full" or "deadline"
     batches: dict[Reason, int] = field(default_factory=dict)  # by why they were released
-    images: dict[Hashable, int] = field(default_factory=dict)  # in them, by how they were run
+    # Images in them, by how they were run; those of ways that did not occur lately by None.
+    images: dict[Hashable, int] = field(default_factory=dict)
     stepped_down: int = 0  # of these, run otherwise than asked, because the queue was too long
     learned: dict[Hashable, Learned] = field(default_factory=dict)  # by how they were run
 
@@ -68,7 +69,7 @@ class Queue(Generic[R]):
         self._waiting: list[R] = []
         self._ready: list[R] = []
         self._decoding = 0
-        self._running, self._busy_until = 0, -math.inf
+        self._running, self._busy_until, self._idle = 0, -math.inf, -math.inf
         self._level = 0  # of the last batch: the place of its kind among its kinds
         self._times: dict[Hashable, ServiceTimes] = {}  # the kind seen last stands last
         self._arrivals = Arrivals()
@@ -182,6 +183,7 @@ class Queue(Generic[R]):
         """Decide what the idle model runs, and take it out."""
         decision = decide(
             *(self._ready, now, self.knobs, self.times, self._arrivals.gap),
+            idle=self._idle,
             behind=len(self._waiting) + self._decoding,
             level=self._level,
             closing=self.closing,
@@ -194,7 +196,8 @@ class Queue(Generic[R]):
     def begin(self, batch: Sequence[R], kind: Hashable, reason: Reason, now: float) -> None:
         """Learn that the model has a batch that `look` released, without those cancelled since."""
         self._batches[reason] += 1
-        self._images[kind] += len(batch)
+        named = kind in self._images or len(self._images) < 2 * _KINDS
+        self._images[kind if named else None] += len(batch)
         self._level = batch[0].kinds.index(kind)
         self._counts["stepped_down"] += len(batch) if self._level else 0
         self._running = len(batch)
@@ -204,7 +207,7 @@ class Queue(Generic[R]):
         self, batch: Sequence[R], kind: Hashable, seconds: float, now: float, *, failed: int
     ) -> None:
         """Learn that the model is idle again, and how many of the batch got no answer."""
-        self._running, self._busy_until = 0, -math.inf
+        self._running, self._busy_until, self._idle = 0, -math.inf, now
         self._counts["failed"] += failed
         self._counts["answered"] += len(batch) - failed
         if not failed:
@@ -212,7 +215,12 @@ class Queue(Generic[R]):
             times = self._times[kind] = self._times.pop(kind, None) or ServiceTimes()
             times.observe(len(batch), seconds)
             if len(self._times) > _KINDS:
-                del self._times[next(iter(self._times))]
+                self._forget(next(iter(self._times)))
+
+    def _forget(self, kind: Hashable) -> None:
+        """Keep of a kind only that there was one: callers may make up any number of them."""
+        del self._times[kind]
+        self._images[None] += self._images.pop(kind, 0)
 
     def cancelled(self, count: int) -> None:
         """Learn that requests of a batch were cancelled before it began."""

@@ -25,6 +25,7 @@ from serving import PATIENCE, Played, read_all, running, until
 
 from marnet_sdk import Classifier
 from marnet_sdk.errors import BundleCorrupt
+from marnet_sdk.server import network
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.gate import AccessLog
 from marnet_sdk.server.network import listen, serve
@@ -103,6 +104,26 @@ def test_half_a_body_and_a_hang_up_leave_nothing_behind(server):
     server.idle()
     assert server.service.held == 0
     alive(server)
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_their_order(server):
+    with server.connect() as connection:
+        first = HEAD + b"content-length: 1\r\n\r\nx"
+        second = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        connection.sendall(first + first + second)
+        bodies = re.findall(rb'"(answers|alive)"', read_all(connection))
+    assert bodies == [b"answers", b"answers", b"alive"]
+
+
+def test_a_client_that_asks_first_is_told_before_it_sends(server):
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"expect: 100-continue\r\ncontent-length: 1\r\n\r\n")
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"[:25]
+        connection.sendall(b"x")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"expect: 100-continue\r\ncontent-length: 99\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 MALFORMED = [
@@ -225,6 +246,36 @@ def test_lines_are_written_before_the_log_is_closed():
         log.write({"number": number})
     log.close()
     assert [json.loads(line)["number"] for line in written.getvalue().splitlines()] == [*range(100)]
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_a_request_that_hangs_does_not_keep_the_server_from_ending(monkeypatch):
+    monkeypatch.setattr(network, "_LAST_SECONDS", 0)
+    classifier = Played()
+    with running(lambda: classifier, drain_seconds=0.1) as server, server.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 4\r\n\r\nwait")
+        until(classifier.waiting.is_set)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert b" 200 " not in read_all(connection)
+        until(classifier.cancelled.is_set)
+    assert [entry["status"] for entry in server.log(1)] == [500]
+
+
+def test_sigterm_while_the_bundle_is_being_opened_closes_it_afterwards():
+    go_on, classifier = threading.Event(), Played()
+
+    def open_late() -> Played:
+        assert go_on.wait(PATIENCE)
+        return classifier
+
+    with running(open_late, wait=False) as server:
+        until(lambda: server.server.started)
+        server.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: server.server.should_exit)
+        go_on.set()
+    assert classifier.closed
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -23,14 +23,15 @@ DELAYS = (0.0, 0.002, 0.005, 0.01, 0.02)  # one of which somebody would have fou
 
 
 class Ours:
-    """Our queue, whose decoding takes no time."""
+    """Our queue, whose decoding takes no time. Requests may be run as each of `kinds`."""
 
-    def __init__(self) -> None:
-        self.queue: Queue[Waiting] = Queue(Batching(max_batch=LARGEST, max_queue=10**6))
-        self.kind, self.batch = ("a",), Sequence[Waiting]
+    def __init__(self, kinds: tuple[str, ...] = ("a",), **knobs: float) -> None:
+        given = {"max_batch": LARGEST, "max_queue": 10**6} | knobs
+        self.queue: Queue[Waiting] = Queue(Batching(**given))
+        self.kinds, self.kind, self.batch = kinds, "a", Sequence[Waiting]
 
     def arrive(self, number: int, now: float) -> None:
-        request = Waiting(number, 0, math.inf, self.kind)
+        request = Waiting(number, 0, math.inf, self.kinds)
         self.queue.accept(request, now)
         assert self.queue.next_to_decode(now) is request
         self.queue.decoded(request, now, usable=True)
@@ -42,14 +43,17 @@ class Ours:
         if decision.release:
             assert decision.reason is not None
             self.queue.begin(decision.release, decision.kind, decision.reason, now)
+            self.kind = decision.kind
         return [request.number for request in decision.release], decision.again
 
     def end(self, seconds: float, now: float) -> None:
-        self.queue.end(self.batch, "a", seconds, now, failed=0)
+        self.queue.end(self.batch, self.kind, seconds, now, failed=0)
 
 
 class Fixed:
     """A batcher that waits until a batch is full, or its oldest has waited for a fixed delay."""
+
+    kind = "a"
 
     def __init__(self, delay: float) -> None:
         self.delay, self.waiting = delay, list[tuple[int, float]]()
@@ -176,3 +180,21 @@ def test_callers_who_wait_for_their_answers_share_batches(callers):
         assert ours == greedy  # nobody waits for nobody
     else:
         assert ours.rate > 1.3 * greedy.rate
+
+
+@pytest.mark.parametrize("load", [0.5, 1.5])
+def test_overload_is_answered_in_time_at_a_lower_point_and_no_more_often_than_needed(load):
+    """At half the load that the better point bears, and at one and a half times that load."""
+    ours = Ours(("best", "less"), patience=0.5, max_queue=256)
+    cost = {"best": 0.01, "less": 0.004}
+
+    def seconds(n: int) -> float:
+        return 0.001 + cost[ours.kind] * n
+
+    result = simulate(ours, poisson(load / 0.01, 4000), seconds, 4000)
+    stats = ours.queue.stats(0.0)
+    assert stats.refused == {}
+    assert result.p99 < 0.6  # the patience, and a batch
+    stepped_down = stats.stepped_down / 4000
+    # An image comes every 6.7 ms: 10 (1 - x) + 4 x = 6.7 for the share x that takes 4 ms.
+    assert stepped_down < 0.05 if load < 1 else 0.5 < stepped_down < 0.8

@@ -123,9 +123,13 @@ class Queue(Generic[R]):
     def _drop(self, now: float) -> None:
         """Drop those that nobody waits for any more."""
         for requests in (self._waiting, self._ready):
-            self.expired += [r for r in requests if r.deadline <= now and not r.cancelled]
-            self._counts["cancelled"] += sum(r.cancelled for r in requests)
-            requests[:] = [r for r in requests if r.deadline > now and not r.cancelled]
+            kept: list[R] = []
+            for request in requests:
+                if request.cancelled:
+                    self._counts["cancelled"] += 1
+                else:
+                    (self.expired if request.deadline <= now else kept).append(request)
+            requests[:] = kept
 
     def clear(self) -> Sequence[R]:
         """Take out all that wait, as failed."""

@@ -28,7 +28,7 @@ from marnet_sdk.errors import (
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats, Learned
 from marnet_sdk.server.gate import AccessLog
-from marnet_sdk.server.network import listen, make_server
+from marnet_sdk.server.network import DrainingServer, listen, make_server
 from marnet_sdk.server.service import ServerLimits, Service
 
 PATIENCE = 30.0  # seconds until a test that waits gives up; nothing waits for so long
@@ -39,6 +39,7 @@ class Running:
     """A server that runs, and how to reach it."""
 
     service: Service
+    server: DrainingServer
     port: int
     written: io.BytesIO
 
@@ -105,7 +106,7 @@ def running(
     thread.start()
     try:
         assert not wait or ready.wait(PATIENCE)
-        yield Running(service, port, written)
+        yield Running(service, server, port, written)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import random
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from quick import kept
 from serving import Played, running, until
 
 from marnet_sdk import Classifier
@@ -161,6 +165,36 @@ def test_hostile_files_among_good_ones_lose_no_answer(client, images, answers):
         answers[0].label, None, answers[2].label, None, answers[3].label,
     ]  # fmt: skip
     assert not SECRETS.search(response.text)
+
+
+def damaged(image: bytes, rng: random.Random) -> bytes:
+    """The file cut short, with other bytes in it, or with a part that stands there twice."""
+    at, length = rng.randrange(len(image)), rng.randrange(1, 20)
+    return rng.choice(
+        [
+            image[:at],
+            image[:at] + rng.randbytes(length) + image[at + length :],
+            image[:at] + image[at // 2 :],
+            rng.randbytes(4) + image[4:],
+            image[: rng.randrange(4, 30)] + rng.randbytes(length * 5),
+        ]
+    )
+
+
+@pytest.mark.parametrize("count", kept([40, 2000], {40}))
+def test_damaged_files_hurt_nobody(client, images, answers, count):
+    rng = random.Random(0)
+    picture = Image.effect_noise((40, 30), 50).convert("RGB")
+    kinds = [images[1]]
+    for name in ("JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+        picture.save(file := io.BytesIO(), name)
+        kinds.append(file.getvalue())
+    for _ in range(count // 4):
+        sent = [damaged(rng.choice(kinds), rng) for _ in range(4)]
+        response = client.post("/predict", files=files([*sent, images[0]]))
+        assert response.status_code in (200, 400)
+        assert response.json()["answers"][-1]["label"] == answers[0].label
+        assert not SECRETS.search(response.text)
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(client):

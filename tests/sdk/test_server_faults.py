@@ -25,6 +25,7 @@ from serving import PATIENCE, Played, read_all, running, until
 
 from marnet_sdk import Classifier
 from marnet_sdk.errors import BundleCorrupt
+from marnet_sdk.server import network
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.gate import AccessLog
 from marnet_sdk.server.network import listen, serve
@@ -94,6 +95,18 @@ def test_the_rest_of_a_refused_body_is_not_read_for_ever(server):
     server.idle()
 
 
+def test_a_client_that_takes_no_answers_is_closed_out(server):
+    state = server.server.server_state
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect(("127.0.0.1", server.port))
+        with suppress(ConnectionError):
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+        until(lambda: any(c.flow.write_paused for c in list(state.connections)))
+        server.idle()
+
+
 def test_half_a_body_and_a_hang_up_leave_nothing_behind(server):
     for hard in (False, True):
         with server.connect() as connection:
@@ -103,6 +116,26 @@ def test_half_a_body_and_a_hang_up_leave_nothing_behind(server):
     server.idle()
     assert server.service.held == 0
     alive(server)
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_their_order(server):
+    with server.connect() as connection:
+        first = HEAD + b"content-length: 1\r\n\r\nx"
+        second = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        connection.sendall(first + first + second)
+        bodies = re.findall(rb'"(answers|alive)"', read_all(connection))
+    assert bodies == [b"answers", b"answers", b"alive"]
+
+
+def test_a_client_that_asks_first_is_told_before_it_sends(server):
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"expect: 100-continue\r\ncontent-length: 1\r\n\r\n")
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"[:25]
+        connection.sendall(b"x")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"expect: 100-continue\r\ncontent-length: 99\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 MALFORMED = [
@@ -189,7 +222,7 @@ def test_nothing_is_left_of_many_requests_of_every_kind(server):
     before = held()
     for _ in range(4):
         round_of_requests()
-    assert held()[0] <= before[0]
+    until(lambda: held()[0] <= before[0])
     assert held()[1] <= before[1] + POOL
     assert server.service.held == 0
 
@@ -225,6 +258,36 @@ def test_lines_are_written_before_the_log_is_closed():
         log.write({"number": number})
     log.close()
     assert [json.loads(line)["number"] for line in written.getvalue().splitlines()] == [*range(100)]
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_a_request_that_hangs_does_not_keep_the_server_from_ending(monkeypatch):
+    monkeypatch.setattr(network, "_LAST_SECONDS", 0)
+    classifier = Played()
+    with running(lambda: classifier, drain_seconds=0.1) as server, server.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 4\r\n\r\nwait")
+        until(classifier.waiting.is_set)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert b" 200 " not in read_all(connection)
+        until(classifier.cancelled.is_set)
+    assert [entry["status"] for entry in server.log(1)] == [500]
+
+
+def test_sigterm_while_the_bundle_is_being_opened_closes_it_afterwards():
+    go_on, classifier = threading.Event(), Played()
+
+    def open_late() -> Played:
+        assert go_on.wait(PATIENCE)
+        return classifier
+
+    with running(open_late, wait=False) as server:
+        until(lambda: server.server.started)
+        server.server.handle_exit(signal.SIGTERM, None)
+        until(lambda: server.server.should_exit)
+        go_on.set()
+    assert classifier.closed
 
 
 # --- the process ----------------------------------------------------------------------------------
@@ -285,6 +348,13 @@ def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
         result = CliRunner().invoke(main, ["-m", str(tmp_path), "--port", port])
     assert result.exit_code == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("content", ["", " \n", "two words", "ümlaut"])

@@ -123,14 +123,13 @@ class Queue(Generic[R]):
     def _drop(self, now: float) -> None:
         """Drop those that nobody waits for any more."""
         for requests in (self._waiting, self._ready):
-            for request in requests[:]:
+            kept: list[R] = []
+            for request in requests:
                 if request.cancelled:
                     self._counts["cancelled"] += 1
-                elif request.deadline <= now:
-                    self.expired.append(request)
                 else:
-                    continue
-                requests.remove(request)
+                    (self.expired if request.deadline <= now else kept).append(request)
+            requests[:] = kept
 
     def clear(self) -> Sequence[R]:
         """Take out all that wait, as failed."""

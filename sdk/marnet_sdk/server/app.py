@@ -23,11 +23,11 @@ import marnet_sdk
 from marnet_sdk.errors import MarnetError, brief
 from marnet_sdk.prediction import Prediction
 from marnet_sdk.server.answering import WORK, answer_all, problems, settings_for
-from marnet_sdk.server.bodies import REQUEST_BODY, Asked, merged, read_upload
+from marnet_sdk.server.bodies import REQUEST_BODY, Asked, is_raw, merged, read_upload
 from marnet_sdk.server.gate import AccessLog, Gate
 from marnet_sdk.server.metrics import Metrics
 from marnet_sdk.server.open_inference import add_open_inference
-from marnet_sdk.server.service import Refused, Service, logger, refusal_of
+from marnet_sdk.server.service import Refused, Service, beside, logger, refusal_of
 
 HUNG_UP = 499  # the client closed the connection before its answer; nobody reads it
 
@@ -82,7 +82,8 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         started, classifier = time.perf_counter(), service.classifier
         async with service.body(request) as body:
             kind = request.headers.get("content-type", "")
-            upload = await asyncio.to_thread(read_upload, kind, body, service.limits)
+            size = 0 if is_raw(kind) else len(body)
+            upload = await beside(size, read_upload, kind, body, service.limits)
             asked = merged(query, upload.settings)
             settings = settings_for(asked, classifier, service.limits, started)
             answers = await answer_all(request, classifier, upload.images, settings)

@@ -79,6 +79,12 @@ class Upload:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def is_raw(content_type: str) -> bool:
+    """Tell whether a body is the bytes of an image, so that nothing has to be taken apart."""
+    media = content_type.partition(";")[0].strip().lower()
+    return media in ("", "application/octet-stream") or media.startswith("image/")
+
+
 def read_upload(content_type: str, body: bytearray, limits: ServerLimits) -> Upload:
     """Take a body apart.
 
@@ -88,12 +94,12 @@ def read_upload(content_type: str, body: bytearray, limits: ServerLimits) -> Upl
     """
     kind, options = parse_options_header(content_type)
     media = kind.decode("latin-1")
-    if media == "application/json":
+    if is_raw(content_type):
+        upload = Upload([body])
+    elif media == "application/json":
         upload = _from_json(body, limits)
     elif media == "multipart/form-data":
         upload = _from_form(body, options.get(b"boundary"), limits)
-    elif media in ("", "application/octet-stream") or media.startswith("image/"):
-        upload = Upload([body])
     else:
         raise Refused(415, f"got a body of type {brief(media)}; {EXPECTED}")
     if not upload.images:

@@ -76,7 +76,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
+        started, status = time.perf_counter(), 500  # which uvicorn sends where nothing was sent
 
         async def watched(message: Message) -> None:
             nonlocal status

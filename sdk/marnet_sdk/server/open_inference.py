@@ -8,7 +8,6 @@ Axes: B images, C classes, H and W of the model's input.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
@@ -35,7 +34,7 @@ from marnet_sdk.server.answering import (
     unless_hung_up,
 )
 from marnet_sdk.server.bodies import Asked
-from marnet_sdk.server.service import Refused, Service
+from marnet_sdk.server.service import Refused, Service, beside
 from marnet_sdk.uncertainty import softmax
 
 VERSION = "1"  # of the model; a server has one
@@ -93,9 +92,8 @@ def add_open_inference(app: FastAPI, service: Service) -> None:
         async with service.body(request) as body:
             length = request.headers.get(HEADER_LENGTH)
             shape = classifier.preprocess.output_shape
-            asked = await asyncio.to_thread(
-                read_inference, body, length, shape, service.limits.images
-            )
+            most = service.limits.images
+            asked = await beside(len(body), read_inference, body, length, shape, most)
             settings = settings_for(asked.asked, classifier, service.limits, started)
             if asked.input == PIXELS:
                 tensors = await _of_pixels(request, service, asked, settings)

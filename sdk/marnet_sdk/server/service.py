@@ -24,6 +24,7 @@ from marnet_sdk.errors import (
 
 T = TypeVar("T")
 logger = logging.getLogger("marnet_sdk.server")
+_FEW = 2**14  # bytes that are taken apart in less time than another thread takes to wake
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Refused(Exception):
         super().__init__(reason)
         self.status, self.reason = status, reason
         self.headers, self.fields = headers or {}, fields
+
+
+async def beside(size: int, call: Callable[..., T], *args: Any) -> T:
+    """Call what takes long for many bytes in a thread, beside the event loop; for few, at once."""
+    return call(*args) if size < _FEW else await asyncio.to_thread(call, *args)
 
 
 def come_again(status: int, reason: str) -> Refused:

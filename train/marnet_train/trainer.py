@@ -76,14 +76,14 @@ def fit(
         OutputBusy: another process is training to `out`.
         OutputError: no space left, or `out` must not be written to.
     """
-    _check_apart(data, out)
+    check_apart(data, out)
     check_output(out, overwrite=overwrite, replaceable=is_checkpoint)
-    with _threads(threads):
+    with limited_threads(threads):
         target = pick_device(device)
         folder = read_data_set(data)
         for warning in folder.warnings:
             say(f"warning: {warning}")
-        decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
+        decisive = {"seed": seed, **provenance(folder, target), "settings": recipe.to_dict()}
         with saved_progress(out, decisive, restart=restart) as run:
             ready = prepare(folder, recipe, seed, target)
             trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, seed, run)
@@ -117,7 +117,7 @@ def fit(
     return training
 
 
-def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
+def provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
     """Return what beside recipe and seed decides the weights: data, machine and versions."""
     return {
         "data": {
@@ -133,7 +133,7 @@ def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check_apart(data: Path, out: Path) -> None:
+def check_apart(data: Path, out: Path) -> None:
     """Check that the data are neither in `out`, which may be replaced, nor around it."""
     source, target = data.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
@@ -144,7 +144,7 @@ def _check_apart(data: Path, out: Path) -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
     """Let torch compute with that many CPU threads inside the block."""
     before = torch.get_num_threads()
     use_threads(check_threads(count))

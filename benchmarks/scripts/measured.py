@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marnet_train.tables.written import tables
-
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/measured.md")
 RESULTS = ROOT / "benchmarks/results"
@@ -390,14 +388,6 @@ grocery = partial(
     ", the first 200 photographs",
 )
 
-
-def ablation(report: str, title: str) -> str:
-    """The tables of `marnet-train ablate`, as it writes them."""
-    joined = read(report)
-    title = title.format(images=joined["test_images"], seeds=len(joined["runs"]))
-    return "\n\n".join((title, *(found.markdown(level=4) for found in tables(joined))))
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
@@ -411,12 +401,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "plates": plates,
     "grocery": grocery,
     "pareto": pareto,
-    "digits-ablation": partial(
-        ablation,
-        "cpu-digits-ablation",
-        "{images} test pictures, {seeds} training seeds. Every row has its difference to the "
-        "baseline on the same pictures.",
-    ),
 }
 
 

@@ -1,5 +1,5 @@
-"""What may take the place of ITA in phase A: alignment losses of other papers, on paired images and
-texts whose classes are known.
+"""Alignment losses of other papers, for phase A in place of ITA: on paired images and texts whose
+classes are known.
 
 All compute total = CE(visual) + weight * loss, so `[alignment] loss` of a recipe names one and
 `ita_weight` is its weight. Those papers adapt a classifier to another domain, match images with

@@ -1,4 +1,4 @@
-"""Which images each way to classify gets right, and how sure it is: what all tables are made of.
+"""One row of a table: which images a way to classify gets right, and how sure it is.
 
 Axes: N images, C classes, K noise samples, R training seeds.
 """

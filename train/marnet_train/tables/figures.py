@@ -79,7 +79,7 @@ def silhouettes(vectors: Vectors, space: str) -> NDArray[np.float64]:
     Rousseeuw, "Silhouettes: a graphical aid to the interpretation and validation of cluster
     analysis", 1987.
     """
-    return silhouette_samples(vectors[space], vectors["labels"])
+    return np.asarray(silhouette_samples(vectors[space], vectors["labels"]))
 
 
 def _over_seeds(

@@ -1,4 +1,4 @@
-"""How alike image vectors and text vectors are, as numbers: whether alignment aligned them.
+"""Measures of how alike image vectors and text vectors are: whether alignment aligned them.
 
 Pure functions of float arrays. Axes: N, M vectors, D, E widths, K classes.
 """

@@ -26,6 +26,7 @@ from marnet_train.tables.ablate import ablate, changed
 from marnet_train.tables.answers import right_answers
 from marnet_train.tables.figures import figures
 from marnet_train.tables.spaces import SPACES
+from marnet_train.tables.written import section_of
 
 RECIPE = change(
     TINY,
@@ -241,6 +242,7 @@ def test_a_control_changes_one_thing_of_the_recipe(kind: str, seen: dict[str, An
     assert changed(RECIPE, kind) == replace(RECIPE, **seen)
 
 
+@pytest.mark.slow
 def test_a_fusion_that_does_not_fit_the_widths_is_left_out_with_its_reason(
     data: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +251,41 @@ def test_a_fusion_that_does_not_fit_the_widths_is_left_out_with_its_reason(
     assert "dim (10) must equal the width of the text features (12)" in str(joined["left_out"])
     assert "fusion: hm, logit" in joined["summary"]
     assert "## left out, and why" in (tmp_path / "out/ablation.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["random", "labels", "moving", "joint", "swd", "ssan", "cdd", "sdm"]
+)
+def test_every_control_is_trained_and_compared(kind: str, data: Path, tmp_path: Path) -> None:
+    joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(kind,))
+    assert {f"{kind}: {name}" for name in BRANCHES} <= set(joined["summary"])
+    of_control = json.loads((tmp_path / f"out/seed-0/{kind}.json").read_text())
+    weights = ["alignment.ita_weight"] if kind in ("swd", "ssan", "cdd", "sdm") else []
+    assert list(of_control["chosen"]) == weights
+
+
+@pytest.mark.slow
+def test_seda_is_compared_with_its_peer_without_the_semantic_learner(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, method="seda", semantic=replace(RECIPE.semantic, epochs=1))
+    joined = ablate(data, recipe, tmp_path / "out", seeds=(0,), controls=("labels",))
+    found = set(joined["summary"])
+    assert {"semantic learner", "labels: semantic learner", "marnet: refined"} <= found
+    assert {"marnet: +CDR on the baseline", "marnet: CE alone, fused"} <= found
+    assert not {"marnet: semantic learner", "+CDR on the baseline"} & found
+    assert joined["settings"]["method"] == "seda"
+    assert "SeDA, recipe custom" in (tmp_path / "out/ablation.md").read_text()
+
+
+@pytest.mark.slow
+def test_damaged_images_have_rows_of_their_own(data: Path, tmp_path: Path) -> None:
+    joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(), damaged=10)
+    rows = joined["runs"][0]["rows"]
+    damaged = [name for name in rows if section_of(name) == "damaged images"]
+    assert len(damaged) == 5 * 3 * 5
+    assert {rows[name]["images"] for name in damaged} == {10}
 
 
 # --- figures

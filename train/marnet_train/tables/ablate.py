@@ -121,8 +121,8 @@ def ablate(
                 title = (INSTEAD | ALIGNED).get(kind, METHODS[recipe.method])
                 say(f"[{number} of {len(todo)}] seed {seed}: {title}")
                 _train(all_of_it, seed, kind)
-                if kind == kinds[-1]:
-                    write_joined(out)
+                if kind == kinds[-1] and number < len(todo):
+                    write_joined(out)  # to look at meanwhile
     return write_joined(out)
 
 

@@ -334,6 +334,24 @@ def test_the_command_prints_the_tables_and_names_the_next_one(
     assert "Figure 3 as numbers: the mean silhouette of the classes" in drawn.stdout
 
 
+def test_compare_trains_with_every_alignment_loss(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from marnet_train.tables import ablate as module
+
+    asked: list[Any] = []
+
+    def note(*_: Any, **settings: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return {"summary": {}}
+
+    monkeypatch.setattr(module, "ablate", note)
+    where = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
+    result = marnet_train("compare", *where, "--seeds", "3")
+    assert result.exit_code == 0, result.output
+    assert (asked[0]["controls"], asked[0]["seeds"]) == (["swd", "ssan", "cdd", "sdm"], (3,))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -364,14 +365,34 @@ class _Numbers(click.ParamType):
         return numbers
 
 
+def _over_seeds(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of tables over training seeds."""
+    options = (
+        click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder."),
+        click.option("--recipe", required=True, help="As of fit."),
+        click.option(
+            "--method", type=click.Choice(["marnet", "seda"]), help="Default: the recipe's."
+        ),
+        click.option(
+            "--out", "-o", type=_FOLDER, required=True, help="Folder to write, or to go on in."
+        ),
+        click.option(
+            "--seeds", type=_Numbers(), default="0,1,2", show_default=True, help="Training seeds."
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's."
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
-@click.option("--recipe", required=True, help="As of fit.")
-@click.option("--method", type=click.Choice(["marnet", "seda"]), help="Default: the recipe's.")
-@click.option("--out", "-o", type=_FOLDER, required=True, help="Folder to write, or to go on in.")
-@click.option(
-    "--seeds", type=_Numbers(), default="0,1,2", show_default=True, help="Training seeds."
-)
+@_over_seeds
 @click.option(
     "--controls",
     default="random,shuffled,labels",
@@ -386,24 +407,40 @@ class _Numbers(click.ParamType):
     show_default=True,
     help="So many test images are damaged in 15 ways and measured, too.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def ablate(
-    data_dir: Path,
-    recipe: str,
-    method: str | None,
-    out: Path,
-    seeds: tuple[int, ...],
-    controls: str,
-    damaged: int,
-    threads: int | None,
-    device: str,
-) -> None:
+def ablate(controls: str, damaged: int, **options: Any) -> None:
     """Train a method, its parts and its controls with several seeds, and write the tables.
 
     Every row has its mean, its 95 % interval and a paired test against the image-only baseline on
     the same test images. What is done in --out is not done again: an interrupted run goes on.
     """
+    kinds = [kind.strip() for kind in controls.split(",") if kind.strip()]
+    _make_tables(kinds, damaged, **options)
+
+
+@main.command()
+@_over_seeds
+def compare(**options: Any) -> None:
+    """Train a method with each alignment loss in the place of ITA, and write the tables.
+
+    Validation chooses the weight of each loss. The same as ablate --controls swd,ssan,cdd,sdm, and
+    the folder may be one that ablate wrote.
+    """
+    from marnet_train.tables.written import ALIGNED
+
+    _make_tables([*ALIGNED], 0, **options)
+
+
+def _make_tables(
+    controls: list[str],
+    damaged: int,
+    data_dir: Path,
+    recipe: str,
+    method: str | None,
+    out: Path,
+    seeds: tuple[int, ...],
+    threads: int | None,
+    device: str,
+) -> None:
     with requires_extra(*_NEEDS, "matplotlib"):
         from marnet_train.recipe import load_recipe
         from marnet_train.tables.ablate import ablate as run_ablation
@@ -416,7 +453,7 @@ def ablate(
         out,
         name=recipe,
         seeds=seeds,
-        controls=[kind.strip() for kind in controls.split(",") if kind.strip()],
+        controls=controls,
         damaged=damaged,
         threads=threads,
         device=device,

@@ -422,8 +422,7 @@ def ablate(controls: str, damaged: int, **options: Any) -> None:
 def compare(**options: Any) -> None:
     """Train a method with each alignment loss in the place of ITA, and write the tables.
 
-    Validation chooses the weight of each loss. The same as ablate --controls swd,ssan,cdd,sdm, and
-    the folder may be one that ablate wrote.
+    The same as ablate --controls swd,ssan,cdd,sdm, and the folder may be one that ablate wrote.
     """
     from marnet_train.tables.written import ALIGNED
 

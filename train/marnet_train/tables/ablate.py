@@ -51,6 +51,7 @@ from marnet_train.trainer import check_apart, limited_threads, provenance
 TEXT = "text"  # the training that the controls are compared with
 USUAL = ("random", "shuffled", "labels")
 CONTROLS = (*USUAL, "moving", "joint", *ALIGNED)
+WEIGHTS = {"swd": 1.0, "ssan": 1.0, "cdd": 0.3, "sdm": 1.0}  # of their papers
 NAME = "ablation"
 
 
@@ -139,8 +140,12 @@ def _kinds(recipe: Recipe, controls: Sequence[str]) -> list[str]:
     return [TEXT, *peer, *dict.fromkeys(controls)]
 
 
-def changed(recipe: Recipe, kind: str) -> Recipe:
+def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
     """Return the recipe of a control: something else in place of the text, or phase A otherwise.
+
+    Args:
+        search: validation chooses the weight of another alignment loss, because it chose ITA's,
+            and the baseline had as many tries; else it is that of the loss's own paper.
 
     Raises:
         RecipeError: this recipe cannot be trained so.
@@ -154,9 +159,11 @@ def changed(recipe: Recipe, kind: str) -> Recipe:
         return replace(recipe, text_phase=None, alignment=replace(phase, lr_text=1e-3))
     if kind == "marnet":
         return replace(recipe, method="marnet")
-    if kind in ALIGNED:  # its weight is chosen on validation
+    if kind in ALIGNED:
         few = min(6, max(2, phase.batch // 2)) if kind == "cdd" else phase.per_class
-        other = replace(phase, loss=kind, ita_weight="auto", per_class=few)
+        other = replace(
+            phase, loss=kind, ita_weight="auto" if search else WEIGHTS[kind], per_class=few
+        )
         return replace(recipe, alignment=other)
     return replace(recipe, semantics=kind)
 
@@ -197,7 +204,8 @@ def _train(experiment: Experiment, seed: int, kind: str) -> None:
     path, recipe = experiment.path(seed, kind), experiment.recipe
     if kind != TEXT:
         of_text = json.loads(experiment.path(seed, TEXT).read_text("utf-8"))
-        recipe = changed(Recipe.from_dict(of_text["resolved"]), kind)
+        search = recipe.alignment.ita_weight == "auto"
+        recipe = changed(Recipe.from_dict(of_text["resolved"]), kind, search=search)
     where = provenance(experiment.folder, experiment.device)
     decisive = {"seed": seed, "kind": kind, **where, **experiment.identity()}
     with saved_progress(path, decisive, restart=False) as run:

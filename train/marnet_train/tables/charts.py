@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from marnet_sdk.outputs import atomic_file
-from marnet_train.tables.written import TITLES, section_of
+from marnet_train.tables.written import TITLES, by_section
 
 # Okabe and Ito 2008: told apart by colour-blind readers, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,9 +29,9 @@ def draw_rows(summary: Mapping[str, Mapping[str, Any]], title: str, path: Path) 
     """
     rows = [
         (section, name)
-        for section in _SHOWN
-        for name in summary
-        if section_of(name) == section and name != "baseline" and "interval" in summary[name]
+        for section, names in by_section(summary).items()
+        for name in names
+        if section in _SHOWN and name != "baseline" and "interval" in summary[name]
     ]
     figure = Figure(figsize=(8, 1.4 + 0.24 * len(rows)), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -75,16 +75,21 @@ def section_of(name: str) -> str:
     return next(section for section, takes in SECTIONS.items() if takes(name))
 
 
+def by_section(names: Iterable[str]) -> dict[str, list[str]]:
+    """Sort rows into their tables; those of the first stand as in MARNet's table 2."""
+    sections: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    for name in names:
+        sections[section_of(name)].append(name)
+    sections["parts"].sort(key=[*TITLES].index)
+    return sections
+
+
 def tables(joined: Mapping[str, Any]) -> list[Table]:
     """Make the tables of what `ablate` or `evaluate` joined, those that have rows."""
     found = joined["summary"]
-    sections: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    for name in found:
-        sections[section_of(name)].append(name)
-    sections["parts"].sort(key=[*TITLES].index)
     made = [
         Table(section, _COLUMNS, [_row(name, found[name]) for name in names])
-        for section, names in sections.items()
+        for section, names in by_section(found).items()
     ]
     pairs = [_pair(name, p) for name, p in joined.get("pairs", {}).items()]
     made.append(

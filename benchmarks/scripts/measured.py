@@ -349,7 +349,7 @@ def digits_accuracy() -> str:
 
 
 def accuracy(report: str, title: str, damaged: str = "") -> str:
-    """All that `accuracy.py` measured of a data set over training seeds."""
+    """All that was measured of a data set over training seeds."""
     joined = read(report)
     found = joined["summary"]
     return "\n\n".join(

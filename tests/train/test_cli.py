@@ -187,6 +187,29 @@ def test_evaluate_takes_the_newest_checkpoint_and_prints_a_table(
         assert f"\n {branch} " in result.stdout or f"\n{branch} " in result.stdout
 
 
+def test_evaluate_joins_checkpoints_of_several_seeds(
+    trained: tuple[Path, Result], data: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "evaluation", tmp_path / "other"
+    shutil.copytree(trained[0], other)
+    words = ("evaluate", "--data", data, "--checkpoint", trained[0], "--checkpoint", other)
+    twice = marnet_train(*words)
+    assert twice.exit_code == 2
+    assert "trained with the seeds [0, 0]; expected different ones" in twice.stderr
+    training = json.loads((other / "training.json").read_text())
+    (other / "training.json").write_text(json.dumps(training | {"seed": 1}))
+    result = marnet_train(*words, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "+Fusion: the whole" in result.stdout
+    assert "MARNet - alignment" in result.stdout
+    joined = json.loads((out / "evaluation.json").read_text())
+    assert set(joined["summary"]) == {"baseline", "alignment", "refined", "MARNet"}
+    seen = training["metrics"]["baseline"]["test"]["top1"]
+    assert joined["summary"]["baseline"]["top1_by_seed"] == pytest.approx([seen, seen])
+    names = ["evaluation.csv", "evaluation.json", "evaluation.md", "evaluation.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
 def test_a_split_or_folder_that_is_not_there_ends_with_2(
     trained: tuple[Path, Result], data: Path, tmp_path: Path
 ) -> None:

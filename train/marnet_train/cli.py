@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -345,22 +345,47 @@ def _print_training(training: dict[str, Any]) -> None:
 @main.command()
 @click.option(
     "--checkpoint",
+    "checkpoints",
+    multiple=True,
     type=click.Path(file_okay=False),
-    help="Folder, or ORG/NAME on the hub. Default: the newest under ./runs.",
+    help="Folder, or ORG/NAME on the hub. Several: one recipe with several seeds. Default: the "
+    "newest under ./runs.",
 )
 @click.option("--revision", help="Branch, tag or commit of ORG/NAME. Default: main.")
 @click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder.")
 @click.option("--split", default="test", show_default=True, help="Which split to measure on.")
+@click.option("--out", "-o", type=_FOLDER, help="Folder for evaluation.json, .md, .csv and .png.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def evaluate(
-    checkpoint: str | None, revision: str | None, data_dir: Path, split: str, device: str
+    checkpoints: tuple[str, ...],
+    revision: str | None,
+    data_dir: Path,
+    split: str,
+    out: Path | None,
+    device: str,
 ) -> None:
-    """Accuracy of a checkpoint on a data set, the mean over three noise seeds."""
+    """Accuracy of a checkpoint on a data set, the mean over three noise seeds.
+
+    Of several checkpoints, or with --out: the mean over training seeds with its 95 % interval, and
+    paired differences to the image-only baselines that were trained beside them.
+    """
     with requires_extra(*_NEEDS):
         from marnet_train.checkpoint import find_checkpoint, newest_checkpoint
-        from marnet_train.evaluate import evaluate_checkpoint
-    path = find_checkpoint(checkpoint or newest_checkpoint(), revision=revision)
-    say(f"checkpoint {path}")
+    paths = [
+        find_checkpoint(name, revision=revision) for name in checkpoints or (newest_checkpoint(),)
+    ]
+    for path in paths:
+        say(f"checkpoint {path}")
+    if len(paths) > 1 or out is not None:
+        _evaluate_seeds(paths, data_dir, split, out, device)
+    else:
+        _evaluate_one(paths[0], data_dir, split, device)
+    next_commands(_export_command(paths[0]))
+
+
+def _evaluate_one(path: Path, data_dir: Path, split: str, device: str) -> None:
+    from marnet_train.evaluate import evaluate_checkpoint
+
     found = evaluate_checkpoint(path, data_dir, split, device)
     rows = [
         (
@@ -373,7 +398,151 @@ def evaluate(
     ]
     columns = ("branch", "top-1", "top-5", "top-1 by noise seed")
     print_table(f"{split}: {found['marnet']['images']} images", columns, rows)
-    next_commands(_export_command(path))
+
+
+def _evaluate_seeds(
+    paths: list[Path], data_dir: Path, split: str, out: Path | None, device: str
+) -> None:
+    with requires_extra(*_NEEDS):
+        from marnet_train.tables.checkpoints import evaluate_seeds, write_evaluation
+        from marnet_train.tables.written import tables
+    joined = evaluate_seeds(paths, data_dir, split, device)
+    for table in tables(joined):
+        print_table(table.title, table.columns, table.rows)
+    if out is not None:
+        write_evaluation(out, joined)
+        say(f"wrote {out}")
+
+
+class _Numbers(click.ParamType):
+    """Whole numbers with commas between them, each once."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers = tuple(_SEED.convert(part.strip(), param, ctx) for part in value.split(","))
+        if len(set(numbers)) < len(numbers):
+            self.fail(f"{value!r} has a number twice; expected different ones", param, ctx)
+        return numbers
+
+
+def _over_seeds(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of tables over training seeds."""
+    options = (
+        click.option("--data", "data_dir", type=_FOLDER, required=True, help="Data set folder."),
+        click.option("--recipe", required=True, help="As of fit."),
+        click.option(
+            "--method", type=click.Choice(["marnet", "seda"]), help="Default: the recipe's."
+        ),
+        click.option(
+            "--out", "-o", type=_FOLDER, required=True, help="Folder to write, or to go on in."
+        ),
+        click.option(
+            "--seeds", type=_Numbers(), default="0,1,2", show_default=True, help="Training seeds."
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="CPU threads. Default: torch's."
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@_over_seeds
+@click.option(
+    "--controls",
+    default="random,shuffled,labels",
+    show_default=True,
+    help="What takes the text's place, or trains otherwise: of these, moving, joint, and the "
+    "alignment losses swd, ssan, cdd, sdm. Each is a whole training.",
+)
+@click.option(
+    "--damaged",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="So many test images are damaged in 15 ways and measured, too.",
+)
+def ablate(controls: str, damaged: int, **options: Any) -> None:
+    """Train a method, its parts and its controls with several seeds, and write the tables.
+
+    Every row has its mean, its 95 % interval and a paired test against the image-only baseline on
+    the same test images. What is done in --out is not done again: an interrupted run goes on.
+    """
+    kinds = [kind.strip() for kind in controls.split(",") if kind.strip()]
+    _make_tables(kinds, damaged, **options)
+
+
+@main.command()
+@_over_seeds
+def compare(**options: Any) -> None:
+    """Train a method with each alignment loss in the place of ITA, and write the tables.
+
+    The same as ablate --controls swd,ssan,cdd,sdm, and the folder may be one that ablate wrote.
+    """
+    from marnet_train.tables.written import ALIGNED
+
+    _make_tables([*ALIGNED], 0, **options)
+
+
+def _make_tables(
+    controls: list[str],
+    damaged: int,
+    data_dir: Path,
+    recipe: str,
+    method: str | None,
+    out: Path,
+    seeds: tuple[int, ...],
+    threads: int | None,
+    device: str,
+) -> None:
+    with requires_extra(*_NEEDS, "matplotlib"):
+        from marnet_train.recipe import load_recipe
+        from marnet_train.tables.ablate import ablate as run_ablation
+        from marnet_train.tables.written import tables
+    keep_freed_memory()
+    settings = load_recipe(recipe)
+    joined = run_ablation(
+        data_dir,
+        replace(settings, method=method) if method else settings,
+        out,
+        name=recipe,
+        seeds=seeds,
+        controls=controls,
+        damaged=damaged,
+        threads=threads,
+        device=device,
+    )
+    for table in tables(joined):
+        print_table(table.title, table.columns, table.rows)
+    say(f"wrote ablation.md, .csv, .json and .png into {out}")
+    next_commands(f"marnet-train figures {shlex.quote(str(out))}")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=_FOLDER)
+def figures(folder: Path) -> None:
+    """Draw what `ablate` wrote to DIR: maps of the vectors by class, and confidences.
+
+    DIR/figure-3.png and DIR/figure-4.png, and the same as numbers over seeds in DIR/figures.md,
+    .csv and .json.
+    """
+    with requires_extra(*_NEEDS, "matplotlib"):
+        from marnet_train.tables.figures import figure_tables
+        from marnet_train.tables.figures import figures as draw
+    found = draw(folder)
+    for table in figure_tables(found):
+        print_table(table.title, table.columns, table.rows)
+    say(f"wrote figure-3.png, figure-4.png and figures.md, .csv, .json into {folder}")
 
 
 @main.command()

@@ -17,7 +17,7 @@ from torch import Tensor
 from marnet_sdk.console import track
 from marnet_sdk.errors import DataError, EnvironmentMismatch, InvalidInput, RecipeError
 from marnet_sdk.noise.trajectory import draw_trajectory
-from marnet_train.checkpoint import load_checkpoint
+from marnet_train.checkpoint import Checkpoint, load_checkpoint
 from marnet_train.data.dataset import read_one_split
 from marnet_train.data.examples import Example
 from marnet_train.data.pixels import PixelStore
@@ -227,15 +227,30 @@ def evaluate_checkpoint(
         DataError: the split has a class that the checkpoint does not know.
     """
     examples = read_one_split(data, split)
+    checkpoint, store, labels = open_checkpoint(path, examples, f"{split} of {data}", device)
+    x_v = compute_views(checkpoint.model.vision, store, Augment(), 1)[0]
+    found = measure_branches(checkpoint.model, behind(checkpoint.model, Labelled(x_v, labels)))
+    return {branch: measured.to_dict() for branch, measured in found.items()}
+
+
+def open_checkpoint(
+    path: Path, examples: Sequence[Example], where: str, device: str
+) -> tuple[Checkpoint, PixelStore, Tensor]:
+    """Load a checkpoint onto a device, with images as it takes them and their classes, [N].
+
+    Args:
+        where: what errors call the examples.
+
+    Raises:
+        NotFound: there is no such checkpoint.
+        DataError: the examples have a class that the checkpoint does not know.
+    """
     checkpoint = load_checkpoint(path)
     if unknown := sorted({e.label for e in examples} - set(checkpoint.labels)):
         raise DataError(
-            f"{split} of {data} has classes that {path} was not trained on: {unknown[:5]}; "
+            f"{where} has classes that {path} was not trained on: {unknown[:5]}; "
             f"it knows {list(checkpoint.labels)[:5]} ..."
         )
-    store = PixelStore(examples, checkpoint.preprocess, split)
+    store = PixelStore(examples, checkpoint.preprocess, where)
     model = checkpoint.model.to(pick_device(device))
-    labels = label_tensor(examples, checkpoint.labels).to(model.device)
-    x_v = compute_views(model.vision, store, Augment(), 1)[0]
-    found = measure_branches(model, behind(model, Labelled(x_v, labels)))
-    return {branch: measured.to_dict() for branch, measured in found.items()}
+    return checkpoint, store, label_tensor(examples, checkpoint.labels).to(model.device)

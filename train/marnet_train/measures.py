@@ -162,6 +162,7 @@ class PairedDifference:
     over_runs: tuple[float, float]  # Student's, for other runs on these images; nan of one run
     images: int  # N
     runs: int  # R
+    p: float  # two-sided, of no difference, from the normal law that `interval` takes
 
 
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDifference:
@@ -188,6 +189,10 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDiffe
     - how close the truth is at best. Where runs and images interact, as they do where single
       answers flip by chance, it counts that noise up to three times (Owen) and is too wide.
 
+    `p` is the chance of a distance from 0 of at least sum(D) / (R (N + 2)) where there is no
+    difference, by a normal law with that standard error: below 0.05 where `interval` leaves 0 out.
+    Of twenty comparisons without any difference one has such a p.
+
     `over_runs` is `student_interval` of the R differences. It takes the images as given: it says
     nothing about others, and with many runs and few images it is far too narrow for them.
 
@@ -210,8 +215,9 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedDiffe
     else:
         error = _standard_error(differences)
     low, high = max(centre - 1.96 * error, -1.0), min(centre + 1.96 * error, 1.0)
+    p = math.erfc(abs(centre) / error / math.sqrt(2))
     over_runs = student_interval(differences.mean(axis=1).tolist())
-    return PairedDifference(mean, (low, high), over_runs, images, runs)
+    return PairedDifference(mean, (low, high), over_runs, images, runs, p)
 
 
 # --- parts

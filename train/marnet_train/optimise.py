@@ -30,6 +30,27 @@ def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tenso
             yield rows
 
 
+def balanced_batches(
+    labels: Tensor, size: int, per_class: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield row indices of one epoch in which a batch has a few classes, several images of each.
+
+    There are as many batches as of `batches`; an image may come twice in an epoch, or not at all.
+
+    Args:
+        labels: of all rows, [N].
+        size: of a batch at most. per_class: images of a class, fewer where it has fewer.
+    """
+    rows_of = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    for _ in range(0, len(labels), size):
+        chosen = torch.randperm(len(rows_of), generator=generator)[: max(1, size // per_class)]
+        yield torch.cat([_some(rows_of[k], per_class, generator) for k in chosen.tolist()])
+
+
+def _some(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)[:count]]
+
+
 def warmup_cosine(step: int, total: int, warmup: float) -> float:
     """Return the learning-rate factor: linear warm-up, then a half cosine to 0.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from marnet_sdk.console import say, track
 from marnet_train.diffusion import alphas_cumprod, q_sample, sampler_table
 from marnet_train.features import FrozenFeatures, Images, Source, compute_views
-from marnet_train.losses import classification_loss, ita_loss, refinement_loss
+from marnet_train.losses import classification_loss, refinement_loss
+from marnet_train.losses.alignment import Alignment, Pairs
 from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
 from marnet_train.models.marnet import ImageBranch, MARNet, mean_and_scale
-from marnet_train.optimise import Learner, batches
+from marnet_train.optimise import Learner, balanced_batches, batches
 from marnet_train.parallel import agreed
 from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, FusionPhase, Recipe, RefinementPhase, TextPhase
@@ -172,6 +173,18 @@ class _Temperature(nn.Module):
         return torch.exp(-self.log_scale.clamp(max=math.log(100)))
 
 
+@dataclass(frozen=True)
+class _Step:
+    """This is a batch of phase A, after the image branch."""
+
+    x_v: Tensor  # [B, D_v]
+    visual: Tensor  # x_v', [B, D]
+    logits: Tensor  # [B, K]
+    rows: Tensor  # of the training set, [B]
+    labels: Tensor  # [B]
+    progress: float  # share of the phase that is over
+
+
 def train_alignment(
     model: MARNet,
     data: TrainingSet,
@@ -193,11 +206,16 @@ def train_alignment(
     device = model.device
     temperature = _Temperature(phase.temperature, learned=phase.learn_temperature).to(device)
     joint = _JointRefinement(model, recipe).to(device) if phase.joint else None
-    heads = nn.ModuleDict({"project_text": model.project_text, "temperature": temperature})
+    torch.manual_seed(seed)  # of what a loss learns
+    align = Alignment(phase.loss, model.config.dim).to(device)
+    heads = nn.ModuleDict(
+        {"project_text": model.project_text, "temperature": temperature, "alignment": align}
+    )
     if joint is not None:
         heads["joint"] = joint
 
-    def text_loss(x_v: Tensor, visual: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def text_loss(step: _Step) -> Tensor:
+        rows = step.rows
         if target.x_s is None:
             x_s = _learning_text(model, data, rows)
         else:
@@ -205,8 +223,18 @@ def train_alignment(
         semantic = F.leaky_relu(model.project_text(x_s), LEAKY_SLOPE)
         groups = target.groups[rows.to(device)] if phase.dedup_negatives else None
         assert phase.ita_weight != "auto"
-        loss = phase.ita_weight * ita_loss(visual, semantic, temperature(), groups)
-        return loss if joint is None else loss + joint(x_v, x_s, labels)
+        pairs = Pairs(
+            step.visual,
+            semantic,
+            step.logits,
+            model.alignment_classifier(semantic),
+            step.labels,
+            groups,
+            temperature(),
+            step.progress,
+        )
+        loss = phase.ita_weight * align(pairs)
+        return loss if joint is None else loss + joint(step.x_v, x_s, step.labels)
 
     parts: list[tuple[nn.Module, float]] = [(heads, phase.lr_heads)]
     if target.x_s is None:
@@ -238,10 +266,10 @@ def _train_image_branch(
     run: Progress,
     title: str,
     parts: list[tuple[nn.Module, float]],
-    text_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None,
+    text_loss: Callable[[_Step], Tensor] | None,
     look: Look | None,
 ) -> None:
-    """Minimise cross-entropy on x_v' plus `text_loss` of (x_v, x_v', rows, labels).
+    """Minimise cross-entropy on x_v' plus `text_loss` of the same batch.
 
     With `keep_best`, the weights are kept that score best by `look` on validation.
     """
@@ -266,7 +294,7 @@ def _train_image_branch(
     for epoch in run.epochs(title, phase.epochs, learner, generator):
         model.train()
         losses = []
-        for rows in source.ahead(batches(len(source), phase.batch, generator)):
+        for rows in source.ahead(_batches(data, source, phase, generator)):
             labels = data.labels[rows].to(device)
             with torch.autocast(device.type, torch.bfloat16, phase.bf16 and device.type == "cuda"):
                 x_v = (source(rows, generator, device) - mean) / std
@@ -275,13 +303,22 @@ def _train_image_branch(
                 logits = model.alignment_classifier(visual)
                 loss = phase.ce_weight * classification_loss(logits, labels)
                 if text_loss is not None:
-                    loss = loss + text_loss(x_v, visual, rows, labels)
+                    done = learner.steps / learner.total
+                    loss = loss + text_loss(_Step(x_v, visual, logits, rows, labels, done))
             losses.append(learner.step(loss))
         if finish_epoch(run, learner, epoch, phase.epochs, losses, judged):
             break
     learner.take_best()
     if frozen:
         fold(model.project_vision, mean, std)
+
+
+def _batches(
+    data: TrainingSet, source: Source, phase: AlignmentPhase, generator: torch.Generator
+) -> Iterator[Tensor]:
+    if phase.per_class > 1:
+        return balanced_batches(data.labels, phase.batch, phase.per_class, generator)
+    return batches(len(source), phase.batch, generator)
 
 
 class _JointRefinement(nn.Module):

@@ -30,6 +30,7 @@ class Augment:
 METHODS = {"marnet": "MARNet", "seda": "SeDA"}  # name of a method -> how it is written
 Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
 SEMANTICS = ("text", "labels", "random", "shuffled")
+ALIGNMENTS = ("ita", "swd", "ssan", "cdd", "sdm")  # see losses/alignment.py
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ class AlignmentPhase:
     warmup: float = 0.1  # fraction of all steps
     dropout: float = 0.0  # of x_v before its projection, in training
     ce_weight: float = 1.0  # alpha_1
-    ita_weight: float | Auto = 0.5  # beta
+    loss: str = "ita"  # what aligns images and texts: one of `ALIGNMENTS`
+    ita_weight: float | Auto = 0.5  # beta, of that loss
     temperature: float = 0.07  # tau
     learn_temperature: bool = False  # start at `temperature`; 1 / tau stays at most 100
     dedup_negatives: bool = False  # pairs with the same text are no negatives of each other
+    per_class: int = 1  # images of a class in a batch; 1: batches are drawn at random
     joint: bool = False  # minimise L_EMA + L_CDR (eq. 20), the latter through the encoder as well
     keep_best: bool = False  # keep the weights that are best on validation, and not the last ones
     patience: int | None = None  # with keep_best: stop after so many looks without a better one
@@ -153,6 +156,7 @@ class Recipe:
             raise RecipeError(
                 f"semantics {self.semantics!r} is unknown.{near} Choose from {', '.join(SEMANTICS)}"
             )
+        _check_alignment(self.alignment)
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
@@ -185,6 +189,24 @@ class Recipe:
             RecipeError: an unknown key or a value of the wrong type; names `where`.
         """
         return _build(cls, content, where)
+
+
+def _check_alignment(phase: AlignmentPhase) -> None:
+    if phase.loss not in ALIGNMENTS:
+        near = nearest(phase.loss, ALIGNMENTS)
+        raise RecipeError(
+            f"alignment loss {phase.loss!r} is unknown.{near} Choose from {', '.join(ALIGNMENTS)}"
+        )
+    if 2 * phase.per_class > max(2, phase.batch):
+        raise RecipeError(
+            f"per_class is {phase.per_class}, but a batch of {phase.batch} must hold two classes "
+            f"or more; set it to at most {phase.batch // 2}"
+        )
+    if phase.loss == "cdd" and phase.per_class < 2:
+        raise RecipeError(
+            "the alignment loss cdd compares images within classes, so batches must hold several "
+            f"of each: set per_class = {min(6, max(2, phase.batch // 2))}"
+        )
 
 
 # Settings of older versions whose value would mean something else today.

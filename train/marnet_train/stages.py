@@ -459,52 +459,80 @@ def _chain_probabilities(
     return total / LOOK_SAMPLES
 
 
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """These are ends of whole chains: what phase C learns from, and what it is judged by."""
+
+    x_v: Tensor  # of M rows to learn from, [M, D_v]
+    x_cdr: Tensor  # [M, D_s]
+    labels: Tensor  # [M]
+    seen: Labelled  # validation
+    judged: Sequence[Tensor]  # x_CDR of validation, [N, D_s] for each noise sample
+
+
+def draw_ends(model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int) -> Ends:
+    """Draw x_CDR for phase C: of the cached rows, several times, and of validation."""
+    draws, table = recipe.fusion_phase.draws, sampler_table(recipe.schedule, "ddpm")
+    judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
+    x_cdr = draw_refined(model, features, recipe, seed).flatten(0, 1)
+    return Ends(features.x_v.repeat(draws, 1), x_cdr, features.labels.repeat(draws), seen, judged)
+
+
 def _train_heads(
     model: MARNet, features: Features, seen: Labelled, recipe: Recipe, seed: int, stage: Stages
 ) -> None:
     """Run phase C: train the classifiers of x_CDR and of the fusion, on ends of whole chains."""
-    draws = recipe.fusion_phase.draws
-    labels, x_v = features.labels.repeat(draws), features.x_v.repeat(draws, 1)
 
     @cache  # no head changes them, and where both have learned nobody asks
-    def drawn() -> tuple[Tensor, list[Tensor]]:
-        """Draw x_CDR of the rows to learn from, [draws * V * N, D_s], and of those to judge by."""
-        table = sampler_table(recipe.schedule, "ddpm")
-        judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
-        return draw_refined(model, features, recipe, seed).flatten(0, 1), judged
+    def ends() -> Ends:
+        return draw_ends(model, features, seen, recipe, seed)
 
-    def look(
-        inputs: Sequence[Tensor],
-        head: nn.Linear,
-        by: Callable[[Tensor, Tensor], float] = score,
-    ) -> float:
-        with torch.no_grad():
-            mean = torch.stack([head(x).softmax(dim=1) for x in inputs]).mean(dim=0)
-        return by(mean, seen.labels)
+    stage.once("refined head", lambda: train_refined_head(model, ends(), recipe, seed, stage.run))
+    stage.once("fusion", lambda: train_fusion(model, ends(), recipe, seed, stage.run))
 
-    def train(head: nn.Linear, inputs: Tensor, judged: Sequence[Tensor], title: str) -> None:
-        train_head(head, inputs, labels, recipe, seed, stage.run, title, look=partial(look, judged))
 
-    def train_refined() -> None:
-        x_cdr, judged = drawn()
-        train(model.semantic_classifier, x_cdr, judged, "refined head")
-        temper(model.semantic_classifier, judged, seen.labels)
+def train_refined_head(
+    model: MARNet,
+    ends: Ends,
+    recipe: Recipe,
+    seed: int,
+    run: Progress,
+    title: str = "refined head",
+) -> None:
+    """Train the classifier of x_CDR alone, and temper it."""
+    head, look = model.semantic_classifier, partial(_judge_head, ends.judged, ends.seen.labels)
+    train_head(head, ends.x_cdr, ends.labels, recipe, seed, run, title, look=look)
+    temper(head, ends.judged, ends.seen.labels)
 
-    def train_fusion() -> None:
-        x_cdr, judged = drawn()
-        if recipe.fusion != "concat":
-            aligned, refined = model.branches(x_v, x_cdr)
+
+def train_fusion(
+    model: MARNet, ends: Ends, recipe: Recipe, seed: int, run: Progress, title: str = "fusion"
+) -> None:
+    """Train the final classifier on the fusion that the model is made for, and temper it."""
+    labels = ends.seen.labels
+    with torch.no_grad():
+        if model.config.fusion != "concat":
+            aligned, refined = model.branches(ends.x_v, ends.x_cdr)
             model.set_statistics("aligned", aligned)
             model.set_statistics("refined", refined)
-        with torch.no_grad():
-            fused, judged = model.fuse(x_v, x_cdr), [model.fuse(seen.x_v, x) for x in judged]
-        if recipe.fusion == "concat":
-            blend(model, partial(look, judged, by=likelihood))
-        train(model.classifier, fused, judged, "fusion")
-        temper(model.classifier, judged, seen.labels)
+        fused = model.fuse(ends.x_v, ends.x_cdr)
+        judged = [model.fuse(ends.seen.x_v, x) for x in ends.judged]
+    if model.config.fusion == "concat":
+        blend(model, partial(_judge_head, judged, labels, by=likelihood))
+    look = partial(_judge_head, judged, labels)
+    train_head(model.classifier, fused, ends.labels, recipe, seed, run, title, look=look)
+    temper(model.classifier, judged, labels)
 
-    stage.once("refined head", train_refined)
-    stage.once("fusion", train_fusion)
+
+@torch.no_grad()
+def _judge_head(
+    inputs: Sequence[Tensor],
+    labels: Tensor,
+    head: nn.Linear,
+    by: Callable[[Tensor, Tensor], float] = score,
+) -> float:
+    """Judge a classifier by its mean probabilities over the noise samples of its inputs."""
+    return by(torch.stack([head(x).softmax(dim=1) for x in inputs]).mean(dim=0), labels)
 
 
 @torch.no_grad()

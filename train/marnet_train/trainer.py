@@ -82,18 +82,22 @@ def fit(
         OutputBusy: another process is training to `out`.
         OutputError: no space left, or `out` must not be written to.
     """
-    _check_apart(data, out)
+    check_apart(data, out)
     if tensorboard is not None and tensorboard.resolve().is_relative_to(out.resolve()):
         raise InvalidInput(
             f"--tensorboard {tensorboard} lies in --out {out}, which appears whole at the end; "
             "expected another folder: choose one such as runs/board"
         )
     check_output(out, overwrite=overwrite, replaceable=is_checkpoint)
-    with _threads(threads), joined(pick_device(device)) as target, _board(tensorboard) as board:
+    with (
+        limited_threads(threads),
+        joined(pick_device(device)) as target,
+        _board(tensorboard) as board,
+    ):
         folder = read_data_set(data)
         for warning in folder.warnings:
             say(f"warning: {warning}")
-        decisive = {"seed": seed, **_provenance(folder, target), "settings": recipe.to_dict()}
+        decisive = {"seed": seed, **provenance(folder, target), "settings": recipe.to_dict()}
         if size() > 1:  # nothing is kept to go on from
             progress = nullcontext(Progress(board=board))
         else:
@@ -133,7 +137,7 @@ def fit(
     return training
 
 
-def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
+def provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
     """Return what beside recipe and seed decides the weights: data, machine and versions."""
     return {
         "data": {
@@ -150,7 +154,7 @@ def _provenance(folder: DataSet, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check_apart(data: Path, out: Path) -> None:
+def check_apart(data: Path, out: Path) -> None:
     """Check that the data are neither in `out`, which may be replaced, nor around it."""
     source, target = data.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
@@ -171,7 +175,7 @@ def _board(folder: Path | None) -> Iterator[Board | None]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def limited_threads(count: int | None) -> Iterator[None]:
     """Let torch compute with that many CPU threads inside the block."""
     before = torch.get_num_threads()
     use_threads(check_threads(count))

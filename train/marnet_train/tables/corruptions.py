@@ -28,7 +28,7 @@ _GREY = (128, 128, 128)
 
 
 def corrupt(image: Image.Image, kind: str, strength: int, seed: int) -> Image.Image:
-    """A damaged copy of an image, of the same size: always the same one for the same arguments.
+    """Return a damaged copy of an image, of the same size; the same arguments give the same one.
 
     The strengths of a kind share what is random, so a stronger one differs in its strength only.
 

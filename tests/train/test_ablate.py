@@ -1,0 +1,396 @@
+"""Tables of whole trainings: every row, every control, and an interruption that costs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tiny_training import TINY, change
+from torch import Tensor
+
+from marnet_sdk.errors import DataError, OutputExists, RecipeError
+from marnet_train import phases
+from marnet_train.cli import main
+from marnet_train.data.imagefolder import read_split, write_split
+from marnet_train.measures import student_interval
+from marnet_train.progress import Progress
+from marnet_train.recipe import Recipe
+from marnet_train.tables.ablate import ablate, changed
+from marnet_train.tables.answers import right_answers
+from marnet_train.tables.figures import figures
+from marnet_train.tables.spaces import SPACES
+from marnet_train.tables.written import section_of
+
+RECIPE = change(
+    TINY,
+    schedule=replace(TINY.schedule, steps=4),
+    samples=2,
+    alignment={"epochs": 1},
+    refinement={"epochs": 1, "views": 1},
+    fusion_phase={"epochs": 1, "draws": 1},
+)
+FUSIONS = ("concat", "add", "mul", "sum", "hm")
+BRANCHES = ("alignment", "+MLP", "refined", "MARNet")
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """49, 30 and 20 digits."""
+    folder = tmp_path_factory.mktemp("ablate") / "data"
+    for split, count in {"train": 49, "val": 30, "test": 20}.items():
+        rows = read_split(digits / split, needs_text=True)[:count]
+        write_split(
+            folder / split, ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows)
+        )
+    return folder
+
+
+class Watched:
+    """What a call of `ablate` trained: the phases, and what played the text."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, stop_at: str = "") -> None:
+        self.phases: list[str] = []
+        self.semantics: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        log, vectors = Progress.log, phases.semantic_vectors
+
+        def watched_log(run: Progress, **line: Any) -> None:
+            log(run, **line)
+            self.phases.append(line["phase"])
+            if line["phase"] == stop_at:
+                raise KeyboardInterrupt
+
+        def watched_vectors(kind: str, texts: Tensor, labels: Tensor, *more: Any) -> Tensor:
+            found = vectors(kind, texts, labels, *more)
+            self.semantics.append((kind, texts, labels, found))
+            return found
+
+        patch.setattr(Progress, "log", watched_log)
+        patch.setattr(phases, "semantic_vectors", watched_vectors)
+
+
+Whole = tuple[Path, dict[str, Any], Watched]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Whole:
+    """Two seeds with one control: the folder, what was joined, and what was trained."""
+    out = data.parent / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        watched = Watched(patch)
+        joined = ablate(data, RECIPE, out, name="tiny", seeds=(0, 1), controls=("shuffled",))
+    return out, joined, watched
+
+
+def test_every_row_of_two_seeds_comes_out(whole: Whole) -> None:
+    _, joined, _ = whole
+    found = joined["summary"]
+    assert set(found) == {
+        *("baseline", *BRANCHES, "fusion with +MLP"),
+        *("CE alone", "CE alone, on the baseline", "CE alone, fused"),
+        *("+MLP on the baseline", "+CDR on the baseline"),
+        *("refined, gamma = 1", "refined, gamma = 1 / D"),
+        *("refined, t uniform", "refined, half of the rows at t = T"),
+        *(f"fusion: {f}, {level}" for level in ("feature", "logit") for f in FUSIONS
+          if (f, level) != ("concat", "feature")),
+        *(f"{n}, {s} steps, K = {k}" for n in ("refined", "MARNet") for s in (1, 2, 4)
+          for k in (1, 8)),
+        *(f"MARNet, {sampler} {s} steps, K = {k}" for sampler in ("ddim", "dpmpp")
+          for s in (1, 2) for k in (1, 8)),
+        *(f"shuffled: {name}" for name in BRANCHES),
+    }  # fmt: skip
+    assert {tuple(row["seeds"]) for row in found.values()} == {(0, 1)}
+    assert joined["left_out"] == {}
+    own = set(SPACES)
+    controls = {f"shuffled: {space}" for space in SPACES if space != "x_v of the baseline"}
+    assert set(joined["spaces"]) == own | controls
+    assert {"cka", "mmd", "cosine", "cosine_others"} == set(joined["spaces"]["x_CDR"])
+    assert set(joined["spaces"]["x_v"]) == {"cka"}  # 8 and 12 wide
+
+
+def test_a_row_is_compared_with_the_baseline_of_its_own_seed(whole: Whole) -> None:
+    """By hand from which images each has right: K = 2 of 8 noise samples make four answers."""
+    _, joined, _ = whole
+    runs = joined["runs"]
+    assert len(runs[0]["rows"]["MARNet"]["right"]) == 4
+    assert len(runs[0]["rows"]["MARNet, 2 steps, K = 1"]["right"]) == 8
+    one, other = (right_answers(runs, name) for name in ("MARNet", "baseline"))
+    assert one.shape == (2, 20)
+    differences = (one - other).mean(axis=1)
+    found = joined["summary"]["MARNet"]
+    assert found["minus_baseline"] == pytest.approx(differences.mean())
+    assert found["interval_over_seeds"] == pytest.approx(student_interval(differences.tolist()))
+    assert found["top1_by_seed"] == pytest.approx(one.mean(axis=1).tolist())
+
+
+def test_the_same_fusion_and_setting_give_the_row_of_the_training(whole: Whole) -> None:
+    """gamma = 1 and uniform t are this recipe's own, so nothing differs."""
+    rows = whole[1]["runs"][0]["rows"]
+    for name in ("refined, gamma = 1", "refined, t uniform"):
+        assert rows[name]["right"] == rows["refined"]["right"]
+
+
+def test_the_control_with_shuffled_texts_learns_the_texts_of_other_classes(whole: Whole) -> None:
+    _, joined, watched = whole
+    assert {kind for kind, *_ in watched.semantics} == {"text", "shuffled"}
+    for kind, texts, labels, found in watched.semantics:
+        if kind == "text":
+            assert torch.equal(found, texts)
+            continue
+        rows = (found[:, None] == texts).all(dim=2)  # equal texts have equal vectors
+        own = labels[:, None] == labels
+        assert rows.any(dim=1).all()
+        assert not (rows & own).all(dim=1).any()
+        theirs = labels[(rows & ~own).int().argmax(dim=1)]
+        assert (theirs != labels).all()
+    assert joined["pairs"]["MARNet - shuffled: MARNet"]["seeds"] == [0, 1]
+
+
+def test_tables_are_written_for_people_and_programs(whole: Whole) -> None:
+    out, joined, _ = whole
+    assert json.loads((out / "ablation.json").read_text())["test_images"] == 20
+    text = (out / "ablation.md").read_text()
+    for title in ("parts", "controls", "other fusions", "operating points", "alignment with"):
+        assert f"\n## {title}" in text
+    assert text.count("\n| fusion: ") == 9
+    assert (out / "ablation.csv").read_text().count("\n") == len(joined["summary"]) + 1
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_is_not_done_again(whole: Whole, data: Path, monkeypatch) -> None:
+    out, joined, _ = whole
+    watched = Watched(monkeypatch)
+    again = ablate(data, RECIPE, out, name="tiny", seeds=(0, 1), controls=("shuffled",))
+    assert watched.phases == []
+    assert again["summary"].keys() == joined["summary"].keys()
+    assert again["runs"] == json.loads(json.dumps(joined["runs"]))
+
+
+def test_an_interrupted_ablation_goes_on_and_trains_nothing_twice(
+    whole: Whole, data: Path, tmp_path: Path
+) -> None:
+    """In one of the last rows: the rows before it are read, and all are as if undisturbed."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        first = Watched(patch, stop_at="fusion: sum, feature")
+        with pytest.raises(KeyboardInterrupt):
+            ablate(data, RECIPE, out, name="tiny", seeds=(0,), controls=())
+    assert "baseline" in first.phases
+    assert not list(out.glob("*/*.json"))
+    with pytest.MonkeyPatch.context() as patch:
+        second = Watched(patch)
+        joined = ablate(data, RECIPE, out, name="tiny", seeds=(0,), controls=())
+    assert not set(second.phases) & (set(first.phases) - {"fusion: sum, feature"})
+    expected = {n: r for n, r in whole[1]["runs"][0]["rows"].items() if "shuffled" not in n}
+    assert joined["runs"][0]["rows"] == expected
+    assert sorted(p.name for p in (out / "seed-0").iterdir()) == ["text.json", "text.safetensors"]
+
+
+def test_a_control_of_a_folder_that_is_there_is_added(whole: Whole) -> None:
+    files = {path.name for path in (whole[0] / "seed-1").iterdir()}
+    assert files == {"text.json", "text.safetensors", "shuffled.json"}
+    of_text, shuffled = (
+        json.loads((whole[0] / f"seed-1/{kind}.json").read_text()) for kind in ("text", "shuffled")
+    )
+    assert shuffled["resolved"] == {**of_text["resolved"], "semantics": "shuffled"}
+
+
+def test_another_recipe_or_folder_is_refused_before_any_training(
+    whole: Whole, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputExists, match="made with other settings; choose another --out"):
+        ablate(data, replace(RECIPE, hidden=20), whole[0], seeds=(0,))
+    with pytest.raises(OutputExists, match="made with other damaged; choose another --out"):
+        ablate(data, RECIPE, whole[0], seeds=(0,), damaged=3)
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputExists, match=r"holds something else \(thesis.tex\); choose a new"):
+        ablate(data, RECIPE, tmp_path, seeds=(0,))
+
+
+def test_what_cannot_be_trained_is_refused_before_any_training(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Did you mean 'shuffled'\\?"):
+        ablate(data, RECIPE, tmp_path / "out", controls=("shufled",))
+    with pytest.raises(RecipeError, match="joint training is MARNet's"):
+        ablate(data, replace(RECIPE, method="seda"), tmp_path / "out", controls=("joint",))
+    for split in ("train", "val"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / split).symlink_to(data / split)
+    with pytest.raises(DataError, match="has no test/ split"):
+        ablate(tmp_path / "data", RECIPE, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("seed-*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen"),
+    [
+        ("random", {"semantics": "random"}),
+        ("marnet", {"method": "marnet"}),
+        ("joint", {"alignment": replace(RECIPE.alignment, joint=True)}),
+        (
+            "moving",
+            {"text_phase": None, "alignment": replace(RECIPE.alignment, lr_text=1e-3)},
+        ),
+    ],
+)
+def test_a_control_changes_one_thing_of_the_recipe(kind: str, seen: dict[str, Any]) -> None:
+    assert changed(RECIPE, kind) == replace(RECIPE, **seen)
+
+
+def test_another_loss_has_its_papers_weight_or_as_many_tries_as_ita() -> None:
+    own = changed(RECIPE, "cdd").alignment
+    assert (own.loss, own.ita_weight, own.per_class) == ("cdd", 0.3, 6)
+    searched = changed(RECIPE, "sdm", search=True).alignment
+    assert (searched.loss, searched.ita_weight, searched.per_class) == ("sdm", "auto", 1)
+
+
+@pytest.mark.slow
+def test_a_fusion_that_does_not_fit_the_widths_is_left_out_with_its_reason(
+    data: Path, tmp_path: Path
+) -> None:
+    joined = ablate(data, replace(RECIPE, dim=10), tmp_path / "out", seeds=(4,), controls=())
+    assert set(joined["left_out"]) == {f"fusion: {f}, feature" for f in FUSIONS if f != "concat"}
+    assert "dim (10) must equal the width of the text features (12)" in str(joined["left_out"])
+    assert "fusion: hm, logit" in joined["summary"]
+    assert "## left out, and why" in (tmp_path / "out/ablation.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["random", "labels", "moving", "joint", "swd", "ssan", "cdd", "sdm"]
+)
+def test_every_control_is_trained_and_compared(kind: str, data: Path, tmp_path: Path) -> None:
+    joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(kind,))
+    assert {f"{kind}: {name}" for name in BRANCHES} <= set(joined["summary"])
+    of_control = json.loads((tmp_path / f"out/seed-0/{kind}.json").read_text())
+    assert of_control["chosen"] == {}
+
+
+@pytest.mark.slow
+def test_seda_is_compared_with_its_peer_without_the_semantic_learner(
+    data: Path, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, method="seda", semantic=replace(RECIPE.semantic, epochs=1))
+    joined = ablate(data, recipe, tmp_path / "out", seeds=(0,), controls=("labels",))
+    found = set(joined["summary"])
+    assert {"semantic learner", "labels: semantic learner", "marnet: refined"} <= found
+    assert {"marnet: +CDR on the baseline", "marnet: CE alone, fused"} <= found
+    assert not {"marnet: semantic learner", "+CDR on the baseline"} & found
+    assert joined["settings"]["method"] == "seda"
+    assert "SeDA, recipe custom" in (tmp_path / "out/ablation.md").read_text()
+
+
+@pytest.mark.slow
+def test_damaged_images_have_rows_of_their_own(data: Path, tmp_path: Path) -> None:
+    joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(), damaged=10)
+    rows = joined["runs"][0]["rows"]
+    damaged = [name for name in rows if section_of(name) == "damaged images"]
+    assert len(damaged) == 5 * 3 * 5
+    assert {rows[name]["images"] for name in damaged} == {10}
+
+
+# --- figures
+
+
+def test_figures_are_drawn_from_what_was_kept(whole: Whole, data: Path, tmp_path: Path) -> None:
+    for path in whole[0].glob("seed-*/*.safetensors"):
+        (tmp_path / path.parent.name).mkdir()
+        (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
+    found = figures(tmp_path)
+    for name in ("figure-3.png", "figure-4.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert found["seeds"] == 2
+    assert list(found["silhouette"]) == list(SPACES)
+    first = found["confidence"]["baseline"]
+    assert (first["minus_first"], first["p"]) == (0, 1)
+    losses = [r["rows"]["alignment"]["log_loss"] for r in whole[1]["runs"]]
+    assert found["confidence"]["alignment"]["mean"] >= np.exp(-np.mean(losses)) - 1e-6  # Jensen
+    assert -1 <= found["silhouette"]["x_CDR"]["mean"] <= 1
+    text = (tmp_path / "figures.md").read_text()
+    assert "| x_CDR | " in text
+    assert (tmp_path / "figures.csv").read_text().count("\n") == 11
+    assert json.loads((tmp_path / "figures.json").read_text()).keys() == found.keys()
+
+
+# --- as a user types it
+
+
+def marnet_train(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_the_command_prints_the_tables_and_names_the_next_one(
+    whole: Whole, data: Path, tmp_path: Path
+) -> None:
+    """On a folder that is finished, with the recipe it was made with."""
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(_toml(RECIPE))
+    words = ("--data", data, "--recipe", recipe, "--out", whole[0])
+    result = marnet_train("ablate", *words, "--seeds", "0,1", "--controls", "shuffled")
+    assert result.exit_code == 0, result.output
+    assert "+CDR(MLP): the loop, on the baseline's encoder" in result.stdout
+    assert f"marnet-train figures {whole[0]}" in result.stderr
+    drawn = marnet_train("figures", whole[0])
+    assert drawn.exit_code == 0, drawn.output
+    assert "Figure 3 as numbers: the mean silhouette of the classes" in drawn.stdout
+
+
+def test_compare_trains_with_every_alignment_loss(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from marnet_train.tables import ablate as module
+
+    asked: list[Any] = []
+
+    def note(*_: Any, **settings: Any) -> dict[str, Any]:
+        asked.append(settings)
+        return {"summary": {}}
+
+    monkeypatch.setattr(module, "ablate", note)
+    where = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
+    result = marnet_train("compare", *where, "--seeds", "3")
+    assert result.exit_code == 0, result.output
+    assert (asked[0]["controls"], asked[0]["seeds"]) == (["swd", "ssan", "cdd", "sdm"], (3,))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--seeds", "0,0"), "has a number twice"),
+        (("--seeds", "0;1"), "is not a valid integer"),
+        (("--controls", "rnadom"), "Did you mean 'random'?"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(
+    words: tuple[str, str], said: str, data: Path, tmp_path: Path
+) -> None:
+    where = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
+    result = marnet_train("ablate", *where, *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_figures_of_an_empty_folder_name_the_command_that_fills_it(tmp_path: Path) -> None:
+    result = marnet_train("figures", tmp_path)
+    assert result.exit_code == 2
+    assert "which marnet-train ablate writes; run it first" in result.stderr
+
+
+def _toml(recipe: Recipe) -> str:
+    """The recipe as a file: tables of plain values."""
+
+    def lines(content: dict[str, Any], where: str = "") -> Iterator[str]:
+        plain = {k: v for k, v in content.items() if not isinstance(v, dict) and v is not None}
+        yield from (f"{key} = {json.dumps(list(v) if isinstance(v, tuple) else v)}"
+                    for key, v in plain.items())  # fmt: skip
+        for key, value in content.items():
+            if isinstance(value, dict):
+                yield f"[{where}{key}]"
+                yield from lines(value, f"{where}{key}.")
+
+    return "\n".join(lines(recipe.to_dict()))

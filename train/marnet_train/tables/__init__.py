@@ -1,0 +1,1 @@
+"""The tables and figures of a method: every row over training seeds, with its controls."""

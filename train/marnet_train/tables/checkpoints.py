@@ -1,0 +1,99 @@
+"""The command `evaluate` over several checkpoints: one recipe trained with several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marnet_sdk.errors import InvalidInput, NotFound, requires_extra
+from marnet_sdk.outputs import writable
+from marnet_train.checkpoint import TRAINING, load_baseline
+from marnet_train.data.dataset import read_one_split
+from marnet_train.data.examples import Example
+from marnet_train.diffusion import sampler_table
+from marnet_train.evaluate import Labelled, behind, open_checkpoint, sample_probabilities
+from marnet_train.features import compute_views
+from marnet_train.models.seda import SeDA
+from marnet_train.recipe import Augment
+from marnet_train.tables.answers import row_of
+from marnet_train.tables.joined import compare, summarise
+from marnet_train.tables.rows import DRAWS, Rows, averaged, image_probabilities
+from marnet_train.tables.written import write_tables
+
+
+def evaluate_seeds(
+    paths: Sequence[Path], data: Path, split: str, device: str = "auto"
+) -> dict[str, Any]:
+    """Measure the branches of several checkpoints on one split, and join them.
+
+    Every checkpoint is compared with the image-only baseline that was trained beside it, on the
+    same images. Rows are those of `ablate`, without what a checkpoint does not keep.
+
+    Returns:
+        `summary`, `pairs` and `runs`, as in ablation.json.
+
+    Raises:
+        NotFound: there is no such checkpoint, data set or split, or a checkpoint has no baseline.
+        InvalidInput: two checkpoints are the same folder, or were trained with the same seed.
+        DataError: the split has a class that a checkpoint does not know.
+    """
+    examples = read_one_split(data, split)
+    runs = [_run(path, examples, f"{split} of {data}", device) for path in paths]
+    seeds = [run["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise InvalidInput(
+            f"the checkpoints were trained with the seeds {seeds}; expected different ones, "
+            "because intervals are over seeds"
+        )
+    return {
+        "split": split,
+        "test_images": len(examples),
+        "summary": summarise(runs),
+        "pairs": compare(runs),
+        "runs": runs,
+    }
+
+
+@torch.no_grad()
+def _run(path: Path, examples: Sequence[Example], where: str, device: str) -> dict[str, Any]:
+    """Measure one checkpoint: its seed, and its rows."""
+    checkpoint, store, labels = open_checkpoint(path, examples, where, device)
+    model, baseline = checkpoint.model, load_baseline(checkpoint).to(labels.device)
+    own, base = (
+        Labelled(compute_views(vision, store, Augment(), 1)[0], labels)
+        for vision in (model.vision, baseline.vision)
+    )
+    seen, count = behind(model, own), max(DRAWS, model.config.samples)
+    table = sampler_table(model.config.schedule, "ddpm")
+    drawn = sample_probabilities(model, seen.x_v, table, 0, count)
+    rows: Rows = {
+        "baseline": row_of([image_probabilities(baseline, base)], labels),
+        "alignment": row_of([image_probabilities(model, seen)], labels),
+    }
+    if isinstance(model, SeDA):
+        logits = model.learner.classifier(seen.x_v[:, model.vision.dim :])
+        rows["semantic learner"] = row_of([logits.softmax(dim=1)], labels)
+    for name, samples in zip(("refined", "MARNet"), drawn, strict=True):
+        rows[name] = row_of(averaged(samples, model.config.samples), labels)
+    if "seed" not in checkpoint.training:
+        raise NotFound(f"{path} has no {TRAINING} that names its seed; train it again")
+    return {"checkpoint": str(path), "seed": checkpoint.training["seed"], "rows": rows}
+
+
+def write_evaluation(out: Path, joined: dict[str, Any]) -> None:
+    """Write evaluation.json, .md, .csv and .png into a folder.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        OutputError: the folder cannot be written to.
+    """
+    with requires_extra("train", "matplotlib"):
+        from marnet_train.tables.charts import draw_rows
+    with writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+    title = f"{joined['split']}: {joined['test_images']} images, {len(joined['runs'])} checkpoints"
+    write_tables(out, "evaluation", title, joined)
+    draw_rows(joined["summary"], title, out / "evaluation.png")

@@ -16,7 +16,7 @@ from serving import LABELS, SHAPE, Played, running
 from tritonclient.utils import InferenceServerException
 
 from marnet_sdk import Classifier
-from marnet_sdk.server.open_inference import read_inference
+from marnet_sdk.server.inference_request import read_inference
 from marnet_sdk.server.service import Refused
 
 

@@ -24,7 +24,7 @@ from marnet_sdk.inputs.images import Limits
 from marnet_sdk.server.bodies import read_upload
 from marnet_sdk.server.service import Refused, ServerLimits
 
-SECRETS = re.compile(r"0x[0-9a-f]{4}|/srv|/home|/work|/tmp|Traceback|File \"|site-packages")
+SECRETS = re.compile(r"0x[0-9a-f]{4}|/srv|/home|/tmp|/usr|Traceback|File \"|site-packages")
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def zero(zero_bundle) -> Path:
-    return zero_bundle("onnxruntime", "fp32")
+    return zero_bundle("torchscript", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_every_point_is_verified_and_nothing_is_said_of_noise(zero):
 
 def test_the_receipt_counts_the_encoder_and_the_two_matrices(zero, bundle_of):
     found = read_bundle(zero).manifest.precision.receipt
-    plain = read_bundle(bundle_of("onnxruntime", "fp32")).manifest.precision.receipt
+    plain = read_bundle(bundle_of("torchscript", "fp32")).manifest.precision.receipt
     arrays = load_file(zero / "payload/alignment.safetensors")
     assert found.keys() == {"encoder", "head", "all"}
     assert found["encoder"] == plain["encoder"]
@@ -208,10 +208,10 @@ def test_an_encoder_that_agrees_leaves_nothing_to_blame(zero, checkpoint):
     images = sorted((checkpoint / "samples").glob("*.png"))[:8]
     pixels = bundle.manifest.preprocessing.pixels(images)
     plan = load_file(bundle.path / "payload/plan.safetensors")
-    backend = open_backend("onnxruntime", bundle.path / "payload", "fp32", 1)
+    backend = open_backend("torchscript", bundle.path / "payload", "fp32", 1)
     built = Built(backend, plan, bundle.manifest.sampling, pixels)
     found = diagnose(
-        *(Reference(model, pixels), built, bundle.path / "payload", lower(model), "onnxruntime"),
+        *(Reference(model, pixels), built, bundle.path / "payload", lower(model), "torchscript"),
         *(Types("fp32", "fp32"), process_table(model.config.schedule, None, 0), "zero"),
     )
     assert found.part == "none"

@@ -48,7 +48,7 @@ def paths(digits: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def zero(zero_bundle) -> Classifier:
-    return Classifier(zero_bundle("onnxruntime", "fp32"))
+    return Classifier(zero_bundle("torchscript", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_head_is_read_as_it_was_written_and_refused_in_part(tmp_path):
 # --- a bundle without the loop
 
 
-@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"torchscript"}))
 def test_every_backend_answers_as_the_checkpoint_s_branch(backend, zero_bundle, paths, want):
     classifier = Classifier(zero_bundle(backend, "fp32"))
     logits, aligned = want
@@ -154,7 +154,7 @@ def test_the_loop_is_not_run(zero, paths, monkeypatch):
 
 
 def test_another_seed_changes_nothing(zero_bundle, zero, paths):
-    assert Classifier(zero_bundle("onnxruntime", "fp32"), seed=7).predict(paths) == zero.predict(
+    assert Classifier(zero_bundle("torchscript", "fp32"), seed=7).predict(paths) == zero.predict(
         paths
     )
 

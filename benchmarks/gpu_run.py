@@ -113,7 +113,7 @@ def _command(part: Part, folder: Path, seconds: float, dry: bool) -> list[str]:
 
 
 def _run(command: list[str], log: Path, seconds: float) -> tuple[str, str]:
-    """What became of a command, and its last line."""
+    """Run a command and return what became of it, and its last line."""
     folders = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
     environment = {**os.environ, "PYTHONPATH": folders, "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as out:

@@ -181,7 +181,7 @@ def test_noise_samples_are_refused_with_the_point_that_has_them(zero, paths, arg
 
 def test_the_process_as_trained_stays_available(zero, bundle_of, paths):
     exact = Classifier(zero.bundle.path, operating_point="exact", samples=2)
-    plain = Classifier(bundle_of("onnxruntime", "fp32"), samples=2)
+    plain = Classifier(bundle_of("torchscript", "fp32"), samples=2)
     pixels = exact.preprocess.pixels(paths)
     np.testing.assert_array_equal(exact.logits(pixels), plain.logits(pixels))
 
@@ -192,7 +192,7 @@ def test_a_bundle_without_the_point_says_how_to_get_it(bundle_of):
         "--steps auto or --steps 0, which add 'zero'"
     )
     with pytest.raises(InvalidInput, match=message):
-        Classifier(bundle_of("onnxruntime", "fp32"), operating_point="zero")
+        Classifier(bundle_of("torchscript", "fp32"), operating_point="zero")
 
 
 def test_noise_of_an_image_s_own_is_met_by_the_loop_alone(zero, paths, tmp_path):

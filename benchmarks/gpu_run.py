@@ -51,6 +51,7 @@ PLAN = (
     Part("bundles", 240, ("tests/export/test_pipeline.py",)),
     Part("torch-tensorrt", 120, ("tests/export/test_torch_tensorrt.py",)),
     Part("aotinductor", 240, ("tests/sdk/test_backend_aotinductor.py",)),
+    Part("loop kernel, all forms", 240, ("tests/kernels/test_persistent.py", "-m", "gpu and slow")),
     Part("sanitizer", 240, ("tests/kernels/test_persistent.py", "-k", "sanitizer")),
 )
 
@@ -108,11 +109,11 @@ def _command(part: Part, folder: Path, seconds: float, dry: bool) -> list[str]:
         suite += ["--output", str(folder / "suite.json"), "--seconds", str(seconds - _GRACE)]
         return [*suite, "--dry-run"] if dry else suite
     how = ["--collect-only", "-q"] if dry else ["-v"]
-    return [sys.executable, "-m", "pytest", "-m", "gpu", *how, *part.tests]
+    return [sys.executable, "-m", "pytest", "-m", "gpu and not slow", *how, *part.tests]
 
 
 def _run(command: list[str], log: Path, seconds: float) -> tuple[str, str]:
-    """Holds what became of a command, and its last line."""
+    """Run a command and return what became of it, and its last line."""
     folders = os.pathsep.join(str(ROOT / folder) for folder in FOLDERS)
     environment = {**os.environ, "PYTHONPATH": folders, "PYTHONUNBUFFERED": "1"}
     with log.open("ab") as out:

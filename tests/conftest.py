@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 
 # Before anything imports torch, whose libgomp reads it once: its threads spin by default, and
 # where another process holds a core, tests then take up to 50 times longer.
@@ -11,7 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,35 +49,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+@pytest.fixture(scope="session")
+def of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Features are cached in a folder of this session, never in the user's."""
+def _own_cache(of_this_run: Path) -> Iterator[None]:
+    """Features and compiled loops are cached in a folder of this run, never in the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MARNET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MARNET_CACHE", str(of_this_run / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _onnx_operators_once() -> Iterator[None]:
+    """The exporter to ONNX looks up what it knows once a session, not a second for each graph."""
+    if "torch" not in sys.modules:  # nothing here is exported
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    known = cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(**opset: int) -> ONNXRegistry:
+        registry = copy.copy(known(**opset))
+        registry.functions = {name: [*found] for name, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
         yield
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(of_this_run: Path) -> Shared:
     """name, what writes it -> a folder of this run, written by the first process that needs it.
 
     What writes it must leave the whole folder or none. Tests must not change it: copy what you
     damage.
     """
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # of all workers
-    folder = base / "shared"
-    folder.mkdir(exist_ok=True)
 
     def make(name: str, write: Callable[[Path], object]) -> Path:
-        path = folder / name
-        with FileLock(folder / f"{name}.lock"):
+        path = of_this_run / name
+        with FileLock(of_this_run / f"{name}.lock"):
             if not path.exists():
                 write(path)
         return path
 
     return make
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """Exports do not open the bundle in a second process, which takes seconds.
+
+    Those that a test makes by itself do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("marnet_export.seal._check_in_second_process", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -125,17 +166,44 @@ def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_seda(digits: Path, shared: Shared) -> Path:
+    """A checkpoint of SeDA that was trained for moments, on few images, and knows little."""
+    from tiny_training import SEDA
+
+    from marnet_train.data.imagefolder import read_split, write_split
+    from marnet_train.trainer import fit
+
+    def write(out: Path) -> None:
+        data = out.with_name("few-digits")
+        for split, count in {"train": 60, "val": 30, "test": 20}.items():
+            rows = read_split(digits / split, needs_text=True)[:count]
+            write_split(
+                data / split,
+                ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows),
+            )
+        fit(data, SEDA, out, name="tiny")
+
+    return shared("tiny-seda", write)
+
+
+@pytest.fixture(scope="session")
 def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
     """name, settings -> a bundle of the checkpoint, built once in a run of the tests.
 
     The backend's graph runs the loop if no other is named: which is faster depends on the machine.
+    All share what the float32 checkpoint answers.
     """
     from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
 
     def make(name: str, *types: str, **more) -> Path:
         settings = Settings(*types, **{"loop": "graph"} | more)
-        return shared(f"{name}.marnet", lambda path: export_bundle(checkpoint, path, settings))
+
+        def write(path: Path) -> None:
+            with in_one_process():
+                export_bundle(checkpoint, path, settings, answers=path.with_name("answers"))
+
+        return shared(f"{name}.marnet", write)
 
     return make
 
@@ -145,9 +213,11 @@ def bundle_of(exported: Callable[..., Path]) -> BundleOf:
     """backend, precision -> a bundle of the checkpoint."""
 
     def make(backend: str, precision: str) -> Path:
-        # A model this little trained has many labels with a small margin.
         name = f"quick-{backend}-{precision}"
-        return exported(name, backend, precision, min_agreement=0.98)
+        # Text encoders take seconds to export to ONNX; that of the bundle in float32 is enough.
+        text = (backend, precision) != ("onnxruntime", "fp16")
+        # A model this little trained has many labels with a small margin.
+        return exported(name, backend, precision, min_agreement=0.98, text=text)
 
     return make
 
@@ -185,7 +255,15 @@ def zero_bundle(exported: Callable[..., Path]) -> BundleOf:
 def noisy_bundle(exported: Callable[..., Path]) -> Path:
     """Two samples of noise that is keyed by the image."""
     chosen = {"steps": 10, "samples": 2, "noise": "image", "min_agreement": 0.98}
-    return exported("noisy", "onnxruntime", **chosen, text=False)
+    return exported("noisy", "torchscript", **chosen, text=False)
+
+
+@pytest.fixture(scope="session")
+def small(shared: Shared) -> Path:
+    """An untrained checkpoint of ten steps, with eight images of noise and no tokenizer."""
+    from tiny import make_model, write_checkpoint
+
+    return shared("small", lambda folder: write_checkpoint(make_model(steps=10), folder))
 
 
 @pytest.fixture(scope="session")
@@ -196,6 +274,7 @@ def compiled_bundle(shared: Shared) -> Path:
     """
     from compilers import need_compiler
     from tiny import make_model, write_checkpoint
+    from torch._inductor import config
 
     from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
@@ -205,7 +284,9 @@ def compiled_bundle(shared: Shared) -> Path:
 
     def write(path: Path) -> None:
         checkpoint = write_checkpoint(make_model(hidden=48, dim=32), path.with_name("untrained"))
-        export_bundle(checkpoint, path, settings)
+        # Else torch compiles a program for each instruction set, to see whether g++ knows it: 10 s.
+        with in_one_process(), config.patch({"cpp.vec_isa_ok": True}):
+            export_bundle(checkpoint, path, settings)
 
     return shared("compiled.marnet", write)
 

@@ -18,7 +18,6 @@ from zipfile import ZipFile
 import pytest
 from environments import closure, make_environment, run, site_packages
 from packaging.specifiers import SpecifierSet
-from quick import kept
 
 ROOT = Path(__file__).parent.parent
 ROOTS = {"marnet_sdk": "sdk", "marnet_kernels": "kernels", "marnet_train": "train",
@@ -252,7 +251,8 @@ def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described:
     assert "nvidia-cuda-nvrtc" in closure("marnet[cuda]", needs)
 
 
-@pytest.mark.parametrize("extra", kept(PROMISES, {"onnxruntime"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", PROMISES)
 def test_an_extra_brings_what_it_promises(
     environment: Callable[[str], Path], extra: str, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def finished(tmp_path: Path, digits, checkpoint, bundle_of, swept_bundle) -> Pat
     made = {
         "data/digits": digits,
         "runs/digits": checkpoint,
-        "bundles/digits-fp16.marnet": bundle_of("torchscript", "fp16"),
+        "bundles/digits-fp16.marnet": bundle_of("onnxruntime", "fp32"),
         "bundles/digits-onnxruntime-fp16.marnet": bundle_of("onnxruntime", "fp16"),
         "bundles/digits-openvino-fp32.marnet": swept_bundle,  # of another backend
     }

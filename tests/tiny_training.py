@@ -60,6 +60,12 @@ def change(recipe: Recipe, **settings: Any) -> Recipe:
     )
 
 
+SEDA = change(
+    replace(TINY, method="seda", semantic_schedule=ScheduleConfig(steps=6), semantic_steps=3),
+    semantic={"epochs": 2, "batch": 49, "lr": 1e-2},
+)
+
+
 def small_data(digits: Path, **counts: int) -> DataSet:
     """The first images of each split of the digits: 49, 30 and 20 unless asked otherwise."""
     counts = {"train": 49, "val": 30, "test": 20} | counts

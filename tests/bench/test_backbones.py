@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from quick import kept
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/backbones.py"
 
@@ -20,11 +19,10 @@ assert SPEC.loader is not None
 backbones = sys.modules["backbones"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(backbones)
 FAMILIES = (*backbones.VISION, *backbones.TEXT)
-# Attention with relative positions. The others are tried by `make test-all`.
-KINDS = ("swinv2",)
 
 
-@pytest.mark.parametrize("family", kept(FAMILIES, KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_of_encoders_goes_the_whole_way(family: str, tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     options = ["--family", family, "--backend", "onnxruntime", "--precision", "fp32"]

@@ -46,7 +46,7 @@ def test_the_peer_gives_the_logits_of_the_float32_bundle(backend, bundle_of, che
 def test_the_peer_runs_the_operating_point_samples_and_noise_of_the_bundle(
     noisy_bundle, swept_bundle, zero_bundle, checkpoint
 ):
-    for path in (noisy_bundle, swept_bundle, zero_bundle("onnxruntime", "fp32")):
+    for path in (noisy_bundle, swept_bundle, zero_bundle("torchscript", "fp32")):
         classifier = Classifier(path)
         _, peer = load_peer(checkpoint, classifier.bundle.manifest)
         images = sorted((checkpoint / "samples").glob("*.png"))[:9]

@@ -154,7 +154,8 @@ def test_the_encoder_takes_any_batch(opened, vision, storage, compute):
         assert_close(got, want[:batch], tolerance(storage, compute))
 
 
-@pytest.mark.parametrize("built", kept(["text", "payload"], {"text"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("built", ["text", "payload"])
 def test_building_leaves_the_model_as_it_was(built, model, request):
     made = request.getfixturevalue(built)
     if built == "payload":
@@ -194,6 +195,7 @@ def text(lowered, tmp_path_factory) -> Path:
     return payload
 
 
+@pytest.mark.slow
 def test_the_text_encoder_takes_any_batch_and_length(text, model):
     encode = open_text(text, "fp32", 1)
     for batch, length in ((1, 1), (3, 9), (2, 512)):
@@ -204,6 +206,7 @@ def test_the_text_encoder_takes_any_batch_and_length(text, model):
         assert_close(encode(ids.numpy(), mask.numpy()), want, FLOAT32_LAYER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from bf16 import bf16_only
 from calibration import calibrate
 from quick import kept
 from tiny import make_model, plain_refine, tables_of
@@ -29,10 +30,6 @@ from marnet_train.models.backbones import VisionEncoder, backbone_config, build_
 from marnet_train.models.marnet import MARNet
 
 CORE = load_openvino().Core()
-bf16_only = pytest.mark.skipif(
-    "BF16" not in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this CPU has no bf16 arithmetic",
-)
 HOW = [
     pytest.param("fp32", "fp32", marks=pytest.mark.slow),
     ("fp16", "fp32"),

@@ -22,7 +22,6 @@ from kills import SCRIPTS
 from quick import kept
 from safetensors.numpy import load_file, save_file
 from test_nothing_lost import in_small_filesystem
-from tiny import make_model, write_checkpoint
 
 from marnet_export.build.builder import BUILDERS
 from marnet_export.build.tensorrt import engines
@@ -39,12 +38,6 @@ from marnet_sdk.gpu.tensorrt_library import Device, find_device, load_library
 Weights = dict[str, np.ndarray]
 LEAN = ("--no-text", "--no-source", "--loop", "graph")
 HOPPER = Device("NVIDIA H100", (9, 0), 13000)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    """A checkpoint with eight images of noise. Read-only."""
-    return write_checkpoint(make_model(steps=10), tmp_path_factory.mktemp("runs") / "small")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bf16 import bf16_only
 from calibration import calibrate
 from compilers import need_compiler
 from safetensors.numpy import load_file, save_file
@@ -134,7 +135,8 @@ def test_a_loop_is_stored_in_the_type_that_is_asked_for(storage, tmp_path):
     [
         ("onnxruntime", "fp16"),
         pytest.param("onnxruntime", "int8", marks=pytest.mark.slow),
-        ("openvino", "bf16"),
+        ("openvino", "fp16"),
+        pytest.param("openvino", "bf16", marks=(bf16_only, pytest.mark.slow)),
     ],
 )
 def test_it_answers_as_the_graph_beside_it(backend, precision, native_bundle, monkeypatch):
@@ -165,6 +167,8 @@ def test_the_receipt_is_read_from_its_layers(precision, compute, native_bundle):
     assert check_receipt(bundle).outcome == PASSED
 
 
+@bf16_only
+@pytest.mark.slow
 def test_the_receipt_of_openvino_says_float32(native_bundle):
     receipt = read_bundle(native_bundle("openvino", "bf16")).manifest.precision.receipt
     assert receipt["loop"].storage == {"bf16": 1.0}
@@ -254,11 +258,14 @@ def test_a_manifest_must_say_what_the_payload_has(native_bundle, tmp_path):
 # Whether it is kept
 
 
-@pytest.mark.parametrize(("taken", "loop"), [(KEEP, "native"), (DROP, "graph")])
-def test_auto_keeps_whichever_is_faster(taken, loop, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("taken", "loop"),
+    [(KEEP, "native"), pytest.param(DROP, "graph", marks=pytest.mark.slow)],
+)
+def test_auto_keeps_whichever_is_faster(taken, loop, small, tmp_path, monkeypatch):
     monkeypatch.setattr(choose_loop, "time_loops", lambda *_: taken)
     said: list[str] = []
-    export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
+    export_bundle(small, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
     bundle = read_bundle(tmp_path / "b")
     assert bundle.manifest.loop == loop
     assert bundle.manifest.settings["loop"] == "auto"
@@ -290,21 +297,22 @@ def test_a_native_loop_that_fails_is_left_out_or_refused(checkpoint, tmp_path, m
     assert not (tmp_path / "c").exists()
 
 
-def test_without_a_compiler_the_graph_runs_and_it_says_why(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_without_a_compiler_the_graph_runs_and_it_says_why(small, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "compile_library", lambda: "g++ is not installed")
     said: list[str] = []
     settings = settings_of("onnxruntime", "fp32")
-    export_bundle(checkpoint, tmp_path / "b", settings, say=said.append)
+    export_bundle(small, tmp_path / "b", settings, say=said.append)
     assert read_bundle(tmp_path / "b").manifest.loop == "graph"
     assert "the graph runs the loop: g++ is not installed" in said
     with pytest.raises(ExportError, match=r"--loop native: g\+\+ is not installed; leave --loop"):
-        export_bundle(checkpoint, tmp_path / "c", replace(settings, loop="native"))
+        export_bundle(small, tmp_path / "c", replace(settings, loop="native"))
 
 
-def test_a_backend_without_a_place_for_it_says_so(checkpoint, tmp_path):
+def test_a_backend_without_a_place_for_it_says_so(small, tmp_path):
     settings = settings_of("torchscript", "fp32", loop="native")
     with pytest.raises(ExportError, match="--loop native: torchscript has no place for it"):
-        export_bundle(checkpoint, tmp_path / "b", settings)
+        export_bundle(small, tmp_path / "b", settings)
 
 
 def test_a_loop_that_does_not_exist_is_refused():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bf16 import bf16_only
 from calibration import calibrate
 from quick import kept
 from tiny import make_model
@@ -19,7 +20,6 @@ from marnet_export.lower.class_token import for_class_token
 from marnet_export.lower.methods import lower_marnet
 from marnet_export.lower.plan import make_plan
 from marnet_export.prove.receipt import NOT_READ, check_delivered, count_products
-from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import VerificationFailed
 from marnet_train.models.marnet import MARNet
 
@@ -28,10 +28,6 @@ VIT = {
     "model_type": "vit", "hidden_size": 24, "image_size": 32, "patch_size": 8,
     "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
 }  # fmt: skip
-bf16_only = pytest.mark.skipif(
-    "BF16" not in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this CPU has no bf16 arithmetic",
-)
 # backend, storage, compute
 HOW = [
     pytest.param("openvino", "fp32", "fp32", marks=pytest.mark.slow),

@@ -51,7 +51,7 @@ def one_line(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def zero(zero_bundle) -> Path:
-    return zero_bundle("onnxruntime", "fp32")
+    return zero_bundle("torchscript", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_every_point_is_verified_and_nothing_is_said_of_noise(zero):
 
 def test_the_receipt_counts_the_encoder_and_the_two_matrices(zero, bundle_of):
     found = read_bundle(zero).manifest.precision.receipt
-    plain = read_bundle(bundle_of("onnxruntime", "fp32")).manifest.precision.receipt
+    plain = read_bundle(bundle_of("torchscript", "fp32")).manifest.precision.receipt
     arrays = load_file(zero / "payload/alignment.safetensors")
     assert found.keys() == {"encoder", "head", "all"}
     assert found["encoder"] == plain["encoder"]
@@ -210,14 +210,14 @@ def test_an_encoder_that_agrees_leaves_nothing_to_blame(zero, checkpoint):
     images = sorted((checkpoint / "samples").glob("*.png"))[:8]
     pixels = bundle.manifest.preprocessing.pixels(images)
     plan = load_file(bundle.path / "payload/plan.safetensors")
-    backend = open_backend("onnxruntime", bundle.path / "payload", "fp32", 1)
+    backend = open_backend("torchscript", bundle.path / "payload", "fp32", 1)
     built = Built(backend, plan, bundle.manifest.sampling, pixels)
     tables = {"zero": process_table(model.config.schedule, None, 0)}
     trial = Trial(
         Reference(model, pixels), built, None, tables, min_agreement=0.999, row_tolerance=0.02
     )
     types = Arithmetic(Types("fp32", "fp32"), Types("fp32", "fp32"))
-    what = (bundle.path / "payload", lower(model), "onnxruntime", types, USUAL)
+    what = (bundle.path / "payload", lower(model), "torchscript", types, USUAL)
     found = diagnose(trial, "zero", *what)
     assert found.part == "none"
     assert "what is left is the alignment branch's head behind them" in found.sentence

@@ -48,7 +48,7 @@ def paths(digits: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def zero(zero_bundle) -> Classifier:
-    return Classifier(zero_bundle("onnxruntime", "fp32"))
+    return Classifier(zero_bundle("torchscript", "fp32"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_head_is_read_as_it_was_written_and_refused_in_part(tmp_path):
 # --- a bundle without the loop
 
 
-@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
+@pytest.mark.parametrize("backend", kept(BACKENDS, {"torchscript"}))
 def test_every_backend_answers_as_the_checkpoint_s_branch(backend, zero_bundle, paths, want):
     classifier = Classifier(zero_bundle(backend, "fp32"))
     logits, aligned = want
@@ -154,7 +154,7 @@ def test_the_loop_is_not_run(zero, paths, monkeypatch):
 
 
 def test_another_seed_changes_nothing(zero_bundle, zero, paths):
-    assert Classifier(zero_bundle("onnxruntime", "fp32"), seed=7).predict(paths) == zero.predict(
+    assert Classifier(zero_bundle("torchscript", "fp32"), seed=7).predict(paths) == zero.predict(
         paths
     )
 
@@ -181,7 +181,7 @@ def test_noise_samples_are_refused_with_the_point_that_has_them(zero, paths, arg
 
 def test_the_process_as_trained_stays_available(zero, bundle_of, paths):
     exact = Classifier(zero.bundle.path, operating_point="exact", samples=2)
-    plain = Classifier(bundle_of("onnxruntime", "fp32"), samples=2)
+    plain = Classifier(bundle_of("torchscript", "fp32"), samples=2)
     pixels = exact.preprocess.pixels(paths)
     np.testing.assert_array_equal(exact.logits(pixels), plain.logits(pixels))
 
@@ -192,7 +192,7 @@ def test_a_bundle_without_the_point_says_how_to_get_it(bundle_of):
         "--steps auto or --steps 0, which add 'zero'"
     )
     with pytest.raises(InvalidInput, match=message):
-        Classifier(bundle_of("onnxruntime", "fp32"), operating_point="zero")
+        Classifier(bundle_of("torchscript", "fp32"), operating_point="zero")
 
 
 def test_noise_of_an_image_s_own_is_met_by_the_loop_alone(zero, paths, tmp_path):

@@ -139,10 +139,10 @@ Inputs = Callable[[str], tuple[Path, np.ndarray, Tables]]
 
 @pytest.fixture
 def inputs(bundle_of) -> Inputs:
-    """backend -> the payload of an fp16 bundle, its golden pixels, tables of two samples."""
+    """backend -> the payload of a bundle, its golden pixels, tables of two samples."""
 
     def make(backend: str):
-        bundle = read_bundle(bundle_of(backend, "fp16"))
+        bundle = read_bundle(bundle_of(backend, "fp32"))
         plan = load_file(bundle.path / "payload/plan.safetensors")
         sampling = bundle.manifest.sampling
         tables = make_tables(plan, sampling, sampling.default, seed=0, samples=2)

@@ -143,7 +143,7 @@ def test_a_quota_of_one_cpu_is_one_thread_and_the_runtime_says_so(
     bundle_of, backend, monkeypatch, two_threads
 ):
     monkeypatch.setattr("marnet_sdk.cpus.quota", lambda root: 1.0)
-    runtime = Classifier(bundle_of(backend, "fp16")).runtime
+    runtime = Classifier(bundle_of(backend, "fp32")).runtime
     assert (runtime.device, runtime.threads) == ("cpu", 1)
     assert runtime.cpus.endswith("with a quota of 1")
 
@@ -152,7 +152,7 @@ def test_a_quota_of_one_cpu_is_one_thread_and_the_runtime_says_so(
 def test_threads_that_are_asked_for_are_used(bundle_of, backend, monkeypatch, two_threads):
     monkeypatch.setattr("marnet_sdk.cpus.os.cpu_count", lambda: 2)
     monkeypatch.setattr("marnet_sdk.cpus.quota", lambda root: 1.0)
-    assert Classifier(bundle_of(backend, "fp16"), threads=2).runtime.threads == 2
+    assert Classifier(bundle_of(backend, "fp32"), threads=2).runtime.threads == 2
 
 
 @pytest.mark.parametrize("backend", kept(["torchscript", "aotinductor"], {"torchscript"}))
@@ -161,7 +161,7 @@ def test_a_number_of_threads_that_the_user_gave_openmp_stands(
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr("marnet_sdk.cpus.quota", lambda root: 1.0)
-    assert Classifier(bundle_of(backend, "fp16")).runtime.threads == 2
+    assert Classifier(bundle_of(backend, "fp32")).runtime.threads == 2
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])

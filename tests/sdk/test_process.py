@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,13 @@ from marnet_sdk.errors import BundleCorrupt, ClassifierClosed, InvalidInput
 NATIVE = "native"  # the loop of a bundle of onnxruntime
 # A bundle of aotinductor takes a minute of g++; `make test` has it in test_builder_aotinductor.
 _QUICK = {"onnxruntime", "openvino", "torchscript", NATIVE}
-ON_A_CPU = kept(sorted(set(BACKENDS) - {"tensorrt"}), _QUICK)
-SERVED = kept([*sorted(set(BACKENDS) - {"tensorrt"}), NATIVE], _QUICK)
+_HERE = sorted(set(BACKENDS) - {"tensorrt"})
+ON_A_CPU, SERVED = kept(_HERE, _QUICK), kept([*_HERE, NATIVE], _QUICK)
+
+
+def in_programs(*quick: str) -> list[Any]:
+    """All that is served; each case is a program, so few are quick. `NATIVE` has onnxruntime."""
+    return kept([*_HERE, NATIVE], quick)
 
 
 @pytest.fixture
@@ -37,11 +43,11 @@ def image(digits: Path) -> Path:
 def served(
     bundle_of: Callable[[str, str], Path], native_bundle: Callable[[str, str], Path]
 ) -> Callable[[str], Path]:
-    """backend, or `NATIVE` -> a bundle at fp16."""
+    """backend, or `NATIVE` -> a bundle."""
 
     def make(name: str) -> Path:
         if name != NATIVE:
-            return bundle_of(name, "fp16")
+            return bundle_of(name, "fp32")
         need_compiler()
         return native_bundle("onnxruntime", "fp16")
 
@@ -99,7 +105,7 @@ print(several.predict(images)[0].label == label)
 """
 
 
-@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("backend", in_programs("openvino", "torchscript", NATIVE))
 def test_a_forked_child_answers_or_raises_at_once_and_ends(served, image, backend):
     """Several threads raise; one thread, and a classifier of the child's own, answer."""
     done = run(IN_CHILDREN, served(backend), image)
@@ -130,7 +136,7 @@ for _ in range(5):
 """
 
 
-@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("backend", in_programs("openvino", NATIVE))
 def test_a_fork_while_other_threads_classify_leaves_nothing_locked(served, image, backend):
     done = run(FORK_WHILE_BUSY, served(backend), image)
     assert (done.stdout.split(), done.returncode) == (["0"] * 5, 0), done.stderr
@@ -234,7 +240,7 @@ sys.exit(0)
 """
 
 
-@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("backend", in_programs("torchscript", NATIVE))
 def test_a_process_ends_with_0_while_daemon_threads_classify(served, image, backend):
     done = run(EXIT_WHILE_BUSY, served(backend), image)
     assert (done.returncode, done.stderr) == (0, "")
@@ -268,7 +274,7 @@ print(weakref.ref(Classifier(sys.argv[1]))())
 
 
 def test_a_closed_classifier_says_so_at_once(bundle_of, image):
-    with Classifier(bundle_of("onnxruntime", "fp16")) as classifier:
+    with Classifier(bundle_of("onnxruntime", "fp32")) as classifier:
         pixels = classifier.preprocess.pixels([image])
         classifier.match(image, "a text")
         backend = weakref.ref(classifier._guard.check())
@@ -341,7 +347,7 @@ print(first == last, after - before < 6e6, first, last, before, after)
 """
 
 
-@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("backend", in_programs("openvino", NATIVE))
 def test_reloads_leave_threads_mapped_code_and_memory_flat(served, image, backend):
     done = run(RELOADS, served(backend), image)
     assert done.stdout.startswith("True True"), done.stdout + done.stderr
@@ -355,7 +361,7 @@ def test_a_running_bundle_s_files_may_be_written_over_cut_or_removed(
     bundle_of, image, backend, tmp_path
 ):
     bundle = tmp_path / "live.marnet"
-    shutil.copytree(bundle_of(backend, "fp16"), bundle)
+    shutil.copytree(bundle_of(backend, "fp32"), bundle)
     classifier = Classifier(bundle)
     expected = classifier.embed([image] * 3), classifier.match(image, "a text")
     files = [path for path in bundle.rglob("*") if path.is_file()]
@@ -374,7 +380,7 @@ def test_a_running_bundle_s_files_may_be_written_over_cut_or_removed(
 
 def test_a_text_encoder_that_changed_before_the_first_text_is_refused(bundle_of, image, tmp_path):
     bundle = tmp_path / "live.marnet"
-    shutil.copytree(bundle_of("onnxruntime", "fp16"), bundle)
+    shutil.copytree(bundle_of("onnxruntime", "fp32"), bundle)
     classifier = Classifier(bundle)
     (bundle / "text/text.onnx").write_bytes(b"")
     with pytest.raises(BundleCorrupt, match=r"text\.onnx has 0 bytes, the manifest says"):

@@ -125,7 +125,7 @@ def check_shown(output: bytes, encoding: str, names: Sequence[str]) -> None:
 # --- what is shown to people --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", kept(ENCODINGS, {"utf-8", "C"}))
 def test_classify_shows_every_name_and_label(bundle, images, encoding):
     done = run("marnet-classify", *images, "-m", bundle, "--top-k", "10", encoding=encoding)
     assert done.returncode == 1
@@ -144,7 +144,7 @@ def test_check_shows_every_name_and_label(data, encoding):
     assert done.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("encoding", kept(["utf-8", "ascii"], {"ascii"}))
 def test_inspect_shows_labels_and_the_place(bundle, encoding):
     done = run("marnet-bundle", "inspect", bundle, encoding=encoding)
     assert done.returncode == 0, done.stderr
@@ -152,9 +152,7 @@ def test_inspect_shows_labels_and_the_place(bundle, encoding):
     check_shown(done.stderr, encoding, [])
 
 
-@pytest.mark.parametrize(
-    "command", kept(REFUSING, {"marnet-classify", "marnet-bench", "marnet-bundle"})
-)
+@pytest.mark.parametrize("command", kept(REFUSING, {"marnet-classify", "marnet-bundle"}))
 def test_a_refusal_names_what_was_asked_for(folder, command):
     encoding = "ascii"
     odd = folder / "none\udcff :smile: [b]\x1b[2J"
@@ -195,7 +193,7 @@ def test_json_holds_every_name_and_label_as_it_is(bundle, images, data):
     assert json.loads(shown.stdout)["labels"] == list(LABELS)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", kept(["utf-8", "ascii", "cp1252"], {"cp1252"}))
 def test_csv_is_read_as_it_was_written(bundle, images, encoding):
     done = run("marnet-classify", *images, "-m", bundle, "--format", "csv", encoding=encoding)
     rows = list(csv.DictReader(io.StringIO(decoded(done.stdout, encoding), newline="")))
@@ -218,7 +216,7 @@ PRINTING = {
 }
 
 
-KINDS = kept(["help", "table", "every table", "json", "csv"], {"help", "table", "json"})
+KINDS = kept(["help", "table", "every table", "json", "csv"], {"help", "table"})
 
 
 @pytest.fixture(scope="module", params=KINDS)

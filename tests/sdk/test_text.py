@@ -523,7 +523,7 @@ def test_a_bundle_without_a_text_encoder_names_the_command_that_makes_one(noisy_
     clf = Classifier(noisy_bundle)
     message = (
         r"noisy.marnet has no text encoder: it was exported with --no-text, .* export it again "
-        r"without --no-text: marnet-export --backend onnxruntime --precision fp32$"
+        r"without --no-text: marnet-export --backend torchscript --precision fp32$"
     )
     with pytest.raises(BundleFormatError, match=message):
         clf.match(paths, TEXTS)

@@ -107,13 +107,13 @@ def test_every_command_explains_its_options() -> None:
 
 
 def test_a_data_set_is_written_and_the_next_command_named(digits: Path, tmp_path: Path) -> None:
-    out = tmp_path / "digits"
+    out = tmp_path / "my digits"
     result = marnet_train("data", "digits", "--out", out, "--seed", "1")
     assert result.exit_code == 0, result.output
     written, usual = (read_data_set(root).splits["test"] for root in (out, digits))
     assert len(written) == 270
     assert {e.image.name for e in written} != {e.image.name for e in usual}  # seed 0
-    assert f"marnet-train fit --data {out} --recipe digits" in result.stderr
+    assert f"marnet-train fit --data '{out}' --recipe digits" in result.stderr
     assert result.stdout == ""
     again = marnet_train("data", "digits", "--out", out)
     assert again.exit_code == 2
@@ -225,9 +225,7 @@ def test_a_split_or_folder_that_is_not_there_ends_with_2(
 def test_next_commands_can_be_pasted_where_paths_have_spaces(
     trained: tuple[Path, Result], data: Path, tmp_path: Path
 ) -> None:
-    out, copy = tmp_path / "my digits", tmp_path / "my run"
-    written = marnet_train("data", "digits", "--out", out)
-    assert f"marnet-train fit --data '{out}' --recipe digits" in written.stderr
+    copy = tmp_path / "my run"
     words = ("--data", data, "--recipe", data.parent / "tiny.toml", "--out", copy)
     for result in (
         marnet_train("fit", *words, "--threads", "1", "--device", "cpu"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from marnet_sdk.errors import MissingExtra, OutputExists
 from marnet_train.data import digit_shapes
-from marnet_train.data.dataset import DataSet, Example, data_hash
+from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
 from marnet_train.data.digit_words import OUTLINES, describe, loop_detail, openings
 from marnet_train.data.digits import ink, load_pictures, png_bytes, split_indices, write_digits
 
@@ -24,8 +24,9 @@ NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
-    return write_digits(tmp_path_factory.mktemp("digits") / "digits")
+def digits(digits: Path) -> DataSet:
+    """The data set that all tests share, read. Tests must not change it."""
+    return read_data_set(digits)
 
 
 def all_examples(folder: DataSet) -> list[Example]:

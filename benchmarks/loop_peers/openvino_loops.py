@@ -50,7 +50,7 @@ def _run_openvino(model: Any, precision: str, threads: int) -> Logits:
         "ENABLE_CPU_PINNING": False,  # as ours: threads bound to a core meet those of others there
     }
     if precision == "int8":
-        settings["DYNAMIC_QUANTIZATIONGROUP_SIZE"] = str(GROUP)
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def logits(x_v: Floats) -> Floats:

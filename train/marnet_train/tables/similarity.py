@@ -65,7 +65,9 @@ def squared_mmd(x: ArrayLike, y: ArrayLike) -> float:
     distances = (lengths[:, None] + lengths - 2 * both @ both.T).clip(min=0)
     np.fill_diagonal(distances, 0)
     scale = distances.sum() / (len(both) * (len(both) - 1)) or 1.0  # all equal: any scale
-    kernel = sum(np.exp(-distances / (width * scale)) for width in _WIDTHS) / len(_WIDTHS)
+    kernel = np.zeros_like(distances)
+    for width in _WIDTHS:
+        kernel += np.exp(-distances / (width * scale)) / len(_WIDTHS)
     n, m = len(a), len(b)
     of_x, of_y = kernel[:n, :n], kernel[n:, n:]
     within = (of_x.sum() - n) / (n * (n - 1)) + (of_y.sum() - m) / (m * (m - 1))

@@ -117,7 +117,8 @@ def diagnose(
     if loop.error > loop.bound:
         steps = _steps(trial, name, np.argsort(-errors)[:STEP_IMAGES])
         return _first(loop, steps, "no step of the first noise sample departs")
-    why += f", logits behind the reference's by up to {loop.error:.2g} (bound {loop.bound:g})"
+    behind = f"logits behind the reference's features by up to {loop.error:.2g}"
+    why += f", {behind} (bound {loop.bound:g})"
     note = f"no layer or step departs by more than its types explain: {why}"
     return replace(loop, part="none", note=note)
 

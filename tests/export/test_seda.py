@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bf16 import bf16_only
 from quick import kept
 from tolerances import BUILT
 
@@ -37,14 +38,17 @@ CASES = [
     ("onnxruntime", "fp32"),
     ("onnxruntime", "int8"),
     ("openvino", "fp32"),
-    ("openvino", "bf16"),
     ("torchscript", "fp16"),
     ("aotinductor", "fp32"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("backend", "precision"), kept(CASES, [("torchscript", "fp32")], many=True)
+    ("backend", "precision"),
+    [
+        *kept(CASES, [("torchscript", "fp32")], many=True),
+        pytest.param("openvino", "bf16", marks=(bf16_only, pytest.mark.slow)),
+    ],
 )
 def test_a_bundle_answers_as_the_checkpoint_does(
     backend: str, precision: str, digits: Path, tmp_path: Path, request: pytest.FixtureRequest

@@ -388,10 +388,58 @@ grocery = partial(
     ", the first 200 photographs",
 )
 
+
+def busy() -> str:
+    """Every backend on an idle machine, beside busy processes, and under a quota of one CPU."""
+    report = read("cpu-busy")
+    rows = []
+    for line in report["lines"]:
+        times = line["bytes"]
+        rows.append(
+            [
+                line["condition"],
+                f"`{line['backend']}`, {line['batch']}",
+                *(f"{times[f'{name}_ms']:.1f} ms" for name in ("ours", "peer")),
+                ratio(times),
+                *(f"{times[f'{name}_ms']:.1f} ms" for name in ("alone", "one_thread")),
+            ]
+        )
+    title = ("", "batch", "marnet", "plain PyTorch", "ratio", "alone", "alone, 1 thread")
+    return table(title, rows)
+
+
+def busy_training() -> str:
+    """A short training on an idle machine, beside busy processes, and under a quota of one CPU."""
+    rows = [
+        [x["condition"], f"{x['ours_s']:.0f} s", f"{x['one_thread_s']:.0f} s"]
+        for x in read("cpu-busy")["training"]
+    ]
+    return table(["", "marnet-train", "1 thread"], rows)
+
+
+def serving() -> str:
+    """The rates that servers answer in time, in each turn, and how much more ours does."""
+    runs = read("cpu-serving")["runs"]
+    turns = {name: [turn["rate"] for turn in found] for name, found in runs.items()}
+    ours = turns["marnet-serve"]
+    rows = [
+        [
+            name,
+            ", ".join(f"{rate:.0f}" for rate in rates),
+            ", ".join(f"{a / b:.2f}" if b else "" for a, b in zip(ours, rates, strict=True)),
+        ]
+        for name, rates in turns.items()
+    ]
+    return table(["server", "images/s in each turn", "marnet-serve over it"], rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
     "native-loop": partial(loop, "cpu-native-loop"),
+    "busy": busy,
+    "busy-training": busy_training,
+    "serving": serving,
     **{model: partial(real_size, model) for model in ("vit-b16", "swin-t", "resnet-50")},
     **{f"{m}-over-peers": partial(over_peers, m) for m in ("vit-b16", "swin-t", "resnet-50")},
     "auto": auto,

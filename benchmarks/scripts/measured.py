@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from marnet_train.tables.written import tables
+
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/measured.md")
 RESULTS = ROOT / "benchmarks/results"
@@ -433,6 +435,14 @@ def serving() -> str:
     return table(["server", "images/s in each turn", "marnet-serve over it"], rows)
 
 
+def ablation(report: str, title: str) -> str:
+    """The tables of `marnet-train ablate`, as it writes them, without the operating points."""
+    joined = read(report)
+    title = title.format(images=joined["test_images"], seeds=len(joined["runs"]))
+    shown = (found for found in tables(joined) if found.title != "operating points")
+    return "\n\n".join((title, *(found.markdown(level=4) for found in shown)))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
@@ -446,6 +456,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "tensorrt": tensorrt,
     "digits": digits,
     "digits-accuracy": digits_accuracy,
+    "digits-ablation": partial(
+        ablation,
+        "cpu-digits-ablation",
+        "{images} test pictures, {seeds} training seeds. Points are differences to the baseline on "
+        "the same pictures.",
+    ),
     "plates": plates,
     "grocery": grocery,
     "pareto": pareto,

@@ -18,12 +18,11 @@ from tolerances import FLOAT32_LAYER, FLOAT32_TWICE, FLOAT64
 from torch import Tensor, nn
 
 from marnet_sdk.errors import RecipeError
-from marnet_train import phases
 from marnet_train.assemble import Prepared
 from marnet_train.data import pixels
 from marnet_train.diffusion import SamplerTable
 from marnet_train.features import FrozenFeatures, compute_views
-from marnet_train.losses import ita_loss
+from marnet_train.losses import alignment, ita_loss
 from marnet_train.models.marnet import Baseline, MARNet, mean_and_scale
 from marnet_train.optimise import batches
 from marnet_train.phases import (
@@ -376,7 +375,7 @@ def watch_ita(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[Tensor
         groups.append(same)
         return ita_loss(visual, semantic, tau, same)
 
-    monkeypatch.setattr(phases, "ita_loss", spy)
+    monkeypatch.setattr(alignment, "ita_loss", spy)
     return temperatures, groups
 
 

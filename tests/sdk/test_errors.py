@@ -44,7 +44,8 @@ def test_every_error_derives_from_marnet_error():
 
 @pytest.mark.parametrize("package", [marnet_sdk, marnet_train, marnet_export, marnet_bench])
 def test_errors_defined_elsewhere_derive_from_it_too(package):
-    """Private ones are caught where they are raised; a command's error only carries one out."""
+    """Private ones are caught where they are raised; a command's error only carries one out, and a
+    server's becomes the answer to a request."""
     outside = []
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
@@ -53,7 +54,8 @@ def test_errors_defined_elsewhere_derive_from_it_too(package):
             known = (MarnetError, MarnetWarning)
             if ours and not name.startswith("_") and not issubclass(value, known):
                 outside.append(f"{value.__module__}.{name}")
-    assert set(outside) <= {"marnet_sdk.console.CommandError"}
+    carriers = {"marnet_sdk.console.CommandError", "marnet_sdk.server.service.Refused"}
+    assert set(outside) <= carriers
 
 
 def test_the_kernels_know_nothing_of_our_errors():

@@ -30,7 +30,7 @@ from tokenizers.processors import BertProcessing
 from tokenizers.trainers import BpeTrainer
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 
-import marnet_sdk.classifier
+import marnet_sdk.matching
 from marnet_sdk import Classifier, ImageError
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
 from marnet_sdk.errors import (
@@ -498,9 +498,9 @@ def test_the_process_may_change_its_directory_before_the_first_text(copy, paths,
 
 def test_many_threads_that_meet_at_the_first_text_load_it_once(bundle_of, paths, monkeypatch):
     opened = []
-    real = marnet_sdk.classifier.open_text_part
+    real = marnet_sdk.matching.open_text_part
     monkeypatch.setattr(
-        marnet_sdk.classifier, "open_text_part", lambda *a: opened.append(a) or real(*a)
+        marnet_sdk.matching, "open_text_part", lambda *a: opened.append(a) or real(*a)
     )
     for backend in BACKENDS:
         clf = Classifier(bundle_of(backend, "fp32"))

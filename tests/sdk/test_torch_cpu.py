@@ -25,7 +25,7 @@ def used(calls: int) -> list[int]:
     """How many threads torch has in each of some calls; behind each it has four."""
     found = []
     for _ in range(calls):
-        with computing():
+        with computing(adapts=True):
             found.append(torch.get_num_threads())
         assert torch.get_num_threads() == 4
     return found
@@ -37,6 +37,12 @@ def test_threads_that_mostly_wait_become_fewer(monkeypatch):
     assert found[0] == 4
     assert found == sorted(found, reverse=True)
     assert found[-1] == 1
+
+
+def test_a_number_that_was_asked_for_stays(monkeypatch):
+    monkeypatch.setattr(torch_cpu._calls.crowd, "most", lambda wanted: 1)
+    with computing(adapts=False):
+        assert torch.get_num_threads() == 4
 
 
 def test_threads_that_work_stay(monkeypatch):
@@ -51,11 +57,11 @@ def test_a_thread_that_begins_meanwhile_keeps_all_threads(monkeypatch):
     found = []
 
     def call():
-        with computing():
+        with computing(adapts=True):
             found.append(torch.get_num_threads())
         found.append(torch.get_num_threads())
 
-    with computing():
+    with computing(adapts=True):
         thread = Thread(target=call)
         thread.start()
         thread.join()
@@ -65,6 +71,6 @@ def test_a_thread_that_begins_meanwhile_keeps_all_threads(monkeypatch):
 
 def test_a_call_that_fails_leaves_the_number_as_it_was(monkeypatch):
     monkeypatch.setattr(torch_cpu._calls.crowd, "most", lambda wanted: 2)
-    with pytest.raises(ValueError, match="no such"), computing():
+    with pytest.raises(ValueError, match="no such"), computing(adapts=True):
         raise ValueError("no such")
     assert used(1) == [2]

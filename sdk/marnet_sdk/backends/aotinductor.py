@@ -81,7 +81,7 @@ def _open(path: Path, threads: int | None) -> _Graph:
     metadata = read_metadata(path)
     _check_device(path, metadata, "cpu")
     _check_host(path, metadata)
-    return _Graph(path, metadata, _load(path, metadata))
+    return _Graph(path, metadata, _load(path, metadata), adapts=threads is None)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -282,8 +282,10 @@ class _Inputs:
 class _Graph:
     """Compiled code for the processor."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], runner: Any) -> None:
-        self._inputs, self._runner = _Inputs(path, metadata), runner
+    def __init__(
+        self, path: Path, metadata: Mapping[str, str], runner: Any, *, adapts: bool
+    ) -> None:
+        self._inputs, self._runner, self._adapts = _Inputs(path, metadata), runner, adapts
         # The first call converts the stored weights, while others would have to wait.
         self(*(np.zeros(_smallest(shape), kind) for _, kind, shape in self._inputs.known))
 
@@ -299,7 +301,8 @@ class _Graph:
         # Contiguous, and torch warns of arrays that it must not write to.
         given = [np.require(array, requirements=["C", "W"]) for array in arrays]
         # A caller's autocast would change the types that the bundle was verified with.
-        with torch_cpu.computing(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        exact = torch.inference_mode(), torch.autocast("cpu", enabled=False)
+        with torch_cpu.computing(adapts=self._adapts), exact[0], exact[1]:
             outputs = self._runner.run([torch.from_numpy(array) for array in given])
         # Arrays of their own: one that needs a tensor would end it wherever it is dropped itself.
         return [output.numpy().copy() for output in outputs]

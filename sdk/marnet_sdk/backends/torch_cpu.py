@@ -62,18 +62,20 @@ _calls = _Calls()
 
 
 @contextmanager
-def computing() -> Iterator[None]:
+def computing(*, adapts: bool) -> Iterator[None]:
     """Compute with torch in the block: with fewer threads where they mostly wait for each other.
 
     They do where other programs take the cores: a thread that waits for a time slice keeps the
     others waiting at the end of every operation. Behind the block torch's number is what it was. In
     a process that was forked from one with torch, it is one for good.
+
+    Args:
+        adapts: False keeps the number, and with it the last bit of every sum.
     """
     import torch
 
     if forked_with_torch():
-        if torch.get_num_threads() > 1:
-            torch.set_num_threads(1)
+        _set_threads(1)
         yield
         return
     with _calls.lock:
@@ -83,12 +85,13 @@ def computing() -> Iterator[None]:
         _calls.running += 1
         full = _calls.full
     try:
-        used = _calls.crowd.most(full)
+        used = _calls.crowd.most(full) if adapts else full
         _set_threads(used)
         wall, cpu = perf_counter(), thread_time()
         yield
-        asleep = 1 - (thread_time() - cpu) / max(perf_counter() - wall, 1e-9)
-        _calls.crowd.learn(used, asleep)
+        if adapts:
+            asleep = 1 - (thread_time() - cpu) / max(perf_counter() - wall, 1e-9)
+            _calls.crowd.learn(used, asleep)
     finally:
         _set_threads(full)
         with _calls.lock:

@@ -45,7 +45,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
     if device == "cuda":
         return torch_cuda.TorchOnCuda(load_model(payload, compute, device))
     encoder, refine = (_module(payload / name, compute, threads) for name in (ENCODER, REFINE))
-    return _TorchScript(encoder, refine)
+    return _TorchScript(encoder, refine, adapts=threads is None)
 
 
 def open_text(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> TextEncoder:
@@ -54,7 +54,7 @@ def open_text(payload: Path, compute: str, threads: int | None, device: str = "c
     module = _module(payload / TEXT, compute, threads, device)
     if device == "cuda":
         return torch_cuda.plain_text(module)
-    return lambda ids, mask: _copied(_call(module, ids, mask))
+    return lambda ids, mask: _copied(_call(module, ids, mask, adapts=threads is None))
 
 
 def load_model(payload: Path, compute: str, device: str) -> Model:
@@ -126,17 +126,18 @@ def _deprecated() -> Iterator[None]:
 
 
 class _TorchScript(InTwoCalls):
-    def __init__(self, encoder: Any, refine: Any) -> None:
-        self._encoder, self._refine = encoder, refine
+    def __init__(self, encoder: Any, refine: Any, *, adapts: bool) -> None:
+        self._encoder, self._refine, self._adapts = encoder, refine, adapts
 
     def threads(self) -> int:
         return torch_cpu.threads_now()
 
     def encode(self, pixels: Floats) -> Floats:
-        return _copied(_call(self._encoder, pixels))
+        return _copied(_call(self._encoder, pixels, adapts=self._adapts))
 
     def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        logits, features = _call(self._refine, x_v, tables.coefficients, tables.bias)
+        inputs = x_v, tables.coefficients, tables.bias
+        logits, features = _call(self._refine, *inputs, adapts=self._adapts)
         return _copied(logits), _copied(features)
 
 
@@ -145,11 +146,12 @@ def _copied(tensor: Any) -> Floats:
     return tensor.numpy().copy()
 
 
-def _call(module: Any, *arrays: Floats | Integers) -> Any:
+def _call(module: Any, *arrays: Floats | Integers, adapts: bool) -> Any:
     import torch
 
     # torch warns of arrays that it must not write to, though nothing here writes to them.
     writeable = [array if array.flags.writeable else array.copy() for array in arrays]
     # A caller's autocast would change the types that the bundle was verified with.
-    with torch_cpu.computing(), torch.inference_mode(), torch.autocast("cpu", enabled=False):
+    exact = torch.inference_mode(), torch.autocast("cpu", enabled=False)
+    with torch_cpu.computing(adapts=adapts), exact[0], exact[1]:
         return module(*map(torch.from_numpy, writeable))

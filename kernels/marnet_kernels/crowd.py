@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _LEAST_PAUSE, _MOST_PAUSE = 8, 512  # jobs
+_LEAST_WEIGHT, _LONG = 0.25, 0.2  # of one job among those before it; seconds of one that decides
 
 
 class Crowd:
@@ -23,11 +24,14 @@ class Crowd:
         """Say how many threads to take where `wanted` would be worth having on idle cores."""
         return max(1, wanted >> self._halvings)
 
-    def learn(self, used: int, asleep: float) -> None:
-        """A job had `used` threads, which slept for a share of their time."""
+    def learn(self, used: int, asleep: float, seconds: float = 0.0) -> None:
+        """A job of so many seconds had `used` threads, which slept for a share of their time.
+
+        A long job counts for more than a short one.
+        """
         self._jobs += 1
         if used > 1:
-            self._asleep += (asleep - self._asleep) / 4
+            self._asleep += (asleep - self._asleep) * min(max(_LEAST_WEIGHT, seconds / _LONG), 1.0)
         if self._asleep > 0.5:
             self._pause = min(2 * self._pause, _MOST_PAUSE)
             self._halvings, self._asleep, self._jobs = self._halvings + 1, 0.0, 0

@@ -210,6 +210,12 @@ def test_threads_that_mostly_sleep_become_fewer_and_more_are_tried_again():
     assert idle[-1] == 8
 
 
+def test_one_long_job_that_sleeps_is_enough():
+    crowd = Crowd()
+    crowd.learn(8, 0.9, seconds=0.3)
+    assert crowd.most(8) == 4
+
+
 def test_one_job_that_sleeps_changes_nothing():
     crowd = Crowd()
     for _ in range(20):

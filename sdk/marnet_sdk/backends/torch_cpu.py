@@ -90,8 +90,8 @@ def computing(*, adapts: bool) -> Iterator[None]:
         wall, cpu = perf_counter(), thread_time()
         yield
         if adapts:
-            asleep = 1 - (thread_time() - cpu) / max(perf_counter() - wall, 1e-9)
-            _calls.crowd.learn(used, asleep)
+            seconds = max(perf_counter() - wall, 1e-9)
+            _calls.crowd.learn(used, 1 - (thread_time() - cpu) / seconds, seconds)
     finally:
         _set_threads(full)
         with _calls.lock:

@@ -76,7 +76,12 @@ def create_app(service: Service, log: AccessLog) -> Gate:
 def _add_predict(app: FastAPI, service: Service) -> None:
     body = {"requestBody": REQUEST_BODY}
 
-    @app.post("/predict", responses=problems(*WORK, 422), openapi_extra=body)
+    @app.post(
+        "/predict",
+        responses=problems(*WORK, 422),
+        openapi_extra=body,
+        response_model_exclude={"answers": {"__all__": {"provenance"}}},  # a server's has none
+    )
     async def predict(request: Request, query: Annotated[Asked, Query()]) -> Answers:
         """Classify the images of the body: the bytes of one, several files, or base64 in JSON."""
         started, classifier = time.perf_counter(), service.classifier

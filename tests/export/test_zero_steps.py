@@ -19,6 +19,7 @@ from marnet_export import work
 from marnet_export.build.builder import USUAL
 from marnet_export.build.types import Arithmetic, Types
 from marnet_export.bundle_cli import main
+from marnet_export.choose import asked
 from marnet_export.choose.asked import explain
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower
@@ -264,7 +265,8 @@ def test_an_export_takes_the_checkpoint_s_number_of_samples(checkpoint, tmp_path
         object.__setattr__(found.model.config, "samples", 3)
         return found
 
-    monkeypatch.setattr(work, "load_checkpoint", loaded)
+    for module in (work, asked):
+        monkeypatch.setattr(module, "load_checkpoint", loaded)
     lenient = Settings("torchscript", steps=2, min_agreement=0.9, text=False)
     export_bundle(checkpoint, tmp_path / "b", lenient)
     assert read_bundle(tmp_path / "b").manifest.sampling.point.samples == 3

@@ -115,7 +115,7 @@ def test_a_builder_that_crashes_is_a_line_of_the_report(checkpoint, tmp_path, mo
 def test_where_none_passes_every_reason_is_given_and_nothing_is_written(
     small, tmp_path, monkeypatch
 ):
-    """What the process prints that tried is not its answer."""
+    """A process that tries a backend may print, which is not taken for its answer."""
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit; print('hello'); atexit.register(print, 'goodbye')"
     )

@@ -59,7 +59,7 @@ def test_nothing_that_takes_long_is_imported():
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    """As if these were not installed."""
+    """Make these look as if they were not installed."""
     find, version = importlib.util.find_spec, metadata.version
     hidden = {name.replace("-", "_") for name in packages}
 

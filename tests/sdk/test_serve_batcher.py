@@ -222,7 +222,7 @@ def test_a_callback_that_raises_loses_no_other_answer(made, model, monkeypatch):
 
 
 def test_a_thread_that_is_struck_down_fails_what_waits_and_goes_on(made, model, monkeypatch):
-    """As by a lack of memory in the middle of its bookkeeping."""
+    """The bookkeeping itself fails, as it does for a lack of memory."""
     reported = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
     batcher = made()

@@ -69,7 +69,7 @@ def ours() -> set[threading.Thread]:
 
 
 def check(answer: Prediction, wanted: Prediction) -> None:
-    """The same answer, but for how sums are rounded in another batch."""
+    """Check that an answer is the same, but for how sums are rounded in another batch."""
     assert (answer.label, answer.index, answer.samples) == (
         *(wanted.label, wanted.index),
         wanted.samples,

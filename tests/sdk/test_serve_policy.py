@@ -1,4 +1,4 @@
-"""What an idle model is given, and why; all times are written down."""
+"""The policy says what an idle model is given, and why; all times are written down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learned of batches, and what follows from it."""
+"""Service times of batches are learned, and sizes are chosen by them."""
 
 from __future__ import annotations
 

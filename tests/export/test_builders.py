@@ -15,8 +15,7 @@ from tiny import make_model, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 
 from marnet_export.build import torchscript as torchscript_builder
-from marnet_export.build.builder import BUILDERS, builder
-from marnet_export.build.policy import check_device, choose_types, device_of
+from marnet_export.build.builder import BUILDERS, builder, check_device, choose_types, device_of
 from marnet_export.build.tracing import quiet
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower, lower_marnet

@@ -20,10 +20,9 @@ from marnet_export.build.builder import USUAL, builder
 from marnet_export.build.types import Arithmetic, Types
 from marnet_export.lower.methods import lower
 from marnet_export.prove import departure as diagnosis
-from marnet_export.prove.built import Built
 from marnet_export.prove.departure import Departure, diagnose, relative_errors
 from marnet_export.prove.reference import Reference
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.trial import Built, Trial
 from marnet_sdk.backends import open_backend
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SamplerTable, sampler_table

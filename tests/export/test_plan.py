@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plan_twin import run_plan
 from quick import kept
 from tiny import make_model, tables_of
 from tolerances import FLOAT32_LOOP, FLOAT64
 
 from marnet_export.lower.modules import PlanStep, ScanLoop, ScriptedLoop
-from marnet_export.lower.plan import check_step, make_plan, run_plan
+from marnet_export.lower.plan import check_step, make_plan
 from marnet_sdk.errors import ExportError
 from marnet_sdk.noise.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.checkpoint import load_checkpoint

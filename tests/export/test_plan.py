@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +159,19 @@ def quantiles(got: Floats, want: Floats) -> Floats:
     return np.quantile(error, [0.5, 0.99, 1])
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("weights", [trained, large_norms, near_singular_input, large_outputs])
+@pytest.mark.parametrize(
+    ("weights", "sampler"),
+    kept(
+        product((trained, large_norms, near_singular_input, large_outputs), SAMPLERS),
+        {
+            (trained, "ddpm"),
+            (large_norms, "dpmpp"),
+            (near_singular_input, "ddim"),
+            (large_outputs, "ddpm"),
+        },
+        many=True,
+    ),
+)
 def test_on_hard_weights_it_errs_no_more_than_twice_as_much_as_the_plain_float32_loop(
     weights, sampler, checkpoint
 ):

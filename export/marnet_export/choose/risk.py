@@ -79,7 +79,7 @@ def risk_coverage(scores: NDArray[np.floating], correct: NDArray[np.bool_]) -> R
         scores: how sure each answer is, finite [N].
         correct: whether it is right, [N].
     """
-    values = np.asarray(scores, np.float64)
+    values = scores.astype(np.float64)
     order = np.argsort(-values, kind="stable")
     ordered = values[order]
     last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each group of equals

@@ -13,6 +13,7 @@ from onnx_operators import looked_up_once
 REGISTRATION = "torch.onnx._internal.exporter._registration"
 
 
+@torch.no_grad()
 def exported(module: torch.nn.Module) -> onnx.ModelProto:
     program = torch.export.export(module, (torch.zeros(2, 3),))
     found = torch.onnx.export(program, (), dynamo=True, verbose=False)

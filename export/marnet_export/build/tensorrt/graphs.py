@@ -244,9 +244,10 @@ def _export(
     with tracing():
         traced = to_onnx(module, signature, shapes)
         exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
+    proto = exported.model_proto
     if properties is not None:
-        helper.set_model_props(exported.model_proto, properties)
-    _save(exported.model_proto, types, path)
+        helper.set_model_props(proto, properties)
+    _save(proto, types, path)
 
 
 def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 
@@ -13,9 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -70,21 +67,13 @@ def _own_cache(of_this_run: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _onnx_operators_once() -> Iterator[None]:
-    """The exporter to ONNX looks up what it knows once a session, not a second for each graph."""
+    """The exporter to ONNX looks up what it knows once a session."""
     if "torch" not in sys.modules:  # nothing here is exported
         yield
         return
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
+    from onnx_operators import looked_up_once
 
-    known = cache(ONNXRegistry.from_torchlib)
-
-    def from_torchlib(**opset: int) -> ONNXRegistry:
-        registry = copy.copy(known(**opset))
-        registry.functions = {name: [*found] for name, found in registry.functions.items()}
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+    with looked_up_once():
         yield
 
 
@@ -104,17 +93,6 @@ def shared(of_this_run: Path) -> Shared:
         return path
 
     return make
-
-
-@contextmanager
-def in_one_process() -> Iterator[None]:
-    """Exports do not open the bundle in a second process, which takes seconds.
-
-    Those that a test makes by itself do.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("marnet_export.seal._check_in_second_process", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +171,8 @@ def exported(checkpoint: Path, shared: Shared) -> Callable[..., Path]:
     The backend's graph runs the loop if no other is named: which is faster depends on the machine.
     All share what the float32 checkpoint answers.
     """
+    from exports import in_one_process
+
     from marnet_export.job import export_bundle
     from marnet_export.settings import Settings
 
@@ -273,6 +253,7 @@ def compiled_bundle(shared: Shared) -> Path:
     g++ takes half a minute to compile it, so that those who need compiled code share it.
     """
     from compilers import need_compiler
+    from exports import in_one_process
     from tiny import make_model, write_checkpoint
     from torch._inductor import config
 

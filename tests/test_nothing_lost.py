@@ -50,8 +50,8 @@ def test_a_killed_export_leaves_the_previous_bundle(checkpoint, tmp_path):
 
 _AT_A_ROW = """
 import os, signal, sys
-from marnet_sdk import unfinished
-from marnet_sdk.cli import main
+from marnet_sdk.commands import unfinished
+from marnet_sdk.commands.classify import main
 
 write, left = unfinished._line, int(sys.argv.pop(1))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marnet_export.bundle_tables import (
+    print_answers,
+    print_description,
+    print_differences,
+    print_measured,
+    print_replay,
+)
 from marnet_export.cli import DATA, FOLDER, NEEDS
 from marnet_export.inspection import (
-    Answers,
     compare_answers,
     describe,
-    fidelity_differences,
+    differing,
     fidelity_of,
-    file_differences,
-    flatten,
-    manifest_differences,
-    receipt_differences,
     sentence,
 )
 from marnet_export.prove.checks import FAILED, Check, check_here, failed, passed
@@ -38,7 +39,7 @@ from marnet_sdk.errors import (
 )
 from marnet_sdk.files import sha256_file
 from marnet_sdk.prediction import Prediction
-from marnet_sdk.provenance import Replay, provenance_of, read_answers
+from marnet_sdk.provenance import provenance_of, read_answers
 from marnet_sdk.provenance import replay as derive_again
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ _CHECKPOINT = click.option(
     help="The checkpoint that it was made from: a folder, or ORG/NAME on the hub. Default: the one "
     "in the bundle.",
 )
-_PARTS = ("encoder", "loop", "head", "all")
-_SHOWN = 60  # characters of a value in a table
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -82,112 +81,8 @@ def inspect(bundle: Path, form: str) -> None:
     if form == "json":
         print_json(found)
         return
-    _print_overview(found)
-    _print_receipt(found["precision"]["receipt"])
-    if kept := found["precision"]["kept"]:
-        columns = ("layer of the image encoder that stayed float", "because")
-        print_table("kept out of int8", columns, list(kept.items()))
-    _print_points(found)
-    if backends := found["fidelity"].get("backends"):
-        _print_backends(backends)
-    _print_versions(found)
-    rows = [
-        (folder, f"{size['files']:,}", f"{size['bytes']:,}")
-        for folder, size in found["sizes"].items()
-    ]
-    print_table("sizes", ("folder", "files", "bytes"), rows)
+    print_description(found)
     next_commands(f"marnet-bundle verify {shlex.quote(str(bundle))}")
-
-
-def _print_overview(found: Mapping[str, Any]) -> None:
-    labels, precision, sampling = found["labels"], found["precision"], found["sampling"]
-    if note := found["fidelity"].get("not_run"):
-        say(note)
-    first = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
-    golden, fidelity = found["golden"], found["fidelity"]
-    rows = [
-        ("method", found["method"]),
-        ("labels", f"{len(labels)}: {first}"),
-        ("backend", found["backend"]),
-        ("reverse loop", found["loop"]),
-        ("precision asked", f"{precision['asked']}, loop {precision['loop']}"),
-        ("other products in", precision["compute"]),
-        ("noise", f"{sampling['noise']}, seed {sampling['seed']}"),
-        ("golden images", f"{golden['images']}, to {golden['tolerance']:g} of the largest logit"),
-        ("fidelity", sentence(fidelity)),
-    ]
-    if accuracy := fidelity.get("reference_accuracy"):
-        text = f"{fidelity['bundle_accuracy']:.2%}, of the checkpoint {accuracy:.2%}"
-        rows.append(("accuracy", text))
-    if floor := fidelity.get("instability"):
-        text = f"{floor['share']:.2%} of {floor['images']} images, over {len(floor['seeds'])} seeds"
-        rows.append(("labels that change with the noise", text))
-    held = {"text": "the text encoder", "source": "the checkpoint"}
-    rows += [
-        ("holds besides", " and ".join(what for key, what in held.items() if found[key]) or "-"),
-        ("made from", f"checkpoint {found['checkpoint_sha256']}"),
-        ("made on", found["created"]),
-        ("digest", found["digest"]),
-    ]
-    print_table(found["bundle"], ("", ""), rows)
-
-
-def _print_receipt(receipt: Mapping[str, Any]) -> None:
-    rows = [
-        (part, f"{s['multiply_adds']:,}", _shares(s["storage"]), _shares(s["compute"]))
-        for part in _PARTS
-        if (s := receipt.get(part))
-    ]
-    columns = ("part", "multiply-adds an image", "stored in", "multiplied in")
-    print_table("precision delivered, as read from the payload", columns, rows)
-
-
-def _shares(shares: Mapping[str, float]) -> str:
-    ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {share:.2%}" for name, share in ordered)
-
-
-def _print_points(found: Mapping[str, Any]) -> None:
-    sampling, fidelity = found["sampling"], found["fidelity"].get("operating_points", {})
-    rows = []
-    for name, point in sampling["points"].items():
-        threshold, measured = point["abstain_below"], fidelity.get(name)
-        rows.append(
-            (
-                name + (" (answers)" if name == sampling["default"] else ""),
-                point["sampler"] + (f", eta {point['eta']:g}" if point["eta"] else ""),
-                str(len(point["timesteps"])),
-                str(point["samples"]),
-                "-" if threshold is None else f"{threshold:.4f}",
-                "-" if measured is None else f"{measured['top1_agreement']:.2%}",
-            )
-        )
-    columns = ("operating point", "sampler", "steps", "samples", "abstain below", "agreement")
-    print_table("operating points", columns, rows)
-
-
-def _print_backends(backends: Sequence[Mapping[str, Any]]) -> None:
-    rows = []
-    for one in backends:
-        times = (one.get("milliseconds") or {}).items()
-        taken = ", ".join(f"{ms:.3g} for {count}" for count, ms in times)
-        reason = one.get("reason") or ""
-        rows.append((one["backend"], one["outcome"], taken or "-", reason))
-    columns = ("backend", "outcome", "ms for images", "reason")
-    print_table("backends that were tried", columns, rows)
-
-
-def _print_versions(found: Mapping[str, Any]) -> None:
-    built, here = found["built_for"], found["here"]
-    targets = f" ({', '.join(built['targets'])})" if built["targets"] else ""
-    rows = [("machine", f"{built['device']} {built['machine']}{targets}", here["machine"])]
-    for name, version in built["packages"].items():
-        now = here["differ"].get(name, (version, version))[1]
-        mark = " (differs)" if name in here["differ"] else ""
-        rows.append((name, version, (now or "not installed") + mark))
-    print_table("versions", ("", "built with", "here"), rows)
-    if here["unavailable"]:
-        say(f"{found['backend']} cannot run here: {here['unavailable']}")
 
 
 # --- verify
@@ -253,47 +148,14 @@ def _report(
         content = {"bundle": str(bundle), "passed": not any(c.outcome == FAILED for c in checks)}
         content |= {"checks": [asdict(check) for check in checks], "exported": exported}
         if again is not None:
-            measured = {name: fidelity.to_dict() for name, fidelity in again.fidelity.items()}
+            measured = {name: asdict(fidelity) for name, fidelity in again.fidelity.items()}
             content |= {"here": measured, "trajectory": again.trajectory}
             content |= {"departure": again.departure}
         print_json(content)
         return
     print_table(str(bundle), ("check", "", ""), [(c.name, c.outcome, c.detail) for c in checks])
-    if again is not None and again.fidelity:
-        rows = list(_measured(again, exported))
-        print_table("against the float32 checkpoint", ("", "at the export", "here"), rows)
-
-
-_MEASURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("images", "images", "{:,}".format),
-    ("top-1 agreement", "top1_agreement", "{:.2%}".format),
-    ("95 % interval", "top1_interval", lambda pair: f"{pair[0]:.2%} to {pair[1]:.2%}"),
-    ("top-5 agreement", "top5_agreement", "{:.2%}".format),
-    ("largest logit error", "logit_error_max", "{:.3g}".format),
-    ("mean logit error", "logit_error_mean", "{:.3g}".format),
-    ("largest logit", "largest_logit", "{:.3g}".format),
-    ("accuracy of the checkpoint", "reference_accuracy", "{:.2%}".format),
-    ("accuracy of the bundle", "bundle_accuracy", "{:.2%}".format),
-    ("labels that depend on the batch", "row_invariance.flips", "{:.0f}".format),
-    ("logits depend on it by", "row_invariance.max_difference", "{:.3g}".format),
-    ("NaN or infinite", "non_finite", "{:,}".format),
-)
-
-
-def _measured(again: Verification, exported: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows: what, at the export, here."""
-    rows: list[tuple[str, ...]] = []
-    points = exported.get("operating_points", {})
-    for name, fidelity in again.fidelity.items():
-        pair = [flatten(x) for x in (points.get(name, {}), fidelity.to_dict())]
-        at = f", {name}" if len(again.fidelity) > 1 else ""
-        for title, key, show in _MEASURES:
-            values = [x.get(key) for x in pair]
-            rows.append((title + at, *("-" if v is None else show(v) for v in values)))
-    ways = (exported.get("trajectory", []), again.trajectory)
-    worst = [max((row["error"] for row in way), default=0.0) for way in ways]
-    rows.append(("largest error along the trajectory", *(f"{w:.3g}" for w in worst)))
-    return rows
+    if again is not None:
+        print_measured(again, exported)
 
 
 def _end(bundle: Bundle, checks: Sequence[Check], departure: str | None, form: str) -> None:
@@ -331,50 +193,17 @@ def diff(a: Path, b: Path, no_run: bool, form: str) -> None:
     Exit code 0: they give the same labels, or were not run. 1: a label differs.
     """
     bundles = [read_bundle(path, lazily=True) for path in (a, b)]
-    parts = {
-        "manifest": manifest_differences(*bundles),
-        "files": file_differences(*bundles),
-        "receipt": receipt_differences(*bundles),
-        "fidelity": fidelity_differences(*bundles),
-    }
+    parts = differing(*bundles)
     answers = None if no_run else compare_answers(*bundles)
     if form == "json":
         print_json({"a": str(a), "b": str(b), **parts, "answers": answers and asdict(answers)})
     else:
-        for title, found in parts.items():
-            if found:
-                rows = [(key, *(_short(value) for value in pair)) for key, pair in found.items()]
-                print_table(f"{title}: {len(rows)} differ", ("", str(a), str(b)), rows)
-        if not any(parts.values()):
-            say("the bundles hold the same")
-        _print_answers(answers, a, b)
+        print_differences(parts, a, b)
+        if answers is not None:
+            print_answers(answers, a, b)
         next_commands(*(f"marnet-bundle verify {shlex.quote(str(path))}" for path in (a, b)))
     if answers is not None and answers.differ:
         sys.exit(1)
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _print_answers(answers: Answers | None, a: Path, b: Path) -> None:
-    if answers is None:
-        return
-    if answers.differ:
-        count = len(answers.differ)
-        print_table(f"labels: {count} differ", ("image", str(a), str(b)), answers.differ)
-    same = answers.images - len(answers.differ)
-    text = f"{same} of {answers.images} golden images get the same label"
-    if answers.logit_difference is None:
-        say(f"{text}; logits are not compared, as the sets of labels differ")
-        return
-    largest = answers.largest_logit
-    say(f"{text}; logits up to {largest:.3g} differ by up to {answers.logit_difference:.3g}")
 
 
 # --- replay
@@ -411,18 +240,14 @@ def replay(answers: Path, image: Path, model: Path | None, form: str) -> None:
         print_json([asdict(one) | {"equal": one.equal} for one in replays])
     else:
         for one in replays:
-            _print_replay(one)
+            print_replay(one)
     if differences := [d for one in replays for d in one.differences]:
         more = f", and {len(differences) - 1} more differences" if differences[1:] else ""
         raise VerificationFailed(f"{answers} is not what {image} gives: {differences[0]}{more}")
 
 
 def _answers_to(image: Path, answers: Path) -> list[Prediction]:
-    """The answers of a file to an image; its only one, whatever that is to.
-
-    Raises:
-        VerificationFailed: none of several is.
-    """
+    """The answers of a file to an image; its only one, whatever that is to."""
     digest, count, matching = sha256_file(image), 0, []
     for count, one in enumerate(read_answers(answers), 1):  # noqa: B007
         if provenance_of(one).image == digest:
@@ -433,20 +258,6 @@ def _answers_to(image: Path, answers: Path) -> list[Prediction]:
         f"none of the {count} answers in {answers} is to an image with the SHA-256 of {image}, "
         f"{digest}"
     )
-
-
-def _print_replay(one: Replay) -> None:
-    if one.answer is not None:
-        rows = [(score.label, f"{score.score!r}") for score in one.answer.top]
-        print_table("derived again", ("label", "score"), rows)
-    for difference in one.differences:
-        say(f"differs: {difference}")
-    for part in one.surroundings:
-        say(f"not as it was: {part}")
-    if one.equal and one.tolerance is None:
-        say("equal to the bit")
-    elif one.equal:
-        say(f"equal: logarithms of probabilities within {one.tolerance:.3g}")
 
 
 # --- rebuild

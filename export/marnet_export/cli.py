@@ -205,8 +205,8 @@ def main(
     written and the exit code is 3.
     """
     with requires_extra("export", *NEEDS):
-        from marnet_export.choose.asked import explain as explain_plan
         from marnet_export.choose.race import export_fastest
+        from marnet_export.choose.steps import explain as explain_plan
         from marnet_export.inspection import sentence
         from marnet_export.job import export_bundle
         from marnet_export.settings import Settings

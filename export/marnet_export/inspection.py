@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,42 +104,26 @@ class Answers:
     logit_difference: float | None  # the largest
 
 
-def manifest_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """Keys of the manifests, dotted, whose values differ: [of a, of b]. Not of files, receipt."""
-    flat = []
-    for bundle in (a, b):
-        content = json.loads((bundle.path / MANIFEST).read_text("ascii"))
-        del content["files"], content["digest"], content["precision"]["receipt"]
-        flat.append(flatten(content))
-    return differences(*flat)
+def differing(a: Bundle, b: Bundle) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Tell in what two bundles differ: manifest, files, receipt and fidelity, by dotted keys.
+
+    Each difference is (of a, of b), with None for what is not there; of files, their bytes.
+    """
+    one, other = map(_parts, (a, b))
+    found = {part: differences(flatten(one[part]), flatten(other[part])) for part in one}
+    files = differences(a.manifest.files, b.manifest.files)
+    kept = {name: (x and x["bytes"], y and y["bytes"]) for name, (x, y) in sorted(files.items())}
+    return {"manifest": found.pop("manifest"), "files": kept, **found}
 
 
-def receipt_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """List the shares in which the receipts of two bundles differ."""
-    receipts = [x.manifest.precision.receipt for x in (a, b)]
-    flat = [flatten({part: asdict(share) for part, share in r.items()}) for r in receipts]
-    return differences(*flat)
-
-
-def fidelity_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """List the figures in which the measurements of two exports differ."""
-    flat = []
-    for bundle in (a, b):
-        content = fidelity_of(bundle)
-        # At the top already.
-        content.get("operating_points", {}).pop(bundle.manifest.sampling.default, None)
-        flat.append(flatten(content))
-    return differences(*flat)
-
-
-def file_differences(a: Bundle, b: Bundle) -> dict[str, tuple[int | None, int | None]]:
-    """Files of other content: their sizes in a and b; None where there is no such file."""
-    one, other = a.manifest.files, b.manifest.files
-    return {
-        name: (one.get(name, {}).get("bytes"), other.get(name, {}).get("bytes"))
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name)
-    }
+def _parts(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    manifest = json.loads((bundle.path / MANIFEST).read_text("ascii"))
+    del manifest["files"], manifest["digest"]
+    fidelity = fidelity_of(bundle)
+    # At the top already.
+    fidelity.get("operating_points", {}).pop(bundle.manifest.sampling.default, None)
+    receipt = manifest["precision"].pop("receipt")
+    return {"manifest": manifest, "receipt": receipt, "fidelity": fidelity}
 
 
 def flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from marnet_export.build.builder import builder
-from marnet_export.choose.asked import about_loop, asked_points
 from marnet_export.choose.loop import choose_loop
-from marnet_export.choose.steps import swept_points
-from marnet_export.choose.thresholds import with_thresholds
+from marnet_export.choose.risk import with_thresholds
+from marnet_export.choose.steps import about_loop, asked_points, swept_points
 from marnet_export.payload import check_fits, complete
 from marnet_export.prove.fidelity import Fidelity
 from marnet_export.prove.verify import read_receipt, verify

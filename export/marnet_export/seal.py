@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from marnet_export.build.builder import builder
+from marnet_export.build.builder import builder, device_of
 from marnet_export.build.opened import runs_here
-from marnet_export.build.policy import device_of
 from marnet_export.build.types import Arithmetic
 from marnet_export.lower.methods import Lowered, lower
-from marnet_export.prove.built import Built
 from marnet_export.prove.checks import PASSED, check_second_process
 from marnet_export.prove.fidelity import Fidelity, margin
+from marnet_export.prove.trial import Built
 from marnet_export.settings import Settings, check_types, order_for
 from marnet_export.text import export_text
 from marnet_export.work import Job, add_to_report

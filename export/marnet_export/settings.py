@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from marnet_export.build.builder import BUILDERS, ROUTES, Order, builder
-from marnet_export.build.policy import check_device, choose_types, device_of
+from marnet_export.build.builder import (
+    BUILDERS,
+    ROUTES,
+    Order,
+    builder,
+    check_device,
+    choose_types,
+    device_of,
+)
 from marnet_export.build.types import PRECISIONS, Arithmetic, Calibration
 from marnet_sdk.errors import InvalidInput, nearest
 from marnet_train.diffusion import SAMPLERS
@@ -76,8 +84,15 @@ class Settings:
             raise InvalidInput(
                 f"route: got {self.route!r} for {self.backend}; it is for --backend tensorrt"
             )
-        if not 0 < self.max_drop < 1:
-            raise InvalidInput(f"max_drop: got {self.max_drop}, expected more than 0, less than 1")
+        for name, number, most in (
+            ("max_drop", self.max_drop, 1),
+            ("target_risk", self.target_risk, 1),
+            ("latency_budget_ms", self.latency_budget_ms, math.inf),
+        ):
+            if number is not None and not 0 < number < most:
+                raise InvalidInput(
+                    f"{name}: got {number}, expected more than 0, less than {most:g}"
+                )
         if not 0 <= self.seed < 2**64:
             raise InvalidInput(f"seed: got {self.seed}, expected 0 .. 2**64 - 1")
 
@@ -100,11 +115,7 @@ def check_types(settings: Settings) -> Arithmetic:
 
 
 def order_for(settings: Settings, calibration: Calibration | None = None) -> Order:
-    """Return what the builder is told beside model and types.
-
-    Raises:
-        InvalidInput: targets are named, and the backend builds for this machine.
-    """
+    """Return what the builder is told beside model and types."""
     backend = settings.backend
     if settings.targets and builder(backend).stand_in is None:
         raise InvalidInput(

@@ -101,11 +101,7 @@ def export_text(
 
 
 def check_text(checkpoint: Checkpoint, lowered: Lowered) -> None:
-    """Refuse, before anything is built, a checkpoint whose texts could not be encoded.
-
-    Raises:
-        ExportError: it has no tokenizer, or one that does not fit.
-    """
+    """Refuse, before anything is built, a checkpoint whose texts could not be encoded."""
     if lowered.text is not None:
         _Source(checkpoint, lowered)
 
@@ -187,9 +183,6 @@ class _Source:
 def max_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return where training cut its texts, or, where training.json is lost, the most the encoder
     takes.
-
-    Raises:
-        ExportError: neither is known.
     """
     settings = checkpoint.training.get("settings")
     trained = settings.get("max_tokens") if isinstance(settings, dict) else None
@@ -206,11 +199,7 @@ def max_tokens(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, max_tokens: int, path: Path) -> None:
-    """Write it in the format of `tokenizers`, set to cut and pad as `marnet_train.text.encode`.
-
-    Raises:
-        ExportError: it is not made of `tokenizers`' parts.
-    """
+    """Write it in the format of `tokenizers`, set to cut and pad as `marnet_train.text.encode`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pad = tokenizer.pad_token
     if not isinstance(backend, Tokenizer) or not isinstance(pad, str):
@@ -280,11 +269,7 @@ def _spread(texts: Sequence[str]) -> list[str]:
 
 
 def _verify(embedder: TextEmbedder, source: _Source, types: Types) -> dict[str, float]:
-    """Hold what was built against training's tokens and the float32 encoder.
-
-    Raises:
-        VerificationFailed: they differ by more than the types explain.
-    """
+    """Hold what was built against training's tokens and the float32 encoder."""
     texts = source.texts
     _check_tokens(embedder, source)
     want = source.features()

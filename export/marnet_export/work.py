@@ -20,12 +20,10 @@ from marnet_export.build.types import Arithmetic, Calibration
 from marnet_export.choose.sweep import as_points
 from marnet_export.lower.methods import Lowered, lower
 from marnet_export.lower.zero_steps import process_table
-from marnet_export.prove.built import Built
 from marnet_export.prove.fidelity import MIN_AGREEMENT, ROW_TOLERANCE
 from marnet_export.prove.images import Images, load_images
-from marnet_export.prove.reference import Reference
-from marnet_export.prove.store import Store
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.reference import Reference, Store
+from marnet_export.prove.trial import Built, Trial
 from marnet_export.settings import Say, Settings, order_for
 from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.bundle import FIDELITY, PAYLOAD, Sampling, is_bundle
@@ -34,6 +32,7 @@ from marnet_sdk.outputs import atomic_directory, check_output, exclusive
 from marnet_train.checkpoint import Checkpoint, load_checkpoint, write_json
 from marnet_train.diffusion import SamplerTable
 
+DEFAULT = "default"  # the operating point of a bundle that has one
 CALIBRATION = 256  # images that the ranges of int8 are measured on
 
 
@@ -89,8 +88,8 @@ class Job:
     images: Images  # that it is verified on
     fitted: Images  # that int8 is fitted to: not the images of --data, if there are others
     say: Say
-    kept: Kept
     store: Store | None = None  # of what the reference answers
+    kept: Kept = Kept({}, 0.0)
 
     @classmethod
     def load(
@@ -107,10 +106,8 @@ class Job:
         images = fitted = load_images(data, checkpoint, say)
         if data is not None and checkpoint.samples.is_dir():
             fitted = load_images(None, checkpoint, say)
-        lowered = lower(checkpoint.model)
         store = None if answers is None else Store(answers, checkpoint.sha256)
-        kept = Kept({}, 0.0)
-        return cls(fresh, checkpoint, lowered, settings, images, fitted, say, kept, store)
+        return cls(fresh, checkpoint, lower(checkpoint.model), settings, images, fitted, say, store)
 
     @property
     def payload(self) -> Path:
@@ -139,7 +136,6 @@ class Job:
 
     @property
     def trained_samples(self) -> int:
-        """Count the noise samples that an image meets in the process as trained."""
         return trained_samples(self.checkpoint.model.config)
 
     def table(self, steps: int | None = None) -> SamplerTable:

@@ -233,6 +233,15 @@ def requires_extra(extra: str, *modules: str) -> Iterator[None]:
         ) from error
 
 
+def one_line(error: BaseException) -> str:
+    """An error of another library in one line of up to 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # TorchScript puts a traceback of its own before what happened.
+    scripted = lines and lines[0].startswith("The following operation failed in the TorchScript")
+    said = lines[-1] if scripted else " ".join(lines)
+    return said[:300] or type(error).__name__
+
+
 def brief(value: object) -> str:
     """A value as messages repeat it: what was passed for it may be a whole file's text."""
     text = repr(value)

@@ -20,7 +20,7 @@ from tolerances import BUILT, FLOAT32_LAYER
 from torch import nn
 from torch._inductor import config
 
-from marnet_export.build.aotinductor import (
+from marnet_export.build.aotinductor.graphs import (
     build_encoder,
     build_refine,
     build_text,
@@ -334,18 +334,6 @@ def test_a_product_that_is_compiled_for_a_gpu_with_the_rest_is_not_overlooked(pa
     folder = turned(payload("fp32", "fp32"), tmp_path, hide)
     with pytest.raises(Unread, match=r"calls call_triton_tem_fused.* not counted yet"):
         products(folder, Types("fp32", "fp32"), SHAPE)
-
-
-@pytest.mark.parametrize("types", [Types("int8", "int8"), Types("fp16", "fp16")])
-def test_types_that_it_does_not_have_are_refused_with_those_it_has(lowered, types, tmp_path):
-    message = (
-        f"stores fp32, bf16, fp16 and computes in fp32 or bf16, not {types.storage} and "
-        f"{types.compute}; --backend openvino has int8"
-    )
-    for build in (build_refine, build_text):
-        with pytest.raises(ExportError, match=message):
-            build(lowered, types, tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_compiler_the_export_says_what_to_install(lowered, tmp_path):

@@ -18,7 +18,7 @@ from tiny import make_model, plain_refine, tables_of
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER
 
 from marnet_export.build.builder import Order
-from marnet_export.build.openvino import ENCODER, REFINE, build_encoder, build_refine
+from marnet_export.build.openvino.graphs import ENCODER, REFINE, build_encoder, build_refine
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower_marnet
 from marnet_export.lower.plan import SamplingPlan, make_plan

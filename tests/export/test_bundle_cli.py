@@ -29,7 +29,7 @@ from marnet_export.prove.checks import check_second_process
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import Manifest, read_bundle, seal_bundle
-from marnet_sdk.cli import main as classify
+from marnet_sdk.commands.classify import main as classify
 
 Change = Callable[[Path], None]
 

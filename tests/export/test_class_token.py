@@ -12,7 +12,7 @@ from tolerances import BUILT, FLOAT32_LAYER
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from marnet_export.choose.asked import explain
+from marnet_export.choose.steps import explain
 from marnet_export.lower.class_token import ClassTokenLayer, for_class_token
 from marnet_export.lower.modules import with_compute, with_rounded_results
 from marnet_export.settings import Settings

@@ -31,7 +31,7 @@ from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
 from marnet_export.work import at_work
 from marnet_sdk.bundle import read_bundle
-from marnet_sdk.cli import main as classify
+from marnet_sdk.commands.classify import main as classify
 from marnet_sdk.errors import BackendUnavailable, OutputBusy
 from marnet_sdk.gpu.tensorrt_library import Device, find_device, load_library
 

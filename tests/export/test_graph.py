@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plan_twin import run_plan
 from quick import kept
 from tiny import make_model
 from tolerances import BF16_LAYER, BUILT, FLOAT32_LAYER, FLOAT32_LOOP
@@ -25,7 +26,7 @@ from marnet_export.lower.modules import (
     with_compute,
     with_rounded_results,
 )
-from marnet_export.lower.plan import SamplingPlan, run_plan
+from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.errors import MarnetWarning
 from marnet_sdk.noise.tables import make_tables

@@ -15,6 +15,7 @@ import torch
 from bf16 import bf16_only
 from calibration import calibrate
 from compilers import need_compiler
+from plan_twin import run_plan
 from safetensors.numpy import load_file, save_file
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_LOOP, INT8
@@ -28,7 +29,7 @@ from marnet_export.choose.loop import faster_up_to, shown
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower_marnet
 from marnet_export.lower.modules import ScriptedLoop
-from marnet_export.lower.plan import make_plan, run_plan
+from marnet_export.lower.plan import make_plan
 from marnet_export.prove.bundle import check_receipt
 from marnet_export.prove.checks import PASSED
 from marnet_export.rebuild import changed_settings

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exports import in_two_processes
 from quick import kept
 from safetensors.numpy import load_file, save_file
 
@@ -73,7 +74,8 @@ def bundles(tmp_path: Path) -> Path:
 def ten_steps(checkpoint, tmp_path_factory) -> tuple[Fidelity, Path]:
     """This holds what an export returned, and the bundle."""
     path = tmp_path_factory.mktemp("bundles") / "b"
-    return export_bundle(checkpoint, path, quick(steps=10, seed=3)), path
+    with in_two_processes():
+        return export_bundle(checkpoint, path, quick(steps=10, seed=3)), path
 
 
 def test_the_manifest_says_what_was_asked_and_what_was_built(ten_steps, checkpoint):
@@ -124,10 +126,11 @@ def test_a_receipt_that_cannot_be_read_stops_no_export_that_is_right(
 def test_fidelity_travels_with_the_bundle(ten_steps):
     fidelity, path = ten_steps
     written = json.loads((path / "fidelity.json").read_text())
-    own = json.loads(json.dumps(fidelity.to_dict()))
+    own = json.loads(json.dumps(asdict(fidelity)))
     assert {key: written[key] for key in own} == own
     assert written["operating_points"] == {"default": own}
     assert written["images"] == 270
+    assert "its golden logits differ by up to" in written["second_process"]
     assert written["top1_agreement"] >= 0.98
     assert 0.8 < written["reference_accuracy"] < 1
     assert written["bundle_accuracy"] == pytest.approx(written["reference_accuracy"], abs=0.01)
@@ -463,6 +466,11 @@ def test_a_risk_that_cannot_be_shown_stops_the_export(checkpoint, bundles):
         ({"sampler": "dpmpp", "eta": 0.5}, "eta: got 0.5, but it is for ddim"),
         ({"eta": 0.5}, "eta: got 0.5, but it is for ddim: add --sampler ddim"),
         ({"max_drop": 1.0}, "max_drop: got 1.0, expected more than 0, less than 1"),
+        ({"target_risk": 0.0}, "target_risk: got 0.0, expected more than 0, less than 1"),
+        (
+            {"steps": "auto", "latency_budget_ms": 0},
+            "latency_budget_ms: got 0, expected more than 0, less than inf",
+        ),
         ({"seed": 2**64}, "seed: got 18446744073709551616, expected 0"),
         ({"precision": "auto"}, "precision: got 'auto', expected one of fp32, bf16, fp16"),
         ({"latency_budget_ms": 3.0}, "a latency budget is for choosing steps: add --steps auto"),

@@ -172,7 +172,7 @@ def test_what_is_done_once_per_image_stays_float_in_int8(backend, built):
 @pytest.mark.parametrize("kind", kept(["resnet", "vit"], {"resnet"}))
 def test_what_cannot_be_read_back_is_counted_on_the_model(kind, built):
     """As many multiply-adds of weights as are read from a graph that was built of it."""
-    types = Types("fp32", "fp32")
+    types = Types("bf16", "fp32")
     model, receipt = built("onnxruntime", types, types, kind=kind)
     found = count_products(lower_marnet(model, make_plan(model, "hidden")), SHAPE)
     assert {(p.storage, p.compute) for p in found} == {("not read back", "not read back")}

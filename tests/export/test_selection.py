@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from marnet_export.choose.candidates import (
 )
 from marnet_export.choose.points import choose, pareto_report
 from marnet_export.choose.risk import risk_coverage, threshold_for_risk
-from marnet_sdk.errors import InvalidInput, VerificationFailed
+from marnet_sdk.errors import VerificationFailed
 from marnet_train.measures import paired_interval
 
 # Of ten images the exact process has seven right.
@@ -95,7 +95,7 @@ def test_a_candidate_is_measured_against_the_exact_process():
     assert got.images == 10
     assert got.process == ("ddim", 0.0, 10, 2, "bf16")
     assert str(got) == "ddim eta 0, 10 steps, 2 samples, bf16"
-    assert json.loads(json.dumps(got.to_dict()))["agreement"] == pytest.approx(0.6)
+    assert json.loads(json.dumps(asdict(got)))["agreement"] == pytest.approx(0.6)
 
 
 def test_the_exact_process_passes_on_any_set():
@@ -339,7 +339,7 @@ def curve_slowly(scores: list[float], correct: list[bool]) -> list[tuple[float, 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=30))
 def test_risk_and_coverage_are_those_of_a_loop_over_thresholds(pairs):
     scores, correct = [pair[0] / 6 for pair in pairs], [pair[1] for pair in pairs]
-    got = risk_coverage(scores, correct)
+    got = risk_coverage(np.array(scores), np.array(correct))
     rows = np.stack([got.threshold, got.coverage, got.risk], axis=1)
     np.testing.assert_allclose(rows, curve_slowly(scores, correct), atol=FLOAT64)
     assert got.coverage[-1] == 1
@@ -370,15 +370,14 @@ def test_one_early_error_does_not_end_the_search():
 @given(
     st.integers(20, 400),
     st.sampled_from([0.02, 0.1, 0.3]),
-    st.sampled_from([0.5, 0.9, 0.99]),
     st.integers(0, 2**32),
 )
-def test_a_threshold_is_on_the_curve_and_its_bound_below_the_target(count, target, sure, seed):
+def test_a_threshold_is_on_the_curve_and_its_bound_below_the_target(count, target, seed):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 40, count) / 40  # with ties
     correct = rng.random(count) < 0.8 + 0.2 * scores
     try:
-        got = threshold_for_risk(scores, correct, target, sure)
+        got = threshold_for_risk(scores, correct, target)
     except VerificationFailed:
         return
     answered = scores >= got.threshold
@@ -420,44 +419,6 @@ def test_a_score_that_is_wrong_where_it_is_sure_is_refused():
     message = r"does not show a risk below 5.00% .* surest answers .* labels may be wrong"
     with pytest.raises(VerificationFailed, match=message):
         threshold_for_risk(np.linspace(0, 1, 500), np.zeros(500, bool), 0.05)
-
-
-# --- errors
-
-
-ONES = np.ones(3, bool)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: images_needed(0), "max_drop: got 0; expected a share of accuracy"),
-        (lambda: images_needed(1.0), "max_drop: got 1.0"),
-        (lambda: choose([], EXACT, math.nan), "max_drop: got nan"),
-        (lambda: choose([], EXACT, 0.01, 0), "latency_budget_ms: got 0; expected a positive"),
-        (lambda: choose([], EXACT, 0.01, math.inf), "latency_budget_ms: got inf"),
-        (
-            lambda: evaluate_candidate(TRUTH, TRUTH[:4], TRUTH, **SETTING),
-            r"labels: got shapes \[\(10,\), \(4,\), \(10,\)\]; expected the same",
-        ),
-        (lambda: evaluate_exact([], [], **SETTING), "N > 0"),
-        (lambda: evaluate_exact([0.5], [1], **SETTING), r"labels: got \['float64', .*integers"),
-        (
-            lambda: evaluate_exact(TRUTH, TRUTH, **SETTING | {"latency_ms": 0}),
-            "latency_ms: got 0; expected a positive number",
-        ),
-        (lambda: risk_coverage([0.1], ONES), r"got scores \(1,\) and correct \(3,\) \(bool\)"),
-        (lambda: risk_coverage([0.1], [1]), "expected one score and one bool"),
-        (lambda: risk_coverage([], np.array([], bool)), "at least one image"),
-        (lambda: risk_coverage([0, 1, math.nan], ONES), "scores: some are NaN or infinite"),
-        (lambda: threshold_for_risk([1] * 3, ONES, 0.0), "target: got 0.0; expected more than 0"),
-        (lambda: threshold_for_risk([1] * 3, ONES, 1.0), "target: got 1.0"),
-        (lambda: threshold_for_risk([1] * 3, ONES, 0.1, 1.0), "confidence: got 1.0"),
-    ],
-)
-def test_errors_say_what_was_expected(call: Any, message: str):
-    with pytest.raises(InvalidInput, match=message):
-        call()
 
 
 # --- reports and pictures

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from marnet_export.choose.sweep import as_points, sweep, swept_processes
 from marnet_export.lower.methods import lower
 from marnet_export.lower.zero_steps import alignment_head, process_table
-from marnet_export.prove.built import Built
 from marnet_export.prove.reference import Reference
+from marnet_export.prove.trial import Built
 from marnet_sdk.alignment import WithAlignment
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import Bundle, read_bundle

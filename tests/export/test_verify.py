@@ -18,7 +18,6 @@ from scipy.stats import binomtest
 from tiny import plain_refine
 from tolerances import FLOAT32_TWICE, FLOAT64
 
-from marnet_export.prove.built import Built
 from marnet_export.prove.fidelity import (
     Fidelity,
     margin,
@@ -26,10 +25,8 @@ from marnet_export.prove.fidelity import (
     row_invariance,
     wilson_interval,
 )
-from marnet_export.prove.noise import instability_floor, settling
-from marnet_export.prove.reference import Reference
-from marnet_export.prove.store import Store
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.reference import Reference, Store
+from marnet_export.prove.trial import Built, Trial, instability_floor, settling
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
 from marnet_sdk.bundle import read_bundle
@@ -300,7 +297,7 @@ def test_the_reference_is_the_checkpoint_with_its_plain_loop(by_image, model, im
 def test_estimates_end_where_the_chain_ends(model, images):
     reference = Reference(model, images)
     table = sampler_table(model.config.schedule, "ddim", 6)
-    estimates = reference.estimates(table, 0, 9)
+    estimates = reference.estimates(table, 0, np.arange(9))
     assert estimates.shape == (6, 9, 10)
     want = reference.logits(table, 0, limit=9)[:, 0]
     np.testing.assert_allclose(estimates[-1], want, atol=FLOAT32_TWICE * np.abs(want).max())

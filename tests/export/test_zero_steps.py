@@ -19,8 +19,8 @@ from marnet_export import work
 from marnet_export.build.builder import USUAL
 from marnet_export.build.types import Arithmetic, Types
 from marnet_export.bundle_cli import main
-from marnet_export.choose import asked
-from marnet_export.choose.asked import explain
+from marnet_export.choose import steps as choose_steps
+from marnet_export.choose.steps import explain
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower
 from marnet_export.lower.zero_steps import (
@@ -29,10 +29,9 @@ from marnet_export.lower.zero_steps import (
     process_table,
     write_head,
 )
-from marnet_export.prove.built import Built
 from marnet_export.prove.departure import diagnose
 from marnet_export.prove.reference import Reference
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.trial import Built, Trial
 from marnet_export.settings import Settings
 from marnet_sdk import Classifier
 from marnet_sdk.backends import open_backend
@@ -265,7 +264,7 @@ def test_an_export_takes_the_checkpoint_s_number_of_samples(checkpoint, tmp_path
         object.__setattr__(found.model.config, "samples", 3)
         return found
 
-    for module in (work, asked):
+    for module in (work, choose_steps):
         monkeypatch.setattr(module, "load_checkpoint", loaded)
     lenient = Settings("torchscript", steps=2, min_agreement=0.9, text=False)
     export_bundle(checkpoint, tmp_path / "b", lenient)

@@ -21,7 +21,7 @@ from quick import kept
 from tiny import make_model, tables_of
 from tolerances import BUILT, FLOAT32_TWICE
 
-from marnet_export.build.aotinductor import build_encoder, build_refine
+from marnet_export.build.aotinductor.graphs import build_encoder, build_refine
 from marnet_export.build.builder import Order
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower_marnet

@@ -15,7 +15,7 @@ from calibration import calibrate
 from tiny import make_model, tables_of
 
 from marnet_export.build.builder import Order
-from marnet_export.build.openvino import build_encoder, build_refine
+from marnet_export.build.openvino.graphs import build_encoder, build_refine
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower
 from marnet_export.lower.plan import make_plan

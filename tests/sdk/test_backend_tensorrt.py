@@ -32,6 +32,7 @@ import marnet_kernels.loader
 import marnet_kernels.persistent
 import marnet_sdk.gpu.driver
 from marnet_export.build.builder import Order
+from marnet_export.build.tensorrt import graphs
 from marnet_export.build.tensorrt.engines import add_engines, check_targets
 from marnet_export.build.tensorrt.graphs import (
     _session,
@@ -995,6 +996,9 @@ def test_a_trained_bundle_opens_on_the_gpu_and_answers_with_one_launch(
     checkpoint, digits, tmp_path, monkeypatch
 ):
     """Its golden answers come from the graph "refine", and the persistent kernel gives them too."""
+    buckets = (1, 8)  # engines of each take seconds
+    monkeypatch.setattr(graphs, "BUCKETS", buckets)
+    monkeypatch.setattr(graphs, "BUILDER", replace(graphs.BUILDER, buckets=buckets))
     settings = Settings("tensorrt", "fp16", min_agreement=0.98, text=False, targets=("sm89",))
     bundle = tmp_path / "b.marnet"
     export_bundle(checkpoint, bundle, settings)

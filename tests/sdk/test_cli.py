@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from marnet_sdk import Classifier
-from marnet_sdk import rows as rows_module
 from marnet_sdk.bundle import read_bundle, reseal_bundle
-from marnet_sdk.cli import main
+from marnet_sdk.commands import rows as rows_module
+from marnet_sdk.commands.classify import main
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from marnet_sdk import doctor
+from marnet_sdk.commands import examination
+from marnet_sdk.commands.doctor import main
+from marnet_sdk.commands.examination import examine
 from marnet_sdk.cpus import cpus
-from marnet_sdk.doctor import examine
-from marnet_sdk.doctor_cli import main
 
 
 def run(*arguments: str | Path) -> Result:
@@ -50,7 +50,7 @@ def test_json_has_the_same_for_programs():
 
 def test_nothing_that_takes_long_is_imported():
     code = (
-        "import sys; from marnet_sdk.doctor import examine; examine();"
+        "import sys; from marnet_sdk.commands.examination import examine; examine();"
         "print([n for n in ('torch', 'onnxruntime', 'openvino', 'transformers', 'tensorrt_rtx')"
         " if n in sys.modules])"
     )
@@ -68,8 +68,8 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
             raise metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(doctor, "find_spec", lambda n: None if n in hidden else find(n))
-    monkeypatch.setattr(doctor.metadata, "version", tell)
+    monkeypatch.setattr(examination, "find_spec", lambda n: None if n in hidden else find(n))
+    monkeypatch.setattr(examination.metadata, "version", tell)
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
@@ -87,7 +87,7 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
 def test_a_version_that_does_not_fit_is_a_reason(monkeypatch):
     version = metadata.version
     old = {"onnxruntime": "1.2.0"}
-    monkeypatch.setattr(doctor.metadata, "version", lambda n: old.get(n) or version(n))
+    monkeypatch.setattr(examination.metadata, "version", lambda n: old.get(n) or version(n))
     found = examine()["backends"]["onnxruntime"]
     assert found["problem"] == "onnxruntime is 1.2.0, expected >=1.19"
     assert found["install"] == 'pip install "marnet[onnxruntime]" --upgrade'
@@ -108,13 +108,13 @@ def test_a_version_that_does_not_fit_is_a_reason(monkeypatch):
     ],
 )
 def test_versions_are_compared_by_their_numbers(version, wanted, fits):
-    assert doctor._fits(version, wanted) is fits
+    assert examination._fits(version, wanted) is fits
 
 
 def test_a_gpu_that_is_there_is_named(monkeypatch):
     from marnet_sdk.gpu.tensorrt_library import Device
 
-    monkeypatch.setattr(doctor, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13020))
+    monkeypatch.setattr(examination, "find_device", lambda: Device("NVIDIA L4", (8, 9), 13020))
     result = one_line(run().stdout)
     assert "GPU NVIDIA L4 (sm89), driver of CUDA 13.2" in result
     found = examine()
@@ -126,7 +126,7 @@ def test_a_probe_that_fails_is_a_finding_and_no_error(monkeypatch):
         raise RuntimeError("a strange machine")
 
     for name in ("cpus", "host_flags", "find_device", "why_missing", "versions", "_requirements"):
-        monkeypatch.setattr(doctor, name, broken)
+        monkeypatch.setattr(examination, name, broken)
     result = run()
     assert result.exit_code == 0, result.output
     problems = Counter(one_line(result.stdout).split("cannot be told: "))
@@ -137,7 +137,7 @@ def test_a_probe_that_fails_is_a_finding_and_no_error(monkeypatch):
 
 def test_the_native_loop_that_is_missing_says_so_and_names_the_compiler(monkeypatch, tmp_path):
     reason = "the native loop is not compiled: no libx.so"
-    monkeypatch.setattr(doctor, "why_missing", lambda: reason)
+    monkeypatch.setattr(examination, "why_missing", lambda: reason)
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     result = one_line(run().stdout)
     assert f"native loop {reason}" in result
@@ -168,13 +168,15 @@ def test_a_bundle_that_is_usable_ends_with_the_command_that_uses_it(bundle_of):
 
 
 def test_a_bundle_that_ends_its_process_does_not_end_the_doctor(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_OPEN", "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    monkeypatch.setattr(
+        examination, "_OPEN", "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+    )
     result = run(tmp_path)
     assert result.exit_code == 5
     assert "opening it ends the process with SIGILL" in one_line(result.stdout)
 
 
 def test_names_with_control_characters_are_shown_as_escapes(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_OPEN", "raise SystemExit('\\x1b[2J')")
+    monkeypatch.setattr(examination, "_OPEN", "raise SystemExit('\\x1b[2J')")
     result = run(tmp_path / "\x1b[2J\n")
     assert "\x1b" not in result.stdout

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from marnet_sdk.commands.rows import LINES, check_parquet, make_row, print_tables, write_rows
 from marnet_sdk.errors import ImageError, MissingExtra
 from marnet_sdk.prediction import Prediction, Score
-from marnet_sdk.rows import LINES, check_parquet, make_row, print_tables, write_rows
 
 NAMES = st.text(st.characters(exclude_characters="\0\r\n"), min_size=1, max_size=8)
 

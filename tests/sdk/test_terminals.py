@@ -24,10 +24,10 @@ from marnet_sdk.console import printable
 COMMANDS = {
     "marnet-train": "marnet_train.cli",
     "marnet-export": "marnet_export.cli",
-    "marnet-classify": "marnet_sdk.cli",
+    "marnet-classify": "marnet_sdk.commands.classify",
     "marnet-bench": "marnet_bench.cli",
     "marnet-bundle": "marnet_export.bundle_cli",
-    "marnet-doctor": "marnet_sdk.doctor_cli",
+    "marnet-doctor": "marnet_sdk.commands.doctor",
 }
 REFUSING = [command for command in COMMANDS if command != "marnet-doctor"]  # which tells of all
 ENCODINGS = ("utf-8", "ascii", "latin-1", "cp1252", "C")

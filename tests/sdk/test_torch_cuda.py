@@ -469,7 +469,7 @@ def test_a_kernel_that_cannot_be_captured_leaves_the_loop_to_operators(payload_o
         got = backend.run(pixels(4), tables())
     assert close(got[0], want[0], BUILT["bf16"])
     assert backend.report().loop == (
-        "operators in the captured graph, because the persistent kernel failed: "
+        "operators in the captured graph, because the persistent kernel cannot run: "
         "cuLaunchCooperativeKernel: CUDA_ERROR_NOT_SUPPORTED"
     )
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from marnet_sdk.commands.rows import Row, write_rows
+from marnet_sdk.commands.unfinished import unfinished
 from marnet_sdk.errors import DataError, InvalidInput, OutputBusy, OutputError, OutputExists
-from marnet_sdk.rows import Row, write_rows
-from marnet_sdk.unfinished import unfinished
 
 MADE_BY = {"bundle": "0123", "seed": 0}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +73,7 @@ def loop_layers(plan: SamplingPlan, types: Types, ranges: Mapping[str, Range]) -
 
 
 def _kind(types: Types) -> Kind:
-    kinds: dict[str, Kind] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
-    return kinds[types.storage]
+    return cast(Kind, types.storage)
 
 
 def _layer(
@@ -100,9 +100,6 @@ def write_native(
 
     Args:
         types: of the loop.
-
-    Raises:
-        ExportError: int8 without calibration.
     """
     calibrated = require_calibration(calibration, types)
     assert isinstance(lowered.plan, SamplingPlan)

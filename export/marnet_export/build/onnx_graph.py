@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,7 +19,6 @@ from marnet_export.build.quantise import kept_nodes
 from marnet_export.build.tracing import Signature, quiet
 from marnet_export.build.types import TORCH_TYPES, Calibration
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
-from marnet_sdk.noise.tables import Floats
 
 load_onnxruntime()  # what is built is run before the export ends, so its absence ends it first
 
@@ -85,12 +85,15 @@ def quantise(
     matmuls = [node for node in products if node.op_type == "MatMul"]
     left = [node.name for node in matmuls if not stored.keys() & set(node.input)]
     left += kept_nodes(factors, encoder, calibration.kept)
+    starts = range(0, len(calibration.pixels), _CALIBRATED_ON)
+    batches = ({"pixels": calibration.pixels[i : i + _CALIBRATED_ON]} for i in starts)
+    images: Any = SimpleNamespace(get_next=lambda: next(batches, None))
     with quiet(), silent_root_logger(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         quantize_static(
             proto,
             path,
-            _Images(calibration.pixels),  # type: ignore[arg-type]  # a reader but for its base class
+            images,
             op_types_to_quantize=kinds,
             nodes_to_exclude=left,
             per_channel=True,
@@ -99,18 +102,6 @@ def quantise(
             extra_options={"WeightSymmetric": True, **options},
         )
         return onnx.load(path)
-
-
-class _Images:
-    """Calibration images as ONNX Runtime's tools read them: a batch at a call, None at the end."""
-
-    def __init__(self, images: Floats) -> None:
-        starts = range(0, len(images), _CALIBRATED_ON)
-        self._batches = (images[i : i + _CALIBRATED_ON] for i in starts)
-
-    def get_next(self) -> dict[str, Floats] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"pixels": batch}
 
 
 @contextmanager

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,11 +65,7 @@ from marnet_sdk.noise.tables import Floats
 def build_encoder(
     lowered: Lowered, pixels: Tensor, types: Types, payload: Path, order: Order = USUAL
 ) -> None:
-    """Write payload/encoder.onnx. `pixels` [B, 3, H, W] is the example that is traced, B >= 2.
-
-    Raises:
-        ExportError: int8 without calibration.
-    """
+    """Write payload/encoder.onnx."""
     calibrated, encoder = require_calibration(order.calibration, types), lowered.encoder
     if calibrated is not None:
         encoder = corrected(encoder, calibrated.pixels, kept=calibrated.kept)
@@ -93,11 +87,7 @@ def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USU
 
 
 def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
-    """Write payload/refine.onnx.
-
-    Raises:
-        ExportError: int8 without calibration.
-    """
+    """Write payload/refine.onnx."""
     calibrated = require_calibration(order.calibration, types)
     step = lowered.step(torch.float32)
     if calibrated is not None:
@@ -234,7 +224,7 @@ def _store(proto: onnx.ModelProto, storage: str) -> None:
 _INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger"}
 _FLOAT = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
 # Sizes of inputs: a step in the loop, one behind it.
-_ONE = {"x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1), "x_cdr": (1, 1)}
+_ONE = {"pixels": (1,), "x_v": (1,), "coefficients": (2, 3), "bias": (2, 1, 1), "x_cdr": (1, 1)}
 _NAMES: dict[int, str] = {
     **{kind: name for name, kind in ONNX_TYPES.items()},
     TensorProto.INT8: "int8",
@@ -243,58 +233,31 @@ _NAMES: dict[int, str] = {
 
 
 def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
-    """Every matrix product and convolution, as ONNX Runtime executes it for one image.
-
-    Storage is read from the files; what is computed, and in what, from the runtime's profile of one
-    call. "loop" is one step of the `Scan`; "head" is all that refine.onnx does once per image: the
-    condition, the last step and the head.
-
-    Args:
-        shape: of an image, (3, H, W).
-    """
-    encoder = _executed(payload / ENCODER, {"pixels": np.zeros((1, *shape), np.float32)})
-    refine = _executed(payload / REFINE, _zeros(payload / REFINE))
-    return [
-        *(_product("encoder", run) for run in encoder),
-        *(_product("loop", run) for run in refine if run.inside),
-        *(_product("head", run) for run in refine if not run.inside),
-    ]
+    """List what one call executes, by the runtime's profile; storage is read from the files."""
+    return [*_executed(payload / ENCODER, "encoder"), *_executed(payload / REFINE, "head")]
 
 
 def head_products(payload: Path, types: Types) -> list[Product]:
     """List the products of head.onnx, which runs behind the native loop."""
-    path = payload / HEAD
-    return [_product("head", run) for run in _executed(path, _zeros(path))]
+    return _executed(payload / HEAD, "head")
 
 
-def _zeros(path: Path) -> dict[str, Floats]:
-    """Inputs of a graph behind the encoder, for one image and one sample."""
-    inputs = onnx.load(path, load_external_data=False).graph.input
-    widths = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inputs}
+def _zeros(graph: onnx.GraphProto) -> dict[str, Floats]:
+    """Inputs of a graph, for one image and one sample."""
+    widths = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
     return {
         name: np.zeros((*_ONE[name], *sizes[len(_ONE[name]) :]), np.float32)
         for name, sizes in widths.items()
     }
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A product that ran."""
-
-    node: onnx.NodeProto
-    inside: bool  # of the Scan
-    inputs: list[dict[str, list[int]]]  # type and shape, without those that the runtime has packed
-    output: list[int]
-    factor: tuple[list[int], str] | None  # the stored factor's shape and type, if there is one
-
-
-def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
-    """The products that run in one call, as the runtime's profile names them.
+def _executed(path: Path, part: str) -> list[Product]:
+    """The products of one call; those inside a `Scan` are the loop's, the others of a part.
 
     Without the change of layout that the runtime makes last, behind which weights have new names;
     it changes no type.
     """
-    ort = load_onnxruntime()
+    ort, file = load_onnxruntime(), onnx.load(path).graph
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(None)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -302,31 +265,38 @@ def _executed(path: Path, feed: Mapping[str, Floats]) -> list[_Run]:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
-        session.run(None, dict(feed))
+        session.run(None, _zeros(file))
         events = json.loads(Path(session.end_profiling()).read_text())
         graph = onnx.load(options.optimized_model_filepath).graph
-    nodes = {node.name: (node, False) for node in graph.node}
-    nodes |= {inside.name: (inside, True) for body in _parts(graph)[1:] for inside in body.node}
-    sizes = {t.name: list(t.dims) for part in _parts(graph) for t in part.initializer}
+    nodes = {node.name: (part, node) for node in graph.node}
+    nodes |= {inside.name: ("loop", inside) for body in _parts(graph)[1:] for inside in body.node}
+    sizes = {t.name: list(t.dims) for body in _parts(graph) for t in body.initializer}
     # Of what the runtime has made anew at load, its own; of everything else, the file's.
-    types = _stored_types(graph) | _stored_types(onnx.load(path).graph)
-    found: dict[str, _Run] = {}
+    types = _stored_types(graph) | _stored_types(file)
+    found: dict[str, Product] = {}
     for event in events:
         name, about = event["name"].removesuffix("_kernel_time"), event.get("args", {})
         if name == event["name"] or about.get("op_name") not in _INT8 | _FLOAT:
             continue
-        node, inside = nodes[name]
-        factor = node.input[3 if node.op_type.startswith("Q") else 1]
-        stored = (sizes[factor], types[factor]) if factor in sizes else None
+        where, node = nodes[name]
+        kind, factor = node.op_type, node.input[3 if node.op_type.startswith("Q") else 1]
+        # Inputs are listed without those that the runtime has packed.
+        ((came, first),) = about["input_type_shape"][0].items()
         (output,) = about["output_type_shape"][0].values()
-        found[name] = _Run(node, inside, about["input_type_shape"], output, stored)
+        if factor not in sizes:
+            multiply_adds = prod(output) * prod(first) // prod(output[:-1])
+        elif "Conv" in kind:  # [O, I, height, width]
+            multiply_adds = prod(output) * prod(sizes[factor][1:])
+        else:  # [I, O] or [O, I]
+            multiply_adds = prod(output[:-1]) * prod(sizes[factor])
+        storage = types[factor] if factor in sizes else "activation"
+        compute = "int8" if kind in _INT8 else {"float": "fp32", "float16": "fp16"}[came]
+        found[name] = Product(where, name, multiply_adds, storage, compute)
     return list(found.values())
 
 
 def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
-    """Map the name of everything that is made of stored values alone to the type in which it is
-    stored.
-    """
+    """Map everything that is made of stored values alone to the type that it is stored in."""
     largest = {
         tensor.name: (prod(tensor.dims), _NAMES.get(tensor.data_type, "other"))
         for part in _parts(graph)
@@ -337,19 +307,6 @@ def _stored_types(graph: onnx.GraphProto) -> dict[str, str]:
             made = max(largest[name] for name in node.input)
             largest |= dict.fromkeys(node.output, made)
     return {name: kind for name, (_, kind) in largest.items()}
-
-
-def _product(part: str, run: _Run) -> Product:
-    kind, output = run.node.op_type, run.output
-    ((came, first),) = run.inputs[0].items()
-    if run.factor is None:
-        storage, multiply_adds = "activation", prod(output) * prod(first) // prod(output[:-1])
-    elif "Conv" in kind:  # [O, I, height, width]
-        storage, multiply_adds = run.factor[1], prod(output) * prod(run.factor[0][1:])
-    else:  # [I, O] or [O, I]
-        storage, multiply_adds = run.factor[1], prod(output[:-1]) * prod(run.factor[0])
-    compute = "int8" if kind in _INT8 else {"float": "fp32", "float16": "fp16"}[came]
-    return Product(part, run.node.name, multiply_adds, storage, compute)
 
 
 BUILDER = Builder(

@@ -2,16 +2,10 @@
 
 A product is int8 times int8: its weights have a scale for each output, its activations one scale
 and zero point. These are static and come from calibration images, so no answer depends on the other
-images of its batch. The range of an activation is the least and the largest value that it had:
-cutting off even one in a thousand of them moved single logits of a trained model by a third of the
-largest one, because a loop carries what it lost from step to step. Two more refinements were tried
-on trained loops and gave nothing: spreading the range of channels over activations and weights
-(SmoothQuant), and correcting biases by the mean error.
-
-An encoder's biases are corrected before any backend quantises it (`corrected`): on a pretrained
-EfficientNet-Lite0, rounding weights makes most of the error, and two thirds of that are a shift of
-the mean. Other ranges (by percentile, by least square error) changed nothing there. What still
-hurts is found by quantising one block at a time (`ranked`); the pipeline keeps the worst float.
+images of its batch. The range of an activation is the least and the largest value that it had. An
+encoder's biases are corrected before any backend quantises it (`corrected`). What still hurts is
+found by quantising one block at a time (`ranked`); the pipeline keeps the worst float. Ranges cut
+at percentiles did harm; SmoothQuant of the loop and other ranges of encoders gave nothing.
 Axes: B batch, K noise samples, S steps, I inputs and O outputs of a layer.
 """
 
@@ -105,9 +99,6 @@ def loop_ranges(lowered: Lowered, calibration: Calibration) -> dict[str, Range]:
 
     The products are those that every step makes, by the name of their `Matrix` in the step. What is
     multiplied once per image (the condition, the last estimate) stays float.
-
-    Raises:
-        ExportError: an activation is not finite.
     """
     step = lowered.step(torch.float32)
     samples = calibration.bias.shape[2]
@@ -349,9 +340,6 @@ def kept_nodes(
 
     Args:
         factors: of the graph's products, by name. kept: names of layers of the encoder.
-
-    Raises:
-        ExportError: nothing in the graph is one of them.
     """
     layers = [(n, m) for n, m in encoder.named_modules() if any(_is(n, k) for k in kept)]
     found: list[str] = []

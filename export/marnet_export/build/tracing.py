@@ -114,13 +114,16 @@ def tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet(*more: str) -> Iterator[None]:
     """Keep notes of the exporters that no user can act on off the terminal.
 
     They warn that TorchScript is deprecated, that transformers checks shapes in Python (other batch
     sizes are verified on the built bundle), and of optional packages that we do not use.
+
+    Args:
+        more: names of other loggers that write errors alone.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", *more)]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

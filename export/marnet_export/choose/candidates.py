@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from marnet_sdk.errors import InvalidInput
 from marnet_train.measures import paired_interval
 
 
-def images_needed(max_drop: float, z: float = 1.96) -> int:
-    """The fewest images on which a candidate passes that never differs from the exact process.
-
-    Raises:
-        InvalidInput: `max_drop` outside 0 .. 1.
-    """
-    _check_max_drop(max_drop)
-    count = max(1, math.floor(z / max_drop) - 2)  # the interval's low end is -z / (N + 2)
-    while paired_interval(0, 0, count, z)[1] < -max_drop:
+def images_needed(max_drop: float) -> int:
+    """The fewest images on which a candidate passes that never differs from the exact process."""
+    count = max(1, math.floor(1.96 / max_drop) - 2)  # the interval's low end is -1.96 / (N + 2)
+    while paired_interval(0, 0, count)[1] < -max_drop:
         count += 1
     return count
 
@@ -67,14 +61,11 @@ class Candidate:
         counts = f"{plural(self.steps, 'step')}, {plural(self.samples, 'sample')}"
         return f"{self.sampler}{eta}, {counts}, {self.precision}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def evaluate_candidate(
-    labels: ArrayLike,
-    reference: ArrayLike,
-    truth: ArrayLike,
+    labels: NDArray[np.int64],
+    reference: NDArray[np.int64],
+    truth: NDArray[np.int64],
     *,
     sampler: str,
     steps: int,
@@ -83,40 +74,32 @@ def evaluate_candidate(
     max_drop: float,
     eta: float | None = None,
     precision: str = "fp32",
-    without_loop: ArrayLike | None = None,
-    z: float = 1.96,
+    without_loop: NDArray[np.int64] | None = None,
 ) -> Candidate:
     """Compare a candidate's labels with the exact process's, on the same images.
 
     Args:
-        labels: class of each image by the candidate, integers [N].
+        labels: class of each image by the candidate, [N].
         reference: by the exact process, [N].
         truth: the true ones, [N].
         max_drop: how much accuracy may be lost, as a share.
         without_loop: by the zero-step candidate, [N].
-
-    Raises:
-        InvalidInput: arrays that do not fit, or a number outside its range.
     """
-    _check_max_drop(max_drop)
-    if not (math.isfinite(latency_ms) and latency_ms > 0):
-        raise InvalidInput(f"latency_ms: got {latency_ms}; expected a positive number")
-    got, exact, true = _labels(labels, reference, truth)
-    right = got == true
-    difference, low, high = _difference(right, exact == true, z)
+    right = labels == truth
+    difference, low, high = _difference(right, reference == truth)
     over_zero = None
     if without_loop is not None and steps:
-        over_zero = _difference(right, _labels(without_loop, true)[0] == true, z)
+        over_zero = _difference(right, without_loop == truth)
     return Candidate(
         sampler=sampler,
         eta=eta,
         steps=steps,
         samples=samples,
         precision=precision,
-        latency_ms=float(latency_ms),
-        images=len(true),
+        latency_ms=latency_ms,
+        images=len(truth),
         accuracy=float(right.mean()),
-        agreement=float((got == exact).mean()),
+        agreement=float((labels == reference).mean()),
         drop=0.0 - difference,  # not -difference, which makes -0.0 of 0
         low=low,
         high=high,
@@ -126,14 +109,16 @@ def evaluate_candidate(
 
 
 def _difference(
-    right: NDArray[np.bool_], reference: NDArray[np.bool_], z: float
+    right: NDArray[np.bool_], reference: NDArray[np.bool_]
 ) -> tuple[float, float, float]:
     """Return `paired_interval` of what two processes have right, bool [N] each."""
     better, worse = int((right & ~reference).sum()), int((~right & reference).sum())
-    return paired_interval(better, worse, len(right), z)
+    return paired_interval(better, worse, len(right))
 
 
-def evaluate_exact(labels: ArrayLike, truth: ArrayLike, **settings: Any) -> Candidate:
+def evaluate_exact(
+    labels: NDArray[np.int64], truth: NDArray[np.int64], **settings: Any
+) -> Candidate:
     """The exact process itself: it differs from itself by nothing, and passes by definition.
 
     Args:
@@ -161,24 +146,6 @@ def fastest_first(candidate: Candidate) -> tuple[Any, ...]:
     c = candidate
     eta = -1.0 if c.eta is None else c.eta
     return c.latency_ms, -c.accuracy, c.steps, c.samples, c.sampler, c.precision, eta
-
-
-def _labels(*arrays: ArrayLike) -> tuple[NDArray[np.int64], ...]:
-    labels = [np.asarray(array) for array in arrays]
-    shapes = [array.shape for array in labels]
-    if len(set(shapes)) > 1 or labels[0].ndim != 1 or not labels[0].size:
-        raise InvalidInput(f"labels: got shapes {shapes}; expected the same [N] for all, N > 0")
-    if any(array.dtype.kind not in "iu" for array in labels):
-        raise InvalidInput(f"labels: got {[str(a.dtype) for a in labels]}; expected integers")
-    return tuple(array.astype(np.int64) for array in labels)
-
-
-def _check_max_drop(max_drop: float) -> None:
-    if not 0 < max_drop < 1:
-        raise InvalidInput(
-            f"max_drop: got {max_drop}; expected a share of accuracy, more than 0 and less than 1 "
-            "(0.01 is one point)"
-        )
 
 
 def plural(count: int, noun: str) -> str:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from marnet_export.choose.candidates import plural
 from marnet_export.choose.points import EXACT
-from marnet_export.choose.risk import RiskCoverage, RiskThreshold
 from marnet_sdk.bundle import NO_LOOP
 from marnet_sdk.errors import requires_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from marnet_export.choose.risk import RiskCoverage, RiskThreshold
 
 # Okabe and Ito 2008: told apart by colour-blind readers, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -27,9 +28,6 @@ def plot_pareto(report: Mapping[str, Any], path: Path) -> None:
 
     Colour is the sampler, the marker the number of samples, the small number the steps (of those
     not dominated). Filled ones pass. Candidates far below the exact process are only counted.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
     """
     rows, reference = report["candidates"], report["points"][EXACT]["accuracy"]
     bottom, top = _accuracy_range(rows, reference, report["max_drop"])
@@ -76,9 +74,6 @@ def plot_risk_coverage(
     Args:
         target: the risk that was asked for, a horizontal line. chosen: the threshold that was
             found, a point with its upper bound.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
     """
     figure, axes = _figure()
     axes.plot(curve.coverage, curve.risk, label="all thresholds", color=_COLOURS[0], linewidth=1.5)

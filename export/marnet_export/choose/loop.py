@@ -16,8 +16,8 @@ from marnet_export.build.builder import builder
 from marnet_export.build.native import remove_native, set_most_rows, why_not, write_native
 from marnet_export.build.types import Arithmetic
 from marnet_export.choose.sweep import in_turn
-from marnet_export.prove.built import Built
 from marnet_export.prove.fidelity import Fidelity
+from marnet_export.prove.trial import Built
 from marnet_export.prove.verify import report
 from marnet_export.work import Job, Points
 from marnet_sdk.errors import ExportError, VerificationFailed

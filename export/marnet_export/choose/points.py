@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from marnet_export.choose.candidates import (
@@ -19,7 +19,7 @@ from marnet_export.choose.candidates import (
     plural,
 )
 from marnet_sdk.bundle import ZERO
-from marnet_sdk.errors import InvalidInput, VerificationFailed
+from marnet_sdk.errors import VerificationFailed
 
 EXACT, FAST, BALANCED, BUDGET = "exact", "fast", "balanced", "budget"
 
@@ -59,11 +59,10 @@ def choose(
             interval and `max_drop`.
 
     Raises:
-        InvalidInput: `max_drop` outside 0 .. 1, or a budget that is no positive number.
         VerificationFailed: nothing that passes is within the budget.
     """
     needed = images_needed(max_drop)
-    exact = _as_exact(exact)
+    exact = replace(exact, passes=True)  # what is served where nothing else passes
     others = [c for c in _judged(candidates, max_drop) if c.process != exact.process]
     passing = [exact, *(c for c in others if c.passes)]
     helps = [c for c in (exact, *others) if c.over_zero is not None and c.over_zero[1] > 0]
@@ -105,7 +104,7 @@ def pareto_report(
     judged = [exact]
     judged += [c for c in _judged(candidates, choice.max_drop) if c.process != exact.process]
     kept = non_dominated(judged)
-    rows = [c.to_dict() | {"non_dominated": c in kept} for c in sorted(judged, key=fastest_first)]
+    rows = [asdict(c) | {"non_dominated": c in kept} for c in sorted(judged, key=fastest_first)]
     return {
         "about": dict(about or {}),
         "images": exact.images,
@@ -115,7 +114,7 @@ def pareto_report(
         "latency_budget_ms": choice.latency_budget_ms,
         "picked": choice.picked,
         "reason": choice.reason,
-        "points": {name: c.to_dict() for name, c in choice.points.items()},
+        "points": {name: asdict(c) for name, c in choice.points.items()},
         "candidates": rows,
     }
 
@@ -124,15 +123,8 @@ def _judged(candidates: Iterable[Candidate], max_drop: float) -> list[Candidate]
     return [replace(c, passes=c.low >= -max_drop) for c in candidates]
 
 
-def _as_exact(candidate: Candidate) -> Candidate:
-    """It is what is served where nothing else passes, so it passes; its figures stay its own."""
-    return replace(candidate, passes=True)
-
-
 def _within_budget(passing: Sequence[Candidate], budget: float) -> Candidate:
     """The most accurate one; of equals the fastest."""
-    if not (math.isfinite(budget) and budget > 0):
-        raise InvalidInput(f"latency_budget_ms: got {budget}; expected a positive number")
     within = [c for c in passing if c.latency_ms <= budget]
     if not within:
         fastest = min(passing, key=fastest_first)
@@ -160,10 +152,7 @@ def _with_or_without(
     """Pick one of fast and zero; returns it and the sentence that says why."""
     with_loop = [c for c in candidates if c.over_zero is not None]
     if not with_loop:
-        return (
-            ZERO,
-            "the zero-step point is served: nothing with the loop was compared with it",
-        )
+        return ZERO, "the zero-step point is served: nothing with the loop was compared with it"
     best = min(with_loop, key=lambda c: (-_lead(c)[1], fastest_first(c)))
     difference, low, high = _lead(best)
     figures = (

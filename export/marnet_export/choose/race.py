@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marnet_export.build.builder import BUILDERS
-from marnet_export.build.policy import check_device, device_of
+from marnet_export.build.builder import BUILDERS, check_device, device_of
 from marnet_export.choose.sweep import in_turn
 from marnet_export.job import export_bundle
 from marnet_export.lower.methods import lower
@@ -108,11 +107,7 @@ def export_fastest(
 
 
 def _backends(device: str | None) -> list[str]:
-    """Return the backends that build for a device; None: all.
-
-    Raises:
-        BackendUnavailable: none of them can run there on this machine; says why of each.
-    """
+    """Return the backends that build for a device; None: all."""
     if device is None:
         return list(BUILDERS)
     backends, reasons = [], []
@@ -226,11 +221,7 @@ def _golden(classifier: Classifier, count: int) -> list[bytes]:
 def _finish_first(
     ranked: list[Candidate], folder: Path, checkpoint: Path, settings: Settings, say: Say
 ) -> list[Candidate]:
-    """Add text encoder and checkpoint to the fastest that takes them, which comes first then.
-
-    Raises:
-        VerificationFailed, ExportError: none passes; lists why.
-    """
+    """Add text encoder and checkpoint to the fastest that takes them, which comes first then."""
     refused: list[Candidate] = []
     for i, candidate in enumerate(ranked):
         if candidate.outcome != "passed":

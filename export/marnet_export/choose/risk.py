@@ -6,16 +6,57 @@ Coverages and risks are shares between 0 and 1. Axes: N images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from marnet_export.choose.candidates import plural
-from marnet_sdk.errors import InvalidInput, VerificationFailed, requires_extra
+from marnet_export.choose.charts import plot_risk_coverage
+from marnet_export.prove.trial import Built
+from marnet_export.work import Job
+from marnet_sdk.bundle import Sampling
+from marnet_sdk.errors import DataError, VerificationFailed, requires_extra
+from marnet_sdk.uncertainty import softmax
+from marnet_train.checkpoint import write_json
 
+RISK, RISK_PLOT = "risk_coverage.json", "risk_coverage.png"
+_ERROR = 0.05  # probability that the risk is not below the target
 _BETWEEN_STARTS = 3  # 2 to 4 do equally well; one start alone fails where 1 % of labels are wrong
+
+
+def with_thresholds(job: Job, built: Built) -> Sampling:
+    """Find the score under which each point should abstain; write the risk-coverage curve."""
+    sampling, truth = built.sampling, job.images.labels
+    target = job.settings.target_risk
+    if truth is None:
+        if target is not None:
+            raise DataError("--target-risk needs images whose classes the checkpoint knows")
+        return sampling
+    points, curves = dict(sampling.points), {}
+    for name, point in sampling.points.items():
+        probabilities = softmax(built.samples(name, point.samples)).mean(axis=1)
+        scores, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
+        curve = risk_coverage(scores, correct)
+        curves[name] = {
+            key: np.asarray(getattr(curve, key)).tolist()
+            for key in ("threshold", "coverage", "risk")
+        }
+        if target is not None:
+            found = threshold_for_risk(scores, correct, target)
+            points[name] = replace(point, abstain_below=found.threshold)
+            curves[name]["chosen"] = found._asdict() | {"target": target}
+            job.say(
+                f"{name}: scores below {found.threshold:.4f} are not to be relied on; on "
+                f"{len(truth)} images the others ({found.coverage:.1%}) are wrong in "
+                f"{found.risk:.2%}, at most {found.upper_bound:.2%} with 95 % confidence"
+                + (" if they had not also chosen the point" if len(points) > 1 else "")
+            )
+            if name == sampling.default:
+                plot_risk_coverage(curve, job.fresh / RISK_PLOT, target=target, chosen=found)
+    write_json(job.fresh / RISK, {"images": len(truth), "operating_points": curves})
+    return replace(sampling, points=points)
 
 
 @dataclass(frozen=True, eq=False)  # == on arrays has no single answer
@@ -31,29 +72,19 @@ class RiskCoverage:
     errors: NDArray[np.int64]
 
 
-def risk_coverage(scores: ArrayLike, correct: ArrayLike) -> RiskCoverage:
+def risk_coverage(scores: NDArray[np.floating], correct: NDArray[np.bool_]) -> RiskCoverage:
     """Risk and coverage at every threshold; images of equal score are answered together.
 
     Args:
         scores: how sure each answer is, finite [N].
-        correct: whether it is right, bool [N].
-
-    Raises:
-        InvalidInput: arrays that do not fit, or scores that are no numbers.
+        correct: whether it is right, [N].
     """
-    values, right = np.asarray(scores, np.float64), np.asarray(correct)
-    if values.ndim != 1 or values.shape != right.shape or not values.size or right.dtype != bool:
-        raise InvalidInput(
-            f"got scores {values.shape} and correct {right.shape} ({right.dtype}); expected one "
-            "score and one bool for each of at least one image"
-        )
-    if not np.isfinite(values).all():
-        raise InvalidInput("scores: some are NaN or infinite; expected finite numbers")
+    values = scores.astype(np.float64)
     order = np.argsort(-values, kind="stable")
     ordered = values[order]
     last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each group of equals
     answered = last + 1
-    errors = np.cumsum(~right[order])[last]
+    errors = np.cumsum(~correct[order])[last]
     return RiskCoverage(ordered[last], answered / len(values), errors / answered, answered, errors)
 
 
@@ -67,9 +98,9 @@ class RiskThreshold(NamedTuple):
 
 
 def threshold_for_risk(
-    scores: ArrayLike, correct: ArrayLike, target: float, confidence: float = 0.95
+    scores: NDArray[np.floating], correct: NDArray[np.bool_], target: float
 ) -> RiskThreshold:
-    """The lowest threshold whose risk is shown to be below `target`.
+    """The lowest threshold whose risk is shown to be below `target`, with 95 % confidence.
 
     Thresholds are tested one after another from the most confident down, each with the exact
     binomial tail, until one fails; since their order is fixed, each may use the whole error
@@ -85,35 +116,26 @@ def threshold_for_risk(
     Args:
         scores, correct: as `risk_coverage` takes them.
         target: the risk that is asked for, between 0 and 1.
-        confidence: with which the risk is below it.
 
     Raises:
-        InvalidInput: `target` or `confidence` not between 0 and 1; bad arrays.
         VerificationFailed: too few images, or too many errors among the surest answers.
     """
-    for name, value in (("target", target), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise InvalidInput(f"{name}: got {value}; expected more than 0 and less than 1")
     with requires_extra("export", "scipy"):
         from scipy.stats import beta, binom
     curve = risk_coverage(scores, correct)
     images = int(curve.answered[-1])
-    sizes, level = _starts(images, target, 1 - confidence)
+    sizes, level = _starts(images, target, _ERROR)
     starts = np.searchsorted(curve.answered, [size for size in sizes if size <= images])
     shown = binom.cdf(curve.errors, curve.answered, target) <= level
     bounds = beta.ppf(1 - level, curve.errors + 1, curve.answered - curve.errors)
     bounds[curve.errors == curve.answered] = 1.0  # where the formula has no value
     ends = [start + _leading(shown[start:]) - 1 for start in starts if shown[start]]
     if not ends:
-        asked = f"a risk below {target:.2%} with {confidence:.0%} confidence"
+        asked = f"a risk below {target:.2%} with 95% confidence"
         raise VerificationFailed(_why_no_threshold(curve, starts, bounds, sizes[0], asked))
     chosen = max(ends)
-    return RiskThreshold(
-        float(curve.threshold[chosen]),
-        float(curve.coverage[chosen]),
-        float(curve.risk[chosen]),
-        float(bounds[chosen]),
-    )
+    found = (curve.threshold, curve.coverage, curve.risk, bounds)
+    return RiskThreshold(*(float(array[chosen]) for array in found))
 
 
 def _starts(images: int, target: float, error: float) -> tuple[list[int], float]:

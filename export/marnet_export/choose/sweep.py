@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_export.choose.candidates import Candidate, evaluate_candidate, evaluate_exact
-from marnet_export.prove.built import Built
+from marnet_export.prove.trial import Built
 from marnet_sdk.bundle import OperatingPoint
 from marnet_sdk.console import track
 from marnet_sdk.noise.tables import Floats

@@ -89,9 +89,6 @@ def lower_marnet(model: MARNet, plan: SamplingPlan | None = None) -> Lowered:
 
     Args:
         plan: a rewrite of the model's loop; None: the one that multiplies least.
-
-    Raises:
-        ExportError: a weight or a rewritten table is not finite.
     """
     plan = make_plan(model) if plan is None else plan
     return Lowered(

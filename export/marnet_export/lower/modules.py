@@ -23,9 +23,8 @@ from torch._higher_order_ops.scan import scan
 from torch.overrides import TorchFunctionMode
 
 from marnet_export.lower.plan import SamplingPlan
-from marnet_sdk.errors import MarnetWarning
+from marnet_sdk.errors import MarnetWarning, one_line
 from marnet_sdk.gpu.persistent_loop import LoopWeights, Operand
-from marnet_sdk.gpu.torch_stream import one_line
 from marnet_train.models.denoiser import LEAKY_SLOPE
 from marnet_train.models.fusion import FUSIONS
 from marnet_train.models.marnet import MARNet
@@ -140,7 +139,7 @@ def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
     """
     if compute == torch.float32:
         return copy.deepcopy(module)
-    module = with_compute(module, compute, linear=RoundedMatrix)
+    module = with_compute(module, compute, RoundedMatrix)
     for child in module.modules():
         if type(child) is nn.LayerNorm:
             child.__class__ = _Float32LayerNorm
@@ -148,17 +147,11 @@ def with_rounded_results(module: nn.Module, compute: torch.dtype) -> nn.Module:
 
 
 def with_compute(
-    module: nn.Module,
-    compute: torch.dtype,
-    *,
-    linear: type[Matrix] = Matrix,
+    module: nn.Module, compute: torch.dtype, linear: type[Matrix] = Matrix
 ) -> nn.Module:
-    """A copy whose linear layers and convolutions multiply in `compute`.
+    """A copy whose linear layers, which become `linear`, and convolutions multiply in `compute`.
 
     Everything else (normalisation, softmax, residual sums) stays in float32.
-
-    Args:
-        linear: what stands for a linear layer.
     """
     module = copy.deepcopy(module)
     if compute == torch.float32:
@@ -282,32 +275,6 @@ class PlanStep(Step):
             self.slope,
             operand,
         )
-
-
-class Condition(nn.Module):
-    """This runs before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
-
-    def __init__(self, step: Step, padded: int) -> None:
-        """Take the step, and Hp, to which q is padded."""
-        super().__init__()
-        self.step, self.padded = step, padded
-
-    def forward(self, x_v: Tensor) -> Tensor:
-        q = self.step.condition(x_v).squeeze(1)
-        return F.pad(q, (0, self.padded - q.shape[-1]))
-
-
-class Finish(nn.Module):
-    """This runs behind the kernel: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
-
-    def __init__(self, step: Step, head: nn.Module, hidden: int) -> None:
-        """Take the step, the head, and H, the hidden width without the padding."""
-        super().__init__()
-        self.step, self.head, self.hidden = step, head, hidden
-
-    def forward(self, x_v: Tensor, h3: Tensor) -> tuple[Tensor, Tensor]:
-        logits, fused = self.head(x_v, self.step.estimate(h3[:, :, : self.hidden]))
-        return logits, fused
 
 
 class ScriptedLoop(nn.Module):

@@ -3,16 +3,10 @@
 The denoiser as the paper writes it, with a = LeakyReLU and c the standardised image features:
     h1 = a(Wx x + Wc c + Wt tau(t) + b1),  h2 = a(W2 h1 + b2),  h3 = a(W3 h2 + b3),
     x0 = W4 h3 + b4,   x_next = A x + B x0 + C x0_previous + S z .
-Four exact rewrites:
-  hoisting      q = Wc c is computed once per image; Wt tau(t) + b1 is a table, a row per step.
-  splitting     the chain is linear in x, so x = p + w: w is what noise and b4 make of it, the same
-                for every image, and p what the estimates make of it. Wx w is one table with the
-                time (`trajectory.fold` in `marnet_sdk.noise`), and the loop has no noise and no b4.
-  recurrence    between p and the next h1 everything is linear, so the loop can carry Wx p (width H)
-                instead of p (width D): with M = Wx W4,
-                y = p + q + bias_i,  h3 = ...,  g = M h3,  p_next = A p + B g + C g_previous.
-                Three H x H products a step.
-  tables        A, B, C and bias are inputs: the plan itself knows neither sampler nor steps.
+As it is run, with q = Wc c, M = Wx W4, and bias_i of `trajectory.fold` in `marnet_sdk.noise`, which
+holds time, noise and b4:
+    h1 = a(p + q + bias_i),  h2 and h3 as above,  g = M h3,  p_next = A p + B g + C g_previous .
+docs/how-it-works.md derives it. A, B, C and bias are inputs: the plan knows no sampler or steps.
 Axes: T train steps, S sampling steps, K noise samples, D feature, H hidden, W carried state (H or
 D), N images.
 """
@@ -20,7 +14,6 @@ D), N images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from marnet_sdk.errors import ExportError
-from marnet_sdk.noise.trajectory import NoiseTrajectory, fold
 from marnet_train.diffusion import SamplerTable
-from marnet_train.models.denoiser import LEAKY_SLOPE, Denoiser
+from marnet_train.models.denoiser import Denoiser
 from marnet_train.models.marnet import MARNet
 
 Array = NDArray[np.float64]
@@ -155,9 +147,6 @@ def make_plan(model: MARNet, carry: str | None = None) -> SamplingPlan:
 
     Args:
         carry: "hidden" or "feature"; None counts multiply-adds and takes the cheaper.
-
-    Raises:
-        ExportError: a weight or a rewritten table is not finite.
     """
     standardise = (model.vision_mean, model.vision_std)
     return rewrite(model.denoiser, model.config.schedule.steps, standardise, carry)
@@ -174,9 +163,6 @@ def rewrite(
     Args:
         train_steps: T. standardise: mean and standard deviation of its condition, [D_c] each.
         carry: as of `make_plan`.
-
-    Raises:
-        ExportError: as of `make_plan`.
     """
     w_x, w_c, w_t = (_float64(w) for w in denoiser.split_input_weight())
     with torch.no_grad():
@@ -204,40 +190,8 @@ def rewrite(
     return plan
 
 
-def run_plan(
-    plan: SamplingPlan, table: SamplerTable, x_v: Array, trajectories: Sequence[NoiseTrajectory]
-) -> Array:
-    """The plan in NumPy float64: the twin that every lowered loop is held to.
-
-    Args:
-        x_v: [N, D_v]. trajectories: K of them, met by every image.
-    Returns:
-        x_CDR, [N, K, D].
-
-    Raises:
-        ExportError: the chain leaves the finite numbers; names the step.
-    """
-    time_bias = plan.time_bias[np.array(table.timesteps) - 1]
-    bias = fold(trajectories, table.coefficients, time_bias, plan.input_weight, plan.output[1])
-    mean, std = plan.standardise
-    q = ((x_v - mean) / std @ plan.condition_weight.T)[:, None]  # [N, 1, H]
-    state = previous = np.zeros((len(x_v), len(trajectories), len(plan.carry_weight)))
-    h3 = q
-    for i, (a, b, c, _) in enumerate(table.coefficients):
-        into = state if plan.carry == "hidden" else state @ plan.input_weight.T
-        h3 = _layer(_layer(_leaky(into + q + bias[i]), plan.hidden2), plan.hidden3)
-        gained = h3 @ plan.carry_weight.T
-        state, previous = a * state + b * gained + c * previous, gained
-        check_step(gained, table, i)
-    return h3 @ plan.output[0].T + plan.output[1]
-
-
 def check_step(values: Array | torch.Tensor, table: SamplerTable, step: int) -> None:
-    """Refuse a chain that has left the finite numbers, by the step at which it did.
-
-    Raises:
-        ExportError
-    """
+    """Refuse a chain that has left the finite numbers, by the step at which it did."""
     if not bool(abs(values).max() < np.inf):  # False for NaN too
         raise ExportError(
             f"the reverse chain holds NaN or infinity from step {step + 1} of "
@@ -251,14 +205,6 @@ def check_step(values: Array | torch.Tensor, table: SamplerTable, step: int) -> 
         )
 
 
-def _leaky(y: Array) -> Array:
-    return np.maximum(y, LEAKY_SLOPE * y)
-
-
-def _layer(x: Array, weights: tuple[Array, Array]) -> Array:
-    return _leaky(x @ weights[0].T + weights[1])
-
-
 def _float64(tensor: torch.Tensor) -> Array:
     return tensor.detach().cpu().double().numpy()
 
@@ -268,18 +214,9 @@ def _linear(layer: torch.nn.Linear) -> tuple[Array, Array]:
 
 
 def _check_finite(plan: SamplingPlan) -> None:
-    arrays = {
-        "time_bias": (plan.time_bias,),
-        "standardise": plan.standardise,
-        "condition_weight": (plan.condition_weight,),
-        "input_weight": (plan.input_weight,),
-        "hidden2": plan.hidden2,
-        "hidden3": plan.hidden3,
-        "carry_weight": (plan.carry_weight,),
-        "output": plan.output,
-    }
-    for name, parts in arrays.items():
-        if not all(np.isfinite(part).all() for part in parts):
+    for name, value in vars(plan).items():
+        arrays = value if isinstance(value, tuple) else (value,)
+        if name != "carry" and not all(np.isfinite(array).all() for array in arrays):
             raise ExportError(
                 f"the sampling plan's {name} holds NaN or infinite values, so the checkpoint's "
                 "denoiser is broken; train it again"

@@ -20,11 +20,7 @@ from marnet_train.models.seda import SeDA
 
 
 def lower_seda(model: SeDA) -> Lowered:
-    """SeDA as it is deployed.
-
-    Raises:
-        ExportError: a weight or a rewritten table is not finite.
-    """
+    """SeDA as it is deployed."""
     width = model.vision.dim
     zero, one = np.zeros(width), np.ones(width)
     plan = make_plan(model)

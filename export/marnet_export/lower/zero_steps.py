@@ -21,11 +21,7 @@ from marnet_train.diffusion import SamplerTable, ScheduleConfig, sampler_table
 def process_table(
     schedule: ScheduleConfig, sampler: str | None, steps: int | None, eta: float = 0.0
 ) -> SamplerTable:
-    """The table of a sampler (None: ddpm) for `steps` (None: T), or for 0 that of no loop at all.
-
-    Raises:
-        InvalidInput: as of `sampler_table`.
-    """
+    """The table of a sampler (None: ddpm) for `steps` (None: T), or for 0 that of no loop."""
     if steps == 0:
         return SamplerTable(NO_LOOP, schedule.steps, (), np.zeros((0, 4)))
     return sampler_table(schedule, sampler or "ddpm", steps, eta)
@@ -42,11 +38,7 @@ def alignment_head(lowered: Lowered) -> AlignmentHead | None:
 
 
 def check_branch(lowered: Lowered, method: str) -> None:
-    """Refuse zero steps where nothing could answer.
-
-    Raises:
-        ExportError: the method has no alignment branch.
-    """
+    """Refuse zero steps where nothing could answer."""
     if alignment_head(lowered) is None:
         raise ExportError(
             f"--steps 0 leaves the alignment branch to answer, and method {method!r} has none; "
@@ -55,11 +47,7 @@ def check_branch(lowered: Lowered, method: str) -> None:
 
 
 def write_head(lowered: Lowered, payload: Path) -> None:
-    """Put the head into a bundle's payload/, in float32.
-
-    Raises:
-        ExportError: a weight is NaN or infinite.
-    """
+    """Put the head into a bundle's payload/, in float32."""
     head = alignment_head(lowered)
     assert head is not None
     arrays = asdict(head)

@@ -15,14 +15,13 @@ from marnet_export.build.types import Arithmetic, Calibration, Types, Unread
 from marnet_export.inspection import differences, fidelity_of, flatten
 from marnet_export.lower.methods import Lowered, lower
 from marnet_export.lower.zero_steps import alignment_head, process_table
-from marnet_export.prove.built import BATCH, Built
 from marnet_export.prove.checks import SKIPPED, Check, failed, passed
 from marnet_export.prove.departure import diagnose
 from marnet_export.prove.fidelity import Fidelity
 from marnet_export.prove.images import Images, load_images
 from marnet_export.prove.receipt import NOT_READ, answering, receipt
 from marnet_export.prove.reference import Reference
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.trial import BATCH, Built, Trial
 from marnet_export.settings import Say
 from marnet_export.text import verify_text
 from marnet_export.work import CALIBRATION
@@ -110,25 +109,17 @@ def open_trial(
 
 def check_manifest(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     """Tell whether labels, preprocessing and loop are the checkpoint's."""
-    manifest, config = bundle.manifest, checkpoint.model.config
+    name, manifest, config = "manifest", bundle.manifest, checkpoint.model.config
     sampling = manifest.sampling
-    told = {
-        "method": manifest.method,
-        "labels": list(manifest.labels),
-        "preprocess": manifest.preprocess,
-        "train_steps": sampling.train_steps,
-        "width": sampling.width,
+    pairs = {
+        "method": (manifest.method, config.method),
+        "labels": (list(manifest.labels), list(checkpoint.labels)),
+        "preprocess": (manifest.preprocess, checkpoint.preprocess.to_dict()),
+        "train_steps": (sampling.train_steps, config.schedule.steps),
+        "width": (sampling.width, checkpoint.model.latent_width),
     }
-    true = {
-        "method": config.method,
-        "labels": list(checkpoint.labels),
-        "preprocess": checkpoint.preprocess.to_dict(),
-        "train_steps": config.schedule.steps,
-        "width": checkpoint.model.latent_width,
-    }
-    wrong = list(differences(flatten(told), flatten(true)))
-    name = "manifest"
-    if wrong:
+    told, true = (flatten({key: pair[i] for key, pair in pairs.items()}) for i in range(2))
+    if wrong := differences(told, true):
         return failed(name, f"not the checkpoint's: {', '.join(wrong)}")
     for point, steps in sampling.points.items():
         if _table(checkpoint, bundle, point).timesteps != steps.timesteps:

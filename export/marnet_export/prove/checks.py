@@ -57,9 +57,6 @@ def check_golden(bundle: Bundle) -> tuple[list[Check], Classifier | None]:
 
     Returns:
         The checks, and the classifier of the default point, if it opens.
-
-    Raises:
-        MissingExtra, BackendUnavailable, BundleFormatError: it cannot be opened at all.
     """
     checks, opened = [], None
     default = bundle.manifest.sampling.default

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from marnet_export.build.builder import Order, builder
 from marnet_export.build.types import Arithmetic, Types
 from marnet_export.lower.methods import Lowered, lower
-from marnet_export.prove.built import Built
 from marnet_export.prove.reference import Reference
-from marnet_export.prove.trial import Trial
+from marnet_export.prove.trial import Built, Trial
 from marnet_sdk.backends import open_backend
 from marnet_sdk.noise.tables import Floats
 
@@ -218,13 +217,9 @@ def _tensor(output: Any) -> Tensor | None:
 
 def _steps(trial: Trial, name: str, images: NDArray[np.intp]) -> Iterator[Found]:
     """The logits of each step of the first noise sample, behind the reference's features."""
-    built, times = trial.built, trial.tables[name].timesteps
-    pixels = np.ascontiguousarray(built.pixels[images])
-    by_image = built.sampling.noise == "image"
-    reference = Reference(trial.reference.model, pixels, by_image=by_image)
-    want = reference.estimates(trial.tables[name], built.sampling.seed, len(pixels))  # [S, B, C]
-    for step, got in built.estimates(name, pixels, reference.x_v.numpy(), STEPS):
-        yield f"step {step} of {len(times)} (t = {times[step - 1]})", got, want[step - 1]
+    times, x_v = trial.tables[name].timesteps, trial.reference.x_v[images].numpy()
+    for step, got, want in trial.steps(name, images, x_v, STEPS):
+        yield f"step {step} of {len(times)} (t = {times[step - 1]})", got, want
 
 
 @np.errstate(all="ignore")  # zero by zero, infinity minus itself

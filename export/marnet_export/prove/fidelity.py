@@ -6,16 +6,16 @@ Axes: N images, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_export.prove.built import Logits
 from marnet_sdk.noise.tables import Floats
 
+Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, C]
 # Share of images whose label must not change. bf16 and int8 keep 8 bits of every factor, so that
 # labels with a small margin may change; float32 and fp16 storage must not.
 MIN_AGREEMENT = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.995, "int8": 0.995}
@@ -63,9 +63,6 @@ class Fidelity:
                 f"logits by up to {rows['max_difference']:.3g} (bound {bound:.3g})"
             )
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:

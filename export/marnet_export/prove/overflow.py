@@ -26,11 +26,7 @@ MOST_IMAGES = 64
 
 
 def check_weights(lowered: Lowered, storage: str) -> None:
-    """Refuse matrices that the storage type cannot hold.
-
-    Raises:
-        ExportError: names the first such matrix.
-    """
+    """Refuse matrices that the storage type cannot hold."""
     if storage not in TORCH_TYPES:
         return  # int8 has a scale for each row
     largest = torch.finfo(TORCH_TYPES[storage]).max

@@ -5,21 +5,53 @@ Axes: N images, K noise samples, C classes, S steps.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from marnet_export.lower.plan import check_step
-from marnet_export.prove.store import Store
 from marnet_sdk.console import track
 from marnet_sdk.errors import ExportError
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.noise.trajectory import draw_trajectory
+from marnet_sdk.outputs import atomic_file
 from marnet_sdk.run import pixel_key
 from marnet_train.diffusion import SamplerTable
 from marnet_train.models.marnet import MARNet
+
+
+@dataclass(frozen=True)
+class Store:
+    """Answers of one checkpoint on disk, for all processes of an export; the first computes."""
+
+    folder: Path
+    checkpoint_sha256: str
+
+    def get(self, of: dict[str, object], compute: Callable[[], Floats]) -> Floats:
+        """The array that is kept for `of`, or else what `compute` gives, which is kept then.
+
+        Args:
+            of: all that the array depends on besides the checkpoint, as JSON has it.
+        """
+        key = json.dumps(of | {"checkpoint": self.checkpoint_sha256}, sort_keys=True)
+        path = self.folder / f"{sha256(key.encode()).hexdigest()}.safetensors"
+        if path.exists():
+            with safe_open(path, "np") as file:
+                assert (file.metadata() or {}).get("of") == key, path
+                return file.get_tensor("array")
+        array = np.ascontiguousarray(compute())
+        self.folder.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary:
+            save_file({"array": array}, temporary, {"of": key})
+        return array
 
 
 class Reference:
@@ -39,12 +71,10 @@ class Reference:
         Args:
             pixels: [N, 3, H, W]. by_image: key the noise by them; else all meet the same.
             store: keeps what is computed, for other processes.
-
-        Raises:
-            ExportError: the encoder gives NaN or infinity.
         """
         self.model, self.batch, self.count = model, batch, len(pixels)
-        self._keys = [pixel_key(row) for row in pixels] if by_image else None
+        keys = [pixel_key(row) for row in pixels] if by_image else None
+        self._keys = None if keys is None else np.array(keys, np.uint64)
         self._store = store
         self._of = {"pixels": sha256(pixels.tobytes()).hexdigest()} if store else {}
         x_v = self._stored({"what": "x_v"}, lambda: self._encode(pixels))
@@ -110,13 +140,13 @@ class Reference:
         return logits
 
     @torch.inference_mode()
-    def estimates(self, table: SamplerTable, seed: int, count: int) -> Floats:
-        """Compute the head's answer to each step's estimate, first images only: [S, count, C]."""
-        rows, found = slice(0, count), []
+    def estimates(self, table: SamplerTable, seed: int, rows: NDArray[np.intp]) -> Floats:
+        """Compute the head's answer to each step's estimate, some images only: [S, B, C]."""
+        found: list[Floats] = []
         self._chain(table, seed, 0, rows, lambda _, x0: found.append(self._head(rows, x0).numpy()))
         return np.stack(found)
 
-    def _head(self, rows: slice, x_cdr: torch.Tensor) -> torch.Tensor:
+    def _head(self, rows: slice | NDArray[np.intp], x_cdr: torch.Tensor) -> torch.Tensor:
         return self.model.head(self.x_v[rows], x_cdr)[0]
 
     def _chain(
@@ -124,7 +154,7 @@ class Reference:
         table: SamplerTable,
         seed: int,
         sample: int,
-        rows: slice,
+        rows: slice | NDArray[np.intp],
         watch: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor:
         """Logits [B, C] of one chain of each image."""
@@ -135,7 +165,7 @@ class Reference:
                 table.timesteps,
                 table.train_steps,
                 self.model.latent_width,
-                trajectory=(key + sample) % 2**64,
+                trajectory=(int(key) + sample) % 2**64,
             )
             for key in ([0] if self._keys is None else self._keys[rows])
         ]
@@ -148,11 +178,7 @@ class Reference:
 
 
 def _check_finite(rows: Floats, part: str) -> None:
-    """Refuse rows [N, ...], one for each image, that are not finite.
-
-    Raises:
-        ExportError: one holds NaN or infinity.
-    """
+    """Refuse rows [N, ...], one for each image, that are not finite."""
     finite = np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
     if not finite.all():
         raise ExportError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,8 @@ import numpy as np
 from marnet_export.build.builder import builder
 from marnet_export.build.native import delivered, loop_products
 from marnet_export.build.types import Arithmetic, Unread
-from marnet_export.choose.asked import DEFAULT
-from marnet_export.prove.built import Built
 from marnet_export.prove.departure import diagnose
 from marnet_export.prove.fidelity import Fidelity
-from marnet_export.prove.noise import instability_floor, settling
 from marnet_export.prove.receipt import (
     NOT_READ,
     answering,
@@ -23,8 +21,8 @@ from marnet_export.prove.receipt import (
     count_products,
     receipt,
 )
-from marnet_export.prove.trial import Trial
-from marnet_export.work import Job, Points
+from marnet_export.prove.trial import Built, Trial, instability_floor, settling
+from marnet_export.work import DEFAULT, Job, Points
 from marnet_sdk.bundle import Share
 from marnet_sdk.errors import VerificationFailed
 from marnet_sdk.native_loop import LAYERS
@@ -55,11 +53,7 @@ def read_receipt(job: Job, types: Arithmetic, points: Points) -> dict[str, Share
 
 
 def verify(job: Job, built: Built, types: Arithmetic, points: Points) -> Fidelity:
-    """Hold every operating point against the reference; write fidelity.json.
-
-    Raises:
-        VerificationFailed: one does not agree.
-    """
+    """Hold every operating point against the reference; write fidelity.json."""
     trial = job.trial(built, types, points)
     found: dict[str, Fidelity] = {}
     for name, fidelity in trial.measure():
@@ -75,8 +69,8 @@ def report(job: Job, trial: Trial, found: Mapping[str, Fidelity], **more: Any) -
     """Put what was measured, of each operating point, into fidelity.json."""
     built, default = trial.built, trial.built.sampling.default
     job.report(
-        **found[default].to_dict(),
-        operating_points={name: f.to_dict() for name, f in found.items()},
+        **asdict(found[default]),
+        operating_points={name: asdict(f) for name, f in found.items()},
         trajectory=trial.trajectory(default),
         latency_ms=_latency(built.run(default), built.pixels[:1]),
         **more,

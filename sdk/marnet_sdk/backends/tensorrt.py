@@ -14,21 +14,22 @@ Axes: B batch, S steps, K noise samples, R row of the table, L tokens, Hp hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from marnet_sdk.backends import Backend, RuntimeReport, TextEncoder, check_device
-from marnet_sdk.errors import BackendUnavailable, InferenceError, MarnetError
+from marnet_sdk.errors import BackendUnavailable, InferenceError
 from marnet_sdk.gpu.captured import (
     Answer,
     CapturedPipeline,
     Loops,
+    Program,
     Shape,
     join,
     report,
-    warn_of_operators,
 )
 from marnet_sdk.gpu.driver import DeviceArray, device_array
 from marnet_sdk.gpu.tensorrt_library import find_device
@@ -142,7 +143,7 @@ class _TensorRT:
     def _in_two_calls(self, pixels: Floats | DeviceArray, tables: Tables) -> Answer:
         return self.refine(self.encode(_on_host(pixels)), tables)
 
-    def _capture(self, shape: Shape) -> EngineProgram:
+    def _capture(self, shape: Shape) -> Program:
         """A program for a shape, with the persistent kernel in it if that can run.
 
         Raises:
@@ -153,19 +154,13 @@ class _TensorRT:
             raise InferenceError(
                 f"the engines take up to {most} noise samples at once, got {shape.samples}"
             )
-        why_not = self._why_not
-        if self._kernel is not None:
-            try:
-                program = EngineProgram(self._machine.gpu, shape, self._encoder, self._kernel)
-                self._loops.note("persistent kernel", shape.batch * shape.samples)
-                return program
-            except (MarnetError, ValueError, RuntimeError) as error:
-                why_not = str(error)
-        program = EngineProgram(self._machine.gpu, shape, self._encoder, self._refine)
-        why = f"operators in the captured graph, because {why_not}"
-        if self._loops.note(why, shape.batch * shape.samples) and why_not != self._why_not:
-            warn_of_operators(why)
-        return program
+        kernel, gpu = self._kernel, self._machine.gpu
+        program = partial(EngineProgram, gpu, shape, self._encoder)
+        return self._loops.capture(
+            shape.batch * shape.samples,
+            self._why_not if kernel is None else lambda: (program(kernel), "persistent kernel"),
+            lambda: program(self._refine),
+        )
 
     def _loop(self) -> str:
         """Tell what runs the reverse loop, and why, in one line."""

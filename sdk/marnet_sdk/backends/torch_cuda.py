@@ -16,10 +16,11 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from marnet_sdk.backends import DeviceRows, RuntimeReport, TextEncoder
-from marnet_sdk.errors import InvalidInput, MarnetError
+from marnet_sdk.errors import InvalidInput, one_line
 from marnet_sdk.gpu.captured import (
     MOST_LANES,
     Answer,
@@ -28,11 +29,9 @@ from marnet_sdk.gpu.captured import (
     Program,
     Shape,
     report,
-    warn_of_operators,
 )
 from marnet_sdk.gpu.persistent_loop import LoopWeights
 from marnet_sdk.gpu.torch_programs import (
-    KernelLoop,
     MakeKernel,
     Model,
     Parts,
@@ -40,13 +39,12 @@ from marnet_sdk.gpu.torch_programs import (
     TorchLane,
     TorchProgram,
 )
-from marnet_sdk.gpu.torch_stream import Cuda, Rows, exact_float32, one_line
+from marnet_sdk.gpu.torch_stream import Cuda, Rows, exact_float32
 from marnet_sdk.noise.tables import Floats, Integers, Tables
 
 # One image as it comes, and batches up to the 64 that `predict` makes when it is not told another
 # number. Between them, padding at most doubles a batch, and each graph costs memory.
 BUCKETS = (1, 8, 16, 32, 64)
-OPERATORS = "operators in the captured graph"
 
 
 def loop_parts(refine: Any, compute: str) -> Parts | str:
@@ -194,29 +192,16 @@ class TorchOnCuda:
 
     def _capture_in(self, lane: TorchLane, shape: Shape) -> Program:
         assert self._sizes is not None
+        program = partial(TorchProgram, lane, self._model, shape, self._sizes)
         with lane.taken() as gpu, exact_float32():
-            kernel = self._kernel(shape, gpu)
-            if not isinstance(kernel, str):
-                try:
-                    program = TorchProgram(lane, self._model, shape, self._sizes, kernel)
-                    self._loops.note(kernel.description, shape.batch)
-                    return program
-                except (MarnetError, RuntimeError) as error:
-                    kernel = f"the persistent kernel failed: {one_line(error)}"
-            program = TorchProgram(lane, self._model, shape, self._sizes, None)
-            how = f"{OPERATORS}, because {kernel}"
-            if self._loops.note(how, shape.batch) and not isinstance(self._model.parts, str):
-                warn_of_operators(how)
-            return program
 
-    def _kernel(self, shape: Shape, gpu: Cuda) -> KernelLoop | str:
-        """The kernel, or why there is none."""
-        if isinstance(self._model.parts, str):
-            return self._model.parts
-        try:
-            return self._make_kernel(self._model.parts, shape, gpu)
-        except (ImportError, MarnetError, ValueError, RuntimeError) as error:
-            return f"the persistent kernel cannot run: {one_line(error)}"
+            def with_kernel(parts: Parts) -> tuple[Program, str]:
+                kernel = self._make_kernel(parts, shape, gpu)
+                return program(kernel), kernel.description
+
+            parts = self._model.parts
+            kernel = parts if isinstance(parts, str) else partial(with_kernel, parts)
+            return self._loops.capture(shape.batch, kernel, partial(program, None))
 
 
 def _on_device(gpu: Cuda, pixels: Any) -> Any:

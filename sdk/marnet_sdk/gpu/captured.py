@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_sdk.backends import DeviceRows, RuntimeReport
-from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning
+from marnet_sdk.errors import InvalidInput, MarnetError, MarnetWarning, one_line
 from marnet_sdk.noise.tables import Floats, Tables
 
 Answer = tuple[Floats, Floats]  # logits [B, K, C] and features [B, K, D_f]
@@ -281,6 +281,34 @@ class Loops:
         is_new = how not in self._found
         self._found.setdefault(how, set()).add(size)
         return is_new
+
+    def capture(
+        self,
+        size: int,
+        kernel: Callable[[], tuple[Program, str]] | str,
+        operators: Callable[[], Program],
+    ) -> Program:
+        """Capture a program with the persistent kernel in it where that runs, else with operators.
+
+        Args:
+            size: what is counted. kernel: captures a program, and says what runs the loop in it; or
+                the reason why there is none. operators: captures one without.
+
+        Raises:
+            MarnetError, RuntimeError: it cannot be captured with operators either.
+        """
+        why = kernel
+        if not isinstance(kernel, str):
+            try:
+                program, how = kernel()
+                self.note(how, size)
+                return program
+            except (ImportError, MarnetError, ValueError, RuntimeError) as error:
+                why = f"the persistent kernel cannot run: {one_line(error)}"
+        program, how = operators(), f"operators in the captured graph, because {why}"
+        if self.note(how, size) and not isinstance(kernel, str):
+            warn_of_operators(how)
+        return program
 
     def __str__(self) -> str:
         """All that runs it, in one line; empty where nothing is captured yet."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from marnet_sdk.backends.torch_device import gpu_name
-from marnet_sdk.errors import InferenceError
+from marnet_sdk.errors import InferenceError, one_line
 from marnet_sdk.noise.tables import Floats, Integers
 
 _EXACT = Lock()  # held to change the process's settings, not while they are as they should be
@@ -221,14 +221,6 @@ def first_cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # TorchScript puts a traceback of its own before what happened.
-    scripted = lines and lines[0].startswith("The following operation failed in the TorchScript")
-    said = lines[-1] if scripted else " ".join(lines)
-    return said[:300] or type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)

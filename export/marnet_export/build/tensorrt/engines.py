@@ -171,9 +171,6 @@ class _Job:
 
         TensorRT-RTX gives the same bytes again where only the batch is dynamic, as in the encoder.
         With more dynamic sizes, names inside the engine come in another order each time.
-
-        Raises:
-            ExportError: with what TensorRT says.
         """
         trt, log = self.library.module, make_log(self.library.module)
         builder = trt.Builder(log)
@@ -210,11 +207,7 @@ class _Job:
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Refuse what `add_engines` would, before there is anything to build from.
-
-    Raises:
-        ExportError, MissingExtra: as `add_engines`.
-    """
+    """Refuse what `add_engines` would, before there is anything to build from."""
     _jobs(targets)
 
 
@@ -288,11 +281,7 @@ def _unsupported(target: str, known: Sequence[str]) -> str:
 
 
 def parse_network(library: Library, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
-    """The network of an ONNX file, and its parser, which owns the weights as long as it lives.
-
-    Raises:
-        ExportError: with what the parser says.
-    """
+    """The network of an ONNX file, and its parser, which owns the weights as long as it lives."""
     trt = library.module
     flags = 0
     if int(library.version.split(".")[0]) == 10 and not library.is_rtx:  # later ones know no other

@@ -15,8 +15,9 @@ from typing import Any
 
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from marnet_export.build.builder import ROUTES, USUAL, Builder, Order, StandIn
 from marnet_export.build.onnx_graph import quantise, to_onnx
@@ -48,7 +49,7 @@ from marnet_export.build.tracing import (
 )
 from marnet_export.build.types import TORCH_TYPES, Product, Types
 from marnet_export.lower.methods import Lowered
-from marnet_export.lower.modules import Condition, Finish, Refine, ScanLoop, Step, with_compute
+from marnet_export.lower.modules import Refine, ScanLoop, Step, with_compute
 from marnet_sdk.backends import Backend, InTwoCalls, TextEncoder
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.tensorrt import by_noise_row
@@ -68,11 +69,7 @@ def targets(payload: Path) -> list[str]:
 
 
 def check_loop(types: Types) -> None:
-    """Refuse int8 for the loop.
-
-    Raises:
-        ExportError: it is asked for.
-    """
+    """Refuse int8 for the loop."""
     if types.storage == "int8":
         raise ExportError(
             "tensorrt runs the reverse loop in fp16, bf16 or fp32, not in int8: on a GPU its small "
@@ -89,10 +86,8 @@ def build_encoder(
 ) -> None:
     """Write payload/encoder.onnx and build its engine; see `add_engines`.
 
-    Args:
-        pixels: [B >= 2, 3, H, W], the example that is traced.
-        order: with the route torch-tensorrt, the engine for this machine's GPU is replaced by
-            torch-tensorrt's, which has one profile for all batches.
+    With the route torch-tensorrt, the engine for this machine's GPU is replaced by that package's,
+    which has one profile for all batches.
 
     Raises:
         ExportError: TensorRT cannot build it in these types, or not for these GPUs.
@@ -158,9 +153,6 @@ def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = U
 
     Where the persistent kernel can run the loop, also what it needs: the loop's weights, and what
     comes before and behind it as two more graphs. They do what refine does, another way.
-
-    Raises:
-        ExportError: as `build_encoder`; and for int8.
     """
     _check_types(types)
     check_loop(types)
@@ -173,7 +165,7 @@ def build_refine(lowered: Lowered, types: Types, payload: Path, order: Order = U
 
 
 def _save_around_kernel(
-    step: Step, head: torch.nn.Module, width: int, types: Types, payload: Path
+    step: Step, head: nn.Module, width: int, types: Types, payload: Path
 ) -> None:
     """Write condition.onnx, finish.onnx and loop.safetensors, or nothing for another kind of loop.
 
@@ -189,31 +181,46 @@ def _save_around_kernel(
     padded, hidden = weights.padded, len(weights.matrices["carry"])
     x_v = torch.zeros(2, width), ("batch", width)
     h3 = torch.zeros(2, 5, padded), ("batch", "samples", padded)
-    before, behind = Condition(step, padded).eval(), Finish(step, head, hidden).eval()
+    before, behind = _Condition(step, padded).eval(), _Finish(step, head, hidden).eval()
     _export(before, Signature({"x_v": x_v}, ["q"]), types, payload / CONDITION)
     signature = Signature({"x_v": x_v, "h3": h3}, ["logits", "features"])
     _export(behind, signature, types, payload / FINISH)
 
 
-def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
-    """Write payload/text.onnx and build its engine.
+class _Condition(nn.Module):
+    """This runs before the persistent kernel: x_v [B, D_v] -> q [B, Hp], padded with zeros."""
 
-    Raises:
-        ExportError: as `build_encoder`; and for int8.
-    """
+    def __init__(self, step: Step, padded: int) -> None:
+        """Take the step, and Hp, to which q is padded."""
+        super().__init__()
+        self.step, self.padded = step, padded
+
+    def forward(self, x_v: Tensor) -> Tensor:
+        q = self.step.condition(x_v).squeeze(1)
+        return F.pad(q, (0, self.padded - q.shape[-1]))
+
+
+class _Finish(nn.Module):
+    """This runs behind the kernel: x_v and the last h3 [B, K, Hp] -> logits, fused features."""
+
+    def __init__(self, step: Step, head: nn.Module, hidden: int) -> None:
+        """Take the step, the head, and H, the hidden width without the padding."""
+        super().__init__()
+        self.step, self.head, self.hidden = step, head, hidden
+
+    def forward(self, x_v: Tensor, h3: Tensor) -> tuple[Tensor, Tensor]:
+        logits, fused = self.head(x_v, self.step.estimate(h3[:, :, : self.hidden]))
+        return logits, fused
+
+
+def build_text(lowered: Lowered, types: Types, payload: Path, order: Order = USUAL) -> None:
+    """Write payload/text.onnx and build its engine."""
     _check_types(types)
-    if types.storage == "int8":
-        raise ExportError("the text encoder has no int8 form for tensorrt: build it in fp16")
     assert lowered.text is not None
     limit = min(TOKENS, most_tokens(lowered.text) or TOKENS)
     module = with_compute(lowered.text, TORCH_TYPES[types.compute])
-    signature = text_signature()
-    with tracing():
-        traced = to_onnx(module, signature, signature.free({"length": limit}))
-        exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
-    proto = exported.model_proto
-    helper.set_model_props(proto, {TOKEN_LIMIT: str(limit)})
-    _save(proto, types, payload / TEXT)
+    shapes = text_signature().free({"length": limit})
+    _export(module, text_signature(), types, payload / TEXT, shapes, {TOKEN_LIMIT: str(limit)})
     add_engines(payload, order.targets, buckets=order.buckets or BUCKETS)
 
 
@@ -226,11 +233,21 @@ def _check_types(types: Types) -> None:
         )
 
 
-def _export(module: torch.nn.Module, signature: Signature, types: Types, path: Path) -> None:
+def _export(
+    module: nn.Module,
+    signature: Signature,
+    types: Types,
+    path: Path,
+    shapes: Any = None,
+    properties: dict[str, str] | None = None,
+) -> None:
     with tracing():
-        traced = to_onnx(module, signature)
+        traced = to_onnx(module, signature, shapes)
         exported: Any = torch.onnx.export(**traced, opset_version=_OPSET)
-    _save(exported.model_proto, types, path)
+    proto = exported.model_proto
+    if properties is not None:
+        helper.set_model_props(proto, properties)
+    _save(proto, types, path)
 
 
 def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
@@ -242,14 +259,9 @@ def _save(proto: onnx.ModelProto, types: Types, path: Path) -> None:
 
 
 def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
-    """Every matrix product and convolution.
+    """List the products of the networks that TensorRT itself makes of the ONNX files.
 
-    Read from the networks that TensorRT itself makes of the ONNX files, with one image, one noise
-    sample and fixed sizes: the networks are strongly typed, so an engine has no other types. "loop"
-    is one step; "head" is all that is done once for an image: condition, last step and head.
-
-    Args:
-        shape: (3, H, W), which the files know themselves.
+    These are strongly typed, so an engine has no other types. The files know sizes and types.
     """
     return read_products(payload / ENCODER) + read_products(payload / REFINE)
 

@@ -112,26 +112,17 @@ class _NetworkReader:
         return operations, kind, kind
 
     def _product(self, operations: int, left: Any, right: Any) -> tuple[int, str, str]:
-        storage = self._stored(right) or self._stored(left) or "activation"
-        types = [self._multiplied(tensor) for tensor in (left, right)]
+        storage, types = "activation", []
+        for factor in (left, right):
+            maker = self._maker(factor)
+            if maker is not None and maker.type == self.trt.LayerType.DEQUANTIZE:
+                factor = maker.get_input(0)  # in the type that it is multiplied in
+                maker = self._maker(factor)
+            types.append(self.names[factor.dtype])
+            if maker is not None and maker.type == self.trt.LayerType.CONSTANT:
+                storage = types[-1]
         compute = types[0] if types[0] == types[1] else self.names[left.dtype]
         return operations, storage, compute
-
-    def _multiplied(self, tensor: Any) -> str:
-        """The type of a factor; of one behind a DQ node, what comes into that."""
-        maker = self._maker(tensor)
-        if maker is not None and maker.type == self.trt.LayerType.DEQUANTIZE:
-            tensor = maker.get_input(0)
-        return self.names[tensor.dtype]
-
-    def _stored(self, tensor: Any) -> str | None:
-        """The type of a constant factor, also behind a DQ node; None if it is computed."""
-        maker = self._maker(tensor)
-        if maker is not None and maker.type == self.trt.LayerType.DEQUANTIZE:
-            tensor = maker.get_input(0)
-            maker = self._maker(tensor)
-        is_constant = maker is not None and maker.type == self.trt.LayerType.CONSTANT
-        return self.names[tensor.dtype] if is_constant else None
 
     def _maker(self, tensor: Any) -> Any:
         """The layer that computes a tensor, behind those that only reshape it."""

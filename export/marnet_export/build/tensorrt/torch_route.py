@@ -77,10 +77,6 @@ def encoder_engine(
         module: pixels [B, 3, H, W] -> x_v [B, D_v], as `with_compute` makes it: an engine has
             the types of its module. pixels: an example, B >= 2. compute: for the products of
             activations, as in attention, which have no module.
-
-    Raises:
-        MissingExtra, BackendUnavailable: as of `load_torch_tensorrt`.
-        ExportError: with what torch-tensorrt says.
     """
     package, most = load_torch_tensorrt(), max(buckets)
     sizes = {"min_shape": 1, "opt_shape": min(8, most), "max_shape": most}

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from marnet_sdk.commands.rows import Row
 from marnet_sdk.console import say
 from marnet_sdk.errors import DataError, InvalidInput, OutputExists, brief
 from marnet_sdk.outputs import atomic_file, exclusive, writable
-from marnet_sdk.rows import Row
 
 
 class Unfinished:

@@ -16,6 +16,8 @@ import click
 
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import newest_bundle
+from marnet_sdk.commands.rows import LINES, Row, check_parquet, make_row, print_tables, write_rows
+from marnet_sdk.commands.unfinished import unfinished
 from marnet_sdk.console import (
     Choice,
     Command,
@@ -29,8 +31,6 @@ from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.inputs.listing import LIST, image_paths
 from marnet_sdk.provenance import predict_with_provenance
-from marnet_sdk.rows import LINES, Row, check_parquet, make_row, print_tables, write_rows
-from marnet_sdk.unfinished import unfinished
 
 _FORMS = ("table", *LINES, "parquet")
 _LISTED = 20  # unusable images that are named at the end

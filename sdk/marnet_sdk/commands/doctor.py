@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
+from marnet_sdk.commands.examination import examine
 from marnet_sdk.console import Choice, Command, next_commands, print_json, print_table
-from marnet_sdk.doctor import examine
 from marnet_sdk.errors import EnvironmentMismatch
 
 Found = Mapping[str, Any]

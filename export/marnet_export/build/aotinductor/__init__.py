@@ -1,0 +1,1 @@
+"""AOTInductor: programs of torch.export, compiled, and what the code multiplies."""

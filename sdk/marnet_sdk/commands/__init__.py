@@ -1,0 +1,1 @@
+"""The commands `marnet-classify` and `marnet-doctor`, and what they alone need."""

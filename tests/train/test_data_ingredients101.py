@@ -24,10 +24,9 @@ from marnet_train.data.ingredients101 import (
     OFFICIAL,
     PLACES,
     ingredient_text,
-    read_ingredients101,
-    write_ingredients101,
+    read,
 )
-from marnet_train.data.published import NOTICE_FILE
+from marnet_train.data.published import NOTICE_FILE, write_published
 
 HERE = "Ingredients101/Annotations"
 CLASSES = ["apple_pie", "baby_back_ribs", *(f"dish_{n}" for n in range(2, DISHES - 1)), "waffles"]
@@ -83,7 +82,7 @@ def ingredients(*words: str | Path) -> Result:
 
 
 def test_every_picture_gets_the_ingredients_of_its_dish(source: Path, tmp_path: Path) -> None:
-    data = write_ingredients101(source, tmp_path / "out")
+    data = write_published("ingredients101", source, tmp_path / "out")
     assert data.labels == ("apple_pie", "baby_back_ribs", "waffles")
     found = {
         split: [(e.image.name, e.label, e.text) for e in examples]
@@ -111,14 +110,14 @@ def test_every_picture_gets_the_ingredients_of_its_dish(source: Path, tmp_path: 
 
 
 def test_the_simplified_lists_can_be_chosen(source: Path) -> None:
-    found = read_ingredients101(source, ingredients="simplified")
+    found = read(source, "simplified")[1]
     texts = [example.text for example in found["train"]]
     assert texts == ["butter, flour, apple"] * 2 + ["unknown", "pork, salt"]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_annotations_are_found_in_every_usual_place(place: str, tmp_path: Path) -> None:
-    found = read_ingredients101(make_copy(tmp_path / "copy", place))
+    found = read(make_copy(tmp_path / "copy", place))[1]
     assert {split: len(examples) for split, examples in found.items()} == {
         "train": 4,
         "val": 1,
@@ -127,11 +126,11 @@ def test_annotations_are_found_in_every_usual_place(place: str, tmp_path: Path) 
 
 
 def test_names_beside_the_annotations_may_be_spelt_otherwise(source: Path) -> None:
-    before = read_ingredients101(source)
+    before = read(source)[1]
     names = [name.replace("_", " ").capitalize() for name in CLASSES]
     (source / HERE / "classes.txt").write_bytes("\r\n".join(names).encode())
     (source / "food-101/meta/classes.txt").unlink()
-    assert read_ingredients101(source) == before
+    assert read(source)[1] == before
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -202,7 +201,7 @@ def test_what_is_wrong_is_named_with_its_line(fault: str, source: Path, tmp_path
     damage, told = FAULTS[fault]
     damage(source)
     with pytest.raises(DataError, match=rf"1 problem in .*\n.*{told}"):
-        write_ingredients101(source, tmp_path / "out")
+        write_published("ingredients101", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +212,7 @@ def test_everything_is_told_at_once(source: Path) -> None:
     add(source / HERE / "val_images.txt", "nonsense")
     add(source / HERE / "val_labels.txt", "0")
     with pytest.raises(DataError, match="4 problems in") as raised:
-        read_ingredients101(source)
+        read(source)[1]
     places = ("ingredients.txt: missing", "test_images.txt: missing", "train_images.txt:1:")
     for place in (*places, "val_images.txt:2: got 'nonsense'"):
         assert place in str(raised.value)
@@ -222,7 +221,7 @@ def test_everything_is_told_at_once(source: Path) -> None:
 def test_what_is_no_copy_is_told_with_where_to_get_one(tmp_path: Path) -> None:
     told = "no food-101/images or Ingredients101/Annotations there.*pictures from https://data"
     with pytest.raises(NotFound, match=told):
-        write_ingredients101(tmp_path, tmp_path / "out")
+        write_published("ingredients101", tmp_path, tmp_path / "out")
 
 
 def test_other_test_pictures_than_those_of_food_101_are_warned_of(

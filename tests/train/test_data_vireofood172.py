@@ -19,7 +19,7 @@ from pictures import encode, make_picture
 from marnet_sdk.errors import DataError, NotFound, OutputExists
 from marnet_train.cli import main
 from marnet_train.data.check import check_data_set
-from marnet_train.data.published import NOTICE_FILE
+from marnet_train.data.published import NOTICE_FILE, write_published
 from marnet_train.data.vireofood172 import (
     DISHES,
     INGREDIENTS,
@@ -28,8 +28,7 @@ from marnet_train.data.vireofood172 import (
     PICTURES,
     parse_line,
     parse_presence,
-    read_vireofood172,
-    write_vireofood172,
+    read,
 )
 
 LISTS = {
@@ -88,7 +87,7 @@ def vireofood(*words: str | Path) -> Result:
 
 
 def test_every_picture_gets_its_dish_and_its_own_ingredients(source: Path, tmp_path: Path) -> None:
-    data = write_vireofood172(source, tmp_path / "out")
+    data = write_published("vireofood172", source, tmp_path / "out")
     assert data.labels == ("Dish 12", "Fried rice (3)", "Fried rice (172)")
     found = {
         split: [(e.image.name, e.label, e.text) for e in examples]
@@ -113,21 +112,21 @@ def test_every_picture_gets_its_dish_and_its_own_ingredients(source: Path, tmp_p
 def test_what_is_written_is_sound_and_says_where_it_comes_from(
     source: Path, tmp_path: Path
 ) -> None:
-    write_vireofood172(source, tmp_path / "out")
+    write_published("vireofood172", source, tmp_path / "out")
     report = check_data_set(tmp_path / "out")
     assert (report.problems.count, report.leak_count, report.repeat_count) == (0, 0, 0)
     notice = (tmp_path / "out" / NOTICE_FILE).read_text("utf-8")
     assert "http://vireo.cs.cityu.edu.hk/VireoFood172/" in notice
     with pytest.raises(OutputExists, match="out already exists"):
-        write_vireofood172(source, tmp_path / "out")
+        write_published("vireofood172", source, tmp_path / "out")
 
 
 def test_lists_may_lack_slashes_and_have_other_line_ends(source: Path) -> None:
-    before = read_vireofood172(source)
+    before = read(source)[1]
     for name, paths in LISTS.values():
         text = "\r\n\r\n".join(f" {path.lstrip('/')} " for path in paths)
         (source / LABELS / name).write_bytes(f"\ufeff{text}".encode())
-    assert read_vireofood172(source) == before
+    assert read(source)[1] == before
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -211,7 +210,7 @@ def test_what_is_wrong_is_named_with_its_line(fault: str, source: Path, tmp_path
     damage, told = FAULTS[fault]
     damage(source)
     with pytest.raises(DataError, match=told):
-        write_vireofood172(source, tmp_path / "out")
+        write_published("vireofood172", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -221,7 +220,7 @@ def test_everything_is_told_at_once_and_missing_files_first(source: Path) -> Non
     add(source / LABELS / "TR.txt", "nonsense\n" * 30)
     (source / LABELS / "TE.txt").unlink()
     with pytest.raises(DataError) as raised:
-        read_vireofood172(source)
+        read(source)[1]
     head, *lines = str(raised.value).splitlines()
     assert head == f"36 problems in {source}:"  # 30 lines, 5 pictures, a list
     assert lines[0].strip().startswith(f"{source / LABELS / 'TE.txt'}: missing")
@@ -232,7 +231,7 @@ def test_everything_is_told_at_once_and_missing_files_first(source: Path) -> Non
 def test_what_is_no_copy_is_told_with_where_to_get_one(tmp_path: Path) -> None:
     told = r"no ready_chinese_food or SplitAndIngreLabel there.*from its authors: http://vireo"
     with pytest.raises(NotFound, match=told):
-        write_vireofood172(tmp_path, tmp_path / "out")
+        write_published("vireofood172", tmp_path, tmp_path / "out")
 
 
 @given(st.integers(1, DISHES), st.text("abc_1 ü.", min_size=1, max_size=9), st.sampled_from("/ "))

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,11 @@ def _described(description: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        raise RecipeError(f"encoder {description}: {error}") from error
+        name = description.get("pretrained")
+        where = "" if name is None or Path(name).is_dir() else f"; there is no folder {name} here"
+        if where and str(name).startswith("encoders/"):  # as the recipes of the groceries have it
+            where += ": write it with marnet-train encoders --out encoders"
+        raise RecipeError(f"encoder {description}: {error}{where}") from error
     except Exception as error:  # sizes that do not fit each other fail wherever they meet
         raise RecipeError(
             f"encoder {description}: transformers could not build it "
@@ -101,18 +106,6 @@ def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
     accepts = inspect.signature(model_class.__init__).parameters
     is_unused = config.model_type in _CLASS_TOKEN_MODELS or hasattr(config, "vocab_size")
     return {"add_pooling_layer": False} if is_unused and "add_pooling_layer" in accepts else {}
-
-
-def feature_dim(config: PreTrainedConfig) -> int:
-    """Return the width of the vector that `VisionEncoder` or `TextEncoder` makes of one input.
-
-    Raises:
-        RecipeError: no such encoder makes a vector of one image, or of one text.
-    """
-    with torch.random.fork_rng(devices=[]):
-        backbone = build_backbone(config)
-    takes_pixels = getattr(backbone, "main_input_name", None) == "pixel_values"
-    return (VisionEncoder if takes_pixels else TextEncoder)(backbone).dim
 
 
 class VisionEncoder(nn.Module):

@@ -63,7 +63,7 @@ class Training:
             parts,
             phase.weight_decay,
             phase.epochs * len(range(0, count, phase.batch)),
-            getattr(phase, "warmup", 0.1),
+            getattr(phase, "warmup", 0.1),  # not every phase has these two
             title=title,
             clip_norm=self.recipe.clip_norm,
             patience=getattr(phase, "patience", None),

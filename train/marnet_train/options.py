@@ -1,4 +1,4 @@
-"""What the commands of `marnet-train` have in common: options, extras, and the next command."""
+"""Options, extras and next commands that the commands of `marnet-train` have in common."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from marnet_train.data.lists import Lists, Pictures, Splits, checked, is_number
 
 ADDRESS = "https://github.com/marcusklasson/GroceryStoreDataset"
 OFFICIAL = {"train": 2640, "val": 296, "test": 2485}  # pictures
-KINDS = ("fine", "coarse")  # the 81 products, or their 43 kinds, as labels
+KINDS: tuple[str, ...] = ("fine", "coarse")  # the 81 products, or their 43 kinds, as labels
 CLASSES = "classes.csv"
 NAME, NUMBER = "Class Name (str)", "Class ID (int)"
 COARSE_NAME, COARSE_NUMBER = "Coarse Class Name (str)", "Coarse Class ID (int)"

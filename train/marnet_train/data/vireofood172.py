@@ -27,7 +27,7 @@ from marnet_train.data.lists import UNKNOWN, Lists, Pictures, Splits, checked
 
 ADDRESS = "http://vireo.cs.cityu.edu.hk/VireoFood172/"
 OFFICIAL = {"train": 66_071, "val": 11_016, "test": 33_154}  # pictures
-KINDS = ("own",)
+KINDS: tuple[str, ...] = ("own",)
 DISHES, INGREDIENTS = 172, 353
 PICTURES, LABELS = "ready_chinese_food", "SplitAndIngreLabel"
 LISTS = {"train": "TR.txt", "val": "VAL.txt", "test": "TE.txt"}

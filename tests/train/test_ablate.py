@@ -19,6 +19,7 @@ from marnet_train import phases
 from marnet_train.cli import main
 from marnet_train.measures import student_interval
 from marnet_train.progress import Progress
+from marnet_train.tables import subject
 from marnet_train.tables.ablate import ablate, changed
 from marnet_train.tables.answers import right_answers
 from marnet_train.tables.figures import figures
@@ -49,7 +50,9 @@ class Watched:
     def __init__(self, patch: pytest.MonkeyPatch, stop_at: str = "") -> None:
         self.phases: list[str] = []
         self.semantics: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self.chains = 0  # of test images, as they are trained
         log, vectors = Progress.log, phases.semantic_vectors
+        refined = subject.refined_features
 
         def watched_log(run: Progress, **line: Any) -> None:
             log(run, **line)
@@ -62,6 +65,11 @@ class Watched:
             self.semantics.append((kind, texts, labels, found))
             return found
 
+        def counted(*given: Any) -> Tensor:
+            self.chains += 1
+            return refined(*given)
+
+        patch.setattr(subject, "refined_features", counted)
         patch.setattr(Progress, "log", watched_log)
         patch.setattr(phases, "semantic_vectors", watched_vectors)
 
@@ -125,6 +133,12 @@ def test_the_same_fusion_and_setting_give_the_row_of_the_training(whole: Whole) 
     rows = whole[1]["runs"][0]["rows"]
     for name in ("refined, gamma = 1", "refined, t uniform"):
         assert rows[name]["right"] == rows["refined"]["right"]
+
+
+def test_all_fusions_share_the_chains_of_the_trained_model(whole: Whole) -> None:
+    """Eight noise samples of the model, of four other refiners and the one on the baseline's
+    encoder, and of the control; for two seeds."""
+    assert whole[2].chains == 2 * 8 * (1 + 4 + 1 + 1)
 
 
 def test_the_control_with_shuffled_texts_learns_the_texts_of_other_classes(whole: Whole) -> None:

@@ -27,7 +27,7 @@ def test_a_published_data_set_has_a_command_a_recipe_and_its_official_number_of_
 ) -> None:
     assert sum(DATA_SETS[name].OFFICIAL.values()) == pictures
     assert name in recipe_names()
-    described = CliRunner().invoke(main, ["data", name, "--help"]).stdout
+    described = " ".join(CliRunner().invoke(main, ["data", name, "--help"]).stdout.split())
     assert f"{pictures:,}" in described
     assert "downloads nothing" in described
 

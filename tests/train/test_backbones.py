@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32_LAYER
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -224,6 +225,26 @@ def test_a_pretrained_text_folder_is_loaded_with_its_weights(tmp_path: Path) -> 
     again = load_backbone({"pretrained": str(tmp_path)}).eval()
     ids, mask = torch.tensor([[2, 5, 3]]), torch.ones(1, 3, dtype=torch.long)
     assert torch.equal(TextEncoder(again)(ids, mask), TextEncoder(original)(ids, mask))
+
+
+def test_weights_that_are_not_used_go_unsaid_and_those_that_lack_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A text model has no pooler here, whose weights checkpoints of BERT have."""
+    build(TEXT["bert"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "pooler.dense.bias": torch.zeros(16)}, tmp_path / "model.safetensors")
+    capfd.readouterr()
+    load_backbone({"pretrained": str(tmp_path)})
+    assert capfd.readouterr().err == ""
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    load_backbone({"pretrained": str(tmp_path)})
+    said = capfd.readouterr().err
+    assert said.startswith(
+        f"warning: {tmp_path} lacks 1 weights, such as embeddings.word_embeddings"
+    )
+    assert said.endswith("; they start at random\n")
 
 
 def test_a_pretrained_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:

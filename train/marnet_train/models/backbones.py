@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
+from marnet_sdk.console import say
 from marnet_sdk.errors import RecipeError, nearest
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
@@ -84,16 +86,37 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
             near = nearest(key, sorted(known))
             raise RecipeError(f"{config.model_type} encoder: unknown setting {key!r}.{near}")
     settings = {k: v for k, v in description.items() if k != "pretrained"}
-    with _described(description):
+    with _described(description), _quiet():
         if "pretrained" not in description:
             return build_backbone(config)
-        return AutoModel.from_pretrained(
+        model, info = AutoModel.from_pretrained(
             description["pretrained"],
             use_safetensors=True,
             dtype=torch.float32,  # else that of the file, and training is in float32
+            output_loading_info=True,
             **settings,
             **_pooling_arguments(config),
         )
+    if missing := sorted(info["missing_keys"]):
+        say(
+            f"warning: {description['pretrained']} lacks {len(missing)} weights, such as "
+            f"{missing[0]}; they start at random"
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let `transformers` show no progress, and not report weights that an encoder does not use."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def build_backbone(config: PreTrainedConfig) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from marnet_train.assemble import Prepared, prepare
 from marnet_train.data.examples import DataSet
-from marnet_train.data.imagefolder import read_split
+from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.recipe import AlignmentPhase, Augment, FusionPhase, Recipe, RefinementPhase
 
@@ -80,3 +81,27 @@ def small_data(digits: Path, **counts: int) -> DataSet:
 def make_ready(digits: Path, recipe: Recipe = TINY, seed: int = 0, **counts: int) -> Prepared:
     """A training of the small data that can begin."""
     return prepare(small_data(digits, **counts), recipe, seed, CPU)
+
+
+def write_small(digits: Path, folder: Path, **counts: int) -> Path:
+    """A data set of the first images of each split of the digits: 49, 30 and 20 unless asked."""
+    for split, examples in small_data(digits, **counts).splits.items():
+        rows = ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in examples)
+        write_split(folder / split, rows)
+    return folder
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a file: tables of plain values."""
+
+    def lines(content: dict[str, Any], where: str = "") -> Iterator[str]:
+        plain = {k: v for k, v in content.items() if not isinstance(v, dict) and v is not None}
+        yield from (f"{key} = {json.dumps(list(v) if isinstance(v, tuple) else v)}"
+                    for key, v in plain.items())  # fmt: skip
+        for key, value in content.items():
+            if isinstance(value, dict):
+                yield f"[{where}{key}]"
+                yield from lines(value, f"{where}{key}.")
+
+    path.write_text("\n".join(lines(recipe.to_dict())))
+    return path

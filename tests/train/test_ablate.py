@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny_training import TINY, change
+from tiny_training import TINY, change, write_recipe, write_small
 from torch import Tensor
 
 from marnet_sdk.errors import DataError, OutputExists, RecipeError
 from marnet_train import phases
 from marnet_train.cli import main
-from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.measures import student_interval
 from marnet_train.progress import Progress
-from marnet_train.recipe import Recipe
+from marnet_train.tables import subject
 from marnet_train.tables.ablate import ablate, changed
 from marnet_train.tables.answers import right_answers
 from marnet_train.tables.figures import figures
@@ -43,13 +41,7 @@ BRANCHES = ("alignment", "+MLP", "refined", "MARNet")
 @pytest.fixture(scope="module")
 def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """49, 30 and 20 digits."""
-    folder = tmp_path_factory.mktemp("ablate") / "data"
-    for split, count in {"train": 49, "val": 30, "test": 20}.items():
-        rows = read_split(digits / split, needs_text=True)[:count]
-        write_split(
-            folder / split, ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows)
-        )
-    return folder
+    return write_small(digits, tmp_path_factory.mktemp("ablate") / "data")
 
 
 class Watched:
@@ -58,7 +50,9 @@ class Watched:
     def __init__(self, patch: pytest.MonkeyPatch, stop_at: str = "") -> None:
         self.phases: list[str] = []
         self.semantics: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self.chains = 0  # of test images, as they are trained
         log, vectors = Progress.log, phases.semantic_vectors
+        refined = subject.refined_features
 
         def watched_log(run: Progress, **line: Any) -> None:
             log(run, **line)
@@ -71,6 +65,11 @@ class Watched:
             self.semantics.append((kind, texts, labels, found))
             return found
 
+        def counted(*given: Any) -> Tensor:
+            self.chains += 1
+            return refined(*given)
+
+        patch.setattr(subject, "refined_features", counted)
         patch.setattr(Progress, "log", watched_log)
         patch.setattr(phases, "semantic_vectors", watched_vectors)
 
@@ -134,6 +133,12 @@ def test_the_same_fusion_and_setting_give_the_row_of_the_training(whole: Whole) 
     rows = whole[1]["runs"][0]["rows"]
     for name in ("refined, gamma = 1", "refined, t uniform"):
         assert rows[name]["right"] == rows["refined"]["right"]
+
+
+def test_all_fusions_share_the_chains_of_the_trained_model(whole: Whole) -> None:
+    """Eight noise samples of the model, of four other refiners and the one on the baseline's
+    encoder, and of the control; for two seeds."""
+    assert whole[2].chains == 2 * 8 * (1 + 4 + 1 + 1)
 
 
 def test_the_control_with_shuffled_texts_learns_the_texts_of_other_classes(whole: Whole) -> None:
@@ -328,8 +333,7 @@ def test_the_command_prints_the_tables_and_names_the_next_one(
     whole: Whole, data: Path, tmp_path: Path
 ) -> None:
     """On a folder that is finished, with the recipe it was made with."""
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(_toml(RECIPE))
+    recipe = write_recipe(RECIPE, tmp_path / "tiny.toml")
     words = ("--data", data, "--recipe", recipe, "--out", whole[0])
     result = marnet_train("ablate", *words, "--seeds", "0,1", "--controls", "shuffled")
     assert result.exit_code == 0, result.output
@@ -379,18 +383,3 @@ def test_figures_of_an_empty_folder_name_the_command_that_fills_it(tmp_path: Pat
     result = marnet_train("figures", tmp_path)
     assert result.exit_code == 2
     assert "which marnet-train ablate writes; run it first" in result.stderr
-
-
-def _toml(recipe: Recipe) -> str:
-    """The recipe as a file: tables of plain values."""
-
-    def lines(content: dict[str, Any], where: str = "") -> Iterator[str]:
-        plain = {k: v for k, v in content.items() if not isinstance(v, dict) and v is not None}
-        yield from (f"{key} = {json.dumps(list(v) if isinstance(v, tuple) else v)}"
-                    for key, v in plain.items())  # fmt: skip
-        for key, value in content.items():
-            if isinstance(value, dict):
-                yield f"[{where}{key}]"
-                yield from lines(value, f"{where}{key}.")
-
-    return "\n".join(lines(recipe.to_dict()))

@@ -26,7 +26,7 @@ from marnet_train.losses.alignment import (
     soft_label_alignment,
 )
 from marnet_train.optimise import balanced_batches
-from marnet_train.phases import make_target, train_alignment
+from marnet_train.phases import Training, make_target, train_alignment
 from marnet_train.progress import Progress
 from marnet_train.recipe import ALIGNMENTS, Recipe
 from marnet_train.stages import encoded
@@ -220,7 +220,7 @@ def aligned(digits: Path, recipe: Recipe) -> Tensor:
     ready = make_ready(digits, recipe)
     target = make_target(ready.model, ready.data, recipe, 0)
     source = encoded(ready.model.vision, ready.data, recipe)
-    train_alignment(ready.model, ready.data, source, target, recipe, 0, Progress())
+    train_alignment(ready.model, ready.data, source, target, Training(recipe, 0, Progress()))
     return torch.cat([p.flatten() for p in ready.model.project_vision.parameters()])
 
 

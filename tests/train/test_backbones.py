@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from tolerances import FLOAT32_LAYER
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -17,7 +19,6 @@ from marnet_train.models.backbones import (
     TextEncoder,
     VisionEncoder,
     backbone_config,
-    feature_dim,
     load_backbone,
 )
 
@@ -226,6 +227,26 @@ def test_a_pretrained_text_folder_is_loaded_with_its_weights(tmp_path: Path) -> 
     assert torch.equal(TextEncoder(again)(ids, mask), TextEncoder(original)(ids, mask))
 
 
+def test_weights_that_are_not_used_go_unsaid_and_those_that_lack_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A text model has no pooler here, whose weights checkpoints of BERT have."""
+    build(TEXT["bert"]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "pooler.dense.bias": torch.zeros(16)}, tmp_path / "model.safetensors")
+    capfd.readouterr()
+    load_backbone({"pretrained": str(tmp_path)})
+    assert capfd.readouterr().err == ""
+    del weights["embeddings.word_embeddings.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    load_backbone({"pretrained": str(tmp_path)})
+    said = capfd.readouterr().err
+    assert said.startswith(
+        f"warning: {tmp_path} lacks 1 weights, such as embeddings.word_embeddings"
+    )
+    assert said.endswith("; they start at random\n")
+
+
 def test_a_pretrained_folder_with_pickled_weights_only_is_refused(tmp_path: Path) -> None:
     model = build(VISION["vit"])
     model.save_pretrained(tmp_path)
@@ -267,6 +288,14 @@ def test_a_description_that_makes_no_encoder_is_refused(
 def test_a_pretrained_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"encoder .*{tmp_path}"):
         backbone_config({"pretrained": str(tmp_path / "nowhere")})
+
+
+def test_missing_encoders_of_the_groceries_name_the_command_that_writes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="write it with marnet-train encoders --out encoders"):
+        backbone_config({"pretrained": "encoders/minilm-l6"})
 
 
 def test_code_that_comes_with_weights_is_never_run(tmp_path: Path) -> None:
@@ -366,14 +395,6 @@ def test_looking_for_the_width_changes_nothing(training: bool) -> None:
         assert all(torch.equal(after[name], value) for name, value in before.items())
         assert getattr(backbone, "seen", []) == []
         assert {p.device.type for p in backbone.parameters()} == {"cpu"}
-
-
-@pytest.mark.parametrize("name", [*VISION, *TEXT])
-def test_the_width_of_a_configuration_is_seen_without_moving_the_random_state(name: str) -> None:
-    config = backbone_config((VISION | TEXT)[name])
-    before = torch.get_rng_state()
-    assert feature_dim(config) == WIDTH.get(name, 16)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", [*VISION, *TEXT])

@@ -203,19 +203,7 @@ def test_a_folder_without_model_or_configuration_is_no_checkpoint(copy: Path, na
         load_checkpoint(copy)
 
 
-# --- what older versions wrote
-
-
-def test_a_checkpoint_of_an_older_version_gives_the_same_answers(
-    checkpoint: Path, copy: Path
-) -> None:
-    """It had no number of samples and no baseline."""
-    edit_config(copy, lambda content: content.pop("samples"))
-    old = load_checkpoint(copy)
-    assert old.model.config.samples == 1
-    assert torch.equal(logits(old.model), logits(load_checkpoint(checkpoint).model))
-    with pytest.raises(NotFound, match=r"baseline\.safetensors is missing, as it is in .* older"):
-        load_baseline(old)
+# --- fusions element by element
 
 
 def elementwise(folder: Path) -> MARNet:
@@ -236,23 +224,7 @@ def test_an_elementwise_fusion_is_written_and_read_with_its_statistics(copy: Pat
     assert torch.equal(logits(load_checkpoint(copy).model), logits(model))
 
 
-def test_an_elementwise_fusion_of_an_older_version_is_refused_with_the_reason(copy: Path) -> None:
-    elementwise(copy)
-
-    def as_before(state: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in state if n.startswith(("aligned_", "refined_"))]:
-            del state[name]
-
-    edit_weights(copy, as_before)
-    with pytest.raises(
-        CheckpointError,
-        match=r"the statistics of its fusion are missing, because older versions did not "
-        r"standardise what an element-wise fusion combines; train again with this version$",
-    ):
-        load_checkpoint(copy)
-
-
-def test_weights_of_another_fusion_are_not_taken_for_old_ones(copy: Path) -> None:
+def test_weights_of_another_fusion_are_refused(copy: Path) -> None:
     width = load_checkpoint(copy).model.text.dim
     edit_config(copy, lambda content: content.update(fusion="add", dim=width))
     with pytest.raises(
@@ -277,6 +249,11 @@ def test_the_baseline_is_read_as_it_was_written(checkpoint: Path, tmp_path: Path
     write_baseline(tmp_path, baseline)
     again = load_baseline(load_checkpoint(tmp_path))
     assert torch.equal(again.alignment_logits(again.vision(pixels)), found)
+
+
+def test_a_checkpoint_without_a_baseline_says_where_there_is_one(copy: Path) -> None:
+    with pytest.raises(NotFound, match=r"baseline\.safetensors is missing, as it is in bundles"):
+        load_baseline(load_checkpoint(copy))
 
 
 def test_the_baseline_travels_with_a_saved_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

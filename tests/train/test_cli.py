@@ -7,44 +7,23 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_training import TINY, change, write_recipe, write_small
 
 from marnet_train.cli import main
 from marnet_train.data.dataset import read_data_set
-from marnet_train.data.imagefolder import read_split, write_split
 
-TINY = """
-dim = 8
-hidden = 16
-time_dim = 4
-[image]
-size = { height = 8, width = 8 }
-[vision]
-model_type = "resnet"
-embedding_size = 4
-hidden_sizes = [4, 8]
-depths = [1, 1]
-layer_type = "basic"
-[text]
-model_type = "bert"
-hidden_size = 8
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-[schedule]
-steps = 5
-[alignment]
-epochs = 1
-[refinement]
-epochs = 1
-views = 1
-[fusion_phase]
-epochs = 1
-draws = 1
-"""
+RECIPE = change(
+    TINY,
+    schedule=replace(TINY.schedule, steps=5),
+    alignment={"epochs": 1},
+    refinement={"epochs": 1, "views": 1},
+    fusion_phase={"epochs": 1, "draws": 1},
+)
 # What a machine without the train extra looks like.
 WITHOUT_TORCH = """
 import sys
@@ -73,19 +52,13 @@ def without_torch(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def data(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "data"
-    for split, count in {"train": 60, "val": 30, "test": 40}.items():
-        rows = read_split(digits / split, needs_text=True)[:count]
-        write_split(
-            folder / split, ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows)
-        )
-    return folder
+    return write_small(digits, folder, train=60, test=40)
 
 
 @pytest.fixture(scope="module")
 def trained(data: Path) -> tuple[Path, Result]:
     """The checkpoint and what the command that made it said."""
-    recipe = data.parent / "tiny.toml"
-    recipe.write_text(TINY)
+    recipe = write_recipe(RECIPE, data.parent / "tiny.toml")
     out = data.parent / "runs" / "tiny"
     return out, marnet_train("fit", "--data", data, "--recipe", recipe, "--out", out)
 
@@ -295,8 +268,7 @@ def test_a_device_that_is_not_there_ends_with_5(data: Path, tmp_path: Path) -> N
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(TINY)
+    recipe = write_recipe(RECIPE, tmp_path / "tiny.toml")
     words = ("fit", "--data", data, "--recipe", recipe, "--out", tmp_path / "out")
     assert marnet_train(*words, "--device", "cuda").exit_code == 5
 

@@ -29,10 +29,9 @@ from marnet_train.data.grocery import (
     OFFICIAL,
     Picture,
     parse_line,
-    read_grocery,
-    write_grocery,
+    read,
 )
-from marnet_train.data.published import NOTICE_FILE
+from marnet_train.data.published import NOTICE_FILE, write_published
 
 TEXTS = "iconic-images-and-descriptions"
 CSV = [
@@ -101,7 +100,7 @@ def grocery(*words: str | Path) -> Result:
 
 
 def test_the_splits_are_written_as_they_are(root: Path, tmp_path: Path) -> None:
-    data = write_grocery(root, tmp_path / "out")
+    data = write_published("grocery", root, tmp_path / "out")
     assert data.labels == ("Gold-Beet", "Lime", "Red-Beet")
     found = {
         split: [(e.image.name, e.label, e.text) for e in examples]
@@ -123,7 +122,7 @@ def test_the_splits_are_written_as_they_are(root: Path, tmp_path: Path) -> None:
 
 def test_what_is_written_is_sound_and_says_where_it_comes_from(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    write_grocery(root, out)
+    write_published("grocery", root, out)
     report = check_data_set(out)
     assert (report.problems.count, report.leak_count, report.repeat_count) == (0, 0, 0)
     assert sorted(path.name for path in out.iterdir()) == [NOTICE_FILE, "test", "train", "val"]
@@ -134,19 +133,19 @@ def test_what_is_written_is_sound_and_says_where_it_comes_from(root: Path, tmp_p
 
 
 def test_images_lie_where_the_demo_lists_them(root: Path, tmp_path: Path) -> None:
-    write_grocery(root, tmp_path / "out")
+    write_published("grocery", root, tmp_path / "out")
     assert len(list((tmp_path / "out/test").glob("*.*g"))) == 2  # as `ls test/*.*g` does
 
 
 def test_a_checkout_and_its_folder_are_the_same_source(root: Path, tmp_path: Path) -> None:
-    one = write_grocery(root, tmp_path / "one")
-    other = write_grocery(root.parent, tmp_path / "other")
+    one = write_published("grocery", root, tmp_path / "one")
+    other = write_published("grocery", root.parent, tmp_path / "other")
     lines = [(data.root / "train/metadata.jsonl").read_bytes() for data in (one, other)]
     assert lines[0] == lines[1]
 
 
 def test_coarse_labels_keep_the_text_of_the_product(root: Path, tmp_path: Path) -> None:
-    data = write_grocery(root, tmp_path / "out", labels="coarse")
+    data = write_published("grocery", root, tmp_path / "out", kind="coarse")
     assert data.labels == ("Beet", "Lime")
     assert {e.text for e in data.splits["train"] if e.label == "Beet"} == {
         "Good for pölsa or steak Lindström.",
@@ -155,31 +154,31 @@ def test_coarse_labels_keep_the_text_of_the_product(root: Path, tmp_path: Path) 
 
 
 def test_lists_may_have_other_line_ends_and_a_byte_order_mark(root: Path) -> None:
-    before = read_grocery(root)
+    before = read(root)[1]
     for split, lines in LISTS.items():
         fields = (line.rsplit(", ", 2) for line in lines)
         text = "\ufeff" + "\r\n\r\n".join(f" /{','.join(parts)} " for parts in fields)
         (root / f"{split}.txt").write_bytes(text.encode())
-    assert read_grocery(root) == before
+    assert read(root)[1] == before
 
 
 def test_an_existing_folder_is_kept_unless_told(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    write_grocery(root, out)
+    write_published("grocery", root, out)
     with pytest.raises(OutputExists, match="out already exists"):
-        write_grocery(root, out, labels="coarse")
+        write_published("grocery", root, out, kind="coarse")
     assert "Gold-Beet" in read_data_set(out).labels
-    write_grocery(root, out, labels="coarse", overwrite=True)
+    write_published("grocery", root, out, kind="coarse", overwrite=True)
     assert "Gold-Beet" not in read_data_set(out).labels
 
 
 def test_a_folder_with_something_else_is_left_alone(root: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExists, match="holds something else"):
-        write_grocery(root, root, overwrite=True)
+        write_published("grocery", root, root, overwrite=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/mine.jpg").write_text("keep me")
     with pytest.raises(OutputExists, match="holds something else"):
-        write_grocery(root, tmp_path / "photos", overwrite=True)
+        write_published("grocery", root, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos/mine.jpg").read_text() == "keep me"
 
 
@@ -188,7 +187,7 @@ def test_what_is_no_checkout_is_told_with_where_to_get_one(tmp_path: Path, name:
     (tmp_path / "empty").mkdir()
     told = rf"{name}: no classes\.csv, train\.txt.*Get it with: git clone https://github\.com/"
     with pytest.raises(NotFound, match=told):
-        write_grocery(tmp_path / name, tmp_path / "out")
+        write_published("grocery", tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -329,7 +328,7 @@ def test_what_is_wrong_is_named_with_its_line(fault: str, root: Path, tmp_path: 
     damage, told = FAULTS[fault]
     damage(root)
     with pytest.raises(DataError, match=told):
-        write_grocery(root, tmp_path / "out")
+        write_published("grocery", root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -349,7 +348,7 @@ def test_a_file_that_may_not_be_read_is_named(
     monkeypatch.setattr(Path, "open", refuse)
     told = rf"{line}: .*{name}'?:? cannot be read \(Permission denied\); restore"
     with pytest.raises(DataError, match=told):
-        write_grocery(root, tmp_path / "out")
+        write_published("grocery", root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -359,7 +358,7 @@ def test_everything_is_told_at_once(root: Path) -> None:
     (root / IMAGE).unlink()
     add_line(root, "val", "nonsense\n" * 30)
     with pytest.raises(DataError) as raised:
-        read_grocery(root)
+        read(root)[1]
     told = str(raised.value)
     assert told.startswith(f"33 problems in {root}:")
     for line in ("classes.csv:3:", "train.txt:1:", "val.txt:2:", "and 13 more"):
@@ -370,7 +369,7 @@ def test_paths_that_would_share_a_file_name_are_refused(root: Path, tmp_path: Pa
     shutil.copy(root / IMAGE, root / "train/Fruit__Lime__Lime_001.jpg")
     add_line(root, "train", "train/Fruit__Lime__Lime_001.jpg, 0, 0")
     with pytest.raises(DataError, match=r"train\.txt:5: .* was already on .*train\.txt:1; keep"):
-        write_grocery(root, tmp_path / "out")
+        write_published("grocery", root, tmp_path / "out")
 
 
 @st.composite
@@ -421,7 +420,7 @@ def test_a_list_of_any_bytes_is_read_or_refused(
     root = _shared_checkout(tmp_path_factory)
     (root / "val.txt").write_bytes(content)
     with pytest.raises(DataError, match=r"val\.txt"):
-        read_grocery(root)
+        read(root)[1]
 
 
 def _shared_checkout(factory: pytest.TempPathFactory) -> Path:

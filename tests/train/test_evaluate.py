@@ -24,7 +24,6 @@ from marnet_train.diffusion import sampler_table, trajectory_tensors
 from marnet_train.evaluate import (
     NOISE_SEEDS,
     Labelled,
-    accuracy,
     evaluate_checkpoint,
     label_tensor,
     measure,
@@ -60,7 +59,7 @@ def with_samples(model: MARNet, samples: int) -> MARNet:
 
 def test_top1_and_top5_count_the_rank_of_the_label() -> None:
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3]]).repeat(7, 1)
-    found = accuracy(logits, torch.arange(7))  # label i has rank i + 1
+    found = measure(logits, torch.arange(7))  # label i has rank i + 1
     assert found.top1 == pytest.approx(1 / 7)
     assert found.top5 == pytest.approx(5 / 7)
     assert found.images == 7
@@ -70,7 +69,7 @@ def test_top1_and_top5_count_the_rank_of_the_label() -> None:
 def test_with_at_most_five_classes_top5_is_always_right(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, classes, generator=generator)
-    found = accuracy(logits, torch.arange(20) % classes)
+    found = measure(logits, torch.arange(20) % classes)
     assert found.top5 == 1.0
     assert found.top1 < 1.0
 
@@ -79,7 +78,7 @@ def test_with_at_most_five_classes_top5_is_always_right(classes: int) -> None:
 def test_ties_are_broken_for_one_label_not_for_all_of_them(row: list[float]) -> None:
     """Of all labels that a row could have, one is right, and five are among the best five."""
     classes = len(row)
-    found = accuracy(torch.tensor([row]).repeat(classes, 1), torch.arange(classes))
+    found = measure(torch.tensor([row]).repeat(classes, 1), torch.arange(classes))
     assert found.top1 == pytest.approx(1 / classes)
     assert found.top5 == pytest.approx(min(5, classes) / classes)
 
@@ -92,14 +91,14 @@ def test_ties_are_broken_for_one_label_not_for_all_of_them(row: list[float]) -> 
 def test_the_answer_to_a_row_is_the_first_of_its_largest_logits(rows: list[list[float]]) -> None:
     """What NumPy's and ONNX's arg-max give; topk may take any of equal logits."""
     answers = torch.tensor([row.index(max(row)) for row in rows])
-    assert accuracy(torch.tensor(rows), answers).top1 == 1.0
+    assert measure(torch.tensor(rows), answers).top1 == 1.0
 
 
 def test_a_thousand_equal_logits_are_answered_with_the_first_class() -> None:
     equal = torch.zeros(1000, 1000)
-    assert accuracy(equal, torch.zeros(1000, dtype=torch.int64)).top1 == 1.0
-    assert accuracy(equal, torch.full((1000,), 4)).top5 == 1.0
-    assert accuracy(equal, torch.full((1000,), 5)).top5 == 0.0
+    assert measure(equal, torch.zeros(1000, dtype=torch.int64)).top1 == 1.0
+    assert measure(equal, torch.full((1000,), 4)).top5 == 1.0
+    assert measure(equal, torch.full((1000,), 5)).top5 == 0.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -107,7 +106,7 @@ def test_logits_that_are_not_finite_are_refused_not_counted(value: float) -> Non
     logits = torch.zeros(5, 3)
     logits[1, 0] = logits[3, 1] = logits[3, 2] = value
     with pytest.raises(RecipeError, match=r"2 of 5 images got NaN .* training diverged; lower"):
-        accuracy(logits, torch.zeros(5, dtype=torch.int64))
+        measure(logits, torch.zeros(5, dtype=torch.int64))
 
 
 def test_labels_are_numbered_in_the_order_of_the_model() -> None:
@@ -180,7 +179,7 @@ def test_branches_are_measured_once_per_seed_where_noise_is_involved(
     table = sampler_table(loaded.model.config.schedule, "ddpm")
     for seed, top1 in zip(NOISE_SEEDS, found["marnet"].top1_over_noise_seeds, strict=True):
         whole = sample_probabilities(loaded.model, seen.x_v, table, seed, 2)[1].mean(dim=0)
-        assert top1 == accuracy(whole, seen.labels).top1
+        assert top1 == measure(whole, seen.labels).top1
 
 
 def test_a_checkpoint_is_measured_with_its_own_number_of_samples(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tiny_training import TINY, make_ready
 from torch import Tensor
 
 from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_train import features
 from marnet_train.data.examples import Example
 from marnet_train.data.pixels import PixelStore
 from marnet_train.features import (
@@ -54,7 +54,7 @@ def images(fresh: tuple[VisionEncoder, Images]) -> Images:
 
 
 def of(examples: list[Example], preprocess: Preprocess) -> Images:
-    return Images(examples, preprocess, cache(partial(PixelStore, examples, preprocess, "train")))
+    return Images(examples, preprocess, "train")
 
 
 def files(root: Path) -> list[Path]:
@@ -67,10 +67,10 @@ def files(root: Path) -> list[Path]:
 def test_the_first_view_is_the_picture_itself_and_the_others_are_augmented(
     vision: VisionEncoder, images: Images
 ) -> None:
-    views = compute_views(vision, images.store(), SHIFT, 3, batch=64)
+    views = compute_views(vision, images.store, SHIFT, 3, batch=64)
     assert views.shape == (3, 20, 8)
     with torch.no_grad():
-        assert torch.equal(views[0], vision(images.store().batch(slice(None))))
+        assert torch.equal(views[0], vision(images.store.batch(slice(None))))
     assert not torch.equal(views[0], views[1])
     assert not torch.equal(views[1], views[2])
 
@@ -79,15 +79,15 @@ def test_views_do_not_depend_on_the_seed_of_the_training(
     vision: VisionEncoder, images: Images
 ) -> None:
     torch.manual_seed(1)
-    first = compute_views(vision, images.store(), SHIFT, 2)
+    first = compute_views(vision, images.store, SHIFT, 2)
     torch.manual_seed(2)
-    assert torch.equal(first, compute_views(vision, images.store(), SHIFT, 2))
+    assert torch.equal(first, compute_views(vision, images.store, SHIFT, 2))
 
 
 def test_views_are_of_an_encoder_in_evaluation_mode(vision: VisionEncoder, images: Images) -> None:
-    expected = compute_views(vision, images.store(), Augment(), 1)
+    expected = compute_views(vision, images.store, Augment(), 1)
     before = {name: value.clone() for name, value in vision.state_dict().items()}
-    assert torch.equal(compute_views(vision.train(), images.store(), Augment(), 1), expected)
+    assert torch.equal(compute_views(vision.train(), images.store, Augment(), 1), expected)
     assert all(torch.equal(before[name], value) for name, value in vision.state_dict().items())
 
 
@@ -98,14 +98,15 @@ def test_the_second_time_no_image_is_decoded_and_no_encoder_runs(
     vision: VisionEncoder, images: Images, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cached_views(vision, images, SHIFT, 2)
-    assert torch.equal(first, compute_views(vision, images.store(), SHIFT, 2))
+    assert torch.equal(first, compute_views(vision, images.store, SHIFT, 2))
     assert len(files(root)) == 1
 
     def never(*_: object) -> PixelStore:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(vision, "forward", never)
-    again = cached_views(vision, replace(images, store=never), SHIFT, 2)
+    monkeypatch.setattr(features, "PixelStore", never)
+    again = cached_views(vision, replace(images), SHIFT, 2)
     assert torch.equal(again, first)
     assert len(files(root)) == 1
 
@@ -156,7 +157,7 @@ def test_whatever_decides_the_features_decides_the_file(
     cached_views(vision, images, SHIFT, 2)
     changed = change(vision, images)
     found = cached_views(vision, changed, SHIFT, 2)
-    assert torch.equal(found, compute_views(vision, changed.store(), SHIFT, 2))
+    assert torch.equal(found, compute_views(vision, changed.store, SHIFT, 2))
     assert len(files(root)) == 2
 
 
@@ -207,7 +208,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "file"))
     found = cached_views(vision, images, SHIFT, 2)
-    assert torch.equal(found, compute_views(vision, images.store(), SHIFT, 2))
+    assert torch.equal(found, compute_views(vision, images.store, SHIFT, 2))
     said = " ".join(capsys.readouterr().err.split())
     assert "features cannot be kept there (" in said
     assert "set MARNET_CACHE elsewhere" in said
@@ -233,15 +234,15 @@ def rows_of(source: LearningEncoder | FrozenFeatures, seed: int = 0) -> Tensor:
 def test_an_encoder_that_learns_sees_fresh_augmentations_and_has_a_gradient(
     vision: VisionEncoder, images: Images
 ) -> None:
-    source = LearningEncoder(vision, images.store(), SHIFT)
+    source = LearningEncoder(vision, images.store, SHIFT)
     assert len(source) == 20
     first = rows_of(source)
     assert first.requires_grad
     assert torch.equal(first, rows_of(source))
     assert not torch.equal(first, rows_of(source, seed=1))
-    plain = rows_of(LearningEncoder(vision, images.store(), Augment()))
+    plain = rows_of(LearningEncoder(vision, images.store, Augment()))
     with torch.no_grad():
-        expected = vision(images.store().batch(slice(None)))[[4, 0, 7]]
+        expected = vision(images.store.batch(slice(None)))[[4, 0, 7]]
     torch.testing.assert_close(plain.detach(), expected)
 
 

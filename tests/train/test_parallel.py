@@ -17,13 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import TINY, change, make_ready
+from tiny_training import TINY, change, make_ready, write_recipe, write_small
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from torch import nn
 
-from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.parallel import agreed, average, gathered, own_rows
-from marnet_train.phases import make_target, train_alignment
+from marnet_train.phases import Training, make_target, train_alignment
 from marnet_train.progress import Progress
 from marnet_train.recipe import Recipe
 from marnet_train.stages import encoded
@@ -36,46 +35,12 @@ RECIPE = change(
 )
 
 
-SETTINGS = """
-dim = 8
-hidden = 16
-time_dim = 4
-[image]
-size = { height = 8, width = 8 }
-[vision]
-model_type = "vit"
-hidden_size = 8
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-image_size = 8
-patch_size = 4
-[text]
-model_type = "bert"
-hidden_size = 8
-num_hidden_layers = 1
-num_attention_heads = 2
-intermediate_size = 16
-[schedule]
-steps = 5
-[alignment]
-epochs = 2
-batch = 16
-[refinement]
-epochs = 1
-views = 1
-[fusion_phase]
-epochs = 1
-draws = 1
-"""
-
-
 def align(digits: Path, recipe: Recipe) -> tuple[list[float], float]:
     """The losses of phase A, by epoch, and a sum over all weights of the encoder."""
     ready, run = make_ready(digits, recipe, train=49), Progress()  # 16, 16, 16 and 1 image
     target = make_target(ready.model, ready.data, recipe, seed=0)
     source = encoded(ready.model.vision, ready.data, recipe)
-    train_alignment(ready.model, ready.data, source, target, recipe, 0, run)
+    train_alignment(ready.model, ready.data, source, target, Training(recipe, 0, run))
     weights = nn.utils.parameters_to_vector(ready.model.vision.parameters())
     return [line["loss"] for line in run.record.log], float(weights.detach().abs().sum())
 
@@ -173,13 +138,8 @@ def test_two_processes_train_with_the_losses_of_one(digits: Path) -> None:
 def test_torchrun_trains_with_the_command_and_one_process_writes(
     digits: Path, tmp_path: Path
 ) -> None:
-    data, out, recipe = tmp_path / "data", tmp_path / "out", tmp_path / "tiny.toml"
-    for split, count in {"train": 49, "val": 20}.items():
-        rows = read_split(digits / split, needs_text=True)[:count]
-        write_split(
-            data / split, ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows)
-        )
-    recipe.write_text(SETTINGS)
+    data, out = write_small(digits, tmp_path / "data", val=20, test=0), tmp_path / "out"
+    recipe = write_recipe(change(RECIPE, alignment={"epochs": 2}), tmp_path / "tiny.toml")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", free_port(), "--no-python"]
     command += [str(Path(sys.executable).with_name("marnet-train")), "fit", "--device", "cpu"]

@@ -22,27 +22,26 @@ from marnet_train.assemble import Prepared
 from marnet_train.data import pixels
 from marnet_train.diffusion import SamplerTable
 from marnet_train.features import FrozenFeatures, compute_views
+from marnet_train.heads import draw_refined, train_head
 from marnet_train.losses import alignment, ita_loss
 from marnet_train.models.marnet import Baseline, MARNet, mean_and_scale
 from marnet_train.optimise import batches
 from marnet_train.phases import (
     LOOKS,
     Features,
-    Refiner,
     Target,
-    draw_refined,
+    Training,
     fold,
     make_features,
     make_target,
     text_features,
     train_alignment,
-    train_baseline,
-    train_head,
-    train_refinement,
+    train_image_branch,
     train_text,
 )
 from marnet_train.progress import Progress
 from marnet_train.recipe import Augment, Recipe, TextPhase
+from marnet_train.refinement import Refiner, train_refinement
 from marnet_train.stages import encoded
 
 RECIPE = change(
@@ -89,7 +88,9 @@ def align(ready: Prepared, recipe: Recipe, run: Progress | None = None, seed: in
     """Phase A, with what comes before it."""
     target = make_target(ready.model, ready.data, recipe, seed)
     source = encoded(ready.model.vision, ready.data, recipe)
-    train_alignment(ready.model, ready.data, source, target, recipe, seed, run or Progress())
+    train_alignment(
+        ready.model, ready.data, source, target, Training(recipe, seed, run or Progress())
+    )
     return target
 
 
@@ -108,9 +109,7 @@ def refine(
         Refiner.of(model),
         condition,
         features,
-        recipe,
-        0,
-        run or Progress(),
+        Training(recipe, 0, run or Progress()),
         look=look,
         one_pass=one_pass,
     )
@@ -123,14 +122,15 @@ def test_each_phase_lowers_its_loss(digits: Path) -> None:
     recipe = replace(RECIPE, text_phase=TextPhase(epochs=4, batch=16, lr=1e-2))
     ready = make_ready(digits, recipe)
     model, runs = ready.model, [Progress() for _ in range(4)]
-    train_text(model, ready.data, recipe, 0, runs[0])
+    train_text(model, ready.data, Training(recipe, 0, runs[0]))
     target = align(ready, recipe, runs[1])
     source = encoded(model.vision, ready.data, recipe)
     features = make_features(model, ready.data, source, target, recipe)
     refine(model, features, recipe, run=runs[2])
-    head, inputs = model.semantic_classifier, draw_refined(model, features, recipe, 0)[0]
+    training = Training(recipe, 0, runs[3])
+    head, inputs = model.semantic_classifier, draw_refined(model, features, training)[0]
     nn.init.zeros_(head.weight)
-    train_head(head, inputs, features.labels, recipe, 0, runs[3], "head", lambda _: 0.0)
+    train_head(head, inputs, features.labels, training, "head", lambda _: 0.0)
     for run in runs:
         assert losses(run)[-1] < 0.95 * losses(run)[0], run.record.log[0]["phase"]
     assert [line["epoch"] for line in runs[2].record.log] == list(range(1, 31))
@@ -139,7 +139,9 @@ def test_each_phase_lowers_its_loss(digits: Path) -> None:
 
 def test_the_text_phase_trains_the_text_encoder_alone(ready: Prepared) -> None:
     recipe = replace(RECIPE, text_phase=TextPhase(epochs=1))
-    parts = changed(ready.model, lambda: train_text(ready.model, ready.data, recipe, 0, Progress()))
+    parts = changed(
+        ready.model, lambda: train_text(ready.model, ready.data, Training(recipe, 0, Progress()))
+    )
     assert parts == {"text"}
 
 
@@ -155,7 +157,7 @@ def test_the_text_phase_lets_the_class_be_told_from_the_text(ready: Prepared) ->
 
     before = told()
     recipe = replace(RECIPE, text_phase=TextPhase(epochs=20, batch=16, lr=1e-2))
-    train_text(ready.model, ready.data, recipe, 0, Progress())
+    train_text(ready.model, ready.data, Training(recipe, 0, Progress()))
     assert told() < 0.5 * before
 
 
@@ -185,7 +187,8 @@ def test_the_baseline_never_sees_a_text_and_leaves_the_model_alone(
 
     def work() -> None:
         parts = changed(
-            baseline, lambda: train_baseline(baseline, garbled, source, recipe, 0, Progress())
+            baseline,
+            lambda: train_image_branch(baseline, garbled, source, Training(recipe, 0, Progress())),
         )
         learned = set() if recipe is FROZEN else {"vision"}
         assert parts == {*learned, "project_vision", "alignment_classifier"}
@@ -207,9 +210,7 @@ def test_phase_c_trains_only_its_head(model: MARNet, features: Features) -> None
             model.classifier,
             inputs,
             features.labels,
-            RECIPE,
-            0,
-            Progress(),
+            Training(RECIPE, 0, Progress()),
             "fusion",
             lambda head: float(head.weight.detach().abs().sum()),
         )
@@ -345,7 +346,7 @@ def test_the_loss_of_phase_a_is_equation_13_of_the_model_that_it_leaves_behind(
     run, model = Progress(), ready.model
     align(ready, recipe, run)
     with torch.no_grad():
-        x_v = compute_views(model.vision, ready.data.images.store(), Augment(), 1)[0]
+        x_v = compute_views(model.vision, ready.data.images.store, Augment(), 1)[0]
         x_s = text_features(model, ready.data)
         ce = F.cross_entropy(model.alignment_logits(x_v), ready.data.labels)
         ita = ita_loss(model.align_vision(x_v), model.align_text(x_s), 0.5)
@@ -356,9 +357,9 @@ def test_the_loss_of_the_baseline_is_cross_entropy_alone(ready: Prepared) -> Non
     recipe = change(RECIPE, alignment=STILL, refinement={"views": 1})
     run, baseline = Progress(), Baseline(ready.model)
     source = encoded(baseline.vision, ready.data, recipe)
-    train_baseline(baseline, ready.data, source, recipe, 0, run)
+    train_image_branch(baseline, ready.data, source, Training(recipe, 0, run))
     with torch.no_grad():
-        x_v = compute_views(baseline.vision, ready.data.images.store(), Augment(), 1)[0]
+        x_v = compute_views(baseline.vision, ready.data.images.store, Augment(), 1)[0]
         ce = F.cross_entropy(baseline.alignment_logits(x_v), ready.data.labels)
     assert losses(run) == [pytest.approx(float(ce), rel=FLOAT32_TWICE)]
 
@@ -521,16 +522,16 @@ def test_every_row_and_draw_of_phase_c_has_its_own_noise(
 
     monkeypatch.setattr(model, "refine_in_parts", remember)
     equal = replace(features, x_v=features.x_v[:1].repeat(98, 1))
-    refined = draw_refined(model, equal, RECIPE, seed=0)
+    refined = draw_refined(model, equal, Training(RECIPE, 0, Progress()))
     assert refined.shape == (2, 98, 12)
     for drawn in (torch.cat(starts), torch.cat(noises), refined.flatten(0, 1)):
         assert len(drawn.unique(dim=0)) == 2 * 98
 
 
 def test_the_same_seed_draws_the_same_refined_features(model: MARNet, features: Features) -> None:
-    first = draw_refined(model, features, RECIPE, seed=3)
-    assert torch.equal(first, draw_refined(model, features, RECIPE, seed=3))
-    assert not torch.equal(first, draw_refined(model, features, RECIPE, seed=4))
+    first = draw_refined(model, features, Training(RECIPE, 3, Progress()))
+    assert torch.equal(first, draw_refined(model, features, Training(RECIPE, 3, Progress())))
+    assert not torch.equal(first, draw_refined(model, features, Training(RECIPE, 4, Progress())))
 
 
 @pytest.fixture
@@ -546,7 +547,7 @@ def train(
     head: nn.Linear, rows: tuple[Tensor, Tensor], look: Callable[[nn.Linear], float], **phase: float
 ) -> Progress:
     recipe, run = change(RECIPE, fusion_phase=phase), Progress()
-    train_head(head, *rows, recipe, 0, run, "head", look)
+    train_head(head, *rows, Training(recipe, 0, run), "head", look)
     return run
 
 
@@ -624,7 +625,7 @@ def test_phase_a_keeps_the_best_weights_if_the_recipe_says_so(
     model, source = ready.model, encoded(ready.model.vision, ready.data, recipe)
     look, seen = watched(model, [0.1, 0.8, 0.3, 0.8])
     target = make_target(model, ready.data, recipe, seed=0)
-    train_alignment(model, ready.data, source, target, recipe, 0, run, look=look)
+    train_alignment(model, ready.data, source, target, Training(recipe, 0, run), look=look)
     assert [line["score"] for line in run.record.log] == [0.1, 0.8, 0.3, 0.8]
     name = "alignment_classifier.weight"
     kept = [torch.equal(model.state_dict()[name], weights[name]) for weights in seen]
@@ -636,7 +637,7 @@ def test_phase_a_without_it_looks_at_nothing_and_keeps_the_last_weights(ready: P
     recipe, run = change(RECIPE, alignment={"epochs": 2}), Progress()
     target = make_target(ready.model, ready.data, recipe, seed=0)
     source = encoded(ready.model.vision, ready.data, recipe)
-    train_alignment(ready.model, ready.data, source, target, recipe, 0, run, look=look)
+    train_alignment(ready.model, ready.data, source, target, Training(recipe, 0, run), look=look)
     assert seen == []
     assert [sorted(line) for line in run.record.log] == [["epoch", "loss", "phase"]] * 2
 
@@ -654,11 +655,12 @@ def test_phases_end_early_when_validation_finds_nothing_better(
     look, _ = watched(model, [0.5, 0.4, 0.5])
     target = make_target(model, ready.data, recipe, seed=0)
     source = encoded(model.vision, ready.data, recipe)
-    train_alignment(model, ready.data, source, target, recipe, 0, runs[0], look=look)
+    train_alignment(model, ready.data, source, target, Training(recipe, 0, runs[0]), look=look)
     features = make_features(model, ready.data, source, target, recipe)
     refine(model, features, recipe, lambda: 0.0, runs[1])
     rows = model.fuse(features.x_v, features.x_s).detach()
-    train_head(model.classifier, rows, features.labels, recipe, 0, runs[2], "fusion", lambda _: 0.0)
+    training = Training(recipe, 0, runs[2])
+    train_head(model.classifier, rows, features.labels, training, "fusion", lambda _: 0.0)
     assert [run.record.log[-1]["epoch"] for run in runs] == [3, 8, 1]
     told = capsys.readouterr().err
     assert "alignment: ends after epoch 3 of 6; 2 looks at validation found nothing better" in told
@@ -672,7 +674,7 @@ def test_training_is_the_same_whether_images_are_kept_or_not(
     for limit in (pixels.KEPT_LIMIT, 0):
         monkeypatch.setattr(pixels, "KEPT_LIMIT", limit)
         ready, run = make_ready(digits, RECIPE), Progress()
-        assert ready.data.images.store().keeps == (limit > 0)
+        assert ready.data.images.store.keeps == (limit > 0)
         align(ready, change(RECIPE, alignment={"epochs": 2}), run)
         runs.append(losses(run))
     assert runs[0] == runs[1]

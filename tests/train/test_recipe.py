@@ -188,11 +188,6 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
         (f'{ENCODERS}[refinement]\nlr = "auto"\n', "lr must be float, got 'auto'"),
         (f"{ENCODERS}[refinement]\nnorm_weight = -1\n", "norm_weight must be finite and at least"),
         (
-            f"{ENCODERS}[refinement]\nmse_weight = 1.0\n",
-            r"mine\.toml: refinement: 'mse_weight' is not a setting any more: it was the weight of "
-            r"the mean over dimensions, and eq\. \(19\) is the sum\. Write norm_weight = ",
-        ),
-        (
             f'semantics = "shufled"\n{ENCODERS}',
             r"mine\.toml: semantics 'shufled' is unknown\. Did you mean 'shuffled'\? Choose from "
             "text, labels, random, shuffled",
@@ -200,6 +195,7 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
         (f"{ENCODERS}[alignment]\ndropout = 1.0\n", "dropout must be below 1, got 1.0"),
         (f"{ENCODERS}[refinement]\ndropout = 1.5\n", "dropout must be below 1, got 1.5"),
         (f"{ENCODERS}[refinement]\npure_noise = 1.1\n", "pure_noise must be at most 1, got 1.1"),
+        (f"{ENCODERS}[alignment]\nwarmup = 2\n", "warmup must be at most 1, got 2.0"),
         (f"{ENCODERS}[alignment]\ntemperature = 0\n", "temperature must be above 0, got 0.0"),
         (
             f"{ENCODERS}[alignment]\njoint = true\nlr_text = 1e-5\n",

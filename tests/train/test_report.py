@@ -58,7 +58,7 @@ def make_training() -> dict[str, Any]:
         "recipe": "tiny",
         "seed": 7,
         "seconds": 12.5,
-        "settings": {"semantics": "text"},
+        "settings": {"method": "marnet", "semantics": "text"},
         "metrics": {
             name: {split: copy.deepcopy(seen) for split in splits} for name, seen in metrics.items()
         },
@@ -122,16 +122,6 @@ def test_every_branch_has_a_row_and_those_with_noise_say_what_one_sample_gives(t
         ("refined branch", "79.00%", "82.00%", "99.00%"),
         ("MARNet", "81.00%", "85.00%", "99.00%"),
     ]
-
-
-def test_metrics_of_an_older_version_have_rows_too() -> None:
-    """It had no control, and neither samples nor what one of them gives."""
-    old = {"top1": 0.8, "top5": 0.9, "images": 9, "top1_over_noise_seeds": [0.8]}
-    columns, rows = accuracy_table(
-        {"settings": {}, "metrics": {"baseline": {"val": old}, "marnet": {"val": old}}}, "val"
-    )
-    assert columns == ("model", "top-1", "top-5")
-    assert rows == [("image-only baseline", "80.00%", "90.00%"), ("MARNet", "80.00%", "90.00%")]
 
 
 def test_differences_are_points_with_their_interval(training) -> None:
@@ -205,7 +195,7 @@ def test_the_card_says_what_the_model_is_and_how_good(training, tmp_path: Path) 
     assert "- images: 900 train, 200 val, 150 test\n" in card
     assert "| MARNet | 81.00% | 85.00% | 99.00% |" in card
     assert "| MARNet - image-only baseline | +5.0 | +2.0 to +8.0 |" in card
-    assert card.index("val, 200 images:") < card.index("test, 150 images:")
+    assert card.index("validation: 200 images") < card.index("test: 150 images")
     for sentence in verdicts(training, "val"):
         assert sentence in plain
     assert "Validation also chose samples = 4, refinement.norm_weight = 0.08839, so its" in plain
@@ -219,6 +209,6 @@ def test_without_test_images_the_card_speaks_of_validation_alone(training, tmp_p
     training["chosen"] = {}
     card = " ".join(model_card(tmp_path / "run", without_test(training), LABELS[:3]).split())
     assert "val top-1 at 3 noise seeds is 84.00%" in card
-    assert "test, " not in card
+    assert "test: " not in card
     assert "classes: 3 (dish 0, dish 1, dish 2)" in card
     assert "Validation also chose the epochs, so its figures are a little optimistic" in card

@@ -25,7 +25,7 @@ from marnet_train.diffusion import (
 from marnet_train.models.seda import SeDA, SedaConfig
 from marnet_train.phases import Features
 from marnet_train.recipe import METHODS, SemanticPhase
-from marnet_train.stages import with_mistakes
+from marnet_train.semantic_learner import with_mistakes
 
 
 def make_seda(width: int = 10, classes: int = 3) -> SeDA:

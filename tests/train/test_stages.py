@@ -17,22 +17,21 @@ from tiny_training import TINY, change, make_ready
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from torch import Tensor, nn
 
-from marnet_train import progress, stages
+from marnet_train import heads, progress, stages
 from marnet_train.diffusion import sampler_table
 from marnet_train.evaluate import measure_branches, refined_features
+from marnet_train.heads import BLENDS, blend, score, temper
 from marnet_train.models.fusion import FUSIONS
-from marnet_train.phases import train_text
+from marnet_train.phases import Training, train_text
 from marnet_train.progress import Progress, saved_progress
 from marnet_train.recipe import Recipe, TextPhase
+from marnet_train.refinement import LOOK_SAMPLES, Refiner, refiner_probabilities
 from marnet_train.stages import (
     ITA_WEIGHTS,
     Stages,
     Trained,
-    blend,
     measure_all,
     norm_weights,
-    score,
-    temper,
     train_all,
 )
 
@@ -227,7 +226,7 @@ def test_frozen_encoders_stay_as_they_were_to_the_last_bit(digits: Path) -> None
 def test_after_its_phase_the_text_encoder_stands_still(digits: Path) -> None:
     recipe = replace(TINY, text_phase=TextPhase(epochs=2, batch=16))
     alone, fresh = make_ready(digits, recipe), make_ready(digits, recipe)
-    train_text(alone.model, alone.data, recipe, 0, Progress())
+    train_text(alone.model, alone.data, Training(recipe, 0, Progress()))
     assert not same(alone.model.text, fresh.model.text)
     assert same(train(digits, recipe).model.text, alone.model.text)
 
@@ -251,7 +250,7 @@ def head_scores(
     digits: Path, monkeypatch: pytest.MonkeyPatch, blends: tuple[float, ...]
 ) -> dict[str, Tensor]:
     """Which validation images each branch has right, with the first fusion head as it starts."""
-    monkeypatch.setattr(stages, "BLENDS", blends)
+    monkeypatch.setattr(heads, "BLENDS", blends)
     recipe = no_epochs(TINY)
     ready = make_ready(digits, recipe)
     trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, 0, Progress())
@@ -272,7 +271,7 @@ def test_half_a_blend_is_the_geometric_mean_of_both_branches(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_ready(digits).model.eval()
-    monkeypatch.setattr(stages, "BLENDS", (0.5,))
+    monkeypatch.setattr(heads, "BLENDS", (0.5,))
     blend(model, lambda _: 0.0)
     x_v, x_cdr = torch.randn(9, 8), torch.randn(9, 12)
     both = model.alignment_logits(x_v).softmax(1) * model.semantic_classifier(x_cdr).softmax(1)
@@ -281,7 +280,7 @@ def test_half_a_blend_is_the_geometric_mean_of_both_branches(
     torch.testing.assert_close(found, mean, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
 
 
-@pytest.mark.parametrize("best", range(len(stages.BLENDS)))
+@pytest.mark.parametrize("best", range(len(BLENDS)))
 @torch.no_grad()
 def test_the_blend_that_validation_likes_best_is_taken(best: int, digits: Path) -> None:
     model, seen = make_ready(digits).model, list[nn.Linear]()
@@ -291,7 +290,7 @@ def test_the_blend_that_validation_likes_best_is_taken(best: int, digits: Path) 
         return float(len(seen) - 1 == best)
 
     blend(model, look)
-    assert len(seen) == len(stages.BLENDS)
+    assert len(seen) == len(BLENDS)
     assert same(model.classifier, seen[best])
 
 
@@ -363,8 +362,7 @@ def test_every_classifier_of_a_training_is_as_sure_as_validation_allows(digits: 
     table = sampler_table(recipe.schedule, "ddpm")
     with torch.no_grad():
         chains = [
-            refined_features(trained.model, seen.x_v, table, 0, k)
-            for k in range(stages.LOOK_SAMPLES)
+            refined_features(trained.model, seen.x_v, table, 0, k) for k in range(LOOK_SAMPLES)
         ]
         estimate = trained.mlp.eval().one_pass(trained.model.condition(seen.x_v))
         heads = {
@@ -460,10 +458,8 @@ def test_phase_b_is_judged_by_chains_like_those_that_classify(digits: Path) -> N
     trained = train_all(ready.model, ready.data, ready.splits["val"], recipe, 0, Progress())
     model = trained.model
     seen = ready.splits["val"].seen_by(model.vision, frozen=False)
-    refiner = stages.Refiner.of(model)
-    looked = stages.refiner_probabilities(
-        refiner, model.condition(seen.x_v), recipe, 0, one_pass=False
-    )
+    refiner = Refiner.of(model)
+    looked = refiner_probabilities(refiner, model.condition(seen.x_v), recipe, 0, one_pass=False)
     assert looked.shape == (30, 10)
     torch.testing.assert_close(
         looked.sum(dim=1), torch.ones(30), rtol=FLOAT32_TWICE, atol=FLOAT32_TWICE

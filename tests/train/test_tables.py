@@ -139,11 +139,13 @@ def test_rows_that_only_some_seeds_have_are_joined_over_those() -> None:
     assert found["refined"]["seeds"] == [5]
 
 
-def test_pairs_are_differences_of_rows_on_the_same_images() -> None:
-    rows = {"alignment": row([True, True]), "shuffled: alignment": row([True, False])}
+@pytest.mark.parametrize("kind", ["shuffled", "swd"])
+def test_pairs_are_differences_of_rows_on_the_same_images(kind: str) -> None:
+    """Those with a control, and those with another alignment loss."""
+    rows = {"alignment": row([True, True]), f"{kind}: alignment": row([True, False])}
     found = compare([{"seed": 0, "rows": rows}])
-    assert list(found) == ["alignment - shuffled: alignment"]
-    assert found["alignment - shuffled: alignment"]["mean"] == 0.5
+    assert list(found) == [f"alignment - {kind}: alignment"]
+    assert found[f"alignment - {kind}: alignment"]["mean"] == 0.5
 
 
 def test_figures_are_averaged_over_the_seeds_where_they_mean_something() -> None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from marnet_sdk.errors import RecipeError, nearest
 from marnet_sdk.inputs.preprocess import Preprocess
-from marnet_train.data.examples import DataSet, Example
-from marnet_train.data.pixels import PixelStore
+from marnet_train.data.examples import DataSet
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
 from marnet_train.models import METHODS
@@ -39,24 +37,13 @@ def build_model(
         text |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     vision_backbone, text_backbone = load_backbone(recipe.vision), load_backbone(text)
     model_type = METHODS[recipe.method]
-    more: dict[str, Any] = {}
-    if recipe.method == "seda":
-        more = {
-            "semantic_schedule": recipe.semantic_schedule,
-            "semantic_steps": recipe.semantic_steps,
-        }
+    own = {field.name for field in fields(model_type.config_type)}
+    shared = own & {field.name for field in fields(Recipe)} - {"vision", "text", "samples"}
     config = model_type.config_type(
         vision=_plain(vision_backbone.config),
         text=_plain(text_backbone.config),
         labels=tuple(labels),
-        dim=recipe.dim,
-        hidden=recipe.hidden,
-        time_dim=recipe.time_dim,
-        fusion=recipe.fusion,
-        fusion_level=recipe.fusion_level,
-        text_pooling=recipe.text_pooling,
-        schedule=recipe.schedule,
-        **more,
+        **{name: getattr(recipe, name) for name in shared},
     )
     return model_type(config, vision_backbone, text_backbone)
 
@@ -115,11 +102,6 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
     return Preprocess.from_dict(content)
 
 
-def make_images(examples: Sequence[Example], preprocess: Preprocess, split: str) -> Images:
-    """Return the images of a split, which are decoded when they are first needed, and once."""
-    return Images(examples, preprocess, cache(partial(PixelStore, examples, preprocess, split)))
-
-
 def make_training_set(
     folder: DataSet,
     preprocess: Preprocess,
@@ -129,7 +111,7 @@ def make_training_set(
     """Return the training images, and their texts encoded."""
     examples = folder.splits["train"]
     ids, mask = encode(tokenizer, [example.text or "" for example in examples], recipe.max_tokens)
-    images = make_images(examples, preprocess, "train")
+    images = Images(examples, preprocess, "train")
     return TrainingSet(images, label_tensor(examples, folder.labels), ids, mask)
 
 
@@ -155,11 +137,11 @@ def prepare(folder: DataSet, recipe: Recipe, seed: int, device: torch.device) ->
     model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
     data = make_training_set(folder, preprocess, tokenizer, recipe)
     splits = {
-        name: Split(make_images(examples, preprocess, name), label_tensor(examples, folder.labels))
+        name: Split(Images(examples, preprocess, name), label_tensor(examples, folder.labels))
         for name, examples in folder.splits.items()
         if name != "train"
     }
-    if recipe.alignment.lr_backbone > 0:  # images that cannot be decoded should show now
+    if not recipe.alignment.frozen:  # images that cannot be decoded should show now
         for images in (data.images, *(split.images for split in splits.values())):
-            images.store()
+            _ = images.store
     return Prepared(tokenizer, preprocess, model, data, splits)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marnet_train.report import accuracy_table, difference_rows, verdicts
+from marnet_train.report import training_tables, verdicts
 
 _ABOUT = {
     "marnet": "A MARNet image classifier: an image encoder whose features are refined by a small "
@@ -26,10 +26,11 @@ def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> s
     Args:
         path: where the checkpoint is written.
     """
-    last = "test" if "test" in training["data"]["images"] else "val"
-    tables = "\n".join(
-        _table(training, split) for split in training["data"]["images"] if split != "train"
+    splits = [split for split in training["data"]["images"] if split != "train"]
+    tables = "\n\n".join(
+        table.markdown() for split in splits for table in training_tables(training, split)
     )
+    last = splits[-1]
     samples = training["metrics"]["marnet"][last]["samples"]
     seeds = training["metrics"]["marnet"][last]["top1_over_noise_seeds"]
     by_seed = ", ".join(f"{x:.2%}" for x in seeds)
@@ -43,7 +44,7 @@ tags: [image-classification, diffusion, privileged-information]
 ---
 # {path.name}
 
-{_ABOUT[training["settings"].get("method", "marnet")]} Text is not needed to classify.
+{_ABOUT[training["settings"]["method"]]} Text is not needed to classify.
 
 - classes: {len(labels)} ({", ".join(labels[:12])}{", ..." if len(labels) > 12 else ""})
 - recipe: `{training["recipe"]}`, seed {training["seed"]}, {training["seconds"]} s
@@ -51,6 +52,7 @@ tags: [image-classification, diffusion, privileged-information]
 - data SHA-256: `{training["data"]["sha256"]}`
 
 {tables}
+
 {" ".join(verdicts(training, "val"))} Validation also chose {settings or "the epochs"}, so its
 figures are a little optimistic; test images chose nothing.
 
@@ -74,20 +76,3 @@ checkpoint = Checkpoint.from_pretrained({str(path)!r})
 
 Versions: {versions}.
 """
-
-
-def _table(training: dict[str, Any], split: str) -> str:
-    images = training["data"]["images"][split]
-    columns, accuracies = accuracy_table(training, split)
-    rows = [
-        f"{split}, {images} images:\n",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-        *(f"| {' | '.join(row)} |" for row in accuracies),
-        "",
-        "| the same images | points | 95 % interval |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in difference_rows(training, split)),
-        "",
-    ]
-    return "\n".join(rows)

@@ -202,30 +202,30 @@ def write_model(path: Path, model: MARNet, preprocess: Preprocess) -> None:
     """Write config, weights and preprocessing into an existing directory."""
     write_json(path / CONFIG, model.config.to_dict())
     write_json(path / PREPROCESSOR, preprocess.to_dict())
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    save_file(state, path / WEIGHTS, metadata={"format": "pt"})
+    _save_weights(model, path / WEIGHTS)
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write the weights of the image-only baseline into an existing directory."""
-    state = {n: tensor.detach().cpu().contiguous() for n, tensor in baseline.state_dict().items()}
-    save_file(state, path / BASELINE, metadata={"format": "pt"})
+    _save_weights(baseline, path / BASELINE)
+
+
+def _save_weights(model: torch.nn.Module, path: Path) -> None:
+    state = {n: tensor.detach().cpu().contiguous() for n, tensor in model.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def load_baseline(checkpoint: Checkpoint) -> Baseline:
     """Load the image-only baseline that was trained beside a model, in evaluation mode on the CPU.
 
     Raises:
-        NotFound: the checkpoint has none: older versions and bundles do not keep it.
+        NotFound: the checkpoint has none: bundles do not keep it.
         CheckpointError: the file is damaged, or does not fit the configuration.
     """
     path = checkpoint.path / BASELINE
     if not path.is_file():
         raise NotFound(
-            f"{path} is missing, as it is in bundles and in checkpoints of older versions; load "
-            "the checkpoint that training wrote, or train again"
+            f"{path} is missing, as it is in bundles; load the checkpoint that training wrote"
         )
     baseline = Baseline(checkpoint.model)
     _load_weights(baseline, path)
@@ -287,11 +287,6 @@ def _why_unfit(model: torch.nn.Module, state: dict[str, torch.Tensor], error: Ru
     """Return what torch says, of hundreds of weights maybe, or a known cause; and a way out."""
     expected = model.state_dict()
     unfit = [n for n, x in expected.items() if n not in state or state[n].shape != x.shape]
-    if unfit and all(name.startswith(("aligned_", "refined_")) for name in unfit):
-        return (
-            "the statistics of its fusion are missing, because older versions did not standardise "
-            "what an element-wise fusion combines; train again with this version"
-        )
     name, advice = "classifier.bias", "take both from the same checkpoint"
     if name in unfit and name in state:
         own, found = len(expected[name]), len(state[name])

@@ -30,43 +30,6 @@ from marnet_train.recipe import Augment
 NOISE_SEEDS = (0, 1, 2)  # accuracy is the mean over these; 0 is the one that is served
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """This is the share of images whose label is the arg-max / among the five largest logits."""
-
-    top1: float
-    top5: float
-    images: int
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Measure top-1 and top-5; of equal logits the first counts. [N, K], [N] -> fractions of N.
-
-    Raises:
-        RecipeError: a logit is NaN or infinite.
-    """
-    count = logits.shape[0]
-    if wrong := int((~torch.isfinite(logits)).any(dim=1).sum()):
-        raise RecipeError(
-            f"{wrong} of {count} images got NaN or infinite logits, expected finite ones: the "
-            "training diverged; lower the learning rates of the recipe and train again"
-        )
-    hit = _best_five(logits) == labels[:, None].to(logits.device)
-    return Accuracy(
-        top1=float(hit[:, 0].float().mean()),
-        top5=float(hit.any(dim=1).float().mean()),
-        images=count,
-    )
-
-
-def _best_five(logits: Tensor) -> Tensor:
-    """Return the classes of the five largest, [N, 5].
-
-    It does not use topk, whose order among equal ones is arbitrary.
-    """
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
-
-
 def label_tensor(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
     """Return the class indices of the examples, int64 [N]."""
     index = {label: i for i, label in enumerate(labels)}
@@ -125,24 +88,47 @@ def refined_features(
 
 
 @torch.no_grad()
+def head_probabilities(
+    model: MARNet, x_v: Tensor, x_cdr: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the refined branch's and the whole's probabilities by noise sample: two [K, N, C].
+
+    Args:
+        x_cdr: ends of chains, [N, D_s] for each noise sample.
+    """
+    model.eval()
+    refined = torch.stack([model.semantic_classifier(x).softmax(dim=1) for x in x_cdr])
+    return refined, torch.stack([model.head(x_v, x)[0].softmax(dim=1) for x in x_cdr])
+
+
 def sample_probabilities(
     model: MARNet, x_v: Tensor, table: SamplerTable, seed: int, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the refined branch's and the whole's probabilities by noise sample: two [K, N, C]."""
+    """Run `samples` chains of every row, and return their `head_probabilities`."""
     model.eval()
-    refined, whole = [], []
-    for sample in range(samples):
-        x_cdr = refined_features(model, x_v, table, seed, sample)
-        refined.append(model.semantic_classifier(x_cdr).softmax(dim=1))
-        whole.append(model.classifier(model.fuse(x_v, x_cdr)).softmax(dim=1))
-    return torch.stack(refined), torch.stack(whole)
+    x_cdr = [refined_features(model, x_v, table, seed, sample) for sample in range(samples)]
+    return head_probabilities(model, x_v, x_cdr)
 
 
 def measure(probabilities: Tensor, labels: Tensor) -> Measured:
-    """Measure accuracy of a branch without noise, from [N, C] probabilities or logits."""
-    found = accuracy(probabilities, labels)
-    correct = (_best_five(probabilities)[:, 0] == labels).float()
-    return Measured(found.top1, found.top5, found.images, 0, [found.top1], found.top1, correct)
+    """Measure a branch without noise, from [N, C] probabilities or logits.
+
+    Of equal ones the first counts.
+
+    Raises:
+        RecipeError: some are NaN or infinite.
+    """
+    count = len(labels)
+    if wrong := int((~torch.isfinite(probabilities)).any(dim=1).sum()):
+        raise RecipeError(
+            f"{wrong} of {count} images got NaN or infinite logits, expected finite ones: the "
+            "training diverged; lower the learning rates of the recipe and train again"
+        )
+    # Not topk, whose order among equal ones is arbitrary.
+    best = probabilities.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    hit = (best == labels[:, None].to(best.device)).float()
+    top1, top5 = float(hit[:, 0].mean()), float(hit.amax(dim=1).mean())
+    return Measured(top1, top5, count, 0, [top1], top1, hit[:, 0])
 
 
 def measure_sampled(by_seed: Sequence[Tensor], labels: Tensor) -> Measured:
@@ -186,8 +172,7 @@ def measure_branches(model: MARNet, split: Labelled) -> dict[str, Measured]:
     ]
     semantic = {}
     if isinstance(model, SeDA):
-        logits = model.learner.classifier(split.x_v[:, model.vision.dim :])
-        semantic = {"semantic": measure(logits, split.labels)}
+        semantic = {"semantic": measure(model.semantic_logits(split.x_v), split.labels)}
     return {
         "alignment": measure_image_branch(model, split),
         **semantic,

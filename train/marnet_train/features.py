@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,16 @@ _PACKAGES = ("torch", "transformers", "pillow", "numpy")  # their versions may m
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """These are the images of one split; they are decoded when `store` is first called."""
+    """These are the images of one split; they are decoded when `store` is first looked at."""
 
     examples: Sequence[Example]
     preprocess: Preprocess
-    store: Callable[[], PixelStore]
+    split: str
+
+    @cached_property
+    def store(self) -> PixelStore:
+        """Decode the images, or look at each once where they do not fit into memory."""
+        return PixelStore(self.examples, self.preprocess, self.split)
 
     @cached_property
     def sha256(self) -> bytes:
@@ -138,7 +143,7 @@ def cached_views(vision: VisionEncoder, images: Images, settings: Augment, views
             return load_file(path)["x_v"].to(device)
         except (SafetensorError, KeyError) as error:
             say(f"{path} is damaged ({error}): its features are computed again")
-    found = compute_views(vision, images.store(), settings, views)
+    found = compute_views(vision, images.store, settings, views)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as fresh:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,16 +30,10 @@ from marnet_sdk.console import say, track
 from marnet_sdk.errors import CheckpointError, OutputExists
 from marnet_sdk.outputs import atomic_file, enough_space, exclusive
 from marnet_train.board import Board
+from marnet_train.optimise import Learner
 
 PHASE, EPOCH, METRICS = "phase.safetensors", "epoch.safetensors", "metrics.jsonl"
 SAVING_SHARE = 0.05  # of the time at most is spent on saving epochs, so some may not be saved
-
-
-class Learner(Protocol):
-    """This is what an epoch changes, as tensors."""
-
-    def state(self) -> dict[str, Tensor]: ...
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass

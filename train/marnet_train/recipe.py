@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -68,6 +68,11 @@ class AlignmentPhase:
     keep_best: bool = False  # keep the weights that are best on validation, and not the last ones
     patience: int | None = None  # with keep_best: stop after so many looks without a better one
     bf16: bool = False  # autocast on CUDA devices
+
+    @property
+    def frozen(self) -> bool:
+        """Tell whether the image encoder stays as it is."""
+        return self.lr_backbone == 0
 
 
 @dataclass(frozen=True)
@@ -146,16 +151,8 @@ class Recipe:
     fusion_phase: FusionPhase = field(default_factory=FusionPhase)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = nearest(self.method, list(METHODS))
-            raise RecipeError(
-                f"method {self.method!r} is unknown.{near} Choose from {', '.join(METHODS)}"
-            )
-        if self.semantics not in SEMANTICS:
-            near = nearest(self.semantics, SEMANTICS)
-            raise RecipeError(
-                f"semantics {self.semantics!r} is unknown.{near} Choose from {', '.join(SEMANTICS)}"
-            )
+        check_choice("method", self.method, METHODS)
+        check_choice("semantics", self.semantics, SEMANTICS)
         _check_alignment(self.alignment)
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
@@ -166,16 +163,24 @@ class Recipe:
             raise RecipeError("clip_norm must be above 0, got 0.0; leave it out not to clip")
         if self.alignment.temperature == 0:
             raise RecipeError("temperature must be above 0, got 0.0")
-        if self.refinement.pure_noise > 1:
-            raise RecipeError(f"pure_noise must be at most 1, got {self.refinement.pure_noise}")
-        if self.semantic.wrong > 1:
-            raise RecipeError(f"wrong must be at most 1, got {self.semantic.wrong}")
+        shares = {
+            "warmup": self.alignment.warmup,
+            "pure_noise": self.refinement.pure_noise,
+            "wrong": self.semantic.wrong,
+        }
+        for name, share in shares.items():
+            if share > 1:
+                raise RecipeError(f"{name} must be at most 1, got {share}")
         if self.alignment.joint and self.method != "marnet":
             raise RecipeError(f"joint training is MARNet's; set joint = false for {self.method}")
         if self.alignment.joint and self.alignment.lr_text > 0:
             raise RecipeError(
                 "joint training needs a text encoder that stands still: set lr_text = 0"
             )
+
+    def but(self, **phases: Mapping[str, Any]) -> Recipe:
+        """Return the recipe with other settings of some phases: `but(alignment={"epochs": 3})`."""
+        return replace(self, **{n: replace(getattr(self, n), **s) for n, s in phases.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data, for training.json."""
@@ -191,12 +196,21 @@ class Recipe:
         return _build(cls, content, where)
 
 
-def _check_alignment(phase: AlignmentPhase) -> None:
-    if phase.loss not in ALIGNMENTS:
-        near = nearest(phase.loss, ALIGNMENTS)
+def check_choice(what: str, value: str, choices: Collection[str]) -> None:
+    """Check that a setting names one of some choices.
+
+    Raises:
+        RecipeError: it does not; the message has the nearest of them.
+    """
+    if value not in choices:
         raise RecipeError(
-            f"alignment loss {phase.loss!r} is unknown.{near} Choose from {', '.join(ALIGNMENTS)}"
+            f"{what} {value!r} is unknown.{nearest(value, list(choices))} Choose from "
+            f"{', '.join(choices)}"
         )
+
+
+def _check_alignment(phase: AlignmentPhase) -> None:
+    check_choice("alignment loss", phase.loss, ALIGNMENTS)
     if 2 * phase.per_class > max(2, phase.batch):
         raise RecipeError(
             f"per_class is {phase.per_class}, but a batch of {phase.batch} must hold two classes "
@@ -207,13 +221,6 @@ def _check_alignment(phase: AlignmentPhase) -> None:
             "the alignment loss cdd compares images within classes, so batches must hold several "
             f"of each: set per_class = {min(6, max(2, phase.batch // 2))}"
         )
-
-
-# Settings of older versions whose value would mean something else today.
-_GONE = {
-    "mse_weight": "it was the weight of the mean over dimensions, and eq. (19) is the sum. Write "
-    "norm_weight = mse_weight / D, with D the width of the text features; the paper's is 1"
-}
 
 
 def chosen(asked: Recipe, resolved: Recipe) -> dict[str, Any]:
@@ -269,8 +276,6 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in table:
-        if key in _GONE:
-            raise RecipeError(f"{where}: {key!r} is not a setting any more: {_GONE[key]}")
         if key not in known:
             raise RecipeError(f"{where}: unknown setting {key!r}.{nearest(key, list(known))}")
     for name, spec in known.items():

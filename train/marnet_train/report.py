@@ -10,6 +10,7 @@ from typing import Any
 from marnet_train.evaluate import Measured
 from marnet_train.measures import paired_difference
 from marnet_train.recipe import METHODS
+from marnet_train.tables.written import Table
 
 BRANCHES = {
     "baseline": "image-only baseline",
@@ -41,7 +42,7 @@ def differences(found: Mapping[str, Measured]) -> dict[str, dict[str, float]]:
 
 def _titles(training: dict[str, Any]) -> dict[str, str]:
     """Say how the branches of a training are called."""
-    return BRANCHES | {"marnet": METHODS[training["settings"].get("method", "marnet")]}
+    return BRANCHES | {"marnet": METHODS[training["settings"]["method"]]}
 
 
 def accuracy_table(
@@ -50,13 +51,13 @@ def accuracy_table(
     """Make the columns and rows of one split: model, top-1 with one noise sample, with the K that
     serve, and top-5; there is one column of top-1 where K is 1."""
     metrics = training["metrics"]
-    samples = metrics["marnet"][split].get("samples", 1)
+    samples = metrics["marnet"][split]["samples"]
     rows = []
     for branch, title in _titles(training).items():
-        if branch not in metrics:  # of another method, or of a checkpoint of an older version
+        if branch not in metrics:  # of another method
             continue
         seen = metrics[branch][split]
-        one = f"{seen['top1_one_sample']:.2%}" if seen.get("samples") else ""
+        one = f"{seen['top1_one_sample']:.2%}" if seen["samples"] else ""
         served = (one,) if samples > 1 else ()
         rows.append((title, *served, f"{seen['top1']:.2%}", f"{seen['top5']:.2%}"))
     served = ("top-1, K = 1", f"top-1, K = {samples}") if samples > 1 else ("top-1",)
@@ -70,6 +71,17 @@ def difference_rows(training: dict[str, Any], split: str) -> list[tuple[str, str
         one, other = (_titles(training)[name] for name in pair.split(" - "))
         rows.append((f"{one} - {other}", _points(seen["mean"]), _interval(seen)))
     return rows
+
+
+def training_tables(training: dict[str, Any], split: str) -> tuple[Table, Table]:
+    """Make the tables of one split: how accurate every branch is, and differences between them."""
+    name = {"val": "validation"}.get(split, split)
+    title = f"{name}: {training['data']['images'][split]} images"
+    columns = ("the same images", "points", "95 % interval")
+    return (
+        Table(title, *accuracy_table(training, split)),
+        Table("differences", columns, difference_rows(training, split)),
+    )
 
 
 def verdicts(training: dict[str, Any], split: str) -> tuple[str, str]:

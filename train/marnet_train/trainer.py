@@ -32,7 +32,7 @@ from marnet_train.checkpoint import (
     write_model,
 )
 from marnet_train.data.dataset import DataSet, Example, data_hash, read_data_set
-from marnet_train.data.examples import image_suffix
+from marnet_train.data.examples import image_suffix, read_image
 from marnet_train.data.imagefolder import write_split
 from marnet_train.evaluate import pick_device
 from marnet_train.parallel import joined, rank, size
@@ -197,7 +197,7 @@ def _write_samples(target: Path, examples: Sequence[Example], seed: int) -> None
     """Copy up to `MAX_SAMPLES` validation images with their labels and texts."""
     chosen = np.random.default_rng(seed).permutation(len(examples))[:MAX_SAMPLES]
     rows = ((i, examples[i]) for i in sorted(chosen))
-    read = ((i, e, e.image.read_bytes()) for i, e in rows)
+    read = ((i, e, read_image(e)) for i, e in rows)
     # Numbered: images of different sub-folders may share a name. By content: a copy of the
     # checkpoint has files with the usual endings only.
     named = ((f"{i:06d}{image_suffix(c)}", c, e.label, e.text) for i, e, c in read)

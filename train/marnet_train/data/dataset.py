@@ -105,8 +105,7 @@ def scan_data_set(root: Path) -> Scan:
             missing = layout.MISSING.format(split)
             problems.add(f"{root}: {missing} (found: {found}); add or rename it")
     splits = layout.scan(root, chosen, problems)
-    if not problems.count:  # else a class could seem new only because its train lines are broken
-        check_classes(splits, problems)
+    check_classes(splits, problems)
     problems.warnings += label_warnings(splits)
     return Scan(root, title, splits, problems)
 

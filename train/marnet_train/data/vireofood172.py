@@ -1,4 +1,4 @@
-"""VireoFood-172, photographs of Chinese dishes with the ingredients on each, as an image folder.
+"""VireoFood-172: photographs of Chinese dishes with the ingredients on each.
 
 110,241 pictures of 172 dishes, with 353 ingredients (J. Chen and C.-W. Ngo, "Deep-based Ingredient
 Recognition for Cooking Recipe Retrieval", ACM Multimedia 2016). Nothing is downloaded here.
@@ -21,32 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marnet_sdk.errors import NotFound
-from marnet_train.data.examples import DataSet, Example, Problems, check_classes
+from marnet_train.data.examples import Example, Problems
 from marnet_train.data.image_names import quoted
-from marnet_train.data.published import (
-    UNKNOWN,
-    all_lines,
-    flat,
-    picture_fault,
-    read_lines,
-    read_names,
-    write_published,
-)
+from marnet_train.data.lists import UNKNOWN, Lists, Pictures, Splits, checked
 
 ADDRESS = "http://vireo.cs.cityu.edu.hk/VireoFood172/"
-NOTICE = f"""\
-# VireoFood-172
-
-Written by `marnet-train data vireofood172` from a copy of <{ADDRESS}>.
-The image files and the splits are those of the copy, unchanged. The text of every image is the list
-of the ingredients that its authors marked in it.
-
-Jingjing Chen, Chong-Wah Ngo: "Deep-based Ingredient Recognition for Cooking Recipe Retrieval".
-ACM International Conference on Multimedia, 2016.
-
-The copy says nothing of a licence. Ask its authors before you pass it on.
-"""
 OFFICIAL = {"train": 66_071, "val": 11_016, "test": 33_154}  # pictures
+KINDS: tuple[str, ...] = ("own",)
 DISHES, INGREDIENTS = 172, 353
 PICTURES, LABELS = "ready_chinese_food", "SplitAndIngreLabel"
 LISTS = {"train": "TR.txt", "val": "VAL.txt", "test": "TE.txt"}
@@ -56,33 +37,8 @@ _RESTORE = f"restore it from {ADDRESS}"
 _VALUES = {"1", "-1", "0"}  # 0 is in no copy that we know of, but only 1 says that it is there
 
 
-def write_vireofood172(source: Path, out: Path, *, overwrite: bool = False) -> DataSet:
-    """Write the official splits to `out` as train, val and test, and return them as read back.
-
-    The image files are copied byte for byte.
-
-    Args:
-        source: the folder that holds `ready_chinese_food` and `SplitAndIngreLabel`.
-        out: appears whole or not at all. About 110,000 files.
-        overwrite: replace the data set at `out`.
-
-    Raises:
-        NotFound: neither folder is in `source`.
-        DataError: all that is wrong with them, each with file and line.
-        OutputExists: `out` exists, and `overwrite` is False or it is no data set.
-        OutputError: no space left, or `out` must not be written to.
-    """
-    splits = read_vireofood172(source)
-    return write_published(out, source / PICTURES, splits, NOTICE, overwrite=overwrite)
-
-
-def read_vireofood172(source: Path) -> dict[str, list[Example]]:
-    """Read the pictures of each split, in the order of the lists.
-
-    Raises:
-        NotFound: neither folder is in `source`.
-        DataError: all that is wrong, each with file and line.
-    """
+def read(source: Path, kind: str = KINDS[0]) -> tuple[Path, Splits]:
+    """Read the folder that holds pictures and labels: see `published.Published`."""
     pictures, labels = source / PICTURES, source / LABELS
     if not pictures.is_dir() and not labels.is_dir():
         raise NotFound(
@@ -90,26 +46,16 @@ def read_vireofood172(source: Path) -> dict[str, list[Example]]:
             f"Get VireoFood-172 from its authors: {ADDRESS}"
         )
     problems = Problems()
+    lists = Lists(problems, _RESTORE)
     if not pictures.is_dir():
         problems.add(f"{pictures}: no such folder, expected the pictures; {_RESTORE}")
-    names = read_names(labels / DISH_LIST, DISHES, "dish", problems, _RESTORE)
-    ingredients = read_names(
-        labels / INGREDIENT_LIST, INGREDIENTS, "ingredient", problems, _RESTORE
-    )
-    lists = {
-        split: read_lines(labels / name, problems, _RESTORE, LINE_EXAMPLE)
-        for split, name in LISTS.items()
-    }
-    texts = _read_texts(labels / PRESENCE, ingredients, problems)
-    seen: dict[str, str] = {}
-    splits = {
-        split: _examples(lines, pictures, dish_labels(names), texts, seen, problems)
-        for split, lines in lists.items()
-    }
-    if not problems.count:  # else a class could seem new only because its train lines are broken
-        check_classes(splits, problems)
-    problems.raise_if_any(source)
-    return splits
+    names = dish_labels(lists.names(labels / DISH_LIST, DISHES, "dish"))
+    ingredients = lists.names(labels / INGREDIENT_LIST, INGREDIENTS, "ingredient")
+    lines = {split: lists.lines(labels / name, LINE_EXAMPLE) for split, name in LISTS.items()}
+    texts = _read_texts(labels / PRESENCE, ingredients, lists)
+    found = Pictures(pictures, lists)
+    splits = {split: _examples(listed, names, texts, found) for split, listed in lines.items()}
+    return pictures, checked(splits, problems, source)
 
 
 def dish_labels(names: Sequence[str]) -> list[str]:
@@ -150,14 +96,12 @@ def parse_presence(line: str) -> list[int] | str:
     return [number for number, value in enumerate(values) if value == "1"]
 
 
-def _read_texts(
-    path: Path, ingredients: Sequence[str], problems: Problems
-) -> dict[str, str | None]:
-    """Read path -> text, or None where something is wrong, which `problems` then knows."""
+def _read_texts(path: Path, ingredients: Sequence[str], lists: Lists) -> dict[str, str | None]:
+    """Read path -> text, or None where something is wrong, which has been told."""
     texts: dict[str, str | None] = {}
     first: dict[str, str] = {}  # path -> line on which it was
-    before = problems.count
-    for origin, line in all_lines(path, problems, _RESTORE):
+    problems, before = lists.problems, lists.problems.count
+    for origin, line in lists.every_line(path):
         if not line.strip():
             continue
         found = parse_presence(line)
@@ -179,31 +123,23 @@ def _read_texts(
 
 def _examples(
     lines: Sequence[tuple[str, str]],
-    pictures: Path,
     labels: Sequence[str],
     texts: Mapping[str, str | None],
-    seen: dict[str, str],
-    problems: Problems,
+    pictures: Pictures,
 ) -> list[Example]:
-    """Make the examples of the good lines of one list; what is bad goes to `problems`.
-
-    Args:
-        seen: file name to write -> line on which it was, over all lists; is added to.
-    """
+    """Make the examples of the good lines of one list."""
     examples: list[Example] = []
-    complete = pictures.is_dir()  # that it is missing has been said once
+    problems = pictures.lists.problems
     for origin, line in lines:
         found = parse_line(line)
         if isinstance(found, str):
             problems.add(f"{origin}: {found}")
             continue
         path, number = found
-        if complete and (fault := picture_fault(pictures, path, seen, _RESTORE)):
-            problems.add(f"{origin}: {fault}")
-        if texts and path not in texts:  # without any line, that it is unusable has been said
+        pictures.check(path, origin)
+        if texts and path not in texts:  # without any line, that it is unusable has been told
             problems.add(f"{origin}: {quoted(path)} is on no line of {PRESENCE}; {_RESTORE}")
-        seen.setdefault(flat(path), origin)
         if labels:
             text = texts.get(path)
-            examples.append(Example(pictures / path, labels[number - 1], text, origin))
+            examples.append(Example(pictures.root / path, labels[number - 1], text, origin))
     return examples

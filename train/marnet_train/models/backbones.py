@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
+from marnet_sdk.console import say
 from marnet_sdk.errors import RecipeError, nearest
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
@@ -55,7 +58,11 @@ def _described(description: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        raise RecipeError(f"encoder {description}: {error}") from error
+        name = description.get("pretrained")
+        where = "" if name is None or Path(name).is_dir() else f"; there is no folder {name} here"
+        if where and str(name).startswith("encoders/"):  # as the recipes of the groceries have it
+            where += ": write it with marnet-train encoders --out encoders"
+        raise RecipeError(f"encoder {description}: {error}{where}") from error
     except Exception as error:  # sizes that do not fit each other fail wherever they meet
         raise RecipeError(
             f"encoder {description}: transformers could not build it "
@@ -79,16 +86,37 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
             near = nearest(key, sorted(known))
             raise RecipeError(f"{config.model_type} encoder: unknown setting {key!r}.{near}")
     settings = {k: v for k, v in description.items() if k != "pretrained"}
-    with _described(description):
+    with _described(description), _quiet():
         if "pretrained" not in description:
             return build_backbone(config)
-        return AutoModel.from_pretrained(
+        model, info = AutoModel.from_pretrained(
             description["pretrained"],
             use_safetensors=True,
             dtype=torch.float32,  # else that of the file, and training is in float32
+            output_loading_info=True,
             **settings,
             **_pooling_arguments(config),
         )
+    if missing := sorted(info["missing_keys"]):
+        say(
+            f"warning: {description['pretrained']} lacks {len(missing)} weights, such as "
+            f"{missing[0]}; they start at random"
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let `transformers` show no progress, and not report weights that an encoder does not use."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def build_backbone(config: PreTrainedConfig) -> nn.Module:
@@ -101,18 +129,6 @@ def _pooling_arguments(config: PreTrainedConfig) -> dict[str, bool]:
     accepts = inspect.signature(model_class.__init__).parameters
     is_unused = config.model_type in _CLASS_TOKEN_MODELS or hasattr(config, "vocab_size")
     return {"add_pooling_layer": False} if is_unused and "add_pooling_layer" in accepts else {}
-
-
-def feature_dim(config: PreTrainedConfig) -> int:
-    """Return the width of the vector that `VisionEncoder` or `TextEncoder` makes of one input.
-
-    Raises:
-        RecipeError: no such encoder makes a vector of one image, or of one text.
-    """
-    with torch.random.fork_rng(devices=[]):
-        backbone = build_backbone(config)
-    takes_pixels = getattr(backbone, "main_input_name", None) == "pixel_values"
-    return (VisionEncoder if takes_pixels else TextEncoder)(backbone).dim
 
 
 class VisionEncoder(nn.Module):

@@ -117,6 +117,10 @@ class SeDA(MARNet):
         """Put the semantic vector beside image features. [B, D_v] -> [x_v ; s], [B, 2 D_v]."""
         return torch.cat([x_v, self.learner(super().condition(x_v))], dim=-1)
 
+    def semantic_logits(self, x_v: Tensor) -> Tensor:
+        """Compute the logits of the classifier on s alone: [x_v ; s], [B, 2 D_v] -> [B, K]."""
+        return self.learner.classifier(x_v[:, self.vision.dim :])
+
     def align_vision(self, x_v: Tensor) -> Tensor:
         """Project image features: x_v [B, D_v], or what `see` made of it, -> x_v' [B, D]."""
         return super().align_vision(x_v[..., : self.vision.dim])

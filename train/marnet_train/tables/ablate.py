@@ -25,26 +25,27 @@ import torch
 from safetensors.torch import save_file
 
 from marnet_sdk.console import say
-from marnet_sdk.errors import DataError, OutputExists, RecipeError, nearest
+from marnet_sdk.errors import DataError, OutputExists
 from marnet_sdk.outputs import atomic_file, writable
 from marnet_train.assemble import prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
 from marnet_train.evaluate import pick_device
-from marnet_train.phases import Refiner
+from marnet_train.phases import Training
 from marnet_train.progress import Progress, saved_progress
-from marnet_train.recipe import METHODS, Recipe, chosen
+from marnet_train.recipe import METHODS, Recipe, check_choice, chosen
+from marnet_train.refinement import Refiner
 from marnet_train.stages import train_all
 from marnet_train.tables.charts import draw_rows
 from marnet_train.tables.joined import average, compare, summarise
 from marnet_train.tables.rows import (
     Rows,
-    Subject,
     baseline_groups,
     branch_rows,
     groups,
     other_fusions,
 )
 from marnet_train.tables.spaces import similarities, vectors
+from marnet_train.tables.subject import Subject
 from marnet_train.tables.written import ALIGNED, INSTEAD, write_tables
 from marnet_train.trainer import check_apart, limited_threads, provenance
 
@@ -130,11 +131,7 @@ def ablate(
 def _kinds(recipe: Recipe, controls: Sequence[str]) -> list[str]:
     """Return the trainings of a seed, in order; each has settings that can be."""
     for kind in controls:
-        if kind not in CONTROLS:
-            near = nearest(kind, CONTROLS)
-            raise RecipeError(
-                f"control {kind!r} is unknown.{near} Choose from {', '.join(CONTROLS)}"
-            )
+        check_choice("control", kind, CONTROLS)
         changed(recipe, kind)
     peer = ("marnet",) if recipe.method == "seda" else ()
     return [TEXT, *peer, *dict.fromkeys(controls)]
@@ -154,17 +151,15 @@ def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
     if kind == TEXT:
         return recipe
     if kind == "joint":
-        return replace(recipe, alignment=replace(phase, joint=True))
+        return recipe.but(alignment={"joint": True})
     if kind == "moving":  # the text encoder starts from random weights and is taught by ITA alone
-        return replace(recipe, text_phase=None, alignment=replace(phase, lr_text=1e-3))
+        return replace(recipe.but(alignment={"lr_text": 1e-3}), text_phase=None)
     if kind == "marnet":
         return replace(recipe, method="marnet")
     if kind in ALIGNED:
         few = min(6, max(2, phase.batch // 2)) if kind == "cdd" else phase.per_class
-        other = replace(
-            phase, loss=kind, ita_weight="auto" if search else WEIGHTS[kind], per_class=few
-        )
-        return replace(recipe, alignment=other)
+        weight = "auto" if search else WEIGHTS[kind]
+        return recipe.but(alignment={"loss": kind, "ita_weight": weight, "per_class": few})
     return replace(recipe, semantics=kind)
 
 
@@ -245,14 +240,15 @@ def _rows(
     trained = train_all(
         ready.model, ready.data, val, recipe, seed, run, with_baseline=with_baseline
     )
-    subject = Subject(ready, trained, fresh, seed, run)
+    training = Training(trained.recipe, seed, run)
+    subject = Subject(ready, trained, fresh, training, with_baseline)
     fusions, left_out = other_fusions(subject) if kind == TEXT else ({}, {})
     seconds = run.once("seconds", trained.modules, lambda: round(run.seconds, 1))
     rows: Rows = {}
     for title, work in _groups(experiment, subject, kind, fusions):
         rows |= run.once(f"rows: {title}", trained.modules, work)
     prefix = "" if kind == TEXT else f"{kind}: "
-    found = vectors(subject, with_baseline=with_baseline)
+    found = vectors(subject)
     if kind == TEXT:
         with atomic_file(beside) as file:
             save_file({name: t.cpu().contiguous() for name, t in found.items()}, file)
@@ -276,7 +272,7 @@ def _groups(
             subject, experiment.folder, damaged=experiment.damaged, fusions=dict(fusions)
         )
         return
-    yield "branches", partial(branch_rows, subject, with_baseline=False)
+    yield "branches", partial(branch_rows, subject)
     if kind == "marnet":
         yield from baseline_groups(subject)
 

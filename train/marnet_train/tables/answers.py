@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from marnet_train.evaluate import accuracy
+from marnet_train.evaluate import measure
 from marnet_train.measures import (
     accuracy_at_coverage,
     expected_calibration_error,
@@ -36,7 +36,7 @@ def row_of(answers: Sequence[Tensor], labels: Tensor, votes: NDArray | None = No
     """
     true, right, figures = labels.cpu().numpy(), [], []
     for probabilities in answers:
-        seen = accuracy(probabilities.cpu(), labels.cpu())
+        seen = measure(probabilities.cpu(), labels.cpu())
         p = probabilities.double().cpu().numpy()
         p /= p.sum(axis=1, keepdims=True)
         correct, sure = p.argmax(axis=1) == true, p.max(axis=1)

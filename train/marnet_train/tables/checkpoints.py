@@ -13,14 +13,12 @@ from marnet_sdk.outputs import writable
 from marnet_train.checkpoint import TRAINING, load_baseline
 from marnet_train.data.dataset import read_one_split
 from marnet_train.data.examples import Example
-from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import Labelled, behind, open_checkpoint, sample_probabilities
+from marnet_train.evaluate import Labelled, behind, open_checkpoint
 from marnet_train.features import compute_views
-from marnet_train.models.seda import SeDA
 from marnet_train.recipe import Augment
 from marnet_train.tables.answers import row_of
 from marnet_train.tables.joined import compare, summarise
-from marnet_train.tables.rows import DRAWS, Rows, averaged, image_probabilities
+from marnet_train.tables.subject import averaged, branch_answers, trained_chains
 from marnet_train.tables.written import write_tables
 
 
@@ -61,25 +59,19 @@ def evaluate_seeds(
 def _run(path: Path, examples: Sequence[Example], where: str, device: str) -> dict[str, Any]:
     """Measure one checkpoint: its seed, and its rows."""
     checkpoint, store, labels = open_checkpoint(path, examples, where, device)
+    if "seed" not in checkpoint.training:
+        raise NotFound(f"{path} has no {TRAINING} that names its seed; train it again")
     model, baseline = checkpoint.model, load_baseline(checkpoint).to(labels.device)
     own, base = (
         Labelled(compute_views(vision, store, Augment(), 1)[0], labels)
         for vision in (model.vision, baseline.vision)
     )
-    seen, count = behind(model, own), max(DRAWS, model.config.samples)
-    table = sampler_table(model.config.schedule, "ddpm")
-    drawn = sample_probabilities(model, seen.x_v, table, 0, count)
-    rows: Rows = {
-        "baseline": row_of([image_probabilities(baseline, base)], labels),
-        "alignment": row_of([image_probabilities(model, seen)], labels),
+    seen = behind(model, own)
+    answers = branch_answers(model, seen, trained_chains(model, seen), baseline=(baseline, base))
+    rows = {
+        name: row_of(averaged(samples, model.config.samples), labels)
+        for name, samples in answers.items()
     }
-    if isinstance(model, SeDA):
-        logits = model.learner.classifier(seen.x_v[:, model.vision.dim :])
-        rows["semantic learner"] = row_of([logits.softmax(dim=1)], labels)
-    for name, samples in zip(("refined", "MARNet"), drawn, strict=True):
-        rows[name] = row_of(averaged(samples, model.config.samples), labels)
-    if "seed" not in checkpoint.training:
-        raise NotFound(f"{path} has no {TRAINING} that names its seed; train it again")
     return {"checkpoint": str(path), "seed": checkpoint.training["seed"], "rows": rows}
 
 

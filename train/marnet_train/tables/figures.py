@@ -24,11 +24,10 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 
 from marnet_sdk.errors import NotFound
-from marnet_sdk.outputs import atomic_file
 from marnet_train.measures import paired_difference, student_interval
 from marnet_train.tables.charts import draw_confidences, draw_maps
 from marnet_train.tables.spaces import MODELS, SPACES
-from marnet_train.tables.written import Table, as_csv, chance
+from marnet_train.tables.written import Table, as_csv, chance, write_texts
 
 Vectors = Mapping[str, NDArray[Any]]
 PERPLEXITY = 30.0  # of t-SNE, its usual value; fewer for fewer than 91 images
@@ -137,9 +136,7 @@ def _write(folder: Path, found: Mapping[str, Any]) -> None:
         "figures.md": "\n\n".join(table.markdown() for table in figure_tables(found)) + "\n",
         "figures.csv": as_csv(_COLUMNS, lines),
     }
-    for name, text in texts.items():
-        with atomic_file(folder / name) as fresh:
-            fresh.write_text(text, "utf-8")
+    write_texts(folder, texts)
 
 
 def _row(name: str, r: Mapping[str, Any]) -> list[str]:

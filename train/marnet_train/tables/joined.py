@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from marnet_train.measures import PairedDifference, paired_difference, student_interval
+from marnet_train.measures import paired_difference, student_interval
 from marnet_train.tables.answers import right_answers
-from marnet_train.tables.written import INSTEAD
+from marnet_train.tables.written import ALIGNED, INSTEAD
 
 Run = Mapping[str, Any]  # one seed: "seed", and "rows" by name
 BRANCHES = ("alignment", "+MLP", "refined", "MARNet")
@@ -26,7 +26,7 @@ PAIRS = (  # a minus b on the same images
     ("+MLP", "CE alone"),
     ("+CDR on the baseline", "+MLP on the baseline"),
     ("+MLP on the baseline", "CE alone, on the baseline"),
-    *((row, f"{kind}: {row}") for kind in INSTEAD for row in BRANCHES),
+    *((row, f"{kind}: {row}") for kind in (*INSTEAD, *ALIGNED) for row in BRANCHES),
 )
 
 
@@ -53,8 +53,8 @@ def summarise(runs: Sequence[Run], against: str = "baseline") -> dict[str, dict[
             "top1_interval": student_interval(top1),
         }
         if all(peer in run["rows"] for run in having):
-            seen = paired_difference(right_answers(having, name), right_answers(having, peer))
-            out[name] |= {"minus_baseline": seen.mean, **_difference(seen)}
+            seen = _difference(having, name, peer)
+            out[name] |= {"minus_baseline": seen.pop("mean"), **seen}
     return out
 
 
@@ -64,14 +64,15 @@ def compare(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     for a, b in PAIRS:
         having = [run for run in runs if a in run["rows"] and b in run["rows"]]
         if having:
-            seen = paired_difference(right_answers(having, a), right_answers(having, b))
             seeds = [run["seed"] for run in having]
-            out[f"{a} - {b}"] = {"seeds": seeds, "mean": seen.mean, **_difference(seen)}
+            out[f"{a} - {b}"] = {"seeds": seeds, **_difference(having, a, b)}
     return out
 
 
-def _difference(seen: PairedDifference) -> dict[str, Any]:
-    return {"interval": seen.interval, "interval_over_seeds": seen.over_runs, "p": seen.p}
+def _difference(runs: Sequence[Run], a: str, b: str) -> dict[str, Any]:
+    seen = paired_difference(right_answers(runs, a), right_answers(runs, b))
+    bounds = {"interval": seen.interval, "interval_over_seeds": seen.over_runs}
+    return {"mean": seen.mean, **bounds, "p": seen.p}
 
 
 def average(

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from marnet_train.data.examples import Example
-from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import refined_features
 from marnet_train.models.marnet import mean_and_scale
 from marnet_train.phases import text_features
-from marnet_train.tables.rows import Subject, image_probabilities, one_pass_probabilities
 from marnet_train.tables.similarity import class_cosines, linear_cka, squared_mmd
+from marnet_train.tables.subject import Subject
 from marnet_train.text import encode
 
 MOST = 2_000  # images whose vectors are kept and compared: distances of all pairs are needed
@@ -26,37 +24,23 @@ MODELS = ("baseline", "alignment", "+MLP", "refined", "MARNet")  # whose confide
 
 
 @torch.no_grad()
-def vectors(s: Subject, *, with_baseline: bool) -> dict[str, Tensor]:
+def vectors(s: Subject) -> dict[str, Tensor]:
     """Return the vectors of the first `MOST` test images by space, [N, D], and their labels.
 
     Beside them stand the probabilities of the true class by model, "p of NAME", [N].
-
-    Args:
-        with_baseline: a baseline was trained, whose vectors and probabilities come first.
     """
     model, count = s.model, min(MOST, len(s.labels))
-    x_v, table = s.test.x_v[:count], sampler_table(s.recipe.schedule, "ddpm")
-    refined, whole = (drawn[: model.config.samples].mean(dim=0) for drawn in s.drawn)
-    spaces = [
-        x_v[:, : model.vision.dim],
-        model.align_vision(x_v),
-        s.trained.mlp.one_pass(model.condition(x_v)),
-        refined_features(model, x_v, table, 0),
-    ]
-    answers = [
-        image_probabilities(model, s.test),
-        one_pass_probabilities(model, s.trained.mlp, s.test, s.recipe),
-        refined,
-        whole,
-    ]
-    if with_baseline:
-        base = s.seen(s.trained.baseline, "test")
-        spaces.insert(0, base.x_v[:count])
-        answers.insert(0, image_probabilities(s.trained.baseline, base))
+    x_v = s.test.x_v[:count]
     labels, rows = s.test.labels[:count], torch.arange(count)
-    names, models = SPACES[-len(spaces) :], MODELS[-len(answers) :]
-    chances = {f"p of {n}": p[rows, labels] for n, p in zip(models, answers, strict=True)}
-    return {"labels": labels, **dict(zip(names, spaces, strict=True)), **chances}
+    found = {"labels": labels}
+    if s.with_baseline:
+        found["x_v of the baseline"] = s.seen(s.trained.baseline, "test").x_v[:count]
+    found["x_v"] = x_v[:, : model.vision.dim]
+    found["x_EMA"] = model.align_vision(x_v)
+    found["+MLP"] = s.trained.mlp.one_pass(model.condition(x_v))
+    found["x_CDR"] = s.refined[0][:count]
+    served = {n: p[: model.config.samples].mean(dim=0) for n, p in s.answers.items()}
+    return found | {f"p of {n}": served[n][rows, labels] for n in MODELS if n in served}
 
 
 @torch.no_grad()
@@ -113,9 +97,9 @@ def _project(s: Subject, x_s: Tensor) -> Tensor:
 def _own_texts(s: Subject, examples: Sequence[Example]) -> Tensor | None:
     """Encode the texts of these images, standardised, [N, D_s]; None: see `similarities`."""
     texts = [example.text for example in examples if example.text]
-    if s.recipe.semantics != "text" or len(texts) < len(examples):
+    if s.training.recipe.semantics != "text" or len(texts) < len(examples):
         return None
-    ids, mask = encode(s.ready.tokenizer, texts, s.recipe.max_tokens)
+    ids, mask = encode(s.ready.tokenizer, texts, s.training.recipe.max_tokens)
     data = replace(s.ready.data, input_ids=ids, attention_mask=mask)
     return s.model.standardise_text(text_features(s.model, data))
 

@@ -156,9 +156,14 @@ def chance(p: float) -> str:
 def write_tables(folder: Path, name: str, title: str, joined: Mapping[str, Any]) -> None:
     """Write NAME.json, NAME.md and NAME.csv into a folder, each as a whole."""
     (parts, text) = tables(joined), [f"# {title}", _HOW_TO_READ]
-    _write(folder / f"{name}.json", json.dumps(joined, indent=1) + "\n")
-    _write(folder / f"{name}.md", "\n\n".join((*text, *(t.markdown() for t in parts))) + "\n")
-    _write(folder / f"{name}.csv", as_csv(_CSV_COLUMNS, _csv_rows(joined["summary"])))
+    write_texts(
+        folder,
+        {
+            f"{name}.json": json.dumps(joined, indent=1) + "\n",
+            f"{name}.md": "\n\n".join((*text, *(t.markdown() for t in parts))) + "\n",
+            f"{name}.csv": as_csv(_CSV_COLUMNS, _csv_rows(joined["summary"])),
+        },
+    )
 
 
 _HOW_TO_READ = (
@@ -192,6 +197,8 @@ def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as fresh:
-        fresh.write_text(text, "utf-8")
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files by name into a folder, each as a whole."""
+    for name, text in texts.items():
+        with atomic_file(folder / name) as fresh:
+            fresh.write_text(text, "utf-8")

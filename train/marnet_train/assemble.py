@@ -4,7 +4,6 @@ preprocessing, model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,7 +20,7 @@ from marnet_train.data.pixels import PixelStore
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
 from marnet_train.models import METHODS
-from marnet_train.models.backbones import backbone_config, load_backbone
+from marnet_train.models.backbones import backbone_config, load_backbone, plain_config
 from marnet_train.models.marnet import MARNet
 from marnet_train.phases import TrainingSet
 from marnet_train.recipe import Recipe
@@ -46,8 +45,8 @@ def build_model(
             "semantic_steps": recipe.semantic_steps,
         }
     config = model_type.config_type(
-        vision=_plain(vision_backbone.config),
-        text=_plain(text_backbone.config),
+        vision=plain_config(vision_backbone.config),
+        text=plain_config(text_backbone.config),
         labels=tuple(labels),
         dim=recipe.dim,
         hidden=recipe.hidden,
@@ -59,13 +58,6 @@ def build_model(
         **more,
     )
     return model_type(config, vision_backbone, text_backbone)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Return a transformers configuration as JSON data, without what concerns unused heads."""
-    content = json.loads(config.to_json_string(use_diff=False))
-    unused = ("architectures", "id2label", "label2id", "loss_type")
-    return {k: v for k, v in content.items() if k not in unused}
 
 
 def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
@@ -103,6 +95,9 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
         return preprocess
     if "pretrained" not in recipe.vision:
         raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
+    if (of_timm := getattr(backbone_config(recipe.vision), "pretrained_cfg", None)) is not None:
+        processor = {"image_processor_type": "TimmWrapperImageProcessor"}
+        return Preprocess.from_dict({**processor, "pretrained_cfg": of_timm})
     name = recipe.vision["pretrained"]
     settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}
     try:

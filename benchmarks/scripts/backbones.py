@@ -106,9 +106,7 @@ def _timm(architecture: str, **model_args: Any) -> dict[str, Any]:
 # Tried where timm is installed: `make test-timm` makes such an environment.
 TIMM: dict[str, dict[str, Any]] = {
     "timm vgg19": _timm("vgg19", mlp_ratio=0.01),
-    "timm wide_resnet50_2": _timm(
-        "wide_resnet50_2", layers=[1, 1, 1, 1], channels=[8, 16, 32, 64]
-    ),
+    "timm wide_resnet50_2": _timm("wide_resnet50_2", layers=[1, 1, 1, 1], channels=[8, 16, 32, 64]),
     "timm repvgg_a0": _timm("repvgg_a0"),
 }
 _BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -317,9 +315,9 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
     lines = [
         "# Encoders",
         "",
-        "MARNet takes image and text encoders of `transformers`, image encoders of timm, and two that",
-        "are written here (`repmlpnet`, `wiser`). The first column is the `model_type` of a recipe, or",
-        "the architecture of a timm model. Each family was built tiny from its own configuration class,",
+        "MARNet takes image and text encoders of `transformers`, image encoders of timm, and two",
+        "that are written here (`repmlpnet`, `wiser`). The first column is the `model_type` of a",
+        "recipe, or the architecture of a timm model. Each was built tiny of its configuration,",
         "trained, exported, compared with its float32 checkpoint on 90 images, opened again and",
         "asked for a label. A cell lists the precisions that work, which means that at least",
         f"{ENOUGH:.0%} of the labels are those of float32: of networks this small many answers are",

@@ -382,7 +382,7 @@ def test_configurations_of_timm_that_cannot_be_reproduced_are_refused(
 
 
 def test_a_share_that_timm_crops_differently_is_refused() -> None:
-    with pytest.raises(PreprocessError, match="other values of shortest_edge than .*leave"):
+    with pytest.raises(PreprocessError, match=r"other values of shortest_edge than .*leave"):
         Preprocess(shortest_edge=250, crop_size=(224, 224), crop_pct=0.875)
 
 

@@ -54,7 +54,7 @@ def test_a_pretrained_trunk_keeps_its_weights_and_is_described_whole(tmp_path: P
     wiser: Any = load_backbone({**WISER, "trunk": {"pretrained": str(tmp_path)}})
     for name, value in trunk.state_dict().items():
         assert torch.equal(wiser.trunk.backbone.state_dict()[name], value)
-    described = plain_config(wiser.config)
+    described = plain_config(wiser)
     for path in tmp_path.iterdir():
         path.unlink()
     assert described["trunk"]["hidden_sizes"] == [4, 8]

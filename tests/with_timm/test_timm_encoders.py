@@ -233,7 +233,7 @@ def test_a_folder_of_timm_is_loaded_with_its_weights(folder: Path) -> None:
     wanted = theirs.forward_head(theirs.forward_features(pixels()), pre_logits=True)
     found = VisionEncoder(backbone.eval())(pixels())
     torch.testing.assert_close(found, wanted, rtol=FLOAT32_LAYER, atol=FLOAT32_LAYER)
-    again = build_backbone(backbone_config(plain_config(backbone.config)))
+    again = build_backbone(backbone_config(plain_config(backbone)))
     again.load_state_dict(backbone.state_dict())
 
 

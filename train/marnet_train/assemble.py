@@ -45,8 +45,8 @@ def build_model(
             "semantic_steps": recipe.semantic_steps,
         }
     config = model_type.config_type(
-        vision=plain_config(vision_backbone.config),
-        text=plain_config(text_backbone.config),
+        vision=plain_config(vision_backbone),
+        text=plain_config(text_backbone),
         labels=tuple(labels),
         dim=recipe.dim,
         hidden=recipe.hidden,

@@ -33,9 +33,9 @@ def with_merged_branches(vision: VisionEncoder) -> VisionEncoder:
         if isinstance(block, RepMLP):
             block.inject_locality()
         else:
-            from timm.utils.model import reparameterize_model  # timm is an extra
+            import timm  # an extra  # pyright: ignore[reportMissingImports]
 
-            reparameterize_model(block, inplace=True)
+            timm.utils.model.reparameterize_model(block, inplace=True)
     merged = merged.double()
     like = next(vision.parameters())
     return merged.to(like).eval() if _is_same(wide, merged) else vision

@@ -64,8 +64,9 @@ def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def plain_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a configuration as JSON data, without what concerns unused heads and their labels."""
+def plain_config(backbone: nn.Module) -> dict[str, Any]:
+    """Return the configuration of an encoder as JSON data, without what concerns unused heads."""
+    config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
     content = json.loads(config.to_json_string(use_diff=False))
     unused = {"architectures", "id2label", "label2id", "loss_type"}
     unused |= {"label_names", "num_classes", "pretrained_cfg"}  # of timm
@@ -99,8 +100,8 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
     trunk = description.get("trunk")  # of WISeR
     if isinstance(trunk, dict) and "pretrained" in trunk:
         inner = load_backbone(trunk)
-        whole = load_backbone({**description, "trunk": plain_config(inner.config)})
-        whole.trunk.backbone.load_state_dict(inner.state_dict())
+        whole = load_backbone({**description, "trunk": plain_config(inner)})
+        whole.get_submodule("trunk.backbone").load_state_dict(inner.state_dict())
         return whole
     config = backbone_config(description)
     if "pretrained" not in description:
@@ -127,7 +128,7 @@ def build_backbone(config: PreTrainedConfig) -> nn.Module:
     if config.model_type == "timm_wrapper":
         from marnet_train.models.timm_backbone import TimmBackbone
 
-        return TimmBackbone(config)
+        return TimmBackbone(config)  # pyright: ignore[reportArgumentType]
     return AutoModel.from_config(config, **_pooling_arguments(config))
 
 

@@ -40,7 +40,7 @@ def require_timm() -> None:
     """
     try:
         with requires_extra("timm", "timm", "torchvision"):
-            import timm  # noqa: F401
+            import timm  # noqa: F401  # pyright: ignore[reportMissingImports]
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise EnvironmentMismatch(
             f"timm cannot be imported ({error}): torchvision fits one release of torch, and no "

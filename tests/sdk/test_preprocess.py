@@ -328,6 +328,64 @@ def test_configurations_that_cannot_be_reproduced_are_refused(
         Preprocess.from_dict(config)
 
 
+TIMM = {"image_processor_type": "TimmWrapperImageProcessor"}
+
+
+@pytest.mark.parametrize("spare", range(8))
+def test_timm_rounds_half_a_spare_pixel_to_an_even_number(spare: int) -> None:
+    """Half of an odd number goes to an even one, as in torchvision; transformers cuts it off."""
+    config = {"input_size": [3, 8, 8], "crop_pct": 8 / (8.5 + spare), "crop_mode": "squash"}
+    preprocess = Preprocess.from_dict({**TIMM, "pretrained_cfg": config})
+    assert (preprocess.size, preprocess.crop_size) == ((8 + spare,) * 2, (8, 8))
+    image = make_picture(8 + spare, 8 + spare)
+    first = [0, 0, 1, 2, 2, 2, 3, 4][spare]
+    expected = to_array(image)[first : first + 8, first : first + 8]
+    np.testing.assert_array_equal(preprocess.resized_uint8(image), expected)
+    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+
+
+def test_what_a_configuration_of_timm_leaves_out_has_its_defaults() -> None:
+    expected = Preprocess(
+        shortest_edge=256,
+        crop_size=(224, 224),
+        resample=Image.Resampling.BICUBIC,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        crop_pct=0.875,
+    )
+    empty = {"crop_pct": None, "crop_mode": "", "mean": None, "url": "unused"}
+    for config in ({}, empty):
+        assert Preprocess.from_dict({**TIMM, "pretrained_cfg": config}) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"crop_mode": "border"}, "crop_mode: got 'border' .*expected 'squash', or 'center' of a"),
+        ({"input_size": [3, 224, 112]}, r"crop_mode: got 'center' of \(224, 112\)"),
+        ({"input_size": [1, 28, 28]}, r"input_size: got \[1, 28, 28\]; expected \[3, height"),
+        ({"input_size": 224}, "input_size: got 224"),
+        ({"input_size": [3, "a", 4]}, "input_size: got"),
+        ({"interpolation": "random"}, "interpolation: got 'random'; expected one of nearest"),
+        ({"interpolation": ["bicubic"]}, "interpolation: got"),
+        ({"crop_pct": 1.1}, "crop_pct: got 1.1, with which timm adds a border; expected at most 1"),
+        ({"crop_pct": "0.9"}, "crop_pct: got '0.9'; expected a positive number"),
+        ({"mean": [0.5]}, r"mean: got \[0.5\]; expected three numbers"),
+        (None, "pretrained_cfg: got None; expected what the config.json of a timm model has"),
+    ],
+)
+def test_configurations_of_timm_that_cannot_be_reproduced_are_refused(
+    config: dict[str, Any] | None, message: str
+) -> None:
+    with pytest.raises(PreprocessError, match=message):
+        Preprocess.from_dict({**TIMM, "pretrained_cfg": config})
+
+
+def test_a_share_that_timm_crops_differently_is_refused() -> None:
+    with pytest.raises(PreprocessError, match=r"other values of shortest_edge than .*leave"):
+        Preprocess(shortest_edge=250, crop_size=(224, 224), crop_pct=0.875)
+
+
 def test_size_and_shortest_edge_exclude_each_other() -> None:
     for sizes in ({}, {"size": (4, 4), "shortest_edge": 4}):
         with pytest.raises(PreprocessError, match="expected one of them"):

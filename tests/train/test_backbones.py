@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tiny import make_model, write_checkpoint
 from tolerances import FLOAT32_LAYER
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import EnvironmentMismatch, MissingExtra, RecipeError
+from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.backbones import (
     TextEncoder,
     VisionEncoder,
@@ -434,3 +438,48 @@ def test_a_misspelt_setting_of_an_encoder_is_refused_with_the_nearest_name():
     # transformers keeps keys that it does not know and builds its default, 768 wide.
     with pytest.raises(RecipeError, match=r"vit encoder: .*'hiden_size'.*hidden_size"):
         load_backbone({"model_type": "vit", "hiden_size": 64})
+
+
+TIMM = {"model_type": "timm_wrapper", "architecture": "vgg11"}
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        (None, MissingExtra, r'run: pip install "marnet\[timm\]"'),
+        ("raise ImportError('broken')", RecipeError, "broken"),
+        (
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            EnvironmentMismatch,
+            "timm cannot be imported .*nms does not exist.*: pip install torch torchvision",
+        ),
+    ],
+    ids=["not installed", "broken", "torchvision of another torch"],
+)
+def test_an_encoder_of_timm_says_what_is_missing(
+    source: str | None,
+    kind: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if source is None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+    else:
+        (tmp_path / "timm").mkdir()
+        (tmp_path / "timm/__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(kind, match=message):
+        load_backbone(TIMM)
+
+
+def test_a_checkpoint_with_an_encoder_of_timm_is_not_called_damaged_where_timm_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    folder = write_checkpoint(make_model(), tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vision": TIMM}))
+    with pytest.raises(MissingExtra, match='package "timm" is not installed'):
+        load_checkpoint(folder)

@@ -4,7 +4,6 @@ preprocessing, model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,7 +18,7 @@ from marnet_train.data.examples import DataSet
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
 from marnet_train.models import METHODS
-from marnet_train.models.backbones import backbone_config, load_backbone
+from marnet_train.models.backbones import backbone_config, load_backbone, plain_config
 from marnet_train.models.marnet import MARNet
 from marnet_train.phases import TrainingSet
 from marnet_train.recipe import Recipe
@@ -40,19 +39,12 @@ def build_model(
     own = {field.name for field in fields(model_type.config_type)}
     shared = own & {field.name for field in fields(Recipe)} - {"vision", "text", "samples"}
     config = model_type.config_type(
-        vision=_plain(vision_backbone.config),
-        text=_plain(text_backbone.config),
+        vision=plain_config(vision_backbone),
+        text=plain_config(text_backbone),
         labels=tuple(labels),
         **{name: getattr(recipe, name) for name in shared},
     )
     return model_type(config, vision_backbone, text_backbone)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """Return a transformers configuration as JSON data, without what concerns unused heads."""
-    content = json.loads(config.to_json_string(use_diff=False))
-    unused = ("architectures", "id2label", "label2id", "loss_type")
-    return {k: v for k, v in content.items() if k not in unused}
 
 
 def make_tokenizer(recipe: Recipe, folder: DataSet) -> PreTrainedTokenizerBase:
@@ -90,6 +82,9 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
         return preprocess
     if "pretrained" not in recipe.vision:
         raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
+    if (of_timm := getattr(backbone_config(recipe.vision), "pretrained_cfg", None)) is not None:
+        processor = {"image_processor_type": "TimmWrapperImageProcessor"}
+        return Preprocess.from_dict({**processor, "pretrained_cfg": of_timm})
     name = recipe.vision["pretrained"]
     settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}
     try:

@@ -27,7 +27,13 @@ from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from marnet_sdk.errors import CheckpointError, InvalidInput, MarnetError, NotFound
+from marnet_sdk.errors import (
+    CheckpointError,
+    EnvironmentMismatch,
+    InvalidInput,
+    MarnetError,
+    NotFound,
+)
 from marnet_sdk.files import newest, sha256_file
 from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
 from marnet_sdk.outputs import atomic_directory
@@ -239,6 +245,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         NotFound: not a checkpoint directory.
         CheckpointError: a file is damaged or missing, the method is unknown, or weights and
             configuration do not belong together.
+        EnvironmentMismatch: the encoder needs a package that is missing here, such as timm.
     """
     path = Path(path)
     if not is_checkpoint(path):
@@ -255,6 +262,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         config = model_class.config_type.from_dict(content)
         model = model_class(config)
+    except EnvironmentMismatch:  # the files are sound, a package of the encoder is missing here
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, MarnetError) as error:
         raise CheckpointError(f"{path / CONFIG}: incomplete or malformed: {error}") from error
     _load_weights(model, path / WEIGHTS)

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from marnet_export.lower.branches import with_merged_branches
 from marnet_export.lower.class_token import for_class_token
 from marnet_export.lower.modules import Head, PlanStep, Step
 from marnet_export.lower.plan import SamplingPlan, make_plan
@@ -92,7 +93,7 @@ def lower_marnet(model: MARNet, plan: SamplingPlan | None = None) -> Lowered:
     """
     plan = make_plan(model) if plan is None else plan
     return Lowered(
-        encoder=for_class_token(model.vision.eval()),
+        encoder=for_class_token(with_merged_branches(model.vision.eval())),
         plan=plan,
         step=lambda compute: PlanStep(plan, compute).eval(),
         head=Head(model).eval(),

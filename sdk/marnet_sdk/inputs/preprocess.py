@@ -2,7 +2,7 @@
 
 Training, export and serving all resize, crop and normalise here, so that they cannot disagree.
 `Preprocess` gives the same numbers, bit for bit, as the PIL image processors of transformers 5
-for the same `preprocessor_config.json`.
+for the same `preprocessor_config.json`, and as the transform of timm for evaluation.
 
 Axes: B batch, H height, W width; channels are R, G, B.
 """
@@ -90,6 +90,7 @@ def _crop_pct(given: Mapping[str, Any], default: float) -> float:
     return float(value)
 
 
+_TIMM = "TimmWrapperImageProcessor"
 _SQUARE = {"height": 224, "width": 224}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 _CLIP = _Family(
@@ -158,6 +159,7 @@ class Preprocess:
     rescale_factor: float = 1 / 255
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    crop_pct: float | None = None  # timm has it: crop_size over the resized edges
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.shortest_edge is None):
@@ -185,6 +187,13 @@ class Preprocess:
                 f"got rescale_factor={self.rescale_factor}, mean={self.mean}, std={self.std}; "
                 "expected finite numbers, three for mean and three non-zero ones for std"
             )
+        if self.crop_pct is not None:
+            timm = _timm_settings(self._timm_config())
+            if wrong := [name for name, value in timm.items() if getattr(self, name) != value]:
+                raise PreprocessError(
+                    f"crop_pct is {self.crop_pct}, with which timm has other values of "
+                    f"{', '.join(wrong)} than this: {self}; leave crop_pct out"
+                )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Preprocess:
@@ -195,6 +204,8 @@ class Preprocess:
         Raises:
             PreprocessError: a processor or an option that this class cannot reproduce.
         """
+        if config.get("image_processor_type") == _TIMM:
+            return cls(**_timm_settings(config.get("pretrained_cfg")))
         given = {key: value for key, value in config.items() if value is not None}
         family = _family(given)
         if not given.get("do_resize", True):
@@ -222,6 +233,8 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """A `preprocessor_config.json` that transformers and `from_dict` read back the same."""
+        if self.crop_pct is not None:
+            return {"image_processor_type": _TIMM, "pretrained_cfg": self._timm_config()}
         edges = ("height", "width")
         config: dict[str, Any] = {
             "image_processor_type": "ViTImageProcessor" if self.size else "CLIPImageProcessor",
@@ -243,6 +256,17 @@ class Preprocess:
         if self.crop_size is not None:
             config["crop_size"] = dict(zip(edges, self.crop_size, strict=True))
         return config
+
+    def _timm_config(self) -> dict[str, Any]:
+        """Make the part of timm's `pretrained_cfg` that says how images are prepared."""
+        return {
+            "input_size": [3, *(self.crop_size or (0, 0))],
+            "crop_pct": self.crop_pct,
+            "crop_mode": "squash" if self.size else "center",
+            "interpolation": Image.Resampling(self.resample).name.lower(),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -323,7 +347,7 @@ class Preprocess:
             ) from error
         if self.crop_size is None:
             return array
-        return _centre_crop(array, self.crop_size)
+        return _centre_crop(array, self.crop_size, to_even=self.crop_pct is not None)
 
     def normalize(
         self, resized: NDArray[np.uint8], *, out: NDArray[np.float32] | None = None
@@ -367,20 +391,74 @@ class Preprocess:
         return (edge, scaled) if height <= width else (scaled, edge)
 
 
-def _centre_crop(array: NDArray[np.uint8], crop_size: tuple[int, int]) -> NDArray[np.uint8]:
+def _centre_crop(
+    array: NDArray[np.uint8], crop_size: tuple[int, int], *, to_even: bool = False
+) -> NDArray[np.uint8]:
     """Crop [h, w, 3] to [H, W, 3]: cut where larger, pad with zeros where smaller.
 
     As transformers has it, an odd pixel is cut below or right, and padded above or left.
+
+    Args:
+        to_even: as torchvision has it, half of an odd number of pixels is rounded to an even one.
     """
     here, there = [], []  # slices of the array, and of the result
     for length, wanted in zip(array.shape, crop_size, strict=False):
-        cut, pad = max(0, (length - wanted) // 2), max(0, (wanted - length + 1) // 2)
+        spare = max(0, length - wanted)
+        cut, pad = round(spare / 2) if to_even else spare // 2, max(0, (wanted - length + 1) // 2)
         covered = min(length, wanted)
         here.append(slice(cut, cut + covered))
         there.append(slice(pad, pad + covered))
     result = np.zeros((*crop_size, 3), np.uint8)
     result[tuple(there)] = array[tuple(here)]
     return result
+
+
+def _timm_settings(config: Any) -> dict[str, Any]:
+    """Read how timm prepares images for evaluation with a model, from its `pretrained_cfg`.
+
+    That is `timm.data.resolve_data_config`, whose defaults these are, and `create_transform`.
+    """
+    if not isinstance(config, Mapping):
+        raise PreprocessError(
+            f"pretrained_cfg: got {brief(config)}; expected what the config.json of a timm model "
+            "has there: input_size, crop_pct, crop_mode, interpolation, mean, std"
+        )
+    given = {key: value for key, value in config.items() if value}  # empty means absent there
+    size = given.get("input_size", [3, 224, 224])
+    sizes = size if isinstance(size, (list, tuple)) else ()
+    if len(sizes) != 3 or sizes[0] != 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise PreprocessError(
+            f"input_size: got {brief(size)}; expected [3, height, width], as images are RGB"
+        )
+    crop = (sizes[1], sizes[2])
+    mode, interpolation = given.get("crop_mode", "center"), given.get("interpolation", "bicubic")
+    names = {r.name.lower(): r for r in Image.Resampling}
+    if interpolation not in list(names):
+        raise PreprocessError(
+            f"interpolation: got {brief(interpolation)}; expected one of {', '.join(names)}"
+        )
+    pct = _crop_pct(given, 0.875)
+    if pct > 1:
+        raise PreprocessError(
+            f"crop_pct: got {pct}, with which timm adds a border; expected at most 1"
+        )
+    edges = (math.floor(crop[0] / pct), math.floor(crop[1] / pct))
+    if mode not in ("center", "squash") or (mode == "center" and edges[0] != edges[1]):
+        raise PreprocessError(
+            f"crop_mode: got {brief(mode)} of {crop}, which timm resizes to a size that is rounded "
+            "in its own way, or adds a border to; expected 'squash', or 'center' of a square: "
+            "describe it as one of these in [image] of a recipe"
+        )
+    return {
+        "size": edges if mode == "squash" else None,
+        "shortest_edge": None if mode == "squash" else edges[0],
+        "crop_size": crop,
+        "resample": names[interpolation],
+        "rescale_factor": 1 / 255,
+        "mean": _channels("mean", given.get("mean", _IMAGENET[0])),
+        "std": _channels("std", given.get("std", _IMAGENET[1])),
+        "crop_pct": pct,
+    }
 
 
 def _family(config: Mapping[str, Any]) -> _Family:

@@ -1,4 +1,4 @@
-"""Encoders from `transformers`: any vision model, any BERT-family text model.
+"""Encoders from `transformers`: any vision model, any BERT-family text model; and those of timm.
 
 An encoder is described either by a configuration (a dict with `model_type`, trained from scratch)
 or by `{"pretrained": "path or hub id", "revision": ...}`. Weights are read from safetensors only.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from marnet_sdk.console import say
-from marnet_sdk.errors import RecipeError, nearest
+from marnet_sdk.errors import MarnetError, RecipeError, nearest
 
 # These end in a LayerNorm and put the class token first; their pooler is an extra layer that
 # self-supervised and ImageNet-21k checkpoints leave untrained, so it is not built at all.
@@ -34,6 +35,7 @@ def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
 
     Raises:
         RecipeError: no `model_type` and no `pretrained`, or one that transformers does not know.
+        MissingExtra, EnvironmentMismatch: as of `require_timm`, for an encoder of timm.
     """
     settings = dict(description)
     if "pretrained" in settings:
@@ -42,14 +44,36 @@ def backbone_config(description: dict[str, Any]) -> PreTrainedConfig:
             raise RecipeError(f"beside pretrained, an encoder has only revision, got {extra}")
         name = settings.pop("pretrained")
         with _described(description):
-            return AutoConfig.from_pretrained(name, **settings)
+            return _checked(AutoConfig.from_pretrained(name, **settings))
     if "model_type" not in settings:
         raise RecipeError(
             f'an encoder needs model_type = "vit", "bert", ... or pretrained = "...", got '
             f"{sorted(description)}"
         )
     with _described(description):
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        if settings["model_type"] == "timm_wrapper":
+            from marnet_train.models.timm_backbone import require_timm  # timm is an extra
+
+            require_timm()
+        return _checked(AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a configuration, if it needs no more than itself to build an encoder."""
+    if config.model_type == "timm_wrapper":
+        from marnet_train.models.timm_backbone import check_timm_config
+
+        check_timm_config(config)
+    return config
+
+
+def plain_config(backbone: nn.Module) -> dict[str, Any]:
+    """Return the configuration of an encoder as JSON data, without what concerns unused heads."""
+    config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
+    content = json.loads(config.to_json_string(use_diff=False))
+    unused = {"architectures", "id2label", "label2id", "loss_type"}
+    unused |= {"label_names", "num_classes", "pretrained_cfg"}  # of timm
+    return {k: v for k, v in content.items() if k not in unused}
 
 
 @contextmanager
@@ -57,6 +81,8 @@ def _described(description: dict[str, Any]) -> Iterator[None]:
     """Say which encoder `transformers` could not make."""
     try:
         yield
+    except MarnetError:
+        raise
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         name = description.get("pretrained")
         where = "" if name is None or Path(name).is_dir() else f"; there is no folder {name} here"
@@ -78,6 +104,12 @@ def load_backbone(description: dict[str, Any]) -> nn.Module:
         RecipeError: also for a setting that this kind of encoder does not have: transformers would
             keep it, unused, and build the default instead.
     """
+    trunk = description.get("trunk")  # of WISeR
+    if isinstance(trunk, dict) and "pretrained" in trunk:
+        inner = load_backbone(trunk)
+        whole = load_backbone({**description, "trunk": plain_config(inner)})
+        whole.get_submodule("trunk.backbone").load_state_dict(inner.state_dict())
+        return whole
     config = backbone_config(description)
     if "pretrained" not in description:
         defaults = type(config)()
@@ -121,6 +153,10 @@ def _quiet() -> Iterator[None]:
 
 def build_backbone(config: PreTrainedConfig) -> nn.Module:
     """Build a freshly initialised encoder of that configuration."""
+    if config.model_type == "timm_wrapper":
+        from marnet_train.models.timm_backbone import TimmBackbone
+
+        return TimmBackbone(config)  # pyright: ignore[reportArgumentType]
     return AutoModel.from_config(config, **_pooling_arguments(config))
 
 
@@ -147,7 +183,7 @@ class VisionEncoder(nn.Module):
             raise RecipeError("a vit_mae encoder hides random patches, even at test; use a vit")
         self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
         self.pool = _pool_of_whole_map(backbone)  # maps [B, d, h, w] and dimensions -> [B, d]
-        self.dim = _width(self, torch.zeros(1, 3, *_image_size(config), device="cpu"))
+        self.dim = _width(self, torch.zeros(1, 3, *image_size(backbone), device="cpu"))
 
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.backbone(pixel_values=pixels)
@@ -162,9 +198,14 @@ class VisionEncoder(nn.Module):
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
 
-def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+def image_size(backbone: nn.Module) -> tuple[int, int]:
     """Return height and width of images that an encoder certainly takes."""
+    config: Any = backbone.config
     size = getattr(config, "image_size", None) or 64
+    if config.model_type == "timm_wrapper":
+        usual: dict[str, Any] = backbone.timm_model.pretrained_cfg  # pyright: ignore
+        if usual.get("fixed_input_size"):
+            size = (config.model_args or {}).get("img_size") or usual["input_size"]
     return (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
 
 

@@ -184,12 +184,11 @@ def _readers(size: int, threads: int) -> Iterator[Probe]:
 def _multipliers(precision: str, side: int, threads: int) -> Iterator[Probe]:
     """Kernels that multiply two square matrices [side, side] once a call."""
     ones = np.ones((side, side), np.float32)
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = kinds.get(precision, torch.int8)
-    a = torch.ones(side, side, dtype=kind)
     if precision == "int8":
-        yield "torch._int_mm", lambda: lambda: torch._int_mm(a, a)  # pyright: ignore
-    else:
+        b = torch.ones(side, side, dtype=torch.int8)
+        yield "torch._int_mm", lambda: lambda: torch._int_mm(b, b)  # pyright: ignore
+    elif precision != "fp16":  # which torch multiplies sixty times slower than float32
+        a = torch.ones(side, side, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         yield "torch.mm", lambda: lambda: torch.mm(a, a)
     if precision == "fp32":
         yield "ONNX Runtime MatMul", lambda: _onnx_product(ones, side, threads)

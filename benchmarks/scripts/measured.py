@@ -102,6 +102,23 @@ def loop(name: str) -> str:
     return table(["precision", *(f"batch {batch}" for batch in report["batches"])], rows)
 
 
+def int8_loop() -> str:
+    """Ways to round activations in an int8 loop: what the answers keep, on trained weights."""
+    runs = read("cpu-int8-loop")["runs"]
+    rows = [
+        [
+            forms[0]["form"],
+            *(
+                f"{f['agreement']:.1%} / {f['refined_agreement']:.1%} / {f['refined_error']:.2%}"
+                for f in forms
+            ),
+        ]
+        for forms in zip(*(run["forms"] for run in runs), strict=True)
+    ]
+    names = (f"{run['checkpoint']}, {run['images']} images" for run in runs)
+    return table(["activations", *names], rows[1:])
+
+
 def labels(row: dict[str, Any], images: int = 32) -> str:
     """Say on how many images a bundle gives the checkpoint's label."""
     return f"{row['agreement'] * images:.0f} of {images}"
@@ -451,6 +468,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
     "native-loop": partial(loop, "cpu-native-loop"),
+    "int8-loop": int8_loop,
     "busy": busy,
     "busy-training": busy_training,
     "serving": serving,

@@ -138,7 +138,7 @@ def _find(*, compile_it: bool) -> Path:
     if not compile_it:
         raise RuntimeError(
             f"the native loop is not compiled: no {name} in {SHIPPED} or {cache_dir()}; in a "
-            "checkout run: make native"
+            "checkout run: make native; elsewhere: python -m marnet_kernels.native"
         )
     try:
         return build(cache_dir())

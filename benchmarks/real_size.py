@@ -3,10 +3,12 @@
     python benchmarks/real_size.py --model vit-b16 --output benchmarks/results/NAME.json
     python benchmarks/real_size.py --checkpoint runs/grocery --output benchmarks/results/NAME.json
 
-The weights of a `--model` are random, because none can be downloaded here: the figures say how fast
-it is and how far a bundle is from the float32 model, and nothing about accuracy. A `--checkpoint`
-has been trained; its samples are read from their files, by the same code for all. Every export
-runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
+The weights of a `--model` are random (but for those of EfficientNet-Lite0's encoder), because none
+can be downloaded here: the figures say how fast it is and how far a bundle is from the float32
+model, and nothing about accuracy. A `--checkpoint` has been trained; its samples are read from
+their files, by the same code for all. With `--loop graph --loop native`, each bundle is built with
+both loops, and the fastest with the native one is held to the fastest with the graph's. Every
+export runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
 answer the same images in turn, in one process with the same threads. Takes a quarter of an hour for
 each model.
 """
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ from marnet_export.build.opened import runs_here
 from marnet_export.build.tracing import quiet
 from marnet_export.build.types import PRECISIONS, Types
 from marnet_export.lower.methods import lower_marnet
-from marnet_export.settings import Settings
+from marnet_export.settings import LOOPS, Settings
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.classifier import Classifier
@@ -53,7 +56,8 @@ from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import SAMPLES, load_checkpoint, write_model
 from marnet_train.data.imagefolder import write_split
 from marnet_train.diffusion import ScheduleConfig
-from marnet_train.models.backbones import backbone_config
+from marnet_train.encoders import VISION, write_encoders
+from marnet_train.models.backbones import backbone_config, load_backbone
 from marnet_train.models.marnet import MARNet, MarnetConfig
 from marnet_train.text import train_tokenizer
 
@@ -67,6 +71,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision, tex
     "vit-b16": ({"model_type": "vit"}, BERT, 224),
     "swin-t": ({"model_type": "swin"}, BERT, 224),
     "resnet-50": ({"model_type": "resnet"}, BERT, 224),
+    "efficientnet-lite0": ({"pretrained": VISION}, BERT, 224),
     "tiny": (
         {"model_type": "vit", "image_size": 32, "patch_size": 8, **TINY},
         {**BERT, **TINY, "vocab_size": 64},
@@ -82,11 +87,17 @@ def write_checkpoint(path: Path, name: str, train_steps: int, classes: int = 101
     """A checkpoint with random weights, and crops of two photographs as its samples."""
     torch.manual_seed(0)
     *descriptions, side = MODELS[name]
-    vision, text = (
-        json.loads(backbone_config(d).to_json_string(use_diff=False)) for d in descriptions
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if descriptions[0] == {"pretrained": VISION}:
+            write_encoders(Path(folder) / "encoders")
+            descriptions[0] = {"pretrained": str(Path(folder) / "encoders" / VISION)}
+        backbone = load_backbone(descriptions[0])
+        vision, text = (
+            json.loads(backbone_config(d).to_json_string(use_diff=False)) for d in descriptions
+        )
     labels, schedule = tuple(f"dish {i}" for i in range(classes)), ScheduleConfig(steps=train_steps)
-    model = MARNet(MarnetConfig(vision, text, labels, schedule=schedule)).eval()
+    config = MarnetConfig(vision, text, labels, schedule=schedule)
+    model = MARNet(config, vision=backbone).eval()
     path.mkdir()
     write_split(path / SAMPLES, ((name, data, labels[0], None) for name, data in _crops()))
     preprocess = Preprocess(size=(side, side))
@@ -115,7 +126,10 @@ def _crops() -> Iterator[tuple[str, bytes]]:
 
 
 def builds(
-    text: bool = True, only: Sequence[str] = (), min_agreement: float = 0.0
+    text: bool = True,
+    only: Sequence[str] = (),
+    min_agreement: float = 0.0,
+    loops: Sequence[str] = ("auto",),
 ) -> Iterator[Settings]:
     """Every backend in every precision, and int8 also with the rest in bf16.
 
@@ -125,6 +139,7 @@ def builds(
 
     Args:
         only: of these, as in "openvino int8"; none: all.
+        loops: what runs the loop of each; only backends that have a place for it get "native".
     """
     named = [(b, p, None) for b in BUILDERS for p in PRECISIONS]
     for backend, precision, compute in [*named, ("openvino", "int8", "bf16")]:
@@ -137,8 +152,12 @@ def builds(
                 "targets": targets,
             }
             # The one backend that has no int8 loop.
-            loop = "fp16" if (backend, precision) == ("tensorrt", "int8") else None
-            yield Settings(backend, precision, compute, loop_precision=loop, **kept)
+            typed = "fp16" if (backend, precision) == ("tensorrt", "int8") else None
+            for loop in loops:
+                if loop != "native" or builder(backend).head is not None:
+                    yield Settings(
+                        backend, precision, compute, loop_precision=typed, loop=loop, **kept
+                    )
 
 
 def export_apart(checkpoint: Path, output: Path, settings: Settings) -> dict[str, Any]:
@@ -287,17 +306,32 @@ COMPARED = (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"), ("int8", "bf16
 
 
 def ratios(taken: Mapping[str, Seconds], precision: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The fastest bundle of each precision over the fastest peer that it is held to."""
+    """The fastest bundle of each precision over the fastest peer that it is held to, and over the
+    fastest bundle whose loop the graph runs, where bundles have both loops.
+    """
 
-    def fastest(wanted: str, *, ours: bool) -> list[str]:
-        names = [n for n in taken if precision[n] == wanted and n.startswith("marnet") == ours]
+    def fastest(kind: str, among: Callable[[str], bool]) -> list[str]:
+        names = [n for n in taken if precision[n] == kind and among(n)]
         return sorted(names, key=lambda n: float(np.median(taken[n])))[:1]
 
-    for ours, theirs in COMPARED:
-        for mine in fastest(ours, ours=True):
-            for other in fastest(theirs, ours=False):
-                ratio, low, high = speedup_interval(taken[other], taken[mine])
-                yield {"bundle": mine, "peer": other, "ratio": ratio, "low": low, "high": high}
+    pairs = [
+        (fastest(ours, _is_ours), fastest(theirs, lambda name: not _is_ours(name)))
+        for ours, theirs in COMPARED
+    ]
+    pairs += [
+        (
+            fastest(kind, lambda n: n.endswith(" native")),
+            fastest(kind, lambda n: n.endswith(" graph")),
+        )
+        for kind, _ in COMPARED
+    ]
+    for mine, other in (pair for both in pairs for pair in product(*both)):
+        ratio, low, high = speedup_interval(taken[other], taken[mine])
+        yield {"bundle": mine, "peer": other, "ratio": ratio, "low": low, "high": high}
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith("marnet")
 
 
 def run_auto(name: str, train_steps: int, precisions: Sequence[str]) -> dict[str, Any]:
@@ -320,11 +354,13 @@ def run(
     *,
     text: bool = True,
     only: Sequence[str] = (),
+    loops: Sequence[str] = ("auto",),
     trained: Path | None = None,
 ) -> dict[str, Any]:
     """Export, open and measure everything of one model.
 
     Args:
+        loops: what runs the loop of each bundle; several: it is built with each.
         trained: a checkpoint, whose samples are read from files; None: random weights, from pixels.
     """
     threads = len(os.sched_getaffinity(0))
@@ -335,8 +371,10 @@ def run(
             write_checkpoint(checkpoint, name, train_steps)
         rows, calls, precision = [], {}, {}
         opened: list[Classifier] = []
-        for settings in builds(text, only, 0.0 if trained is None else TRAINED_AGREEMENT):
+        least = 0.0 if trained is None else TRAINED_AGREEMENT
+        for settings in builds(text, only, least, loops):
             rest = f"-{settings.compute}" if settings.compute else ""
+            rest += f" {settings.loop}" if len(loops) > 1 else ""
             key = f"marnet {settings.backend} {settings.precision}{rest}"
             path = Path(scratch) / key.replace(" ", "-")
             say(f"export {key}")
@@ -436,6 +474,14 @@ def show(report: dict[str, Any]) -> None:
 @click.option("--text/--no-text", default=True, help="Export the text encoder, BERT-base, too.")
 @click.option("--only", multiple=True, help='Export just this, as in "openvino int8".')
 @click.option(
+    "--loop",
+    "loops",
+    type=click.Choice(LOOPS),
+    multiple=True,
+    default=("auto",),
+    help="What runs the loop; named twice, each bundle is built with both.",
+)
+@click.option(
     "--auto", multiple=True, metavar="PRECISION", help="See what --backend auto picks, no more."
 )
 def main(
@@ -446,6 +492,7 @@ def main(
     duration: float,
     text: bool,
     only: tuple[str, ...],
+    loops: tuple[str, ...],
     auto: tuple[str, ...],
 ) -> None:
     """Export and measure at real sizes, with random weights or those of a checkpoint."""
@@ -453,11 +500,12 @@ def main(
         raise click.UsageError("--auto goes with --model, not with --checkpoint: leave one out")
     if checkpoint is not None:
         steps = load_checkpoint(checkpoint).model.config.schedule.steps
-        report = run(checkpoint.name, steps, duration, text=text, only=only, trained=checkpoint)
+        chosen: dict[str, Any] = {"text": text, "only": only, "loops": loops}
+        report = run(checkpoint.name, steps, duration, **chosen, trained=checkpoint)
     elif auto:
         report = run_auto(model, train_steps, auto)
     else:
-        report = run(model, train_steps, duration, text=text, only=only)
+        report = run(model, train_steps, duration, text=text, only=only, loops=loops)
     output.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     show(report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -36,9 +37,20 @@ def layer(
 
 
 def make_layers(
-    kind: Kind, carry: Carry = "hidden", *, hidden: int = 70, dim: int = 40, given: int = 30
+    kind: Kind | Literal["fine"],
+    carry: Carry = "hidden",
+    *,
+    hidden: int = 70,
+    dim: int = 40,
+    given: int = 30,
 ) -> LoopLayers:
-    """A loop with these widths; what is multiplied once an image is float32 beside int8."""
+    """A loop with these widths; what is multiplied once an image is float32 beside int8.
+
+    "fine" is int8 whose activations have 16 bits in some of the steps.
+    """
+    if kind == "fine":
+        layers = make_layers("int8", carry, hidden=hidden, dim=dim, given=given)
+        return replace(layers, fine_steps=2)
     rng = np.random.default_rng(hidden + dim)
     once: Kind = "fp32" if kind == "int8" else kind
     carried = hidden if carry == "hidden" else dim

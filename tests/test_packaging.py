@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,8 +67,11 @@ for name in sys.argv[1:]:
 """
 
 
-def run_command(*words: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=False)
+def run_command(*words: str | Path, cwd: Path | None = None, **variables: str) -> str:
+    environment = os.environ | variables
+    done = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -93,8 +97,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
-    run_command(sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out, cwd=source)
+def build(kind: str, source: Path, out: Path, *, compiled: bool = False) -> Path:
+    """A wheel or source archive; without what a compiler takes long for."""
+    words = (sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out)
+    run_command(*words, cwd=source, HATCH_BUILD_NO_HOOKS="" if compiled else "true")
     (built,) = out.iterdir()
     return built
 
@@ -186,6 +192,35 @@ def test_the_source_archive_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_
     assert contents(again) == contents(wheel)
     assert not (folder / "benchmarks/results").exists()
     assert not list(folder.rglob("*.pyc"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "no-such-compiler"])
+def test_a_wheel_carries_the_native_loop_where_there_is_a_compiler(
+    compiler: str,
+    source: Path,
+    environment: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a compiler of C++, and g++ is not installed")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("MARNET_CACHE", str(tmp_path / "cache"))
+    copy = shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("*.so"))
+    wheel = build("wheel", copy, tmp_path / "dist", compiled=True)
+    carried = [name for name in contents(wheel) if name.endswith(".so")]
+    python = environment("")
+    install(python, "--force-reinstall", wheel)
+    code = "from marnet_kernels.native import why_missing; print(why_missing())"
+    done = run(python, code, cwd=tmp_path)
+    if compiler == "g++":
+        assert len(carried) == 1
+        assert done.stdout == "None\n"
+    else:
+        assert carried == []
+        assert "the native loop is not compiled" in done.stdout
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("package", ROOTS)

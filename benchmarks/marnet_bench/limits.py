@@ -20,8 +20,8 @@ from marnet_sdk.backends.onnxruntime import load_onnxruntime
 from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.errors import MissingExtra
 
-PRECISIONS = ("fp32", "bf16", "int8")
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of one weight
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # of one weight
 _SIDE = 2048  # of the square products
 _LINE = 64  # bytes of a cache line
 
@@ -59,17 +59,17 @@ class Limits:
 
 def higher(first: Limits, second: Limits) -> Limits:
     """Two measurements of the same, each rate the higher: what disturbed one is no limit."""
-
-    def better(a: Rate, b: Rate) -> Rate:
-        return max(a, b, key=lambda rate: rate.per_second)
-
     return Limits(
         threads=first.threads,
-        read={k: better(rate, second.read[k]) for k, rate in first.read.items()},
+        read={k: _higher(rate, second.read[k]) for k, rate in first.read.items()},
         multiply_adds={
-            k: better(rate, second.multiply_adds[k]) for k, rate in first.multiply_adds.items()
+            k: _higher(rate, second.multiply_adds[k]) for k, rate in first.multiply_adds.items()
         },
     )
+
+
+def _higher(a: Rate, b: Rate) -> Rate:
+    return max(a, b, key=lambda rate: rate.per_second)
 
 
 def bound(
@@ -92,10 +92,13 @@ def measure_limits(sizes: Sequence[int], threads: int, seconds: float = 0.1) -> 
     Args:
         sizes: bytes of weights that a step reads. seconds: for each kernel.
     """
+    rates = {p: product_rate(p, threads, seconds) for p in PRECISIONS}
+    for precision in ("bf16", "fp16"):  # what is stored so may be multiplied in float32
+        rates[precision] = _higher(rates[precision], rates["fp32"])
     return Limits(
         threads=threads,
         read={size: read_rate(size, threads, seconds) for size in dict.fromkeys(sizes)},
-        multiply_adds={p: product_rate(p, threads, seconds) for p in PRECISIONS},
+        multiply_adds=rates,
     )
 
 
@@ -181,11 +184,11 @@ def _readers(size: int, threads: int) -> Iterator[Probe]:
 def _multipliers(precision: str, side: int, threads: int) -> Iterator[Probe]:
     """Kernels that multiply two square matrices [side, side] once a call."""
     ones = np.ones((side, side), np.float32)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[precision]
-    a = torch.ones(side, side, dtype=kind)
     if precision == "int8":
-        yield "torch._int_mm", lambda: lambda: torch._int_mm(a, a)  # pyright: ignore
-    else:
+        b = torch.ones(side, side, dtype=torch.int8)
+        yield "torch._int_mm", lambda: lambda: torch._int_mm(b, b)  # pyright: ignore
+    elif precision != "fp16":  # which torch multiplies sixty times slower than float32
+        a = torch.ones(side, side, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
         yield "torch.mm", lambda: lambda: torch.mm(a, a)
     if precision == "fp32":
         yield "ONNX Runtime MatMul", lambda: _onnx_product(ones, side, threads)
@@ -230,7 +233,7 @@ def _openvino_product(precision: str, side: int, threads: int) -> Callable[[], o
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16"}.get(precision, "f32"),
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
     ones = np.ones((side, side), np.float32)

@@ -40,7 +40,7 @@ from marnet_export.lower.methods import lower_marnet
 from marnet_export.lower.plan import SamplingPlan, make_plan
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
-from marnet_sdk.console import say
+from marnet_sdk.console import say, track
 from marnet_sdk.cpus import check_threads, cpus
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.noise.tables import Floats, Tables, make_tables
@@ -65,6 +65,7 @@ class Candidate:
     model: str  # framework and form
     precision: str
     logits: Logits
+    opening_s: float = 0.0
 
     @property
     def ours(self) -> bool:
@@ -87,6 +88,7 @@ class Check:
     agreement: float  # share of the same labels
     relative_error: float  # largest difference over the largest logit
     batch_effect: float = 0.0  # largest change of a logit when its x_v is alone, likewise relative
+    checking_s: float = 0.0  # compilers work at the first call with so many rows
 
 
 def paper_model(labels: int = 100) -> MARNet:
@@ -135,13 +137,10 @@ def run_loop(
         limits = measure_limits(_sizes(plan), threads)
         payloads = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         say("opening every candidate")
-        opened = [
-            *_open_ours(problem, plan, payloads, threads),
-            *_open_native(problem, plan, payloads, threads),
-            *_open_peers(problem, threads),
-        ]
+        opened = list(_open(list(_ways(problem, plan, payloads, threads))))
         x_v = _random_features(model, max(CHECKED, *batches))
         candidates, checks, missing = _check(opened, reference(problem), x_v, batches)
+        say(_about_opening(checks))
         groups = {}
         for batch in batches:
             say(f"batch {batch}: {len(candidates)} candidates in turn, {duration:g} s or more")
@@ -211,48 +210,65 @@ def _random_features(model: MARNet, count: int) -> Floats:
 # Opening
 
 
-def _open_ours(
-    problem: Problem, plan: SamplingPlan, folder: Path, threads: int
-) -> Iterator[Candidate | Missing]:
-    """Every backend in every type that it multiplies in, from a graph built here."""
+@dataclass(frozen=True)
+class Way:
+    """This is one way to run the loop, not yet opened."""
+
+    model: str
+    precision: str
+    open: Callable[[], Logits]  # raises whatever its framework does
+
+
+def _ways(problem: Problem, plan: SamplingPlan, folder: Path, threads: int) -> Iterator[Way]:
+    """Ours, from graphs built here: every backend, and the native loop. Then the peers."""
     tables = _our_tables(problem, plan)
     for backend in BUILDERS:
         for precision in PRECISIONS:
-            name = f"{OURS} {backend}"
-            try:
-                if not _multiplies(backend, precision):
-                    raise BackendUnavailable(
-                        f"the {backend} backend does not multiply in {precision}"
-                    )
-                payload = folder / f"{backend}-{precision}"
-                payload.mkdir()
-                logits = _open_backend(problem, plan, tables, backend, precision, payload, threads)
-                yield Candidate(name, precision, logits)
-            except Exception as error:  # whatever a framework raises is why it is missing
-                yield Missing(name, precision, _reason(error))
+            payload = folder / f"{backend}-{precision}"
+            arguments = (problem, plan, tables, backend, precision, payload, threads)
+            yield Way(f"{OURS} {backend}", precision, partial(_open_backend, *arguments))
+    for precision in PRECISIONS:
+        payload = folder / f"native-{precision}"
+        arguments = (problem, plan, tables, precision, payload, threads)
+        yield Way(NATIVE, precision, partial(_open_native, *arguments))
+    for name, peer in all_peers().items():
+        for precision in peer.precisions:
+            yield Way(name, precision, partial(peer.open, problem, precision, threads))
+
+
+def _open(ways: Sequence[Way]) -> Iterator[Candidate | Missing]:
+    """Open every way."""
+    for way in track(ways, "open"):
+        started = time.perf_counter()
+        try:
+            logits = way.open()
+        except Exception as error:  # whatever a framework raises is why it is missing
+            yield Missing(way.model, way.precision, _reason(error))
+        else:
+            seconds = time.perf_counter() - started
+            yield Candidate(way.model, way.precision, logits, seconds)
 
 
 def _open_native(
-    problem: Problem, plan: SamplingPlan, folder: Path, threads: int
-) -> Iterator[Candidate | Missing]:
-    """The native loop with weights of every type, before ONNX Runtime's graph of the head."""
-    tables, module = _our_tables(problem, plan), builder(_AROUND_NATIVE)
+    problem: Problem,
+    plan: SamplingPlan,
+    tables: Tables,
+    precision: str,
+    payload: Path,
+    threads: int,
+) -> Logits:
+    """The native loop with weights of a type, before ONNX Runtime's graph of the head."""
+    module = builder(_AROUND_NATIVE)
     lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
+    if reason := why_not(module, lowered):
+        raise BackendUnavailable(reason)
     pixels, x_v = torch.zeros(2, 3, 8, 8), _random_features(problem.model, CHECKED)
     calibration = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
-    for precision in PRECISIONS:
-        types = Types(precision, "fp32")
-        try:
-            if reason := why_not(module, lowered):
-                raise BackendUnavailable(reason)
-            payload = folder / f"native-{precision}"
-            payload.mkdir()
-            module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
-            write_native(module, lowered, types, payload, calibration)
-            leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
-            yield Candidate(NATIVE, precision, partial(_first_sample, leaf, tables))
-        except Exception as error:  # whatever a framework raises is why it is missing
-            yield Missing(NATIVE, precision, _reason(error))
+    payload.mkdir()
+    module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
+    write_native(module, lowered, Types(precision, "fp32"), payload, calibration)
+    leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
+    return partial(_first_sample, leaf, tables)
 
 
 def _first_sample(leaf: Backend, tables: Tables, x_v: Floats) -> Floats:
@@ -269,6 +285,9 @@ def _open_backend(
     threads: int,
 ) -> Logits:
     """Build the graph of the loop, open it as a deployed process does."""
+    if not _multiplies(backend, precision):
+        raise BackendUnavailable(f"the {backend} backend does not multiply in {precision}")
+    payload.mkdir()
     module, compute = builder(backend), "fp32" if precision == "int8" else precision
     lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
     pixels = torch.zeros(2, 3, 8, 8)
@@ -315,15 +334,6 @@ def all_peers() -> Mapping[str, Peer]:
     return import_module("loop_peers").PEERS
 
 
-def _open_peers(problem: Problem, threads: int) -> Iterator[Candidate | Missing]:
-    for name, peer in all_peers().items():
-        for precision in peer.precisions:
-            try:
-                yield Candidate(name, precision, peer.open(problem, precision, threads))
-            except Exception as error:  # whatever a framework raises is why it is missing
-                yield Missing(name, precision, _reason(error))
-
-
 def _reason(error: Exception) -> str:
     """The first line of an error that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -343,9 +353,8 @@ def _check(
     by_batch = {batch: expected(x_v[:batch]) for batch in batches}
     missing = [c for c in opened if isinstance(c, Missing)]
     checks: dict[Candidate, Check] = {}
-    for candidate in opened:
-        if isinstance(candidate, Missing):
-            continue
+    for candidate in track([c for c in opened if isinstance(c, Candidate)], "check"):
+        started = time.perf_counter()
         try:
             got = np.concatenate([candidate.logits(x_v[chunk]) for chunk in chunks])
             check = compare(got, wanted)
@@ -356,10 +365,18 @@ def _check(
             alone = np.concatenate([candidate.logits(x_v[i : i + 1]) for i in range(8)])
             check = replace(check, batch_effect=compare(alone, got[:8]).relative_error)
             _refuse_other_loops(candidate, check)
-            checks[candidate] = check
+            checks[candidate] = replace(check, checking_s=time.perf_counter() - started)
         except Exception as error:  # compilers fail at the first call
             missing.append(Missing(candidate.model, candidate.precision, _reason(error)))
     return list(checks), checks, missing
+
+
+def _about_opening(checks: Mapping[Candidate, Check], named: int = 3) -> str:
+    """Say how long it took until all were ready, and which took longest."""
+    taken = {c: c.opening_s + check.checking_s for c, check in checks.items()}
+    slowest = sorted(taken, key=lambda c: -taken[c])[:named]
+    each = ", ".join(f"{c.model} {c.precision} {taken[c]:.0f} s" for c in slowest)
+    return f"opened and checked {len(taken)} candidates in {sum(taken.values()):.0f} s: {each}"
 
 
 def compare(got: Floats, wanted: Floats) -> Check:
@@ -413,6 +430,7 @@ def _line(
         "precision": candidate.precision,
         "batch": batch,
         **asdict(check),
+        "opening_s": candidate.opening_s,
         **summary,
         "drift": drift(seconds),
         "bound_ms": bound,
@@ -425,11 +443,15 @@ def _line(
 
 
 def _equal_precision(batch: int, taken: Taken) -> list[dict[str, Any]]:
-    """Each of ours over each peer of the same precision; says which pair is the best of each."""
+    """Each of ours over each peer of the same precision; says which pair is the best of each.
+
+    No peer has fp16 on a CPU, so that is held to those in float32 and bf16.
+    """
     found = []
     for precision in PRECISIONS:
+        alike = ("fp32", "bf16") if precision == "fp16" else (precision,)
         ours = [c for c in taken if c.ours and c.precision == precision]
-        peers = [c for c in taken if not c.ours and c.precision == precision]
+        peers = [c for c in taken if not c.ours and c.precision in alike]
         fastest = _fastest(taken, ours), _fastest(taken, peers)
         for own in ours:
             for peer in peers:

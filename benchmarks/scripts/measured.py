@@ -83,7 +83,7 @@ def speed() -> str:
 
 
 def loop(name: str) -> str:
-    """The reverse loop alone: our fastest form over the fastest peer of the same precision."""
+    """The reverse loop alone: our fastest form over the fastest peer that it is held to."""
     report = read(name)
     times = {(x["model"], x["precision"], x["batch"]): x["p50_ms"] for x in report["lines"]}
     best = {
@@ -91,11 +91,32 @@ def loop(name: str) -> str:
             f"{times[r['ours'], r['ours_precision'], r['batch']]:.1f} ms: {ratio(r)}"
         )
         for r in report["ratios"]
-        if r["best_ours"] and r["best_peer"] and r["ours_precision"] == r["peer_precision"]
+        if r["best_ours"] and r["best_peer"]
     }
-    names = {"fp32": "float32", "bf16": "bf16", "int8": "int8 products"}
-    rows = [[name, *(best[p, batch] for batch in report["batches"])] for p, name in names.items()]
+    names = {"fp32": "float32", "bf16": "bf16", "fp16": "fp16", "int8": "int8 products"}
+    rows = [
+        [name, *(best[p, batch] for batch in report["batches"])]
+        for p, name in names.items()
+        if (p, report["batches"][0]) in best
+    ]
     return table(["precision", *(f"batch {batch}" for batch in report["batches"])], rows)
+
+
+def int8_loop() -> str:
+    """Ways to round activations in an int8 loop: what the answers keep, on trained weights."""
+    runs = read("cpu-int8-loop")["runs"]
+    rows = [
+        [
+            forms[0]["form"],
+            *(
+                f"{f['agreement']:.1%} / {f['refined_agreement']:.1%} / {f['refined_error']:.2%}"
+                for f in forms
+            ),
+        ]
+        for forms in zip(*(run["forms"] for run in runs), strict=True)
+    ]
+    names = (f"{run['checkpoint']}, {run['images']} images" for run in runs)
+    return table(["activations", *names], rows[1:])
 
 
 def labels(row: dict[str, Any], images: int = 32) -> str:
@@ -447,6 +468,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
     "native-loop": partial(loop, "cpu-native-loop"),
+    "int8-loop": int8_loop,
     "busy": busy,
     "busy-training": busy_training,
     "serving": serving,

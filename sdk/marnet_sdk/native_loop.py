@@ -2,8 +2,8 @@
 
 A payload then has native_loop.safetensors and the graph of the head alone, beside the graph of
 loop and head that every payload has. That one answers where the kernel's library is not there,
-which is warned of once, and runs more rows at once than those that the export found the kernel
-faster for.
+which is warned of once. It also runs more rows at once than those that the export found the kernel
+faster for, unless the kernel is to run them all.
 Axes: B batch, K noise samples, S steps, D feature.
 """
 
@@ -28,6 +28,7 @@ from marnet_sdk.errors import BundleFormatError, NativeLoopMissing
 from marnet_sdk.noise.tables import Floats, Tables
 
 __all__ = [
+    "ANY_ROWS",
     "GRAPH",
     "LAYERS",
     "NATIVE",
@@ -45,6 +46,7 @@ __all__ = [
 ]
 LAYERS = "native_loop.safetensors"
 NATIVE, GRAPH = "native", "graph"  # what runs a bundle's loop
+ANY_ROWS = 2**31 - 1  # the most rows of a loop that runs every batch
 
 Refine = Callable[[Floats, Tables], tuple[Floats, Floats]]  # of `Backend`
 Head = Callable[[Floats, Floats], tuple[Floats, Floats]]  # x_v, x_CDR -> logits, features
@@ -64,6 +66,7 @@ def save_layers(layers: LoopLayers, path: Path, most_rows: int) -> None:
     """
     arrays: dict[str, NDArray] = {"mean": layers.mean, "std": layers.std}
     about = {"most_rows": most_rows, "slope": layers.slope, "kinds": {}, "levels": {}}
+    about["fine_steps"] = layers.fine_steps
     for name, layer in layers.layers():
         about["kinds"][name] = layer.kind
         about["levels"][name] = [float(layer.step), int(layer.zero)]
@@ -93,8 +96,11 @@ def load_layers(path: Path) -> tuple[LoopLayers, int]:
             )
             for name, kind in about["kinds"].items()
         }
-        slope, most_rows = float(about["slope"]), int(about["most_rows"])
-        return LoopLayers(arrays["mean"], arrays["std"], **layers, slope=slope), most_rows
+        slope, fine_steps = float(about["slope"]), int(about.get("fine_steps", 0))
+        loop = LoopLayers(
+            arrays["mean"], arrays["std"], **layers, slope=slope, fine_steps=fine_steps
+        )
+        return loop, int(about["most_rows"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise BundleFormatError(
             f"{path} does not hold the layers of a loop ({type(error).__name__}: {error}); export "
@@ -153,10 +159,9 @@ class NativeRefine:
     def about(self) -> str:
         """Say with which instructions and how many threads it runs, and up to how many rows."""
         most = self.loop.threads(self.most_rows)
-        return (
-            f"native: {self.loop.instructions}, up to {most} thread{'s'[: most > 1]}; of more than "
-            f"{self.most_rows} rows the graph"
-        )
+        how = f"native: {self.loop.instructions}, up to {most} thread{'s'[: most > 1]}"
+        unbound = self.most_rows == ANY_ROWS
+        return how if unbound else f"{how}; of more than {self.most_rows} rows the graph"
 
     def _graph_opened(self) -> Refine:
         """Loaded when it is first wanted: most processes never want it."""

@@ -44,6 +44,20 @@ def test_the_fastest_bundle_is_held_to_the_fastest_peer_of_its_precision(script)
     assert found == [("marnet a bf16", "y bf16", 2.0), ("marnet c int8", "y bf16", 4.0)]
 
 
+def test_a_bundle_may_be_built_with_both_loops_where_there_is_a_place_for_the_native_one(script):
+    chosen = script.builds(only=("openvino int8", "torchscript fp32"), loops=("graph", "native"))
+    found = [(settings.backend, settings.loop) for settings in chosen]
+    assert found == [("torchscript", "graph"), ("openvino", "graph"), ("openvino", "native")]
+
+
+def test_the_fastest_native_loop_is_held_to_the_fastest_graph(script):
+    medians = {"marnet a int8 native": 2, "marnet a int8 graph": 5, "marnet b int8 graph": 4}
+    taken = {name: np.full(9, float(median)) for name, median in medians.items()}
+    found = list(script.ratios(taken, dict.fromkeys(medians, "int8")))
+    pairs = [(r["bundle"], r["peer"], r["ratio"]) for r in found]
+    assert pairs == [("marnet a int8 native", "marnet b int8 graph", 2.0)]
+
+
 def test_a_trained_checkpoint_has_no_automatic_choice(script, tmp_path):
     options = ["--checkpoint", str(tmp_path), "--auto", "int8", "--output", str(tmp_path / "f")]
     result = CliRunner().invoke(script.main, options)

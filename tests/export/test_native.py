@@ -15,10 +15,11 @@ import torch
 from bf16 import bf16_only
 from calibration import calibrate
 from compilers import need_compiler
+from native import make_input
 from plan_twin import run_plan
 from safetensors.numpy import load_file, save_file
 from tiny import make_model, tables_of
-from tolerances import BUILT, FLOAT32_LOOP, INT8
+from tolerances import BUILT, FLOAT32_LOOP, FLOAT32_TWICE, INT8
 
 from marnet_export.build import native
 from marnet_export.build.native import loop_layers
@@ -48,6 +49,7 @@ from marnet_sdk.errors import (
     VerificationFailed,
 )
 from marnet_sdk.native_loop import LAYERS, load_layers, save_layers
+from marnet_sdk.noise.tables import Tables
 from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import sampler_table
 
@@ -89,6 +91,7 @@ def test_the_loop_is_the_plan(carry, sampler):
     tables = tables_of(model, plan, table, samples=3)
     layers = loop_layers(plan, Types("fp32", "fp32"), {})
     assert sdk.compile_library() is None
+    assert layers.fine_steps == 0  # nothing here is int8
     for loop in (NativeLoop(layers), lambda *a: loop_reference(layers, *a)):
         got = loop(x_v.astype(np.float32), tables.coefficients, tables.bias)
         assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
@@ -105,8 +108,12 @@ def test_in_int8_it_is_nearly_the_plan(carry):
     with torch.inference_mode():
         loop = ScriptedLoop(lowered.step(torch.float32))
         want = loop(*map(torch.from_numpy, inputs)).numpy()
-    got = NativeLoop(layers)(*inputs)
-    assert np.abs(got - want).max() <= INT8 * np.abs(want).max()
+    errors = []
+    for fine_steps in (0, native.FINE_STEPS):
+        got = NativeLoop(replace(layers, fine_steps=fine_steps))(*inputs)
+        errors.append(np.abs(got - want).max())
+    assert layers.fine_steps == native.FINE_STEPS
+    assert errors[1] < errors[0] <= INT8 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16", "int8"])
@@ -121,7 +128,7 @@ def test_a_loop_is_stored_in_the_type_that_is_asked_for(storage, tmp_path):
     save_layers(layers, tmp_path / LAYERS, 7)
     again, most_rows = load_layers(tmp_path / LAYERS)
     assert most_rows == 7
-    assert again.slope == layers.slope
+    assert (again.slope, again.fine_steps) == (layers.slope, layers.fine_steps)
     for (name, one), (_, other) in zip(layers.layers(), again.layers(), strict=True):
         assert (one.kind, one.step, one.zero) == (other.kind, other.step, other.zero), name
         for part in ("weight", "bias", "scale"):
@@ -195,6 +202,23 @@ def test_more_rows_than_it_is_for_go_through_the_graph(native_bundle):
     assert refine._graph is not None
     want = classifier.logits(pixels)
     assert np.abs(got[: len(want)] - want).max() <= BUILT["fp16"] * np.abs(want).max()
+
+
+@pytest.mark.slow
+def test_in_int8_it_runs_every_batch_and_is_finer_than_the_graph(native_bundle):
+    """An answer must not depend on how many images come with it, and the graph's is another."""
+    path = native_bundle("onnxruntime", "int8")
+    classifier = Classifier(path)
+    refine = _refine(classifier)
+    layers, most_rows = load_layers(path / "payload" / LAYERS)
+    assert (layers.fine_steps, most_rows) == (native.FINE_STEPS, sdk.ANY_ROWS)
+    assert "rows the graph" not in classifier.runtime.loop
+    assert json.loads((path / "fidelity.json").read_text())["loop"]["most_rows"] is None
+    x_v, *tables = make_input(layers, images=70, samples=1)
+    many, _ = refine(x_v, Tables(*tables))
+    few, _ = refine(x_v[:3], Tables(*tables))
+    assert np.abs(few - many[:3]).max() <= FLOAT32_TWICE * np.abs(many).max()  # the head's sums
+    assert refine._graph is None
 
 
 def test_without_the_library_the_graph_answers_and_it_is_said_once(native_bundle, monkeypatch):

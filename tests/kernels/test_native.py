@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native import _compiled, make_input, make_layers
 from tolerances import FLOAT32_LOOP, NATIVE_LEVEL
@@ -30,11 +32,14 @@ from marnet_kernels.native import (
     why_missing,
 )
 from marnet_kernels.native import loop as loop_module
-from marnet_kernels.native.loop import MOST_INPUTS, pack
+from marnet_kernels.native.loop import EVERY_STEP, MOST_INPUTS, pack
 from marnet_kernels.reverse_sampler import from_bits
 
 __all__ = ["_compiled"]
-SETS = ("avx512", "avxvnni", "avx2", "portable")
+SETS = {  # of the processors that the library is compiled for, best first
+    "x86_64": ("avx512", "avxvnni", "avx2", "portable"),
+    "aarch64": ("dotprod", "neon", "portable"),
+}.get(platform.machine(), ("portable",))
 TESTS = str(Path(__file__).parent.parent)
 CARRIES = ("hidden", "feature")
 
@@ -66,7 +71,8 @@ def test_it_is_the_twin(instructions, carry, kind, by_image):
 
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("carry", CARRIES)
-def test_int8_is_the_twin_to_the_bit(instructions, carry):
+@pytest.mark.parametrize("fine_steps", [0, 3, EVERY_STEP])
+def test_int8_is_the_twin_to_the_bit(instructions, carry, fine_steps):
     """Where the float products around the loop are exact: small integers, and an identity."""
     layers = make_layers("int8", carry, hidden=70, dim=70, given=30)
     rng = np.random.default_rng(0)
@@ -77,6 +83,7 @@ def test_int8_is_the_twin_to_the_bit(instructions, carry):
         std=np.full(30, 8, np.float32),
         condition=LoopLayer("fp32", whole),
         output=LoopLayer("fp32", np.eye(70, dtype=np.float32)),
+        fine_steps=fine_steps,
     )
     x_v, *tables = make_input(layers, steps=20)
     x_v = np.round(x_v)
@@ -95,10 +102,13 @@ def test_int8_is_the_twin_to_the_bit(instructions, carry):
     steps=st.integers(1, 4),
     by_image=st.booleans(),
     threads=st.integers(1, 4),
+    fine_steps=st.integers(0, 5),
 )
-@settings(max_examples=40, deadline=None)
-def test_any_sizes(kind, carry, hidden, dim, width, images, samples, steps, by_image, threads):
+def test_any_sizes(
+    kind, carry, hidden, dim, width, images, samples, steps, by_image, threads, fine_steps
+):
     layers = make_layers(kind, carry, hidden=hidden, dim=dim, given=width)
+    layers = replace(layers, fine_steps=fine_steps)
     inputs = make_input(layers, images, samples, steps, by_image=by_image)
     loop = many_threads(layers, threads)
     got, want = loop(*inputs), loop_reference(layers, *inputs)
@@ -151,10 +161,40 @@ def test_the_twin_of_a_layer_says_what_int8_means():
     assert layer_reference(layer, x).tolist() == [[want]]
 
 
+def test_the_twin_of_a_layer_says_what_16_bits_mean():
+    weight = np.array([[127, -1, 3]], np.int8)
+    layer = LoopLayer("int8", weight, np.float32([0.5]), np.float32([2]), step=257.0, zero=10)
+    x = np.float32([[1000.4, -1e9, 60000.5]])  # a level is 1 wide: 1000, -2570, 60000 (a tie)
+    (got,) = layer_reference(layer, x, fine=True)[0].tolist()
+    want = 2 * (1000 * 127 - -2570 + 60000 * 3) + 0.5
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_16_bits_are_nearly_float():
+    """Of an int8 loop whose weights are exact in float, only the activations are rounded."""
+    layers = make_layers("int8")
+    floats = {
+        name: LoopLayer("fp32", layer.weight * layer.scale[:, None], layer.bias)
+        for name, layer in layers.layers()
+        if layer.kind == "int8"
+    }
+    # Ranges that nothing leaves: what is cut off is no matter of bits.
+    wide = {name: replace(getattr(layers, name), step=0.08, zero=128) for name in floats}
+    layers = replace(layers, **wide)
+    inputs = make_input(layers)
+    want = loop_reference(replace(layers, **floats), *inputs)
+    errors = [
+        np.abs(loop_reference(replace(layers, fine_steps=steps), *inputs) - want).max()
+        for steps in (EVERY_STEP, 1, 0)
+    ]
+    assert errors[0] < errors[2] / 100
+    assert errors[0] < errors[1] < errors[2]
+
+
 # Rows and threads
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "fine"])
 @pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("carry", CARRIES)
 def test_a_row_is_the_same_bits_in_every_batch(kind, instructions, carry):
@@ -168,7 +208,7 @@ def test_a_row_is_the_same_bits_in_every_batch(kind, instructions, carry):
     np.testing.assert_array_equal(loop(x_v, coefficients, bias[:, :, 1:2]), whole[:, 1:2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "fine"])
 @pytest.mark.parametrize("carry", CARRIES)
 @pytest.mark.parametrize("instructions", SETS)
 def test_threads_do_not_change_a_bit(kind, carry, instructions):
@@ -402,6 +442,10 @@ def test_layers_that_do_not_fit_are_refused_by_name():
         replace(other, input=None)
     with pytest.raises(ValueError, match=r"std: got \(3,\), expected \(30,\)"):
         replace(good, std=np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="output: got int8, expected a float type"):
+        replace(good, output=make_layers("int8", hidden=40, dim=70).hidden2)
+    with pytest.raises(ValueError, match="fine_steps: got -1, expected 0 to"):
+        replace(good, fine_steps=-1)
 
 
 def test_arrays_that_do_not_fit_are_refused():
@@ -456,7 +500,7 @@ def elsewhere(tmp_path, monkeypatch):
     module = sys.modules["marnet_kernels.native.library"]
     monkeypatch.setenv("MARNET_CACHE", str(tmp_path))
     monkeypatch.setattr(module, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(module, "file_name", lambda: "libmarnet_loop-test.so")
+    monkeypatch.setattr(module, "file_name", lambda machine=None: "libmarnet_loop-test.so")
     monkeypatch.setattr(module, "_loaded", None)
     return tmp_path
 
@@ -496,14 +540,42 @@ def test_a_damaged_library_is_named(elsewhere):
         library()
 
 
-def test_the_library_needs_no_python_and_has_the_four_variants():
+def test_the_library_needs_no_python_and_has_every_variant():
     lib = library()
     assert isinstance(lib, ctypes.CDLL)
-    names = [lib.marnet_loop_set(i).decode() for i in range(len(SETS))]
-    assert names == list(SETS) or names[0] == "portable"
+    assert tuple(lib.marnet_loop_set(i).decode() for i in range(len(SETS))) == SETS
+    assert lib.marnet_loop_set(len(SETS)) is None
 
 
-# Sanitizers
+# Other compilers, and sanitizers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("kind", [*KINDS, "fine"])
+def test_what_another_compiler_makes_is_the_twin(kind, carry, by_clang):
+    layers = make_layers(kind, carry, hidden=200, dim=150)
+    inputs = make_input(layers, images=9)
+    want = loop_reference(layers, *inputs)
+    tolerance = NATIVE_LEVEL if kind in ("int8", "fine") else FLOAT32_LOOP
+    for instructions in instruction_sets(by_clang):
+        one, three = (NativeLoop(layers, n, instructions, by_clang) for n in (1, 3))
+        three.threads = lambda rows=1: 3
+        got = one(*inputs)
+        close(got, want, tolerance)
+        np.testing.assert_array_equal(three(*inputs), got)
+
+
+@pytest.fixture(scope="module")
+def by_clang(tmp_path_factory):
+    """The library as clang++ compiles it, without a warning."""
+    if shutil.which("clang++") is None:
+        pytest.skip("needs clang++: sudo apt install clang")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", "clang++")
+        lib = ctypes.CDLL(str(build(tmp_path_factory.mktemp("clang"), ["-Werror"])))
+    lib.marnet_loop_set.restype = ctypes.c_char_p
+    return lib
 
 
 @pytest.mark.slow
@@ -535,7 +607,7 @@ import ctypes, threading
 from marnet_kernels.native import KINDS, instruction_sets
 lib = ctypes.CDLL(sys.argv[1])
 lib.marnet_loop_set.restype = ctypes.c_char_p
-for kind in KINDS:
+for kind in (*KINDS, "fine"):
     for carry in ("hidden", "feature"):
         layers = make_layers(kind, carry, hidden=130, dim=70)
         inputs = make_input(layers, images=9)

@@ -1,8 +1,8 @@
 """The native loop beside a bundle's graph: its weights, and what it multiplies.
 
-The graph of the loop stays in the bundle. It answers where the kernel's library is not there, and
-for more rows at once than those that the kernel was found to be faster for. So both are held to the
-checkpoint.
+The graph of the loop stays in the bundle. It answers where the kernel's library is not there, and,
+but for int8, for more rows at once than those that the kernel was found to be faster for. So both
+are held to the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from marnet_export.build.types import Calibration, Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.native_loop import (
+    ANY_ROWS,
     LAYERS,
     Kind,
     LoopLayer,
@@ -32,7 +33,10 @@ from marnet_sdk.native_loop import (
 )
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
-ANY_ROWS = 2**31 - 1  # while it is verified, it answers everything
+# Of an int8 loop, the last so many steps multiply activations of 16 bits with int8 weights. What a
+# step loses is damped by those behind it, so the last ones matter most: on trained digits, ten of a
+# hundred halve the error of the features, and all of them would bring it from 0.50 to 0.40 %.
+FINE_STEPS = 10
 
 
 def why_not(builder: Builder, lowered: Lowered) -> str | None:
@@ -69,6 +73,7 @@ def loop_layers(plan: SamplingPlan, types: Types, ranges: Mapping[str, Range]) -
         output=_layer(once, *plan.output),
         input=None if plan.carry == "hidden" else repeated("input", plan.input_weight),
         slope=LEAKY_SLOPE,
+        fine_steps=FINE_STEPS if types.storage == "int8" else 0,
     )
 
 
@@ -104,9 +109,19 @@ def write_native(
     calibrated = require_calibration(calibration, types)
     assert isinstance(lowered.plan, SamplingPlan)
     ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
-    save_layers(loop_layers(lowered.plan, types, ranges), payload / LAYERS, ANY_ROWS)
+    layers = loop_layers(lowered.plan, types, ranges)
+    save_layers(layers, payload / LAYERS, ANY_ROWS)  # while it is verified, it answers everything
     assert builder.head is not None  # as `why_not` tells
     builder.head.build(lowered, types, payload)
+
+
+def answers_alone(types: Types) -> bool:
+    """Tell whether the native loop has to run every batch, however many rows are in it.
+
+    In int8 it is finer than the graph, and no answer is to depend on the size of its batch. In
+    other types both compute the same.
+    """
+    return types.storage == "int8"
 
 
 def remove_native(payload: Path) -> None:

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 from marnet_export.build.builder import builder
-from marnet_export.build.native import remove_native, set_most_rows, why_not, write_native
+from marnet_export.build.native import (
+    answers_alone,
+    remove_native,
+    set_most_rows,
+    why_not,
+    write_native,
+)
 from marnet_export.build.types import Arithmetic
 from marnet_export.choose.sweep import in_turn
 from marnet_export.prove.fidelity import Fidelity
@@ -21,7 +27,7 @@ from marnet_export.prove.trial import Built
 from marnet_export.prove.verify import report
 from marnet_export.work import Job, Points
 from marnet_sdk.errors import ExportError, VerificationFailed
-from marnet_sdk.native_loop import GRAPH, NATIVE
+from marnet_sdk.native_loop import ANY_ROWS, GRAPH, NATIVE
 from marnet_sdk.noise.tables import Floats
 
 MOST_ROWS = 16  # beyond which nobody looks: products of many rows are what runtimes are good at
@@ -69,8 +75,11 @@ def choose_loop(
         return None
     samples = points.sampling.points[points.sampling.with_loop].samples
     most_rows = max(images * samples, MOST_ROWS if insists else 0)
+    if answers_alone(types.loop):
+        most_rows = ANY_ROWS
     set_most_rows(job.payload, most_rows)
-    job.say(f"the native loop runs up to {most_rows} rows at once: {shown(taken)}")
+    which = "every batch" if most_rows == ANY_ROWS else f"up to {most_rows} rows at once"
+    job.say(f"the native loop runs {which}: {shown(taken)}")
     served = job.opened(job.payload, types, points)
     report(job, job.trial(served, types, points), found, loop=_about(taken, most_rows))
     return served, found[points.sampling.default]
@@ -127,9 +136,10 @@ def _check_alike(native: Floats, graph: Floats, bound: float) -> list[str]:
 
 
 def _about(taken: Mapping[int, Mapping[str, float]], most_rows: int) -> dict[str, Any]:
-    """Return what fidelity.json says of both loops."""
+    """Return what fidelity.json says of both loops; no most rows where there is no bound."""
     milliseconds = {str(count): dict(ms) for count, ms in taken.items()}
-    return {"runs": NATIVE, "most_rows": most_rows, "milliseconds": milliseconds}
+    bound = None if most_rows == ANY_ROWS else most_rows
+    return {"runs": NATIVE, "most_rows": bound, "milliseconds": milliseconds}
 
 
 def shown(taken: Mapping[int, Mapping[str, float]]) -> str:

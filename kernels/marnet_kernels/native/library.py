@@ -23,12 +23,15 @@ from threading import Lock
 SHIPPED = Path(__file__).parent
 """Where `make native` puts the library; absent in a source tree and in some wheels."""
 
+MACHINES = ("x86_64", "aarch64")
+"""What a wheel has the library for, where compilers of both are there."""
+
 _SOURCES = ("reverse_loop.cpp", "products.h")
-_FLAGS = (
+FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     # Sums are rounded as they are written, so that a row has the same bits in any batch.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
 )
 _lock = Lock()
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -62,26 +65,29 @@ def why_missing(*, compile_it: bool = False) -> str | None:
     return None
 
 
-def build(folder: Path, flags: Sequence[str] = ()) -> Path:
+def build(folder: Path, flags: Sequence[str] = (), machine: str | None = None) -> Path:
     """Compile the library into a folder.
 
     Args:
         flags: of the compiler, beside the usual ones.
+        machine: another kind of machine than this, as `platform.machine()` names it, for which
+            there is a cross compiler.
 
     Raises:
         RuntimeError: there is no compiler, or it refuses. OSError: the folder is not writable.
     """
-    compiler = os.environ.get("CXX", "g++")
+    compiler = compiler_for(machine)
     if shutil.which(compiler) is None:
+        package = "g++" if machine is None else f"g++-{machine.replace('_', '-')}-linux-gnu"
         raise RuntimeError(
             f"the native loop is compiled with {compiler}, which is not installed; install a "
-            "compiler of C++ (Debian, Ubuntu: sudo apt install g++), or name one in CXX"
+            f"compiler of C++ (Debian, Ubuntu: sudo apt install {package}), or name one in CXX"
         )
-    path = folder / file_name()
+    path = folder / file_name(machine)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     source = str(SHIPPED / _SOURCES[0])
-    command = [compiler, *_FLAGS, *flags, source, "-o", str(temporary)]
+    command = [compiler, *FLAGS, *flags, source, "-o", str(temporary)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -101,10 +107,21 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "marnet") / "native"
 
 
-def file_name() -> str:
-    """Return the name of the library that this version compiles for this kind of machine."""
+def compiler_for(machine: str | None = None) -> str:
+    """Return the name of the compiler for a kind of machine; None: for this one."""
+    if machine in (None, platform.machine()):
+        return os.environ.get("CXX", "g++")
+    return f"{machine}-linux-gnu-g++"
+
+
+def file_name(machine: str | None = None) -> str:
+    """Return the name of the library that this version compiles for a kind of machine.
+
+    Args:
+        machine: as `platform.machine()` names it; None: this one.
+    """
     sources = [(SHIPPED / name).read_text("utf-8") for name in _SOURCES]
-    parts = json.dumps([sources, _FLAGS, platform.machine(), sys.platform])
+    parts = json.dumps([sources, FLAGS, machine or platform.machine(), sys.platform])
     return f"libmarnet_loop-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
 
 
@@ -121,7 +138,7 @@ def _find(*, compile_it: bool) -> Path:
     if not compile_it:
         raise RuntimeError(
             f"the native loop is not compiled: no {name} in {SHIPPED} or {cache_dir()}; in a "
-            "checkout run: make native"
+            "checkout run: make native; elsewhere: python -m marnet_kernels.native"
         )
     try:
         return build(cache_dir())

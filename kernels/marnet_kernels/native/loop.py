@@ -16,10 +16,11 @@ a(v) = LeakyReLU(v) and p and g_previous = 0, [R, W]:
 
 Every layer has weights of a type of its own. Those in int8 are multiplied in int8: the input is
 put on 256 levels, `round(x / step) + zero` between 0 and 255, with ties to even, the sums are
-exact, and times `scale * step` they are the product; the rest is float32. Those in fp16, bf16 and
-fp32 are multiplied in float32, input by input in order, with one rounding for each where the
-processor can. So a row has the same bits in every batch and with any number of threads; but not
-with every instruction set, unless all is int8.
+exact, and times `scale * step` they are the product; the rest is float32. In the last `fine_steps`
+steps there are 257 times as many levels, 16 bits, on the same range: the sums of the high and of
+the low bytes are exact. Layers in fp16, bf16 and fp32 are multiplied in float32, input by input in
+order, with one rounding for each where the processor can. So a row has the same bits in every
+batch and with any number of threads; but not with every instruction set, unless all is int8.
 
 Widths are padded with zeros to multiples of 64, and weights are packed by 64 outputs, which are
 what one thread computes at least: int8 [O / 64][I / 4][64][4], the others [O / 64][I][64].
@@ -46,6 +47,8 @@ KINDS: tuple[Kind, ...] = ("fp32", "fp16", "bf16", "int8")
 
 UNIT = 64
 LEVELS = 256
+FINER = 257  # times as many in 16 bits
+EVERY_STEP = 2**31 - 1  # more than any loop has
 MOST_INPUTS = (2**31 - 1) // (127 * (LEVELS - 1))  # of an int8 layer, whose sums have 32 bits
 _TYPES = {"fp32": np.float32, "fp16": np.uint16, "bf16": np.uint16, "int8": np.int8}
 _WORK = 2**18  # bytes of weights times rows that make a thread worth its meetings
@@ -115,8 +118,14 @@ class LoopLayers:
     output: LoopLayer  # [D, H]
     input: LoopLayer | None = None  # [H, W], where the state is carried as it is
     slope: float = 0.01
+    fine_steps: int = 0  # the last so many, in which int8 layers read activations in 16 bits
 
     def __post_init__(self) -> None:
+        if not 0 <= self.fine_steps <= EVERY_STEP:
+            raise ValueError(f"fine_steps: got {self.fine_steps}, expected 0 to {EVERY_STEP}")
+        for name in ("condition", "output"):
+            if getattr(self, name).kind == "int8":
+                raise ValueError(f"{name}: got int8, expected a float type, as it reads floats")
         hidden, given = self.condition.weight.shape
         carried = len(self.carry.weight)
         shapes = {"hidden2": (hidden, hidden), "hidden3": (hidden, hidden)}
@@ -189,6 +198,7 @@ class NativeLoop:
             *(self._packed(getattr(layers, name)) for name in _ORDER),
             layers.slope,
             layers.input is not None,
+            layers.fine_steps,
         )
         number = next(_numbers)
         _open.add(number)
@@ -244,14 +254,14 @@ class NativeLoop:
         if layer is None:
             return _Layer()
         out, into = (_round_up(size) for size in layer.weight.shape)
-        scale, correction = np.zeros(out, np.float32), np.zeros(out, np.int32)
+        scale, sums = np.zeros(out, np.float32), np.zeros(out, np.int32)
         bias = np.zeros(out, np.float32)
         size = len(layer.weight)
         bias[:size] = 0 if layer.bias is None else layer.bias
         if layer.kind == "int8":
             scale[:size] = layer.factors
-            correction[:size] = layer.zero * layer.weight.sum(axis=1, dtype=np.int32)
-        arrays = [_aligned(array) for array in (pack(layer), bias, scale, correction)]
+            sums[:size] = layer.weight.sum(axis=1, dtype=np.int32)
+        arrays = [_aligned(array) for array in (pack(layer), bias, scale, sums)]
         self._kept += arrays
         addresses = (array.ctypes.data for array in arrays)
         kind = KINDS.index(layer.kind)
@@ -318,7 +328,7 @@ def _aligned(array: NDArray) -> NDArray:
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "bias", "scale", "correction")),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "scale", "sums")),
         ("inverse", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("zero", "kind", "into", "out")),
     )
@@ -332,6 +342,7 @@ class _Loop(ctypes.Structure):
         *((name, _Layer) for name in _ORDER),
         ("slope", ctypes.c_float),
         ("feature", ctypes.c_int32),
+        ("fine", ctypes.c_int32),
     )
 
 

@@ -18,7 +18,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bytes are packed and taken apart with the lowest first");
 
 namespace {
 
@@ -26,13 +31,14 @@ constexpr int UNIT = 64;          // outputs that are packed, and given to a thr
 constexpr int MOST_ROWS = 16;     // at a time; more follow in turn
 constexpr int MOST_THREADS = 64;
 constexpr long SPIN_NS = 30000;   // longer than a layer takes, and much shorter than a time slice
-enum Kind { FP32, FP16, BF16, INT8 };
+constexpr float FINER = 257;      // 65,535 / 255
+enum Kind { FP32, FP16, BF16, INT8, FINE };  // the last: int8 weights times activations of 16 bits; of no layer as a whole
 
 struct Layer {
   const void* weights;        // int8 [out / 64][in / 4][64][4], others [out / 64][in][64]
   const float* bias;          // [out]
   const float* scale;         // [out], of int8 as the next three
-  const int32_t* correction;  // [out]: what the zero point adds to every sum
+  const int32_t* sums;        // [out]: of the weights, what each level of the zero point adds to a product
   float inverse;              // of the step between two levels of the input
   int32_t zero, kind, in, out;  // in and out are multiples of 64
 };
@@ -40,6 +46,7 @@ struct Loop {
   Layer condition, input, hidden2, hidden3, carry, output;  // input: of a carried feature
   float slope;
   int32_t feature;
+  int32_t fine;  // of the last so many steps, int8 layers read activations in 16 bits
 };
 struct Call {
   const float *x, *coefficients, *bias;  // [images, condition.in], [steps, 3], [steps, noises, samples, hidden2.in]
@@ -138,6 +145,7 @@ void meet(const Job& job) {
 #if defined(__x86_64__)
 
 #define TARGET INSTRUCTIONS("avx512f,avx512bw,avx512vl,avx512vnni,fma")
+#define SHIFT 0
 #define LANES 16
 #define ROWS 4
 namespace avx512 {
@@ -193,9 +201,54 @@ TARGET static inline I dot(I sum, int32_t x, I w) {
 #undef TARGET
 #undef LANES
 #undef ROWS
+#undef SHIFT
+#elif defined(__aarch64__)
+
+#define LANES 4
+#define ROWS 4
+#define NEON                                                                                                                \
+  typedef float F __attribute__((vector_size(16)));                                                                         \
+  typedef int32_t I __attribute__((vector_size(16)));                                                                       \
+  TARGET static inline F fma(F a, F b, F sum) { return (F)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b); }    \
+  TARGET static inline F of_fp16(const void* p) {                                                                           \
+    return (F)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p)));                                             \
+  }                                                                                                                         \
+  TARGET static inline F of_bf16(const void* p) { return (F)vshll_n_u16(vld1_u16((const uint16_t*)p), 16); }
+#if !defined(__clang__) || __clang_major__ >= 16  // older ones have its intrinsics only where all code may use them
+#define HAS_DOTPROD
+#define TARGET INSTRUCTIONS("arch=armv8.2-a+dotprod")
+#define SHIFT 128
+namespace dotprod {
+NEON
+TARGET static inline I dot(I sum, int32_t x, I w) {
+  return (I)vdotq_s32((int32x4_t)sum, (int8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+}
+#include "products.h"
+}  // namespace dotprod
+#undef TARGET
+#undef SHIFT
 #endif
 
 #define TARGET
+#define SHIFT 0
+namespace neon {
+NEON
+TARGET static inline I dot(I sum, int32_t x, I w) {
+  const int16x8_t from = vreinterpretq_s16_u16(vmovl_u8(vreinterpret_u8_s32(vdup_n_s32(x))));
+  const int32x4_t a = vpaddlq_s16(vmulq_s16(vmovl_s8(vget_low_s8((int8x16_t)w)), from));  // a product fits into 16 bits
+  const int32x4_t b = vpaddlq_s16(vmulq_s16(vmovl_high_s8((int8x16_t)w), from));
+  return sum + (I)vpaddq_s32(a, b);
+}
+#include "products.h"
+}  // namespace neon
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef SHIFT
+#endif
+
+#define TARGET
+#define SHIFT 0
 #define LANES 4
 #define ROWS 2
 namespace portable {
@@ -242,12 +295,19 @@ bool has_avxvnni() {
   unsigned a, b, c, d;
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1 << 4;
 }
+#elif defined(HAS_DOTPROD)
+bool has_dotprod() { return getauxval(AT_HWCAP) & 1 << 20; }  // HWCAP_ASIMDDP
 #endif
 const Instructions SETS[] = {
 #if defined(__x86_64__)
     {"avx512", avx512::work, has_avx512},
     {"avxvnni", avxvnni::work, has_avxvnni},
     {"avx2", avx2::work, has_avx2},
+#elif defined(__aarch64__)
+#if defined(HAS_DOTPROD)
+    {"dotprod", dotprod::work, has_dotprod},
+#endif
+    {"neon", neon::work, anywhere},
 #endif
     {"portable", portable::work, anywhere},
 };

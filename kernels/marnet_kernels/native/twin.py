@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_kernels.native.loop import LEVELS, Floats, LoopLayer, LoopLayers
+from marnet_kernels.native.loop import FINER, LEVELS, Floats, LoopLayer, LoopLayers
 from marnet_kernels.reverse_sampler import from_bits
 
 
@@ -18,27 +18,36 @@ def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: 
     q = layer_reference(layers.condition, (x_v - layers.mean) / layers.std)[:, None]
     shape = (len(x_v), bias.shape[2], len(layers.carry.weight))
     p, previous = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for (a, b, c), row in zip(coefficients[:-1], bias[:-1], strict=True):
-        g = layer_reference(layers.carry, _hidden(layers, p, q, row))
+    coarse = len(bias) - layers.fine_steps  # the first steps
+    for i, (a, b, c) in enumerate(coefficients[:-1]):
+        h3 = _hidden(layers, p, q, bias[i], fine=i >= coarse)
+        g = layer_reference(layers.carry, h3, fine=i >= coarse)
         p, previous = (p * a + g * b) + previous * c, g
-    return layer_reference(layers.output, _hidden(layers, p, q, bias[-1]))
+    h3 = _hidden(layers, p, q, bias[-1], fine=layers.fine_steps > 0)
+    return layer_reference(layers.output, h3)
 
 
-def layer_reference(layer: LoopLayer, x: Floats) -> Floats:
-    """Map x [..., I] to [..., O]."""
+def layer_reference(layer: LoopLayer, x: Floats, *, fine: bool = False) -> Floats:
+    """Map x [..., I], of a layer in int8 on the levels of 8 bits or of 16, to [..., O]."""
     bias = np.float32(0) if layer.bias is None else layer.bias
-    if layer.kind == "int8":
+    if layer.kind != "int8":
+        return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
+    weight = layer.weight.T.astype(np.int64)
+    if not fine:
         levels = np.rint(x * layer.inverse).clip(-layer.zero, LEVELS - 1 - layer.zero)
-        sums = levels.astype(np.int64) @ layer.weight.T.astype(np.int64)
-        return sums.astype(np.float32) * layer.factors + bias
-    return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
+        return (levels.astype(np.int64) @ weight).astype(np.float32) * layer.factors + bias
+    zero, finer = layer.zero * FINER, np.float32(FINER)
+    levels = np.rint(x * (layer.inverse * finer)).clip(-zero, LEVELS * LEVELS - 1 - zero)
+    high, low = np.divmod(levels.astype(np.int64) + zero, LEVELS)
+    high, low = (((part - layer.zero) @ weight).astype(np.float32) for part in (high, low))
+    return (high * np.float32(LEVELS) + low) * (layer.factors * (1 / finer)) + bias
 
 
-def _hidden(layers: LoopLayers, p: Floats, q: Floats, row: Floats) -> Floats:
-    into = p if layers.input is None else layer_reference(layers.input, p)
+def _hidden(layers: LoopLayers, p: Floats, q: Floats, row: Floats, *, fine: bool) -> Floats:
+    into = p if layers.input is None else layer_reference(layers.input, p, fine=fine)
     h = _leaky(into + q + row, layers.slope)
-    h = _leaky(layer_reference(layers.hidden2, h), layers.slope)
-    return _leaky(layer_reference(layers.hidden3, h), layers.slope)
+    h = _leaky(layer_reference(layers.hidden2, h, fine=fine), layers.slope)
+    return _leaky(layer_reference(layers.hidden3, h, fine=fine), layers.slope)
 
 
 def _values(layer: LoopLayer) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from marnet_kernels.native import instruction_sets, why_missing
-from marnet_kernels.native.library import cache_dir
+from marnet_kernels.native.library import cache_dir, compiler_for
 from marnet_sdk.backends import PACKAGES
 from marnet_sdk.backends.aotinductor import host_flags
 from marnet_sdk.cpus import cpus
@@ -119,8 +119,7 @@ def _gpu() -> dict[str, Any]:
 
 def _native_loop() -> dict[str, Any]:
     """Tell whether its library is there, and whether it can be compiled. Compiles nothing."""
-    compiler = os.environ.get("CXX", "g++")
-    found = {"compiler": shutil.which(compiler), "cache": str(cache_dir())}
+    found = {"compiler": shutil.which(compiler_for()), "cache": str(cache_dir())}
     if reason := why_missing():
         return {"ok": False, "problem": reason, **found}
     return {"ok": True, "instructions": next(iter(instruction_sets())), **found}

@@ -74,3 +74,6 @@ NATIVE_LEVEL = 2e-2
 # Measures of alignment of a dozen float64 vectors, rotated and scaled by up to 100: distances are
 # differences of squares of up to 1e5, which keep 11 digits.
 SIMILAR = 1e-7
+# A photograph decoded at a smaller scale and then resized, against the same decoded whole, in grey
+# levels: the resampling filter sees other pixels at edges. Mean, and largest of all pixels.
+FAST_DECODE_MEAN, FAST_DECODE_LARGEST = 2.0, 40

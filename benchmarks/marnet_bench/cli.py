@@ -425,7 +425,7 @@ def _batches(asked: Asked) -> Measured:
 def compare_reports(
     old: Path, new: Path, margin: float, anyway: bool, form: str, output: Path | None
 ) -> None:
-    """Compare two reports of --output, line by line: how many times as fast is NEW as OLD?
+    """Compare two reports of --output, line by line: how many times as fast NEW is as OLD.
 
     Each ratio has a 95 % bootstrap interval; where it holds 1, no difference can be told. The exit
     code is 6 if a whole interval lies below 1 - margin. Reports of other scenarios or settings

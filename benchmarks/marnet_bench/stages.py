@@ -268,7 +268,7 @@ def _line(
 
 
 def _loop(taken: dict[str, Seconds], steps: int) -> dict[str, Any] | None:
-    """What one step takes, and so the loop and what is around it; None where that is not told."""
+    """Tell what one step takes, and so the loop and what is around it; None: too few steps."""
     if "half of the steps" not in taken:
         return None
     whole, half = taken["all steps"], taken["half of the steps"]

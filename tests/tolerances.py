@@ -77,3 +77,6 @@ SIMILAR = 1e-7
 # Branches of timm merged into one layer in float64, some of which timm keeps in float32, and then
 # all of an encoder of up to 60 layers in float32; relative to the largest value of the vector.
 TIMM_MERGED = 1e-4
+# A photograph decoded at a smaller scale and then resized, against the same decoded whole, in grey
+# levels: the resampling filter sees other pixels at edges. Mean, and largest of all pixels.
+FAST_DECODE_MEAN, FAST_DECODE_LARGEST = 2.0, 40

@@ -43,18 +43,40 @@ class Limits:
     multiply_adds: dict[str, Rate]  # precision -> multiply-adds a second
 
     def bound_ms(
-        self, multiply_adds: int, weights: int, precision: str, batch: int, steps: int
+        self,
+        multiply_adds: int,
+        weights: int,
+        precision: str,
+        batch: int,
+        steps: int,
+        *,
+        compute: str | None = None,
     ) -> float:
         """The least time of a loop at this precision, in milliseconds.
 
         Args:
             multiply_adds: per image and step. weights: how many of them a step reads.
+            precision: of the weights. compute: what they are multiplied in; None: the same.
         """
         size = weights * BYTES[precision]
         nearest = min(self.read, key=lambda measured: abs(measured - size))
-        arithmetic = self.multiply_adds[precision].per_second
+        arithmetic = self.multiply_adds[compute or precision].per_second
         reading = self.read[nearest].per_second
         return bound(multiply_adds, size, batch, steps, arithmetic, reading)
+
+    def described(self) -> dict[str, Any]:
+        """The rates as plain data, for a report."""
+        return {
+            "threads": self.threads,
+            "read": [
+                {"bytes": size, "gb_per_s": rate.per_second / 1e9, "through": rate.through}
+                for size, rate in self.read.items()
+            ],
+            "multiply_adds": {
+                precision: {"g_per_s": rate.per_second / 1e9, "through": rate.through}
+                for precision, rate in self.multiply_adds.items()
+            },
+        }
 
 
 def higher(first: Limits, second: Limits) -> Limits:

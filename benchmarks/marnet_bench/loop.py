@@ -71,6 +71,12 @@ class Candidate:
     def ours(self) -> bool:
         return self.model.startswith(OURS)
 
+    @property
+    def compute(self) -> str:
+        """The type that it multiplies in."""
+        widened = self.model == NATIVE and self.precision != "int8"
+        return "fp32" if widened else self.precision
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -160,7 +166,7 @@ def run_loop(
         "threads": threads,
         "checked_images": CHECKED,
         "plan": _describe_plan(plan),
-        "limits": _describe_limits(limits),
+        "limits": limits.described(),
         "lines": lines,
         "ratios": [r for b, taken in groups.items() for r in _equal_precision(b, taken)],
         "best": [r for b, taken in groups.items() for r in _best(b, taken, checks)],
@@ -422,7 +428,9 @@ def _line(
 ) -> dict[str, Any]:
     """One candidate at one batch size."""
     weights = _weights(plan, candidate.ours)
-    bound = limits.bound_ms(weights, weights, candidate.precision, batch, steps)
+    bound = limits.bound_ms(
+        weights, weights, candidate.precision, batch, steps, compute=candidate.compute
+    )
     summary = asdict(summarise(seconds, batch))
     return {
         "model": candidate.model,
@@ -512,18 +520,4 @@ def _describe_plan(plan: SamplingPlan) -> dict[str, Any]:
         "carry": plan.carry,
         "multiply_adds": plan.multiply_adds,
         "plain_multiply_adds": plan.plain_multiply_adds,
-    }
-
-
-def _describe_limits(limits: Limits) -> dict[str, Any]:
-    return {
-        "threads": limits.threads,
-        "read": [
-            {"bytes": size, "gb_per_s": rate.per_second / 1e9, "through": rate.through}
-            for size, rate in limits.read.items()
-        ],
-        "multiply_adds": {
-            precision: {"g_per_s": rate.per_second / 1e9, "through": rate.through}
-            for precision, rate in limits.multiply_adds.items()
-        },
     }

@@ -8,6 +8,7 @@ from marnet_sdk.console import print_table, say
 
 STEADY = 0.2  # drift of the medians from which a run is called unsteady
 COLUMNS = ("model", "top-1", "top-5", "agree", "from", "p50 ms", "p90", "p99", "images/s", "x")
+EXPLAINED = ("M multiply-adds", "MB of weights", "bound ms", "by", "of it")
 LOOP_COLUMNS = (
     *("loop", "precision", "agree", "error", "p50 ms", "p90", "p99", "images/s"),
     *("bound ms", "of it", "x"),
@@ -72,9 +73,8 @@ def print_traffic(report: dict[str, Any]) -> None:
     """Print what `traffic.run_traffic` measured."""
     together = f", {report['together']} at a time" if report["together"] > 1 else ""
     title = (
-        f"{report['bundle']}, {report['scenario']}{together}: {report['image_bytes']:,} bytes an "
-        f"image, {report['steps']} steps, {report['machine']['processor']}, "
-        f"{report['threads']} threads"
+        f"{_who(report)}, {report['scenario']}{together}: {report['image_bytes']:,} bytes an "
+        f"image, {_where(report)}"
     )
     rows = [
         (
@@ -89,13 +89,116 @@ def print_traffic(report: dict[str, Any]) -> None:
     if limit := report["latency_ms"]:
         best, wanted = report["best"], f"99 of 100 within {limit:g} ms"
         say(f"{wanted}: {best['images_per_s']:,.1f} images/s" if best else f"{wanted}: at no rate")
-    for times in report["batching"]["learned"]:
+    for times in (report["batching"] or {"learned": ()})["learned"]:
         say(
             f"a batch of n images takes {times['fixed_ms']:.2f} + {times['per_image_ms']:.2f} n ms;"
             f" larger ones than {times['useful']} are hardly faster per image"
         )
     say(f"all answers to the {report['checked']} images are those of single calls")
     _say_machine(report)
+
+
+def _who(report: dict[str, Any]) -> str:
+    """Name the bundle, or the server of which nothing else is known."""
+    if "url" in report:
+        return report["url"]
+    return f"{report['bundle']} ({report['steps']} steps)"
+
+
+def _where(report: dict[str, Any]) -> str:
+    threads = f", {report['threads']} threads" if "threads" in report else ""
+    return report["machine"]["processor"] + threads
+
+
+def print_stages(report: dict[str, Any]) -> None:
+    """Print what `stages.run_stages` measured."""
+    explained = report["limits"] is not None
+    title = (
+        f"{_who(report)}, from the bytes of image files to labels: batch {report['batch']}, "
+        f"{report['image_bytes']:,} bytes an image, {_where(report)}"
+    )
+    columns = ("stage", "share", "p50 ms", "p90", "p99", *(EXPLAINED if explained else ()))
+    print_table(title, columns, [_stage_row(line, explained) for line in report["lines"]])
+    whole = report["lines"][-1]["p50_ms"]
+    say(
+        f"the stages are timed inside of calls; their medians add up to {report['sum_ms']:.2f} ms, "
+        f"and calls that nobody watches take {whole:.2f} ms"
+    )
+    say(_loop_sentence(report))
+    if fast := report["fast_decoding"]:
+        say(f"fast decoding: {_verdict(fast, 'exact decoding')}; {changed(fast)}")
+    if explained:
+        say(
+            "bound: what this machine needs at least for the multiply-adds of a part, or for "
+            "reading its weights, whichever takes longer; an encoder's weights are not counted"
+        )
+        _say_limits(report["limits"])
+    _say_how_steady(report)
+
+
+def _stage_row(line: dict[str, Any], explained: bool) -> tuple[str, ...]:
+    times = (f"{line[key]:.3f}" for key in ("p50_ms", "p90_ms", "p99_ms"))
+    row = (line["stage"], f"{line['share']:.1%}", *times)
+    if not explained:
+        return row
+    if "bound_ms" not in line:
+        return (*row, *[""] * len(EXPLAINED))
+    size = line["weight_bytes"]
+    return (
+        *row,
+        f"{line['multiply_adds'] / 1e6:,.2f}",
+        "" if size is None else f"{size / 1e6:,.2f}",
+        f"{line['bound_ms']:.3f}",
+        line["bound_by"],
+        f"{line['share_of_bound']:.0%}",
+    )
+
+
+def _loop_sentence(report: dict[str, Any]) -> str:
+    """Say what a step takes, and that nobody saw one alone."""
+    if not report["steps"]:
+        return "reverse loop: none, the alignment branch answers"
+    about = f"reverse loop: {report['loop']}"
+    found = report["loop_by_difference"]
+    if found is None:
+        return f"{about}; one call with the head, and too few steps to tell them apart"
+    about += f". The backend runs its {found['steps']} steps and the head as one call"
+    interval = f"95 % interval {found['low_us']:.1f} to {found['high_us']:.1f}"
+    if found["low_us"] <= 0:
+        return f"{about}; what a step takes cannot be told here ({interval} us)"
+    return (
+        f"{about}. By the difference to half of the steps, one takes {found['step_us']:.1f} us "
+        f"({interval}), all {found['loop_ms']:.2f} ms, and what is around them, the head above "
+        f"all, {found['around_ms']:.2f} ms"
+    )
+
+
+def changed(found: dict[str, Any]) -> str:
+    """Say how near fast decoding is to exact decoding."""
+    return (
+        f"same label for {found['same_label']} of {found['images']} images, pixels "
+        f"{found['mean_grey_levels']:.2f} grey levels apart on average and "
+        f"{found['largest_grey_levels']:.0f} at most"
+    )
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """Print what `compare.described` gives."""
+    rows = [
+        (
+            line["line"],
+            line["measure"],
+            f"{line['old']:,.2f}",
+            f"{line['new']:,.2f}",
+            f"{line['ratio']:.2f} ({line['low']:.2f} to {line['high']:.2f})",
+            "REGRESSION" if line["regressed"] else line["verdict"],
+        )
+        for line in found["lines"]
+    ]
+    columns = ("line", "of", "old", "new", "times as fast", "")
+    print_table("times in ms, rates in images/s, 95 % intervals", columns, rows)
+    for note in found["notes"]:
+        say(f"note: {note}")
 
 
 def _loop_row(report: dict[str, Any], line: dict[str, Any]) -> tuple[str, ...]:

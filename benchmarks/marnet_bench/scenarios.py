@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import cycle, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from marnet_bench.machine import describe_machine
+from marnet_bench.machine import describe_bundle, describe_machine
+from marnet_bench.photographs import golden_images
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
-from marnet_sdk.backends import IN_GRAPH
-from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
+from marnet_sdk.bundle import FIDELITY
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.native_loop import NATIVE
 
 if TYPE_CHECKING:  # it imports torch, which measuring a bundle alone does not need
     from marnet_bench.peers import PlainTorch
@@ -59,48 +56,23 @@ def run_batches(
             )
         if peer is not None:
             ratios.append(_ratio(taken, kind))
-    bundle = classifier.bundle
-    manifest = bundle.manifest
+    fidelity = classifier.bundle.file(FIDELITY).read_text("utf-8")
     return {
         "scenario": "batches",
-        "bundle": bundle.path.name,
-        "backend": manifest.backend,
-        "precision": asdict(manifest.precision),
-        "operating_point": asdict(manifest.sampling.point),
-        "steps": len(manifest.sampling.point.timesteps),
+        **describe_bundle(classifier),
         "batch": batch,
-        "threads": classifier.runtime.threads,
-        "loop": _loop(classifier),
         "lines": lines,
         "speedups": ratios,
-        "fidelity": json.loads(bundle.file(FIDELITY).read_text("utf-8")),
+        "fidelity": json.loads(fidelity),
         "accuracy": accuracy,
         "machine": describe_machine(),
     }
 
 
-def _loop(classifier: Classifier) -> str:
-    """Say what ran the reverse loop."""
-    point, manifest = classifier.operating_point, classifier.bundle.manifest
-    if not manifest.sampling.points[point].timesteps:
-        return "none: the alignment branch answers"
-    loop = classifier.runtime.loop
-    missing = manifest.loop == NATIVE and loop == IN_GRAPH
-    return loop + ("; the native loop's library is missing: make native" if missing else "")
-
-
-def golden_images(classifier: Classifier, count: int) -> list[bytes]:
-    """The files of the bundle's golden images, repeated to `count`."""
-    bundle = classifier.bundle
-    names = sorted(n for n in bundle.manifest.files if n.startswith(GOLDEN_IMAGES))
-    files = [Path(bundle.path / name).read_bytes() for name in names]
-    return list(islice(cycle(files), count))
-
-
 def _candidates(
     classifier: Classifier, peer: PlainTorch | None, batch: int, kind: str
 ) -> dict[str, Callable[[], object]]:
-    files = golden_images(classifier, batch)
+    files = golden_images(classifier.bundle, batch)
     preprocess = classifier.preprocess
     pixels = preprocess.pixels(files)
 

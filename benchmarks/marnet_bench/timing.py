@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Seconds = NDArray[np.float64]
+Statistic = Callable[[Seconds], Any]  # [..., calls] -> [...]
+MEDIAN: Statistic = partial(np.median, axis=-1)
+_AT_ONCE = 1_000_000  # times that are resampled together
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,40 @@ def drift(seconds: Seconds, windows: int = 3) -> float:
     """Spread of the medians of consecutive windows, relative to the overall median."""
     medians = [float(np.median(part)) for part in np.array_split(seconds, windows)]
     return (max(medians) - min(medians)) / float(np.median(seconds))
+
+
+def independent_interval(
+    old: Seconds,
+    new: Seconds,
+    statistic: Statistic = MEDIAN,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Ratio of a statistic of two runs, which have no rounds in common, and its 95 % interval.
+
+    Calls one after another are alike, so blocks of them are resampled, of n^(1/3) calls each, that
+    wrap around at the end (Politis and Romano 1992, with the order of length of Künsch 1989).
+
+    Args:
+        old, new: seconds in the order in which they were measured.
+        statistic: reduces the last axis.
+
+    Returns:
+        (ratio, low, high) of old / new; above 1 where `new` is faster.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(seconds: Seconds) -> Seconds:
+        count = len(seconds)
+        length = round(count ** (1 / 3))
+        together = max(1, _AT_ONCE // count)
+        found = []
+        for first in range(0, resamples, together):
+            size = min(together, resamples - first), -(-count // length), 1
+            rows = (rng.integers(0, count, size) + np.arange(length)) % count
+            found.append(statistic(seconds[rows.reshape(size[0], -1)[:, :count]]))
+        return np.concatenate(found)
+
+    low, high = np.percentile(drawn(old) / drawn(new), (2.5, 97.5))
+    return float(statistic(old) / statistic(new)), float(low), float(high)

@@ -7,7 +7,6 @@ free of coordinated omission. Source: https://github.com/mlcommons/inference/tre
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import tempfile
@@ -16,17 +15,17 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import mlperf_loadgen as loadgen
-import sklearn.datasets
-from PIL import Image
+import numpy as np
 
-from marnet_bench.machine import describe_machine
-from marnet_bench.scenarios import golden_images
+from marnet_bench.http_client import Server
+from marnet_bench.machine import describe_bundle, describe_machine
+from marnet_bench.timing import drift
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import say
 from marnet_sdk.errors import InferenceError, MarnetError
@@ -43,7 +42,7 @@ _SCENARIOS = {
     "offline": loadgen.TestScenario.Offline,
 }
 _PERCENTILES = ("50.00", "90.00", "99.00")
-_FILES = 64  # golden images that are asked for, some of them more than once
+_PARTS = 50  # of the answers of "offline"
 _MOST_RUNS, _CLOSE = 12, 0.06  # of a search; the share of a rate that is close enough to it
 _NS = 1e6  # nanoseconds of a millisecond
 
@@ -58,10 +57,16 @@ class Run:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    # Of each query, in their order, from the moment that LoadGen sends it; offline, of an image.
+    seconds: tuple[float, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """The run as plain data, without the many `seconds`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seconds"}
 
 
 def run_traffic(
-    classifier: Classifier,
+    asked: Classifier | Server,
     images: Sequence[bytes],
     scenario: Scenario,
     *,
@@ -70,10 +75,10 @@ def run_traffic(
     rate: float | None = None,
     latency_ms: float = 100.0,
 ) -> dict[str, Any]:
-    """Measure a classifier under one kind of traffic, from the bytes of image files to answers.
+    """Measure a classifier, here or behind HTTP, under one kind of traffic, from files to answers.
 
     Args:
-        classifier: opened with `BATCHING`.
+        asked: a classifier that was opened with `BATCHING`, or a server.
         images: files, which LoadGen asks for at random.
         scenario: "single-stream": the next image comes when the one before is answered.
             "multi-stream": so many images do. "server": images come at random times. "offline": all
@@ -87,61 +92,49 @@ def run_traffic(
         The report: plain data, as it is written to JSON.
 
     Raises:
-        InferenceError, ImageError: an answer failed, or one differs from that of `predict`.
+        InferenceError, ImageError: an answer failed, or one differs from that of a single call.
     """
     started = time.perf_counter()
-    expected = [answer.index for answer in classifier.predict(images)]
+    expected = [answer.index for answer in asked.predict(images)]
     fastest = len(images) / (time.perf_counter() - started)
-    traffic = Traffic(
-        classifier.submit, images, duration=duration, together=together, fastest=fastest
-    )
+    traffic = Traffic(asked.submit, images, duration=duration, together=together, fastest=fastest)
     if scenario == "server" and rate is None:
         runs = traffic.search(latency_ms)
     else:
         runs = [traffic.run(scenario, rate)]
-    best = max(
-        (run for run in runs if scenario != "server" or run.p99_ms <= latency_ms),
-        key=lambda run: run.images_per_s,
-        default=None,
-    )
-    manifest = classifier.bundle.manifest
+    in_time = [run for run in runs if scenario != "server" or run.p99_ms <= latency_ms]
+    best = max(in_time, key=lambda run: run.images_per_s, default=None)
     return {
         "scenario": scenario,
-        "bundle": classifier.bundle.path.name,
-        "backend": manifest.backend,
-        "precision": asdict(manifest.precision),
-        "steps": len(manifest.sampling.points[classifier.operating_point].timesteps),
+        **about(asked),
         "images": len(images),
         "image_bytes": sum(map(len, images)) // len(images),
         "together": together if scenario == "multi-stream" else 1,
         "latency_ms": latency_ms if scenario == "server" else None,
-        "threads": classifier.runtime.threads,
-        "runs": [asdict(run) for run in runs],
-        "best": None if best is None else asdict(best),
+        "runs": [run.described() for run in runs],
+        "best": None if best is None else best.described(),
         "checked": traffic.check(expected),
-        "batching": _batching(classifier),
-        "lines": [],
+        "batching": _batching(asked) if isinstance(asked, Classifier) else None,
+        "searched": scenario == "server" and rate is None,
+        "lines": [] if best is None else [_line(scenario, best)],
         "machine": describe_machine(),
     }
 
 
-def golden_or_photographs(classifier: Classifier, side: int | None) -> list[bytes]:
-    """The golden images of a bundle as their files hold them, or JPEG photographs.
+def about(asked: Classifier | Server) -> dict[str, Any]:
+    """Say who answered. Of a server, nothing is known but where it is."""
+    if isinstance(asked, Server):
+        return {"url": asked.url}
+    return describe_bundle(asked)
 
-    Args:
-        side: pixels of a photograph's longer side; None: the golden images.
-    """
-    if side is None:
-        return golden_images(classifier, _FILES)
-    files = []
-    for pixels in sklearn.datasets.load_sample_images().images:
-        photograph = Image.fromarray(pixels)
-        scale = side / max(photograph.size)
-        width, height = (max(1, round(scale * length)) for length in photograph.size)
-        for quality in (75, 85, 95):
-            photograph.resize((width, height)).save(file := io.BytesIO(), "JPEG", quality=quality)
-            files.append(file.getvalue())
-    return files
+
+def _line(scenario: str, run: Run) -> dict[str, Any]:
+    """The times of a run, for comparing it with another report."""
+    seconds = np.array(run.seconds)
+    rate = None if run.rate is None else round(run.rate, 3)
+    return {"traffic": scenario, "rate": rate, "p50_ms": run.p50_ms, "drift": drift(seconds)} | {
+        "seconds": [round(s, 7) for s in run.seconds]
+    }
 
 
 class Answer(Protocol):
@@ -177,6 +170,7 @@ class Traffic:
         self._duration, self._fastest, self._together = duration, fastest, together
         self._answers: dict[int, set[int]] = defaultdict(set)  # by image
         self._error: BaseException | None = None
+        self._times: list[tuple[float, float]] = []  # sent and answered, of each image of a run
 
     def run(self, scenario: Scenario, rate: float | None = None) -> Run:
         """Run LoadGen once.
@@ -195,13 +189,17 @@ class Traffic:
             try:
                 # The last argument names a file of audits; there is none.
                 settings = self._settings(scenario, rate)
+                self._times = []
                 loadgen.StartTestWithLogSettings(system, library, settings, logs, f"{folder}/none")
             finally:
                 loadgen.DestroyQSL(library)
                 loadgen.DestroySUT(system)
             if self._error is not None:
                 raise self._error
-            return summary(read_log(Path(folder) / "mlperf_log_detail.txt"), scenario, rate)
+            found = read_log(Path(folder) / "mlperf_log_detail.txt")
+            return replace(
+                summary(found, scenario, rate), seconds=seconds_of(self._times, scenario)
+            )
 
     def search(self, latency_ms: float) -> list[Run]:
         """Runs of "server" at rates that close in on the highest one that is answered in time."""
@@ -249,18 +247,18 @@ class Traffic:
 
     def _issue(self, queries: Sequence[Any]) -> None:
         """Ask for the images of a query."""
+        sent = time.perf_counter()
         for query in queries:
+            done = partial(self._complete, query.id, query.index, sent)
             try:
                 future = self._submit(self._images[query.index])
             except MarnetError as error:
-                self._complete(query.id, query.index, error)
+                done(error)
             else:
-                future.add_done_callback(partial(self._answered, query.id, query.index))
+                future.add_done_callback(partial(_answered, done))
 
-    def _answered(self, number: int, image: int, future: Future[Answer]) -> None:
-        self._complete(number, image, future.exception() or future.result().index)
-
-    def _complete(self, number: int, image: int, answer: int | BaseException) -> None:
+    def _complete(self, number: int, image: int, sent: float, answer: int | BaseException) -> None:
+        self._times.append((sent, time.perf_counter()))
         if isinstance(answer, int):
             self._answers[image].add(answer)
         else:
@@ -269,6 +267,31 @@ class Traffic:
         address, count = data.buffer_info()
         response = loadgen.QuerySampleResponse(number, address, count * data.itemsize)
         loadgen.QuerySamplesComplete([response])
+
+
+def _answered(done: Callable[[int | BaseException], None], future: Future[Answer]) -> None:
+    done(future.exception() or future.result().index)
+
+
+def seconds_of(times: Sequence[tuple[float, float]], scenario: Scenario) -> tuple[float, ...]:
+    """The seconds of each query in the order in which they were sent; offline, of an image.
+
+    Offline all images are sent at once: the answers are then counted in `_PARTS` parts, one after
+    another, of which each gives its seconds for an image.
+
+    Args:
+        times: when each image was sent and answered, by one clock.
+    """
+    if scenario == "offline":
+        ends = sorted(answered for _, answered in times)
+        last = [part[-1] for part in np.array_split(ends, min(_PARTS, len(ends)))]
+        counts = [len(part) for part in np.array_split(ends, min(_PARTS, len(ends)))]
+        spans = np.diff([times[0][0], *last])
+        return tuple((spans / counts).tolist())
+    whole: dict[float, float] = {}  # a query is answered with the last of its images
+    for sent, answered in times:
+        whole[sent] = max(whole.get(sent, answered), answered)
+    return tuple(answered - sent for sent, answered in sorted(whole.items()))
 
 
 def read_log(path: Path) -> dict[str, Any]:

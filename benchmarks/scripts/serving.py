@@ -14,7 +14,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import queue
 import signal
 import socket
 import statistics
@@ -24,21 +23,21 @@ import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 
+from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
-from marnet_bench.traffic import BATCHING, Run, Traffic, golden_or_photographs
+from marnet_bench.photographs import images_of
+from marnet_bench.traffic import BATCHING, Run, Traffic
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
 
 OURS = "marnet-serve"
-CLIENTS = 64  # connections that are kept open
 _PATIENCE = 120  # seconds until a server is ready
 _MARNET = "from marnet_sdk.server.cli import main; main()"
 _LITSERVE = """
@@ -71,49 +70,15 @@ if __name__ == "__main__":
 """
 
 
-@dataclass(frozen=True)
-class Indexed:
-    """The likeliest class, as a server said it."""
-
-    index: int
-
-
-class Client:
-    """Sends images over connections that are kept open."""
-
-    def __init__(self, port: int) -> None:
-        self._free: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
-        for _ in range(CLIENTS):
-            self._free.put(http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE))
-        self._threads = ThreadPoolExecutor(CLIENTS)
-
-    def submit(self, body: bytes) -> Any:
-        """Send an image in a body; a future of its class."""
-        return self._threads.submit(self.ask, body)
-
-    def ask(self, body: bytes) -> Indexed:
-        """Send an image in a body, and wait for its class."""
-        connection = self._free.get()
-        try:
-            connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            text = response.read()
-        finally:
-            self._free.put(connection)
-        if response.status != http.client.OK:
-            raise click.ClickException(f"a server answered {response.status}: {text[:200]!r}")
-        found = json.loads(text)
-        return Indexed((found.get("answers") or [found])[0]["index"])
-
-    def close(self) -> None:
-        """End threads and connections."""
-        self._threads.shutdown()
-        for _ in range(CLIENTS):
-            self._free.get().close()
+@cache  # the clients of all servers have the same little to do
+def in_json(image: bytes) -> tuple[bytes, dict[str, str]]:
+    """Make the request that every server here takes."""
+    body = json.dumps({"images": [b64encode(image).decode()]}).encode()
+    return body, {"Content-Type": "application/json"}
 
 
 @contextmanager
-def serving(model: Path, delay: float | None) -> Iterator[Client]:
+def serving(model: Path, delay: float | None) -> Iterator[Server]:
     """Run a server for the block.
 
     Args:
@@ -132,7 +97,7 @@ def serving(model: Path, delay: float | None) -> Iterator[Client]:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         stack.callback(stop, process)
-        client = Client(port)
+        client = Server(f"http://127.0.0.1:{port}", in_json)
         stack.callback(client.close)
         wait_until_ready(process, port, "/readyz" if delay is None else "/health")
         yield client
@@ -194,36 +159,34 @@ def main(
 ) -> None:
     """Measure both servers in turn, write the record and print its table."""
     with Classifier(model, batching=BATCHING) as classifier:
-        images = golden_or_photographs(classifier, side)
+        images = images_of(classifier.bundle, [side] if side else [])
         expected = [answer.index for answer in classifier.predict(images)]
-    bodies = [json.dumps({"images": [b64encode(i).decode()]}).encode() for i in images]
     servers = {OURS: None} | ({} if no_peer else {f"LitServe, {d:g} ms": d for d in delays})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
     for turn in range(turns):
         for name, delay in servers.items():
             say(f"turn {turn + 1} of {turns}: {name}")
             with serving(model, delay) as client:
-                runs[name].append(turned(client, bodies, expected, duration, latency))
-    found = {"bundle": model.name, "latency_ms": latency, "clients": CLIENTS, "runs": runs}
+                runs[name].append(turned(client, images, expected, duration, latency))
+    found = {"bundle": model.name, "latency_ms": latency, "clients": CONNECTIONS, "runs": runs}
     found["machine"] = describe_machine()
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print_found(found)
 
 
 def turned(
-    client: Client, bodies: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
+    client: Server, images: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
 ) -> dict[str, Any]:
     """One turn of a server: its highest rate in time, and all runs."""
-    for body in bodies:
-        client.ask(body)  # warm, and to know how fast
+    client.predict(images)  # warm, and to know how fast
     started = time.perf_counter()
-    for future in [client.submit(body) for body in bodies]:
+    for future in [client.submit(image) for image in images]:
         future.result()
-    fastest = len(bodies) / (time.perf_counter() - started)
-    traffic = Traffic(client.submit, bodies, duration=duration, fastest=fastest)
+    fastest = len(images) / (time.perf_counter() - started)
+    traffic = Traffic(client.submit, images, duration=duration, fastest=fastest)
     runs = traffic.search(limit)
     traffic.check(expected)
-    return {"rate": best_rate(runs, limit), "runs": [asdict(run) for run in runs]}
+    return {"rate": best_rate(runs, limit), "runs": [run.described() for run in runs]}
 
 
 def best_rate(runs: Sequence[Run], limit: float) -> float:

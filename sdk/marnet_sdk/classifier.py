@@ -66,6 +66,7 @@ class Classifier(ManyCallers, Matching):
         threads: int | None = None,
         device: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        fast_decode: bool = False,
         batching: Batching = DEFAULT_BATCHING,
     ) -> None:
         """Open a bundle.
@@ -81,6 +82,9 @@ class Classifier(ManyCallers, Matching):
                 quota of its control groups (`runtime.cpus`).
             device: "cpu" or "cuda"; default: the one that the bundle was built for.
             limits: larger images are refused before they are decoded.
+            fast_decode: decode JPEG files at a smaller scale where they stay twice as large as what
+                the model takes (`Preprocess.decode`). That is faster, and the pixels are others
+                than those that the bundle was verified with. Golden images are decoded as ever.
             batching: how `submit` and `apredict` collect images into batches.
 
         Raises:
@@ -103,7 +107,8 @@ class Classifier(ManyCallers, Matching):
         # Files are opened later, too, perhaps from another working directory.
         self.bundle = bundle = replace(bundle, path=bundle.path.absolute())
         self.limits, self.labels = limits, manifest.labels
-        self.preprocess = manifest.preprocessing
+        exact = manifest.preprocessing
+        self.preprocess = replace(exact, fast_decode=fast_decode)
         plan = bundle.file(PLAN)
         bundle.check_listed(plan.parent)  # the backend opens them by name
         self._threads = threads
@@ -116,7 +121,7 @@ class Classifier(ManyCallers, Matching):
         self._guard = Guarded(left_to_the_parent(backend), bundle.path)
         runner = partial(Runner, self._guard, load_file(plan), sampling)
         golden = {
-            point: self_test(bundle, self.preprocess, runner(point, sampling.seed))
+            point: self_test(bundle, exact, runner(point, sampling.seed))
             for point in dict.fromkeys([sampling.default, name, *batching.brown_out])
         }
         self._feature_width = golden[name].features.shape[1]

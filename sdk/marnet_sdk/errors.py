@@ -217,6 +217,12 @@ class UnstableMeasurement(MarnetError):
     exit_code = 4
 
 
+class Regression(MarnetError):
+    """A measurement that is slower than its baseline by more than was allowed."""
+
+    exit_code = 6
+
+
 @contextmanager
 def requires_extra(extra: str, *modules: str) -> Iterator[None]:
     """Turn the absence of one of `modules` inside the block into the pip line that installs it.

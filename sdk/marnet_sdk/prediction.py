@@ -44,6 +44,7 @@ class Provenance:
     row: int  # the place of this one among them, from 0 on
     processor: str
     packages: dict[str, str]  # name -> version
+    fast_decode: bool = False  # JPEG files may have been decoded at a smaller scale
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from marnet_sdk.cpus import cpus
 from marnet_sdk.environment import processor, versions
 from marnet_sdk.errors import DataError, ImageError, InvalidInput, brief
 from marnet_sdk.inputs.batches import in_chunks, in_place
-from marnet_sdk.inputs.images import Buffer, ImageInput, decode, file_bytes
+from marnet_sdk.inputs.images import Buffer, ImageInput, file_bytes
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.prediction import Prediction, Provenance, Score
 from marnet_sdk.self_test import golden_key
@@ -100,7 +100,7 @@ def _into(out: Floats, classifier: Classifier, image: ImageInput, name: str) -> 
     if isinstance(image, (str, os.PathLike, Buffer)):
         image = file_bytes(image, name, limits)
         digest = hashlib.sha256(image).hexdigest()
-    decoded = decode(image, name=name, limits=limits)
+    decoded = classifier.preprocess.decode(image, name=name, limits=limits)
     classifier.preprocess(decoded, out=out, name=name, limits=limits)
     return digest
 
@@ -133,6 +133,7 @@ def _common(classifier: Classifier, samples: int, stop: str | None) -> Provenanc
         row=0,
         processor=processor(),
         packages=versions(("marnet", "numpy", "pillow", *PACKAGES[manifest.backend])),
+        fast_decode=classifier.preprocess.fast_decode,
     )
 
 
@@ -212,6 +213,8 @@ def _check_types(made: Provenance, top: Sequence[Score]) -> None:
     for name in ("samples", "seed", "batch", "row"):
         if type(getattr(made, name)) is not int:
             raise TypeError(f"{name} is {brief(getattr(made, name))}, expected an integer")
+    if type(made.fast_decode) is not bool:
+        raise TypeError(f"fast_decode is {brief(made.fast_decode)}, expected true or false")
     if not 0 <= made.row < made.batch:
         raise ValueError(f"row {made.row} of a batch of {made.batch}")
     if not top or not all(isinstance(s.score, float) and type(s.index) is int for s in top):
@@ -260,6 +263,7 @@ def replay(answer: Prediction, image: ImageInput, bundle: str | Path) -> Replay:
         samples=made.samples,
         seed=made.seed,
         threads=made.threads if known else None,
+        fast_decode=made.fast_decode,
     ) as classifier:
         pixels = np.empty((1, *classifier.preprocess.output_shape), np.float32)
         file = _into(pixels[0], classifier, image, "the image")

@@ -12,10 +12,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from marnet_bench.cli import main
+from marnet_bench.photographs import golden_images
 from marnet_bench.report import print_report
-from marnet_bench.scenarios import golden_images
-from marnet_sdk import Classifier
-from marnet_sdk.bundle import reseal_bundle
+from marnet_sdk.bundle import read_bundle, reseal_bundle
 
 SHORT = ("--warmup", "1", "--duration", "0")
 
@@ -216,4 +215,4 @@ def test_help_shows_the_usual_command():
 def test_golden_images_are_repeated_to_fill_a_batch(bundle, count):
     folder = Path(bundle) / "golden/images"
     stored = [(folder / f"{i % 8}.png").read_bytes() for i in range(count)]
-    assert golden_images(Classifier(bundle), count) == stored
+    assert golden_images(read_bundle(bundle), count) == stored

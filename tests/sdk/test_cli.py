@@ -366,6 +366,8 @@ def test_a_run_with_other_settings_does_not_go_on(bundle, folder, tmp_path, stum
     result = classify(*run, "--resume", "--seed", "7")
     assert result.exit_code == 2
     assert "begun with other settings: seed (0, now 7)" in one_line(result.stderr)
+    decoded = classify(*run, "--resume", "--fast-decode")
+    assert "fast_decode (False, now True)" in one_line(decoded.stderr)
     assert classify(*run, "--resume").exit_code == 1
     assert (tmp_path / "out.csv").exists()
 

@@ -48,6 +48,10 @@ class Guarded:
             )
         return backend
 
+    def replace(self, backend: Backend) -> None:
+        """Use another backend in its place from now on, such as one that watches it."""
+        self._backend = backend
+
     @contextmanager
     def calling(self) -> Iterator[Backend]:
         """Give the backend to the block, which may call it.

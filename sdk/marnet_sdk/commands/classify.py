@@ -19,6 +19,7 @@ from marnet_sdk.bundle import newest_bundle
 from marnet_sdk.commands.rows import LINES, Row, check_parquet, make_row, print_tables, write_rows
 from marnet_sdk.commands.unfinished import unfinished
 from marnet_sdk.console import (
+    FAST_DECODE,
     Choice,
     Command,
     has_progress,
@@ -66,6 +67,7 @@ _LISTED = 20  # unusable images that are named at the end
 )
 @click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
+@FAST_DECODE
 @click.option(
     "--format",
     "form",
@@ -98,6 +100,7 @@ def main(
     stop: str | None,
     seed: int | None,
     threads: int | None,
+    fast_decode: bool,
     form: str | None,
     output: Path | None,
     resume: bool,
@@ -124,7 +127,12 @@ def main(
     if provenance and threads is None:
         threads = cpus().threads  # which stay as many, so that a replay has the same sums
     with Classifier(
-        model, operating_point=operating_point, samples=samples, seed=seed, threads=threads
+        model,
+        operating_point=operating_point,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        fast_decode=fast_decode,
     ) as classifier:
         run = _Run(classifier, images, null, batch, top_k, stop, provenance)
         if output is None:
@@ -189,6 +197,7 @@ class _Run:
         names = ("operating_point", "samples", "seed")
         settings = {name: getattr(self.classifier, name) for name in names}
         own = {name: getattr(self, name) for name in ("top_k", "stop", "provenance")}
+        own["fast_decode"] = self.classifier.preprocess.fast_decode
         return {"bundle": self.classifier.bundle.digest, **settings, **own}
 
     def rows(self, done: Counter[str]) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from marnet_sdk.errors import ImageError, InvalidInput, brief
-from marnet_sdk.inputs.images import Buffer, ImageInput, Limits, decode, shown
+from marnet_sdk.inputs.images import Buffer, ImageInput, Limits, shown
 from marnet_sdk.inputs.preprocess import Preprocess
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def usable(
         errors: dict[int, ImageError] = {}
         for i, (image, name) in enumerate(zip(chunk, names, strict=True)):
             try:
-                decoded = decode(image, name=name, limits=limits)
+                decoded = preprocess.decode(image, name=name, limits=limits)
                 preprocess(decoded, out=pixels[len(good)], name=name, limits=limits)
                 good.append(name)
             except ImageError as error:

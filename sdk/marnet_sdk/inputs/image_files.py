@@ -34,6 +34,8 @@ from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput, brief
 from marnet_sdk.process import lock_free_in_children
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower
+Size = tuple[int, int]  # width, height
+_LYING = (5, 6, 7, 8)  # EXIF orientations whose rows are columns of the upright picture
 
 
 @dataclass(frozen=True)
@@ -112,17 +114,34 @@ class Opened:
     sound: bool = True  # whether end markers are there and checksums right
     covered: Box | None = None  # what the first frame of an animated WebP covers of its canvas
 
-    def load(self) -> None:
+    def load(self, at_least: Size | None = None) -> None:
         """Decode all rows.
+
+        Args:
+            at_least: width and height of the upright picture. A JPEG is decoded at a half, a
+                quarter or an eighth of its size where it stays at least so large. None: every
+                file is decoded at its own size.
 
         Raises:
             ValueError, OSError, ...: some are missing.
         """
+        if at_least is not None and exif_tags(self.exif).get(274) in _LYING:
+            at_least = at_least[1], at_least[0]
+        _scale(self.image, at_least)
         self.image.load()
         if isinstance(self.image, JpegImageFile):
-            _check_jpeg(self)
+            _check_jpeg(self, at_least)
         elif isinstance(self.image, PngImageFile):
             _check_png(self)
+
+
+def _scale(image: ImageFile, at_least: Size | None) -> None:
+    """Let libjpeg compute fewer pixels of each block of 8 x 8, from its lowest frequencies.
+
+    Pillow takes the smallest of 1/8, 1/4, 1/2 and 1 with which both sides stay long enough.
+    """
+    if at_least is not None and isinstance(image, JpegImageFile):
+        image.draft(None, at_least)
 
 
 def open_file(data: bytes, source: str, limits: Limits) -> Opened:
@@ -275,7 +294,7 @@ def _jpeg_end(data: bytes, at: int, *, restarts: bool) -> int:
     return len(data) if end is None else end
 
 
-def _check_jpeg(opened: Opened) -> None:
+def _check_jpeg(opened: Opened, at_least: Size | None) -> None:
     """Refuse a JPEG whose last blocks are made up.
 
     libjpeg fills what is missing with mid-grey. If the last pixel is of that grey, or the end
@@ -289,6 +308,7 @@ def _check_jpeg(opened: Opened) -> None:
     if opened.sound and not is_grey:
         return
     again = _header(JpegImageFile, opened.data[:-2] + _JPEG_PAD + _JPEG_END)
+    _scale(again, at_least)
     again.load()
     if again.tobytes() != image.tobytes():
         raise ValueError(_NO_JPEG_END)

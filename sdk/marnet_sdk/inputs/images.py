@@ -43,6 +43,7 @@ from marnet_sdk.inputs.image_files import (
     Box,
     Limits,
     Opened,
+    Size,
     check_pixels,
     check_tiff,
     exif_tags,
@@ -59,7 +60,11 @@ DEFAULT_LIMITS = Limits()
 
 
 def decode(
-    image: ImageInput, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS
+    image: ImageInput,
+    *,
+    name: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    at_least: Size | None = None,
 ) -> Image.Image:
     """Decode, orient and convert one image to RGB, by the table at the top of this file.
 
@@ -71,6 +76,9 @@ def decode(
             [H, W, 3] RGB or [H, W, 4] RGBA.
         name: how errors call this input, for example "image 3"; by default its path or "image".
         limits: refused beyond these, before any pixel is decoded.
+        at_least: a JPEG file is decoded at a half, a quarter or an eighth of its size where both
+            sides (width, height) stay at least so long, which is faster and gives other pixels;
+            None: every image is decoded at its own size.
 
     Raises:
         ImageTooLarge: more bytes or pixels than `limits` allow.
@@ -79,7 +87,7 @@ def decode(
     source = shown(image) if isinstance(image, (str, os.PathLike)) else "image"
     source = source if name is None else name
     try:
-        return _decode(image, source, limits)
+        return _decode(image, source, limits, at_least)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:  # a host that set Pillow's limit below ours
@@ -95,13 +103,13 @@ def decode(
         ) from error
 
 
-def _decode(image: ImageInput, source: str, limits: Limits) -> Image.Image:
+def _decode(image: ImageInput, source: str, limits: Limits, at_least: Size | None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_pil(_from_array(image, source), source, limits)
     if isinstance(image, Image.Image):
         return _from_pil(image, source, limits)
     data = file_bytes(image, source, limits)
-    return _from_file(open_file(data, source, limits), source, limits)
+    return _from_file(open_file(data, source, limits), source, limits, at_least)
 
 
 def file_bytes(image: ImageInput, source: str, limits: Limits) -> bytes:
@@ -127,11 +135,11 @@ def file_bytes(image: ImageInput, source: str, limits: Limits) -> bytes:
     )
 
 
-def _from_file(file: Opened, source: str, limits: Limits) -> Image.Image:
+def _from_file(file: Opened, source: str, limits: Limits, at_least: Size | None) -> Image.Image:
     image = file.image
     check_pixels(image.width, image.height, source, limits)
     with quiet(type(image)):
-        file.load()
+        file.load(at_least)
     # Read after loading: only then has Pillow turned a TIFF by itself.
     orientation = exif_tags(file.exif or image.info.get("exif") or b"").get(274)
     return _upright(image, orientation, source, file.covered or _gif_frame(image))

@@ -160,6 +160,7 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     crop_pct: float | None = None  # timm has it: crop_size over the resized edges
+    fast_decode: bool = False  # of this process, and not of any configuration: see `decode`
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.shortest_edge is None):
@@ -274,6 +275,26 @@ class Preprocess:
         height, width = self.crop_size or self.size or (0, 0)
         return 3, height, width
 
+    def decode(
+        self, image: ImageInput, *, name: str | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> Image.Image:
+        """Decode one image to RGB, as `images.decode` does.
+
+        With `fast_decode`, JPEG files are decoded at a half, a quarter or an eighth of their size:
+        the smallest that is at least twice as wide and twice as high as what it is resized to, so
+        that resizing still averages. `Image.thumbnail` of Pillow has the same rule. What is not
+        twice as large, and all other inputs, are decoded as ever.
+
+        Raises:
+            ImageError: as `images.decode`.
+        """
+        at_least = None
+        if self.fast_decode:
+            edge = self.shortest_edge or 1
+            height, width = self.size or (edge, edge)
+            at_least = 2 * width, 2 * height
+        return decode(image, name=name, limits=limits, at_least=at_least)
+
     def __call__(
         self,
         image: Image.Image,
@@ -313,7 +334,7 @@ class Preprocess:
             else:
                 is_path = isinstance(image, (str, os.PathLike))
                 name = shown(image) if is_path else f"image {i}"
-            decoded = decode(image, name=name, limits=limits)
+            decoded = self.decode(image, name=name, limits=limits)
             self(decoded, out=batch[i], name=name, limits=limits)
         return batch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from marnet_sdk.bundle import newest_bundle
-from marnet_sdk.console import Command, say
+from marnet_sdk.console import FAST_DECODE, Command, say
 from marnet_sdk.errors import InvalidInput, NotFound, requires_extra
 
 TOKEN = "MARNET_SERVE_TOKEN"
@@ -43,6 +43,7 @@ _MIB = 2**20
 @click.option("--samples", type=click.IntRange(1), help="Noise samples per image.")
 @click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
 @click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
+@FAST_DECODE
 @click.option(
     "--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Images of a batch."
 )
@@ -113,6 +114,7 @@ def main(
     samples: int | None,
     seed: int | None,
     threads: int | None,
+    fast_decode: bool,
     max_batch: int,
     max_delay: float,
     max_queue: int,
@@ -162,6 +164,7 @@ def main(
             seed=seed,
             threads=threads,
             limits=Limits(limits.body_bytes, max_pixels),
+            fast_decode=fast_decode,
             batching=Batching(max_batch, max_delay / 1e3, max_queue, brown_out=brown_out),
         )
 

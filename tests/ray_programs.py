@@ -1,10 +1,9 @@
 """Programs on a local Ray, which `local_ray.run_with_ray` runs; each writes what it found as JSON.
 
-    python tests/ray_programs.py PROGRAM FILE ARGUMENT...
+python tests/ray_programs.py PROGRAM FILE ARGUMENT...
 """
 
 from __future__ import annotations
-
 
 import json
 import os
@@ -80,7 +79,11 @@ def serving(bundle: str, folder: str) -> dict[str, Any]:
         ray.get(ray.remote(num_cpus=cpus)(reserved_threads).remote()) for cpus in (0.5, 3)
     ]
     try:
-        serve.run(build(options | {"model": Path("none.marnet"), "replicas": 1}), name="broken", route_prefix="/broken")
+        serve.run(
+            build(options | {"model": Path("none.marnet"), "replicas": 1}),
+            name="broken",
+            route_prefix="/broken",
+        )
     except RuntimeError:
         found["failure"] = serve.status().applications["broken"].deployments[NAME].message
     serve.shutdown()

@@ -247,7 +247,9 @@ def test_every_extra_has_a_promise_here(described: Message) -> None:
     assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, *COMMANDS}
 
 
-def test_all_brings_every_extra_but_those_for_gpus_clusters_and_developers(described: Message) -> None:
+def test_all_brings_every_extra_but_those_for_gpus_clusters_and_developers(
+    described: Message,
+) -> None:
     needs = described.get_all("Requires-Dist")
     each = (closure(f"marnet[{extra}]", needs) for extra in PROMISES if extra not in APART)
     assert closure("marnet[all]", needs) == set().union(*each)

@@ -7,7 +7,6 @@ ends a run, all rows that are there can be read, and what has no row yet is know
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,9 @@ class Parts:
         """Find the files that are there."""
         self.folder = folder
         self._paths = sorted(folder.glob("part-*.parquet"))
-        self._next = 1 + max((int(path.stem.removeprefix("part-")) for path in self._paths), default=-1)
+        self._next = 1 + max(
+            (int(path.stem.removeprefix("part-")) for path in self._paths), default=-1
+        )
 
     def names(self) -> pa.ChunkedArray:
         """Read the names of the images that have a row.
@@ -88,7 +89,7 @@ def _begin(folder: Path, made_by: Mapping[str, Any], *, resume: bool) -> None:
     now = json.loads(json.dumps(made_by))
     if record.exists():
         _check(folder, _recorded(record), now, resume=resume)
-    elif others := [name for name in os.listdir(folder) if not name.startswith(".")]:
+    elif others := [e.name for e in folder.iterdir() if not e.name.startswith(".")]:
         raise OutputExists(
             f"{folder} holds something else ({others[0]}); choose another folder for the answers"
         )

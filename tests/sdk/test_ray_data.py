@@ -79,7 +79,7 @@ def test_an_image_without_a_number_is_an_error_and_loses_no_other(predictor, mon
 def test_a_column_that_is_not_there_is_named_with_those_that_are(predictor):
     with pytest.raises(InvalidInput, match="image: there is no column 'bytes' in the data set, wh"):
         predictor({"path": column(["a"]), "content": column([b""])})
-    with pytest.raises(InvalidInput, match="name: there is no column 'path'.* has image, label"):
+    with pytest.raises(InvalidInput, match=r"name: there is no column 'path'.* has image, label"):
         predictor(arrow_table([make_row("a", InferenceError("NaN"))]))
 
 
@@ -99,7 +99,7 @@ def test_settings_that_rows_depend_on_are_all_but_three(bundle_of, tmp_path):
         "image": "bytes", "name": "path", "top_k": 3, "operating_point": None, "samples": None,
         "seed": None,
     }  # fmt: skip
-    with pytest.raises(InvalidInput, match="operating_point: got .none.; .* has default"):
+    with pytest.raises(InvalidInput, match=r"operating_point: got .none.; .* has default"):
         ray_data._made_by(ray_data._checked({"model": bundle, "operating_point": "none"}))
 
 

@@ -52,8 +52,8 @@ class Replica:
         )
         if has_token and self._service.token is None:
             raise InvalidInput(
-                f"{TOKEN} is set where the application was built, and not in the replica; set it in "
-                "env_vars of the runtime_env, or name a file with token_file"
+                f"{TOKEN} is set where the application was built, and not in the replica; set it "
+                "in env_vars of the runtime_env, or name a file with token_file"
             )
         self._service.open_now()
         self._ended = -1  # requests, when the queue was last found full
@@ -105,9 +105,8 @@ def build(args: Mapping[str, Any]) -> Application:
     scaling = _scaling(given.pop("replicas", _REPLICAS), given.pop("target_ongoing", _ONGOING))
     options = _options(given)
     with requires_extra("ray", "ray", *PACKAGES):
+        import marnet_sdk.server.app  # noqa: F401, I001, before anything of Ray is started
         from ray import serve
-
-        import marnet_sdk.server.app  # noqa: F401, so that replicas find what they import
     most = options["max_queue"]
     deployment = serve.deployment(
         serve.ingress()(Replica),
@@ -120,14 +119,14 @@ def build(args: Mapping[str, Any]) -> Application:
         ray_actor_options={"num_cpus": options["threads"] or 1},
         graceful_shutdown_timeout_s=options["drain_timeout"],
     )
-    return deployment.bind(options | {"threads": None}, has_token=TOKEN in os.environ)| {"threads": None}, has_token=has_token)
+    return deployment.bind(options | {"threads": None}, has_token=TOKEN in os.environ)
 
 
 def _scaling(replicas: str | int, ongoing: str | float) -> dict[str, float]:
     found = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", str(replicas).strip())
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if least > most:
-        raise InvalidInput(f'replicas: got {brief(replicas)}, expected a number, or two as in "1-8"')
+        raise InvalidInput(f"replicas: got {brief(replicas)}, expected a number, or two as in 1-8")
     try:
         target = float(ongoing)
     except ValueError:

@@ -147,10 +147,14 @@ def column_of(batch: Any, argument: str, column: str) -> Any:
     try:
         return batch[column]
     except KeyError as error:
-        there = ", ".join(batch.column_names if hasattr(batch, "column_names") else batch)
-        raise InvalidInput(
-            f"{argument}: there is no column {column!r} in the data set, which has {there}"
-        ) from error
+        there = batch.column_names if hasattr(batch, "column_names") else batch
+        raise _no_column(argument, column, there) from error
+
+
+def _no_column(argument: str, column: str, there: Iterable[str]) -> InvalidInput:
+    return InvalidInput(
+        f"{argument}: there is no column {column!r} in the data set, which has {', '.join(there)}"
+    )
 
 
 def find_images(*sources: str | Path) -> Dataset:
@@ -209,6 +213,10 @@ def write_answers(
         from ray.data import ActorPoolStrategy
 
     settings = _checked(settings | {"model": str(Path(model).absolute())})
+    there = dataset.columns(fetch_if_missing=False)  # None: known when the first block is there
+    for argument in ("image", "name"):
+        if there is not None and settings[argument] not in there:
+            raise _no_column(argument, settings[argument], there)
     with open_parts(Path(output).absolute(), _made_by(settings), resume=resume) as parts:
         done = parts.names()
         if len(done):

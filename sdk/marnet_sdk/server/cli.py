@@ -156,7 +156,6 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in given.items()
         for one in (value if isinstance(value, list | tuple) else [value])
         if one is not None
-| tuple) else [value])
     ]
     try:
         return main.make_context("marnet-serve", words).params

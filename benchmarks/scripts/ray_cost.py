@@ -79,7 +79,7 @@ run(Labels.bind())
 
 
 def words_of(name: str, model: Path, port: int, threads: int, delay: float) -> list[Any]:
-    """What Python is told to run a server."""
+    """Name what Python is told to run a server."""
     if name == OURS:
         return ["-c", MARNET, "--model", model, "--port", port, "--threads", threads]
     code = _REPLICA if name == REPLICA else _BATCH

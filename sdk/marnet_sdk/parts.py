@@ -125,10 +125,10 @@ def _recorded(record: Path) -> dict[str, Any]:
 
 def _names_of(path: Path) -> pa.ChunkedArray:
     import pyarrow as pa
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import ParquetFile
 
     try:
-        return read_table(path, columns=["image"], partitioning=None)["image"]
+        return ParquetFile(path).read(["image"])["image"]
     except (pa.ArrowException, KeyError, OSError) as error:
         raise DataError(
             f"{path} is no file of answers ({type(error).__name__}); remove it, and its images "

@@ -35,7 +35,7 @@ _BLACK = np.zeros((32, 32, 3), np.uint8)
 class Replica:
     """One process with a classifier of its own, and the application of `marnet-serve` around it."""
 
-    def __init__(self, options: Mapping[str, Any], *, has_token: bool) -> None:
+    def __init__(self, options: dict[str, Any], *, has_token: bool) -> None:
         """Open the bundle, which tests itself.
 
         Args:
@@ -47,9 +47,8 @@ class Replica:
             InvalidInput: there was a token, and there is none here.
             MarnetError: why the bundle cannot be opened.
         """
-        self._service = make_service(
-            **options | {"threads": options["threads"] or reserved_threads()}
-        )
+        own: dict[str, Any] = {**options, "threads": options["threads"] or reserved_threads()}
+        self._service = make_service(**own)
         if has_token and self._service.token is None:
             raise InvalidInput(
                 f"{TOKEN} is set where the application was built, and not in the replica; set it "
@@ -109,7 +108,6 @@ def build(args: Mapping[str, Any]) -> Application:
         from ray import serve
     most = options["max_queue"]
     deployment = serve.deployment(
-        serve.ingress()(Replica),
         name=NAME,
         # The classifier's own queue knows deadlines and operating points, so requests wait there.
         max_ongoing_requests=most,
@@ -119,7 +117,8 @@ def build(args: Mapping[str, Any]) -> Application:
         ray_actor_options={"num_cpus": options["threads"] or 1},
         graceful_shutdown_timeout_s=options["drain_timeout"],
     )
-    return deployment.bind(options | {"threads": None}, has_token=TOKEN in os.environ)
+    replica = deployment(serve.ingress()(Replica))
+    return replica.bind(options | {"threads": None}, has_token=TOKEN in os.environ)
 
 
 def _scaling(replicas: str | int, ongoing: str | float) -> dict[str, float]:

@@ -82,7 +82,7 @@ class Predictor:
             MarnetError: as `Classifier` raises them.
         """
         self._image, self._name = image, name
-        self._way = {"top_k": top_k, "batch_size": batch_size}
+        self._way: dict[str, Any] = {"top_k": top_k, "batch_size": batch_size}
         self._classifier = Classifier(
             model,
             operating_point=operating_point,
@@ -130,7 +130,8 @@ class Unanswered:
         """
         import ray
 
-        self._done, self._name = set(ray.get(done).to_pylist()), name
+        names: Any = ray.get(done)
+        self._done, self._name = set(names.to_pylist()), name
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Leave out rows of a batch."""
@@ -258,7 +259,8 @@ def _made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(answers: Dataset, parts: Parts, kept: int) -> Written:
     added = failed = 0
-    for table in answers.iter_batches(batch_size=None, batch_format="pyarrow"):
+    tables: Iterable[Any] = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in tables:
         if table.num_rows:
             parts.write(table)
             added += table.num_rows

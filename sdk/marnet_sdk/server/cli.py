@@ -122,8 +122,8 @@ def main(host: str, port: int, **options: Any) -> None:
         from marnet_sdk.server.gate import AccessLog
         from marnet_sdk.server.network import listen, serve
 
-    model = options["model"] or newest_bundle()
-    service = make_service(**options | {"model": model})
+    model = options["model"] = options["model"] or newest_bundle()
+    service = make_service(**options)
     listener = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")

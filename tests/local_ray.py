@@ -24,18 +24,24 @@ _END = 30.0  # seconds that its processes have to end
 
 
 def run_with_ray(program: str, *arguments: str | Path, cwd: Path) -> dict[str, Any]:
-    """Run a program of `ray_programs.py`; what it found.
+    """Run a program of `ray_programs.py`; what it found."""
+    found = cwd / f"{program}.json"
+    run_python(_PROGRAMS, program, found, *arguments, cwd=cwd)
+    return json.loads(found.read_text("utf-8"))
 
-    No usage statistics are sent and no dashboard is started. The test is skipped without Ray.
+
+def run_python(*words: str | Path, cwd: Path) -> str:
+    """Run Python, which starts Ray and ends it; what it printed.
+
+    No usage statistics are sent. The test is skipped without Ray.
     """
     if find_spec("ray") is None:
         pytest.skip('ray is not installed; run: pip install "marnet[ray]"')
-    mark, found = uuid.uuid4().hex, cwd / f"{program}.json"
-    command = [sys.executable, _PROGRAMS, program, found, *arguments]
+    mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as short:  # names of sockets
         more = {MARK: mark, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": short}
         process = subprocess.Popen(
-            list(map(str, command)), cwd=cwd, env=os.environ | more, text=True,
+            [sys.executable, *map(str, words)], cwd=cwd, env=os.environ | more, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -44,7 +50,7 @@ def run_with_ray(program: str, *arguments: str | Path, cwd: Path) -> dict[str, A
             left = still_running(mark)
     assert process.returncode == 0, said[-5000:]
     assert left == []
-    return json.loads(found.read_text("utf-8"))
+    return said
 
 
 def processes(mark: str) -> Iterator[psutil.Process]:

@@ -68,7 +68,7 @@ def serving(bundle: str, folder: str) -> dict[str, Any]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = {"model": bundle, "name": "digits", "max_images": 2, "replicas": 2}
+    options = {"model": bundle, "name": "digits", "max_images": 2, "max_body": 1, "replicas": 2}
     serve.run(build(options), name="digits")
     serve.run(build(options | {"replicas": "1"}), name="second", route_prefix="/second")
     url = f"http://127.0.0.1:{port}"
@@ -140,6 +140,7 @@ def ask_in_every_form(client: httpx.Client, images: list[bytes]) -> dict[str, An
         "no body": client.post("/predict"),
         "unknown parameter": client.post("/predict?top=3", content=images[0]),
         "too many": client.post("/predict", files=parts(*images[:3])),
+        "too large": client.post("/predict", content=bytes(2 * 2**20)),
         "no token": client.post("/predict", content=images[0], headers={"Authorization": ""}),
         "ready": client.get("/readyz"),
         "model": client.get("/v2/models/digits/ready"),
@@ -173,6 +174,7 @@ def data(bundle: str, folder: str) -> dict[str, Any]:
     return {
         "killed": killed_in_the_middle(bundle, folder),
         "interrupted": interrupted(bundle, folder),
+        "deadly": deadly(bundle, folder),
         "mapped": mapped(bundle, folder),
         "refused": refused(bundle, folder),
     }
@@ -232,6 +234,31 @@ def interrupted(bundle: str, folder: str) -> dict[str, Any]:
         for _ in range(2)
     ]
     return {"kept": len(kept), "runs": runs, "rows": rows_of("interrupted")}
+
+
+def deadly(bundle: str, folder: str) -> dict[str, Any]:
+    """Classify files, of which one kills whoever opens it."""
+    deaths = Path("deaths").absolute()
+    images = find_images(folder)
+    image = min(Path(folder).glob("*.png")).name
+
+    class Killed(Predictor):
+        def __call__(self, batch: Any) -> Any:
+            if any(path.endswith(image) for path in batch["path"]):
+                with deaths.open("a") as file:
+                    file.write("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    ray_data.Predictor = Killed
+    try:
+        write_answers(images, "deadly", model=bundle, workers=2, block=16, image="path")
+        raise AssertionError("it ended well")
+    except ray.exceptions.RayError as error:
+        reason = type(error).__name__
+    finally:
+        ray_data.Predictor = Predictor
+    return {"reason": reason, "deaths": len(deaths.read_text()), "rows": rows_of("deadly")}
 
 
 def mapped(bundle: str, folder: str) -> list[dict[str, Any]]:

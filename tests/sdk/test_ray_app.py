@@ -173,7 +173,7 @@ def test_requests_and_refusals_are_those_of_marnet_serve(served, expected):
     assert served["forms"] == [[expected[0]], expected[:2], [expected[0]]]
     assert served["statuses"] == {
         "bad image": 400, "no body": 400, "unknown parameter": 422, "too many": 413,
-        "no token": 401, "ready": 200, "model": 200, "nothing there": 404,
+        "too large": 413, "no token": 401, "ready": 200, "model": 200, "nothing there": 404,
     }  # fmt: skip
     assert served["refusal"]["refused"][0]["position"] == 0
     assert served["prefixed"] == [expected[0]]

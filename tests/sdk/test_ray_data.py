@@ -141,6 +141,16 @@ def test_an_interrupted_run_goes_on_with_what_has_no_row(found, expected, paths)
 
 
 @pytest.mark.slow
+def test_a_block_that_kills_its_workers_ends_the_job_and_keeps_the_others(found, expected, paths):
+    deadly = found["deadly"]
+    assert (deadly["deaths"], deadly["reason"][:5]) == (4, "Actor")
+    rows = {row["image"]: row["label"] for row in deadly["rows"]}
+    assert str(paths[0]) not in rows
+    assert len(rows) == len(deadly["rows"]) > 0
+    assert rows.items() <= dict(zip(map(str, paths), expected, strict=True)).items()
+
+
+@pytest.mark.slow
 def test_the_class_works_in_a_pipeline_of_ones_own(found, expected, paths):
     rows = {row["image"]: row["label"] for row in found["mapped"]}
     assert [rows[str(path)] for path in paths] == expected

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 OF_TRAINING = {"models", "diffusion", "checkpoint", "data", "text", "measures"}
 FRAMEWORKS = {
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "tensorrt",
-    "tensorrt_rtx", "cuda", "sklearn", "datasets",
+    "tensorrt_rtx", "cuda", "sklearn", "datasets", "ray",
 }  # fmt: skip
 OF_THE_SERVER = {"fastapi", "h11", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # The files of the SDK that may import frameworks, and which.
@@ -43,6 +43,9 @@ LEAVES = {
     "marnet_sdk/gpu/torch_stream.py": {"torch"},
     "marnet_sdk/backends/torchscript.py": {"torch"},
     "marnet_sdk/gpu/driver.py": {"cuda"},
+    "marnet_sdk/serve/ray_app.py": {"ray"},
+    "marnet_sdk/serve/ray_data.py": {"ray"},
+    "marnet_sdk/serve/ray_worker.py": {"ray"},
     "marnet_sdk/text.py": {"tokenizers"},
 }
 # The one file that reads a pickle, and the call: bytes that it has compared with a pinned SHA-256,

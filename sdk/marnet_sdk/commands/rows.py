@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marnet_sdk.console import csv_line, print_table, say
-from marnet_sdk.errors import ImageError, requires_extra
+from marnet_sdk.errors import ImageError, InferenceError, requires_extra
 from marnet_sdk.prediction import Prediction
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Row = Mapping[str, Any]
 _TABLE = 1000  # rows of one table: its columns are as wide as what they hold
@@ -22,10 +25,12 @@ _GROUP = 10_000  # rows of one row group of a Parquet file
 _SPREAD = ("samples", "vote_share", "standard_error", "abstain")
 
 
-def make_row(image: Path, answer: Prediction | ImageError) -> Row:
+def make_row(image: Path | str, answer: Prediction | ImageError | InferenceError) -> Row:
     """The row of an image."""
     if isinstance(answer, ImageError):
         return {"image": str(image), "error": answer.problem}
+    if isinstance(answer, InferenceError):
+        return {"image": str(image), "error": str(answer)}
     row = {"image": str(image)} | asdict(answer)
     if answer.provenance is None:
         del row["provenance"]
@@ -130,13 +135,25 @@ def check_parquet() -> None:
         import pyarrow.parquet  # noqa: F401
 
 
-def _write_parquet(rows: Iterator[Row], path: Path) -> None:
+def arrow_table(rows: Iterable[Row]) -> pa.Table:
+    """Rows as a table of Arrow, with the columns of every Parquet file of answers.
+
+    Texts have a form in UTF-8 there, as names of files need not; provenance is one text of JSON.
+
+    Raises:
+        MissingExtra: pyarrow is not installed.
+    """
     check_parquet()
     import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
+
+    return pa.Table.from_pylist([_storable(row) for row in rows], schema=_arrow_schema())
+
+
+def _arrow_schema() -> pa.Schema:
+    import pyarrow as pa
 
     scores = pa.struct([("label", pa.string()), ("index", pa.int64()), ("score", pa.float64())])
-    schema = pa.schema(
+    return pa.schema(
         [
             *(("image", pa.string()), ("label", pa.string()), ("index", pa.int64())),
             *(("score", pa.float64()), ("top", pa.list_(scores)), ("samples", pa.int64())),
@@ -144,9 +161,15 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> None:
             *(("abstain", pa.bool_()), ("provenance", pa.string()), ("error", pa.string())),
         ]
     )
-    with ParquetWriter(path, schema) as writer:
-        while group := [_storable(row) for row in islice(rows, _GROUP)]:
-            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+def _write_parquet(rows: Iterator[Row], path: Path) -> None:
+    check_parquet()
+    from pyarrow.parquet import ParquetWriter
+
+    with ParquetWriter(path, _arrow_schema()) as writer:
+        while group := list(islice(rows, _GROUP)):
+            writer.write_table(arrow_table(group))
 
 
 def _storable(row: Row) -> dict[str, Any]:
@@ -155,11 +178,12 @@ def _storable(row: Row) -> dict[str, Any]:
     if "provenance" in row:
         ready["provenance"] = json.dumps(row["provenance"])
     texts = ("image", "label", "error")
-    ready |= {name: _encodable(row[name]) for name in texts if name in row}
+    ready |= {name: encodable(row[name]) for name in texts if name in row}
     if "top" in row:
-        ready["top"] = [top | {"label": _encodable(top["label"])} for top in row["top"]]
+        ready["top"] = [top | {"label": encodable(top["label"])} for top in row["top"]]
     return ready
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """A text with escapes for what has no form in UTF-8, as in names of files."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

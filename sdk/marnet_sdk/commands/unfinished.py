@@ -89,20 +89,22 @@ class Unfinished:
                 self.count += 1
                 seen(row)
             elif line != self._first:
+                changed = differences(row, json.loads(self._first))
                 raise InvalidInput(
-                    f"{self.path} was begun with other settings: {self._differences(row)}; resume "
+                    f"{self.path} was begun with other settings: {changed}; resume "
                     "with those, or pass --force without --resume to begin again"
                 )
             kept += len(line)
         return kept
 
-    def _differences(self, row: Mapping[str, Any]) -> str:
-        now = json.loads(self._first)
-        return ", ".join(
-            f"{key} ({brief(row.get(key))}, now {brief(now.get(key))})"
-            for key in sorted(row | now)
-            if row.get(key) != now.get(key)
-        )
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name the settings of which an output that was begun differs from one that is asked for."""
+    return ", ".join(
+        f"{key} ({brief(before.get(key))}, now {brief(now.get(key))})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    )
 
 
 @contextmanager

@@ -39,8 +39,12 @@ class Answers(BaseModel):
     milliseconds: float  # from the request's header to this answer
 
 
-def create_app(service: Service, log: AccessLog) -> Gate:
-    """Build the application of a server, whose lifespan opens and closes the classifier."""
+def create_app(service: Service, log: AccessLog | None) -> Gate:
+    """Build the application of a server, whose lifespan opens and closes the classifier.
+
+    Args:
+        log: None: whoever runs the application has a log of its own.
+    """
     metrics = Metrics(service, log)
 
     @asynccontextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,8 +14,11 @@ from marnet_sdk.bundle import newest_bundle
 from marnet_sdk.console import FAST_DECODE, Command, say
 from marnet_sdk.errors import InvalidInput, NotFound, requires_extra
 
+if TYPE_CHECKING:
+    from marnet_sdk.server.service import Service
+
 TOKEN = "MARNET_SERVE_TOKEN"
-_PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
+PACKAGES = ("fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn")
 _MIB = 2**20
 
 
@@ -104,10 +109,64 @@ _MIB = 2**20
     help="Seconds that accepted requests have after SIGTERM.",
 )
 @click.version_option(package_name="marnet")
-def main(
-    model: Path | None,
-    host: str,
-    port: int,
+def main(host: str, port: int, **options: Any) -> None:
+    """Answer over HTTP with a bundle: POST an image to /predict, or open / in a browser.
+
+    \b
+    marnet-serve --model bundles/digits-fp16.marnet
+    curl -T photo.jpg -X POST http://127.0.0.1:8000/predict
+
+    Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
+    each request goes to standard output. SIGTERM answers what was accepted, and ends.
+    """
+    with requires_extra("serve", *PACKAGES):
+        from marnet_sdk.server.gate import AccessLog
+        from marnet_sdk.server.network import listen, serve
+
+    model = options["model"] = options["model"] or newest_bundle()
+    service = make_service(**options)
+    listener = listen(host, port)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")
+    if service.token is None and host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"no token: whoever reaches this address may ask; set {TOKEN} or --token-file")
+    out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
+    log = AccessLog(out)
+    try:
+        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
+    finally:
+        if log.lost:
+            say(f"{log.lost} lines of the access log could not be written")
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read options of the command that stand in a configuration, as the command line reads them.
+
+    Args:
+        given: values by the names of options, with - or _ between words; a list repeats its option,
+            and None leaves it out.
+
+    Returns:
+        All options, by the names of their parameters.
+
+    Raises:
+        InvalidInput: no such option, or a value that is none of it.
+    """
+    words = [
+        f"--{name.replace('_', '-')}={one}"
+        for name, value in given.items()
+        for one in (value if isinstance(value, list | tuple) else [value])
+        if one is not None
+    ]
+    try:
+        return main.make_context("marnet-serve", words).params
+    except click.UsageError as error:
+        raise InvalidInput(error.format_message()) from error
+
+
+def make_service(
+    *,
+    model: Path,
     name: str | None,
     token_file: Path | None,
     operating_point: str | None,
@@ -126,27 +185,17 @@ def main(
     header_timeout: float,
     body_timeout: float,
     drain_timeout: float,
-) -> None:
-    """Answer over HTTP with a bundle: POST an image to /predict, or open / in a browser.
+) -> Service:
+    """Make what the requests of a server share, from the options of the command.
 
-    \b
-    marnet-serve --model bundles/digits-fp16.marnet
-    curl -T photo.jpg -X POST http://127.0.0.1:8000/predict
-
-    Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
-    each request goes to standard output. SIGTERM answers what was accepted, and ends.
+    Raises:
+        NotFound, InvalidInput: the token cannot be read or sent.
     """
-    with requires_extra("serve", *_PACKAGES):
-        from marnet_sdk.server.gate import AccessLog
-        from marnet_sdk.server.network import listen, serve
-        from marnet_sdk.server.service import ServerLimits, Service
     from marnet_sdk.classifier import Classifier
     from marnet_sdk.inputs.images import Limits
     from marnet_sdk.serve.policy import Batching
+    from marnet_sdk.server.service import ServerLimits, Service
 
-    if model is None:
-        model = newest_bundle()
-    token = read_token(token_file)
     limits = ServerLimits(
         body_bytes=max_body * _MIB,
         images=max_images,
@@ -169,19 +218,7 @@ def main(
         )
 
     name = name or model.absolute().name.removesuffix(".marnet")
-    service = Service(open_classifier, limits, name=name, token=token)
-    listener = listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
-    say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")
-    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        say(f"no token: whoever reaches this address may ask; set {TOKEN} or --token-file")
-    out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
-    log = AccessLog(out)
-    try:
-        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
-    finally:
-        if log.lost:
-            say(f"{log.lost} lines of the access log could not be written")
+    return Service(open_classifier, limits, name=name, token=read_token(token_file))
 
 
 def read_token(file: Path | None) -> str | None:

@@ -69,7 +69,9 @@ class AccessLog:
 class Gate:
     """An ASGI application around another: it refuses, measures and logs."""
 
-    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics, log: AccessLog) -> None:
+    def __init__(
+        self, app: ASGIApp, service: Service, metrics: Metrics, log: AccessLog | None
+    ) -> None:
         self.app, self.service, self.metrics, self.log = app, service, metrics, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +99,8 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         """The answer to a request that may not enter."""
-        service, path = self.service, scope["path"]
+        service = self.service
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in OPEN and not self._is_known(scope):
             headers = {"WWW-Authenticate": "Bearer"}
             return _refuse(401, "send the server's token: Authorization: Bearer TOKEN", headers)
@@ -121,6 +124,8 @@ class Gate:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self.metrics.count_request(route, status, seconds)
+        if self.log is None:
+            return
         self.log.write(
             {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

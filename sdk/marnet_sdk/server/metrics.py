@@ -28,7 +28,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 class Metrics(Collector):
     """All that a server and its classifier count, in a registry of its own."""
 
-    def __init__(self, service: Service, log: AccessLog) -> None:
+    def __init__(self, service: Service, log: AccessLog | None) -> None:
         self._service, self._log = service, log
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -71,9 +71,10 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "marnet_connections", "Connections that are open.", service.connections()
         )
-        yield GaugeMetricFamily(
-            "marnet_log_lines_lost", "Lines that could not be written.", self._log.lost
-        )
+        if self._log is not None:
+            yield GaugeMetricFamily(
+                "marnet_log_lines_lost", "Lines that could not be written.", self._log.lost
+            )
         if (classifier := service.opened) is not None:
             manifest = classifier.bundle.manifest
             about = {

@@ -69,6 +69,7 @@ def make_server(
     config = uvicorn.Config(
         create_app(service, log),
         http=_protocol(limits),
+        loop="asyncio",  # not uvloop where some other package brought it: its transports differ
         ws="none",
         lifespan="on",
         log_config=None,

@@ -110,10 +110,19 @@ class Service:
         self._lone = ThreadPoolExecutor(1, thread_name_prefix="pixels")
         self._waiting = 0  # requests that `alone` has not answered
 
+    def open_now(self) -> None:
+        """Open the classifier, which tests itself, in this thread.
+
+        Raises:
+            MarnetError: why it cannot be opened.
+        """
+        self._classifier = self._open_classifier()
+
     async def open(self) -> None:
-        """Open the classifier, which tests itself, beside the event loop."""
+        """Open the classifier beside the event loop, unless it is open."""
         try:
-            self._classifier = await asyncio.to_thread(self._open_classifier)
+            if self._classifier is None:
+                await asyncio.to_thread(self.open_now)
         except Exception as error:
             self.failure = error
 

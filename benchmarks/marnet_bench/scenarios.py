@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import cycle, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from marnet_bench.machine import describe_machine
 from marnet_bench.timing import Seconds, drift, interleave, speedup_interval, summarise
 from marnet_sdk.backends import IN_GRAPH
-from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES
+from marnet_sdk.bundle import FIDELITY
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.native_loop import NATIVE
 
@@ -91,9 +90,7 @@ def _loop(classifier: Classifier) -> str:
 
 def golden_images(classifier: Classifier, count: int) -> list[bytes]:
     """The files of the bundle's golden images, repeated to `count`."""
-    bundle = classifier.bundle
-    names = sorted(n for n in bundle.manifest.files if n.startswith(GOLDEN_IMAGES))
-    files = [Path(bundle.path / name).read_bytes() for name in names]
+    files = [path.read_bytes() for path in classifier.bundle.golden_images()]
     return list(islice(cycle(files), count))
 
 

@@ -28,6 +28,11 @@ _MIB = 2**20
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one."
 )
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Open the bundle again when its files change, or when it is a link that points elsewhere.",
+)
 @click.option("--name", help="The model's name under /v2/models. Default: the bundle's.")
 @click.option(
     "--token-file",
@@ -107,6 +112,7 @@ def main(
     model: Path | None,
     host: str,
     port: int,
+    watch: bool,
     name: str | None,
     token_file: Path | None,
     operating_point: str | None,
@@ -132,7 +138,8 @@ def main(
     curl -T photo.jpg -X POST http://127.0.0.1:8000/predict
 
     Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
-    each request goes to standard output. SIGTERM answers what was accepted, and ends.
+    each request goes to standard output. SIGHUP opens the bundle again and goes on with it. SIGTERM
+    answers what was accepted, and ends.
     """
     with requires_extra("serve", *_PACKAGES):
         from marnet_sdk.server.gate import AccessLog
@@ -166,7 +173,8 @@ def main(
         )
 
     name = name or model.absolute().name.removesuffix(".marnet")
-    service = Service(open_classifier, limits, name=name, token=token)
+    watched = model if watch else None
+    service = Service(open_classifier, limits, name=name, token=token, watched=watched, tell=say)
     listener = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")
@@ -175,7 +183,7 @@ def main(
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = AccessLog(out)
     try:
-        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
+        serve(service, [listener], log)
     finally:
         if log.lost:
             say(f"{log.lost} lines of the access log could not be written")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +36,7 @@ from marnet_sdk.server.network import DrainingServer, listen, make_server
 from marnet_sdk.server.service import ServerLimits, Service
 
 PATIENCE = 30.0  # seconds until a test that waits gives up; nothing waits for so long
+MAIN = "from marnet_sdk.server.cli import main; main()"
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Running:
     server: DrainingServer
     port: int
     written: io.BytesIO
+    told: list[str]  # of its bundle
 
     @property
     def url(self) -> str:
@@ -97,16 +103,19 @@ def running(
         wait: begin the block once the classifier is open.
         limits: fields of `ServerLimits`.
     """
-    written, ready = io.BytesIO(), threading.Event()
-    service = Service(open_classifier, ServerLimits(**limits), name="digits", token=token)
+    written, told = io.BytesIO(), list[str]()
+    service = Service(
+        open_classifier, ServerLimits(**limits), name="digits", token=token, tell=told.append
+    )
     log = AccessLog(written)
-    server, listener = make_server(service, log, ready.set), listen("127.0.0.1", 0)
+    server, listener = make_server(service, log), listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        assert not wait or ready.wait(PATIENCE)
-        yield Running(service, server, port, written)
+        if wait:
+            until(lambda: told)
+        yield Running(service, server, port, written, told)
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -133,7 +142,9 @@ class Played:
 
     preprocess = SimpleNamespace(output_shape=SHAPE)
     bundle = SimpleNamespace(
-        manifest=SimpleNamespace(backend="played", precision=SimpleNamespace(asked="fp32"))
+        manifest=SimpleNamespace(backend="played", precision=SimpleNamespace(asked="fp32")),
+        digest="0" * 64,
+        golden_images=lambda: [],
     )
 
     async def apredict(self, image: bytes, *, top_k: int = 5, **more: Any) -> Prediction:
@@ -178,6 +189,7 @@ class Played:
         return BatchingStats(
             waiting=3,
             batches={"full": 2, "quiet": 1},
+            sizes={2: 2, 5: 1},
             images={kind: 9},
             refused={"deadline": 1},
             learned={kind: Learned(0.5, 0.25, 8, {})},
@@ -185,3 +197,20 @@ class Played:
 
     def close(self) -> None:
         self.closed = True
+
+
+@contextmanager
+def process(bundle: Path, *arguments: str, **more: Any) -> Iterator[tuple[subprocess.Popen, str]]:
+    """marnet-serve as a process of its own on a free port, and its address; ready to answer."""
+    command = [sys.executable, "-W", "error", "-c", MAIN, "-m", str(bundle), "--port", "0"]
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | more
+    with subprocess.Popen([*command, *arguments], **more) as served:
+        try:
+            assert served.stderr is not None
+            first = served.stderr.readline()
+            found = re.search(r"http://\S+/", first)
+            assert found, first + served.stderr.read()
+            assert "the self-test passed" in served.stderr.readline()
+            yield served, found[0]
+        finally:
+            served.kill()

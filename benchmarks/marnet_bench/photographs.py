@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from marnet_sdk.bundle import GOLDEN_IMAGES, Bundle
+from marnet_sdk.bundle import Bundle
 from marnet_sdk.errors import requires_extra
 
 TWELVE_MEGAPIXELS = 4243  # the longer side of scikit-learn's photographs, 3 to 2, at 12 megapixels
@@ -19,8 +19,7 @@ _FILES = 64  # golden images that are asked for, some of them more than once
 
 def golden_images(bundle: Bundle, count: int) -> list[bytes]:
     """The files of the bundle's golden images, repeated to `count`."""
-    names = sorted(n for n in bundle.manifest.files if n.startswith(GOLDEN_IMAGES))
-    files = [Path(bundle.path / name).read_bytes() for name in names]
+    files = [path.read_bytes() for path in bundle.golden_images()]
     return list(islice(cycle(files), count))
 
 

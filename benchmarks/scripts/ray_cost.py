@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from serving import CLIENTS, MARNET, OURS, Client, best_rate, free_port, started
+from serving import MARNET, OURS, best_rate, free_port, started
 
+from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
-from marnet_bench.traffic import BATCHING, Traffic, golden_or_photographs
+from marnet_bench.photographs import images_of
+from marnet_bench.traffic import BATCHING, Traffic
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.cpus import cpus
@@ -113,9 +113,8 @@ def main(
 ) -> None:
     """Measure the three servers in turn, write the record and print its table."""
     with Classifier(model, batching=BATCHING) as classifier:
-        images = golden_or_photographs(classifier, side)
+        images = images_of(classifier.bundle, [side] if side else [])
         expected = [answer.index for answer in classifier.predict(images)]
-    bodies = [json.dumps({"images": [b64encode(i).decode()]}).encode() for i in images]
     servers: dict[str, list[dict[str, Any]]] = {OURS: [], REPLICA: [], BATCH: []}
     for turn in range(turns):
         for name, turned in servers.items():
@@ -123,27 +122,26 @@ def main(
             port = free_port()
             words = words_of(name, model, port, threads, delay)
             with started(words, port, "/readyz") as client:
-                turned.append(measured(client, bodies, expected, duration, latency))
+                turned.append(measured(client, images, expected, duration, latency))
     found = {"bundle": model.name, "latency_ms": latency, "delay_ms": delay, "threads": threads}
-    found |= {"clients": CLIENTS, "runs": servers, "machine": describe_machine()}
+    found |= {"clients": CONNECTIONS, "runs": servers, "machine": describe_machine()}
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print_found(found)
 
 
 def measured(
-    client: Client, bodies: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
+    client: Server, images: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
 ) -> dict[str, Any]:
     """One turn of a server: a lone caller, and the search for its highest rate in time."""
-    for body in bodies:
-        client.ask(body)  # warm
-    traffic = Traffic(client.submit, bodies, duration=duration, fastest=len(bodies))
+    client.predict(images)  # warm
+    traffic = Traffic(client.submit, images, duration=duration, fastest=len(images))
     lone = traffic.run("single-stream")
     runs = traffic.search(limit)
     traffic.check(expected)
     return {
-        "lone": asdict(lone),
+        "lone": lone.described(),
         "rate": best_rate(runs, limit),
-        "runs": [asdict(run) for run in runs],
+        "runs": [run.described() for run in runs],
     }
 
 

@@ -102,7 +102,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(words: Sequence[Any], port: int, path: str) -> Iterator[Client]:
+def started(words: Sequence[Any], port: int, path: str) -> Iterator[Server]:
     """Run a server in Python for the block, from when it is ready.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from marnet_export.build.builder import builder, device_of
 from marnet_export.build.opened import runs_here
@@ -29,6 +30,7 @@ from marnet_sdk.bundle import (
     PAYLOAD,
     SOURCE,
     TEXT,
+    BatchTimes,
     BuiltFor,
     Precision,
     Sampling,
@@ -36,13 +38,14 @@ from marnet_sdk.bundle import (
     seal_bundle,
 )
 from marnet_sdk.classifier import Classifier
-from marnet_sdk.environment import versions
+from marnet_sdk.environment import processor, versions
 from marnet_sdk.errors import VerificationFailed
 from marnet_sdk.native_loop import GRAPH, LAYERS, NATIVE
 from marnet_train.checkpoint import BASELINE, Checkpoint, copy_files, load_checkpoint
 
 GOLDEN = 8  # images that travel with the bundle
 TABLES = f"{PAYLOAD}/tables.safetensors"
+_TIMED, _ROUNDS = (1, 4, 16), 5  # batch sizes that are timed, and how often each is
 
 
 def seal(
@@ -85,7 +88,9 @@ def seal(
     }
     seal_bundle(fresh, fields)
     if runs_here(backend):
-        _check_in_second_process(job, Classifier(fresh))
+        with Classifier(fresh) as classifier:
+            _check_in_second_process(job, classifier)
+            fields["batch_times"] = _batch_times(classifier)
     else:
         _note_not_run(job)
     seal_bundle(fresh, fields)
@@ -149,6 +154,22 @@ def _check_in_second_process(job: Job, classifier: Classifier) -> None:
             "was written"
         )
     job.report(second_process=found.detail)
+
+
+def _batch_times(classifier: Classifier) -> BatchTimes | None:
+    """Measure batches of a few sizes, so that a server on such a machine need not learn it."""
+    if (threads := classifier.runtime.threads) is None:  # on a GPU
+        return None
+    pixels = load_file(classifier.bundle.file(GOLDEN_ANSWERS))["pixels"]
+    taken: dict[int, list[float]] = {size: [] for size in _TIMED}
+    for _ in range(_ROUNDS):
+        for size, seconds in taken.items():
+            batch = np.resize(pixels, (size, *pixels.shape[1:]))
+            started = time.perf_counter()
+            classifier.predict_pixels(batch)
+            seconds.append(time.perf_counter() - started)
+    medians = tuple((size, float(np.median(seconds))) for size, seconds in taken.items())
+    return BatchTimes(processor(), threads, medians)
 
 
 def _note_not_run(job: Job) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,15 @@ class BuiltFor:
 
 
 @dataclass(frozen=True)
+class BatchTimes:
+    """The seconds that batches took when the bundle was built, at its default operating point."""
+
+    processor: str
+    threads: int  # that a call computed with
+    seconds: tuple[tuple[int, float], ...]  # images of a batch, and its median seconds
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest, typed. `files` maps each relative path to its size and SHA-256."""
 
@@ -128,6 +138,7 @@ class Manifest:
     created: str
     files: dict[str, dict[str, Any]]
     loop: str = "graph"  # what runs the reverse loop: "graph", or "native"
+    batch_times: BatchTimes | None = None  # None: it was not measured
 
     @property
     def preprocessing(self) -> Preprocess:
@@ -182,6 +193,23 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleFormatError(f"{self.path}: the manifest lists no {name}; export it again")
         return self.path / name
+
+    def golden_images(self) -> list[Path]:
+        """The paths of the golden images, in the order of their answers."""
+        names = (name for name in self.manifest.files if name.startswith(f"{GOLDEN_IMAGES}/"))
+        return [self.path / name for name in sorted(names, key=lambda name: int(Path(name).stem))]
+
+    def check_in_place(self) -> None:
+        """Refuse a folder that holds another bundle by now, of whose files some may have been read.
+
+        Raises:
+            BundleCorrupt: it does.
+        """
+        if _digest_in(self.path) != self.digest:
+            raise BundleCorrupt(
+                f"{self.path} was replaced by another bundle while it was being opened; open it "
+                "again"
+            )
 
     def check_listed(self, folder: Path) -> None:
         """Refuse files inside a folder of the bundle that the manifest does not list.
@@ -360,6 +388,9 @@ def _typed(path: Path, content: dict[str, Any]) -> Manifest:
             for name, entry in fields["files"].items()
         }
         _check_loop(fields.get("loop", "graph"), fields["files"])
+        if (times := fields.get("batch_times")) is not None:
+            seconds = tuple(_size_and_seconds(*pair) for pair in times["seconds"])
+            fields["batch_times"] = BatchTimes(**{**times, "seconds": seconds})
         return Manifest(**fields)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BundleFormatError(f"{path} lacks what inference needs: {error}") from error
@@ -383,6 +414,12 @@ def _check_loop(loop: str, files: Mapping[str, Any]) -> None:
         raise ValueError(f"loop {loop!r} is neither graph nor native; upgrade marnet")
     if (loop == "native") != (NATIVE_LAYERS in files):
         raise ValueError(f"loop {loop!r} does not go with {NATIVE_LAYERS}; export it again")
+
+
+def _size_and_seconds(size: int, seconds: float) -> tuple[int, float]:
+    if type(size) is not int or size < 1 or not 0 < seconds < math.inf:
+        raise ValueError(f"a batch of {size} images took {seconds} seconds")
+    return size, seconds
 
 
 def _check_file(

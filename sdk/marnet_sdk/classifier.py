@@ -20,6 +20,7 @@ from marnet_sdk.backends import RuntimeReport, open_backend
 from marnet_sdk.backends.guarded import Guarded
 from marnet_sdk.bundle import PLAN, read_bundle
 from marnet_sdk.cpus import check_threads
+from marnet_sdk.environment import processor
 from marnet_sdk.errors import ImageError, InvalidImages, InvalidInput, brief
 from marnet_sdk.inputs.batches import (
     Usable,
@@ -104,8 +105,9 @@ class Classifier(ManyCallers, Matching):
         name = sampling.default if operating_point is None else operating_point
         for point in (name, *batching.brown_out):
             bundle.check_point(point)
-        # Files are opened later, too, perhaps from another working directory.
-        self.bundle = bundle = replace(bundle, path=bundle.path.absolute())
+        # Files are opened later, too, perhaps from another working directory; and a symbolic link
+        # may point elsewhere by then.
+        self.bundle = bundle = replace(bundle, path=bundle.path.resolve())
         self.limits, self.labels = limits, manifest.labels
         exact = manifest.preprocessing
         self.preprocess = replace(exact, fast_decode=fast_decode)
@@ -124,13 +126,22 @@ class Classifier(ManyCallers, Matching):
             point: self_test(bundle, exact, runner(point, sampling.seed))
             for point in dict.fromkeys([sampling.default, name, *batching.brown_out])
         }
+        bundle.check_in_place()
         self._feature_width = golden[name].features.shape[1]
         seed = sampling.seed if seed is None else seed
         runners = [runner(point, seed) for point in (name, *batching.brown_out)]
         self._run = runners[0]
-        self._serve([Answering(run, self.labels) for run in runners], batching)
+        self._serve([Answering(run, self.labels) for run in runners], batching, self._batch_times())
         self._samples = self._run.point.samples
         self._samples = self._draws(samples)
+
+    def _batch_times(self) -> Sequence[tuple[int, float]]:
+        """Sizes and seconds of batches that the export measured, if it did so on such a machine."""
+        times = self.bundle.manifest.batch_times
+        if times is None or self.operating_point != self.bundle.manifest.sampling.default:
+            return ()
+        here = (processor(), self._guard.report().threads)
+        return times.seconds if (times.processor, times.threads) == here else ()
 
     def close(self) -> None:
         """Let go of the backend and its threads, once running calls and accepted requests are done.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from marnet_sdk.bundle import GOLDEN_ANSWERS, GOLDEN_IMAGES, Bundle, Manifest
+from marnet_sdk.bundle import GOLDEN_ANSWERS, Bundle, Manifest
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import BundleFormatError, InferenceError, SelfTestFailed
 from marnet_sdk.inputs.preprocess import Preprocess
@@ -27,13 +26,10 @@ def self_test(bundle: Bundle, preprocess: Preprocess, run: Runner) -> Batch:
         SelfTestFailed: this machine decodes or answers otherwise.
     """
     manifest, golden = bundle.manifest, load_file(bundle.file(GOLDEN_ANSWERS))
-    names = sorted(
-        (name for name in manifest.files if name.startswith(GOLDEN_IMAGES)),
-        key=lambda name: int(Path(name).stem),
-    )
-    pixels = preprocess.pixels([bundle.path / name for name in names])
+    images = bundle.golden_images()
+    pixels = preprocess.pixels(images)
     key = golden_key(manifest, run.operating_point)
-    expected = (pixels.shape, (len(names), len(manifest.labels)))
+    expected = (pixels.shape, (len(images), len(manifest.labels)))
     if key not in golden or (golden["pixels"].shape, golden[key].shape) != expected:
         raise BundleFormatError(
             f"{bundle.path}: its golden answers do not fit the labels and the preprocessing of "

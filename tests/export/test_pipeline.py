@@ -95,7 +95,13 @@ def test_the_manifest_says_what_was_asked_and_what_was_built(ten_steps, checkpoi
     assert manifest.checkpoint_sha256 == checkpoint_hash(checkpoint)
     assert manifest.built_for.device == "cpu"
     assert {"python", "torch", "numpy"} <= manifest.built_for.packages.keys()
-    assert Classifier(path).preprocess.output_shape == (3, 32, 32)
+    assert manifest.batch_times is not None
+    sizes, seconds = zip(*manifest.batch_times.seconds, strict=True)
+    assert sizes == (1, 4, 16)
+    assert all(0 < taken < 60 for taken in seconds)
+    classifier = Classifier(path)
+    assert manifest.batch_times.threads == classifier.runtime.threads
+    assert classifier.preprocess.output_shape == (3, 32, 32)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marnet_sdk.bundle import (
+    BatchTimes,
     BuiltFor,
     Bundle,
     Manifest,
@@ -125,6 +126,7 @@ def test_what_was_sealed_is_what_is_read(bundle):
     got = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
     files = got.pop("files")
     assert got.pop("loop") == "graph"  # of a manifest that does not say
+    assert got.pop("batch_times") is None
     assert got == FIELDS
     assert files["golden/images/0.png"] == {
         "bytes": 5,
@@ -355,6 +357,16 @@ def test_a_sampling_that_cannot_be_is_refused(bundle, change, message):
     reseal(bundle, lambda content: content["sampling"].update(change))
     with pytest.raises(BundleFormatError, match=message):
         read_bundle(bundle)
+
+
+def test_times_of_batches_are_read_and_impossible_ones_refused(bundle):
+    times = BatchTimes("a processor", 2, ((1, 0.5), (16, 2)))
+    path = make_bundle(bundle, batch_times=times)
+    assert read_bundle(path).manifest.batch_times == times
+    for wrong in ([0, 1.0], [1, 0], [1, float("inf")], [1.5, 1.0], [True, 1.0], [1], 1):
+        reseal(path, lambda content, wrong=wrong: content["batch_times"].update(seconds=[wrong]))
+        with pytest.raises(BundleFormatError, match="lacks what inference needs: "):
+            read_bundle(path)
 
 
 @pytest.mark.parametrize("version", [4, 5, 1000])

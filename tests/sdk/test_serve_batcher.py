@@ -108,6 +108,7 @@ def test_what_waits_while_the_model_is_busy_goes_through_it_together(made, model
     stats = batcher.stats()
     assert (stats.accepted, stats.answered) == (5, 5)
     assert stats.images == {"first": 1, "kind": 4}
+    assert stats.sizes == {1: 1, 4: 1}
     assert sum(stats.batches.values()) == 2
     assert stats.learned["first"].medians.keys() == {1}
 
@@ -138,6 +139,20 @@ def test_a_cancelled_request_is_skipped(made, model):
     assert model.batches == [[0], [1, 3]]
     assert not futures[0].cancel()
     assert batcher.stats().cancelled == 1
+
+
+def test_who_waits_for_a_cancelled_request_is_told_wherever_it_was(made, model):
+    batcher = made(decoders=1, max_batch=1)
+    first = model.busy(batcher)
+    futures = [batcher.submit(number, None, KIND) for number in range(1, 5)]
+    while batcher.stats().ready < 2:  # the other two are not decoded yet
+        pass
+    assert all(future.cancel() for future in futures)
+    model.open.set()
+    assert wait(futures, SECONDS).done == set(futures)
+    results([first])
+    while batcher.stats().cancelled < 4:
+        pass
 
 
 def test_the_queue_is_bounded(made, model):
@@ -240,6 +255,31 @@ def test_a_thread_that_is_struck_down_fails_what_waits_and_goes_on(made, model, 
         batcher.submit(1, None, KIND).result(SECONDS)
     assert batcher.submit(2, None, KIND).result(SECONDS) == ("kind", 4, None)
     assert [args.exc_type for args in reported] == [MemoryError]
+
+
+def test_a_decoder_that_is_struck_down_loses_no_request_and_does_not_keep_it_from_closing(
+    made, model, monkeypatch
+):
+    reported = []
+    monkeypatch.setattr(threading, "excepthook", reported.append)
+    batcher = made(decoders=1)
+    batcher.submit(0, None, KIND).result(SECONDS)
+    queue, errors = batcher._threads._queue, iter([MemoryError("no memory")])
+    really = queue.decoded
+
+    def decoded(*arguments: Any, **more: Any) -> None:
+        for error in errors:
+            raise error
+        really(*arguments, **more)
+
+    monkeypatch.setattr(queue, "decoded", decoded)
+    with pytest.raises(MemoryError, match="no memory"):
+        batcher.submit(1, None, KIND).result(SECONDS)
+    assert batcher.submit(2, None, KIND).result(SECONDS) == ("kind", 4, None)
+    assert [args.exc_type for args in reported] == [MemoryError]
+    stats = batcher.stats()
+    assert (stats.decoding, stats.failed, stats.answered) == (0, 1, 2)
+    batcher.close()
 
 
 def test_where_the_system_gives_no_more_threads_none_is_left_and_the_next_request_may_work(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,9 @@ from tolerances import BUILT
 
 from marnet_sdk import Classifier, ImageError, Prediction
 from marnet_sdk.backends import InTwoCalls
+from marnet_sdk.bundle import BatchTimes, reseal_bundle
 from marnet_sdk.cpus import cpus
+from marnet_sdk.environment import processor
 from marnet_sdk.errors import (
     ClassifierClosed,
     DeadlineExceeded,
@@ -223,6 +226,22 @@ def test_overload_and_deadlines_are_errors_of_the_call(bundle, paths, monkeypatc
         gate.open.set()
         assert running.result(SECONDS)
         assert classifier.batching_stats().refused == {"queue full": 1, "deadline": 1}
+
+
+@pytest.mark.parametrize(
+    ("processor_", "threads", "sizes"),
+    [(processor(), 1, {1, 4, 16}), ("another", 1, {1}), (processor(), 2, {1})],
+)
+def test_what_the_export_measured_is_known_from_the_start_on_such_a_machine(
+    bundle, paths, tmp_path, processor_, threads, sizes
+):
+    shutil.copytree(bundle, copy := tmp_path / "timed.marnet")
+    seconds = ((1, 5.0), (4, 5.5), (16, 7.0))
+    reseal_bundle(copy, batch_times=BatchTimes(processor_, threads, seconds))
+    with Classifier(copy, threads=1) as classifier:
+        assert classifier.submit(paths[0]).result(SECONDS)
+        (learned,) = classifier.batching_stats().learned.values()
+        assert learned.medians.keys() == sizes
 
 
 # --- tasks
@@ -491,3 +510,5 @@ def test_the_program_of_the_page_runs(digits, bundle_of, tmp_path):
     answered = readme.run("python", program, tmp_path).splitlines()
     assert len(answered) == 3
     assert answered[0] == f"{{{answered[1]!r}}}"
+    (deployed,) = (text for kind, text in page if kind == "python" and "Deployment" in text)
+    assert readme.run("python", deployed, tmp_path).split()[0] == answered[1]

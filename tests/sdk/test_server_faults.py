@@ -12,16 +12,17 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import PATIENCE, Played, read_all, running, until
+from serving import MAIN, PATIENCE, Played, process, read_all, running, until
 
 from marnet_sdk import Classifier
 from marnet_sdk.errors import BundleCorrupt
@@ -33,7 +34,6 @@ from marnet_sdk.server.service import ServerLimits, Service
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\n"
 POOL = 32 + 4  # threads that asyncio may start for what would hold up its loop
-MAIN = "from marnet_sdk.server.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -293,27 +293,9 @@ def test_sigterm_while_the_bundle_is_being_opened_closes_it_afterwards():
 # --- the process ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def process(bundle: Path, *arguments: str, **more) -> Iterator[tuple[subprocess.Popen, str]]:
-    """marnet-serve on a free port, and its address."""
-    command = [sys.executable, "-W", "error", "-c", MAIN, "-m", str(bundle), "--port", "0"]
-    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | more
-    with subprocess.Popen([*command, *arguments], **more) as served:
-        try:
-            assert served.stderr is not None
-            first = served.stderr.readline()
-            found = re.search(r"http://\S+/", first)
-            assert found, first + served.stderr.read()
-            yield served, found[0]
-        finally:
-            served.kill()
-
-
 def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(bundle_of, digits):
     image = min((digits / "test").glob("*.png")).read_bytes()
     with process(bundle_of("onnxruntime", "fp32")) as (served, url), httpx.Client() as client:
-        assert served.stderr is not None
-        assert "the self-test passed" in served.stderr.readline()
         assert client.post(f"{url}predict", content=image).status_code == 200
         host, port = re.findall(r"//(.*):(\d+)/", url)[0]
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as accepted:
@@ -330,6 +312,7 @@ def test_sigterm_answers_what_was_accepted_and_refuses_the_rest(bundle_of, digit
             assert read_all(accepted).startswith(b"HTTP/1.1 200 OK")
         assert served.wait(PATIENCE) == 0
         assert served.stdout is not None
+        assert served.stderr is not None
         lines = [json.loads(line) for line in served.stdout.read().splitlines()]
         assert {line["status"] for line in lines if line["path"] == "/predict"} == {200, 503}
         assert served.stderr.read() == ""
@@ -339,7 +322,7 @@ def test_a_damaged_bundle_ends_the_server_with_the_reason(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     service = Service(lambda: Classifier(tmp_path), ServerLimits(), name="digits")
     with pytest.raises(BundleCorrupt, match="is damaged"):
-        serve(service, [listen("127.0.0.1", 0)], AccessLog(io.BytesIO()), lambda: None)
+        serve(service, [listen("127.0.0.1", 0)], AccessLog(io.BytesIO()))
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(tmp_path):
@@ -375,3 +358,81 @@ def test_without_the_extra_the_pip_line_is_told(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["-m", str(tmp_path)])
     assert result.exit_code == 5
     assert 'pip install "marnet[serve]"' in result.stderr
+
+
+# --- kills and full disks -------------------------------------------------------------------------
+
+
+def test_a_server_that_is_killed_under_load_leaves_nothing_and_comes_back(
+    bundle_of, digits, tmp_path
+):
+    """Clients see that it is gone, and the same command answers at once."""
+    bundle, image = bundle_of("onnxruntime", "fp32"), min((digits / "test").glob("*.png"))
+    body, outcomes = image.read_bytes(), []
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    surroundings: dict[str, Any] = {
+        "cwd": scratch,
+        "env": os.environ | {"TMPDIR": str(scratch), "MARNET_CACHE": str(scratch)},
+        "stdout": subprocess.DEVNULL,
+    }
+
+    def call(url: str) -> None:
+        with httpx.Client(timeout=PATIENCE) as client, suppress(httpx.TransportError):
+            while True:
+                outcomes.append(client.post(f"{url}predict", content=body).status_code)
+
+    with process(bundle, "--threads", "1", **surroundings) as (served, url):
+        with ThreadPoolExecutor(4) as pool:
+            callers = [pool.submit(call, url) for _ in range(4)]
+            until(lambda: len(outcomes) > 40)
+            mapped = Path(f"/proc/{served.pid}/maps").read_text()
+            served.kill()
+            for caller in callers:
+                caller.result(PATIENCE)
+        assert served.wait(PATIENCE) == -signal.SIGKILL
+    assert set(outcomes) == {200}
+    assert "/dev/shm" not in mapped
+    assert list(scratch.iterdir()) == []
+    port = url.rstrip("/").rpartition(":")[2]
+    with process(bundle, "--threads", "1", "--port", port, **surroundings) as (_, again):
+        assert again == url
+        assert httpx.post(f"{again}predict", content=body).status_code == 200
+
+
+def test_a_server_whose_messages_and_log_find_a_full_disk_answers(bundle_of, digits):
+    body = min((digits / "test").glob("*.png")).read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        MAIN,
+        "-m",
+        str(bundle_of("onnxruntime", "fp32")),
+    ]
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen([*command, "--port", str(port)], stdout=full, stderr=full) as served,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client,
+    ):
+
+        def ready() -> bool:
+            assert served.poll() is None
+            with suppress(httpx.TransportError):
+                return client.get("/readyz").status_code == 200
+            return False
+
+        try:
+            until(ready)
+            answers = [client.post("/predict", content=content) for content in (body, b"x", body)]
+            assert [answer.status_code for answer in answers] == [200, 400, 200]
+            lost = re.search(r"marnet_log_lines_lost (\d+)", client.get("/metrics").text)
+            assert lost is not None
+            assert int(lost[1]) >= 3
+            served.send_signal(signal.SIGTERM)
+            assert served.wait(PATIENCE) == 1  # what could not be said is told by the exit code
+        finally:
+            served.kill()

@@ -29,7 +29,7 @@ from marnet_export.settings import Say, Settings
 from marnet_export.text import check_text
 from marnet_export.work import at_work
 from marnet_sdk.backends import why_unavailable
-from marnet_sdk.bundle import FIDELITY, GOLDEN_IMAGES, reseal_bundle
+from marnet_sdk.bundle import FIDELITY, reseal_bundle
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import (
     BackendUnavailable,
@@ -212,9 +212,7 @@ def _race(found: list[Candidate], folder: Path) -> list[Candidate]:
 
 def _golden(classifier: Classifier, count: int) -> list[bytes]:
     """The files of the golden images, repeated to `count`."""
-    bundle = classifier.bundle
-    names = [name for name in bundle.manifest.files if name.startswith(GOLDEN_IMAGES)]
-    images = [(bundle.path / name).read_bytes() for name in names]
+    images = [path.read_bytes() for path in classifier.bundle.golden_images()]
     return [images[i % len(images)] for i in range(count)]
 
 

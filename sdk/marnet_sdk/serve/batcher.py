@@ -28,6 +28,7 @@ from marnet_sdk.serve.queue import BatchingStats, Queue, passed
 Prepare = Callable[[Any], Any]  # an image to what the model takes
 # A kind, prepared images that are run as it, and what each asks for -> an answer or error of each.
 Run = Callable[[Any, Sequence[Any], Sequence[Any]], Sequence[Any]]
+Known = Sequence[tuple[Hashable, int, float]]  # a kind, the size of a batch, and its seconds
 _starting = lock_free_in_children()
 
 
@@ -59,6 +60,7 @@ class Batcher:
         prepare: Prepare,
         run: Run,
         knobs: Batching,
+        known: Known = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start nothing yet.
@@ -66,8 +68,9 @@ class Batcher:
         Args:
             prepare: called in several threads at once.
             run: called in one thread, with requests of the same kinds.
+            known: how long batches take, as far as that is known before.
         """
-        self._how = prepare, run, knobs, clock
+        self._how = prepare, run, knobs, known, clock
         self._numbers = count()
         self._threads: _Threads | None = None
         self._closed = False
@@ -138,19 +141,25 @@ class _Threads:
     """The threads and what they share. They hold it, and nothing of it holds the `Batcher`."""
 
     def __init__(
-        self, prepare: Prepare, run: Run, knobs: Batching, clock: Callable[[], float]
+        self,
+        prepare: Prepare,
+        run: Run,
+        knobs: Batching,
+        known: Known,
+        clock: Callable[[], float],
     ) -> None:
         self.process, self.clock = os.getpid(), clock
         self._prepare, self._run = prepare, run
         self._queue: Queue[Request] = Queue(knobs)
+        for kind, size, seconds in known:
+            self._queue.learn(kind, size, seconds)
         # Reentrant, as garbage may be collected, and a batcher with it, while it is held.
         self._lock = RLock()
         self._to_decode, self._to_run = Condition(self._lock), Condition(self._lock)
         self._idle_decoders = 0
-        self._batch: Sequence[Request] = ()  # what the model has
         self._enough = 0  # ready requests that wake the worker; 0: it is not asleep
         decoders = knobs.decoders or cpus().threads
-        works = [(f"marnet-decoder-{i}", self._decode) for i in range(decoders)]
+        works = [(f"marnet-decoder-{i}", self._decode_one) for i in range(decoders)]
         works.append(("marnet-batches", self._run_one))
         self._threads = [
             Thread(target=self._repeat, args=(work,), name=name, daemon=True)
@@ -174,7 +183,7 @@ class _Threads:
                 if self._idle_decoders:
                     self._to_decode.notify()
         finally:
-            self._fail_expired()
+            self._tell_dropped()
 
     def close(self) -> None:
         """Answer what was accepted, and end."""
@@ -192,98 +201,88 @@ class _Threads:
         with self._lock:
             return self._queue.stats(self.clock())
 
-    def _repeat(self, work: Callable[[], bool]) -> None:
+    def _repeat(self, work: Callable[[list[Request]], bool]) -> None:
         """Work until nothing is left.
 
         Errors of requests are theirs. Any other, such as a lack of memory, is reported as that of
-        a thread, and what waits fails with it.
+        a thread, and what this thread has and what waits fail with it.
         """
+        mine: list[Request] = []  # what is neither in the queue nor finished
         while True:
             try:
-                if not work():
+                if not work(mine):
                     return
             except BaseException as error:
                 _report(error)
-                self._fail_all(error)
+                self._fail_all(mine, error)
+            mine.clear()
 
-    def _fail_all(self, error: BaseException) -> None:
+    def _fail_all(self, mine: Sequence[Request], error: BaseException) -> None:
+        failure = _failure(error)
         with self._lock:
-            requests = list(self._queue.clear())
-            if current_thread() is self._threads[-1]:
-                requests += self._batch
-                self._batch = ()
-        for request in requests:
+            waiting = self._queue.clear(mine)
+        for request in dict.fromkeys((*mine, *waiting)):
             future = request.future
             if future.running() or (not future.done() and future.set_running_or_notify_cancel()):
-                _finish(request, _failure(error))
+                _finish(request, failure)
 
     # --- decoding
 
-    def _decode(self) -> bool:
-        """Decode images until none comes any more."""
-        done: Request | None = None
-        while True:
-            with self._lock:
-                if done is not None:
-                    self._put_back(done, usable=True)
-                    done = None
-                request = self._wait_for_an_image()
-            self._fail_expired()
-            if request is None:
-                if self._queue.closing and self._queue.all_decoded:
-                    return False
-                continue
-            pixels = _attempt(self._prepare, request.image)
-            if isinstance(pixels, _Failure):
-                with self._lock:
-                    self._put_back(request, usable=False)
-                if request.future.set_running_or_notify_cancel():
-                    _finish(request, pixels)
-            else:
-                request.pixels, request.image = pixels, None
-                done = request
-            # The traceback of an error leads here, and these would lead back to the error.
-            request = pixels = None
+    def _decode_one(self, mine: list[Request]) -> bool:
+        """Decode one image; False: none comes any more."""
+        with self._lock:
+            mine += self._wait_for_an_image()
+        self._tell_dropped()
+        if not mine:
+            return not (self._queue.closing and self._queue.all_decoded)
+        (request,) = mine
+        pixels = _attempt(self._prepare, request.image)
+        usable = not isinstance(pixels, _Failure)
+        if usable:
+            request.pixels, request.image = pixels, None
+        with self._lock:
+            self._queue.decoded(request, self.clock(), usable=usable)
+            urgent = request.deadline < math.inf or self._queue.closing
+            if self._enough and (urgent or self._queue.ready >= self._enough):
+                self._to_run.notify()
+        if not usable and request.future.set_running_or_notify_cancel():
+            _finish(request, pixels)
+        # The traceback of an error leads here, and this would lead back to the error.
+        del request, pixels
+        return True
 
-    def _put_back(self, request: Request, *, usable: bool) -> None:
-        self._queue.decoded(request, self.clock(), usable=usable)
-        urgent = request.deadline < math.inf or self._queue.closing
-        if self._enough and (urgent or self._queue.ready >= self._enough):
-            self._to_run.notify()
-
-    def _wait_for_an_image(self) -> Request | None:
-        """Wait for the next; None: some have expired, or all is decoded and no others come."""
+    def _wait_for_an_image(self) -> Sequence[Request]:
+        """Wait for the next; none: some were dropped, or all is decoded and no others come."""
         while (request := self._queue.next_to_decode(self.clock())) is None:
-            if self._queue.expired or (self._queue.closing and self._queue.all_decoded):
-                return None
+            if self._queue.dropped or (self._queue.closing and self._queue.all_decoded):
+                return ()
             self._idle_decoders += 1
             try:
                 self._to_decode.wait()
             finally:
                 self._idle_decoders -= 1
-        return request
+        return (request,)
 
     # --- the model
 
-    def _run_one(self) -> bool:
+    def _run_one(self, mine: list[Request]) -> bool:
         """Run one batch; False: nothing is left, and nothing comes."""
         with self._lock:
-            decision = self._wait_for_a_batch()
+            if (decision := self._wait_for_a_batch()) is None:
+                return False
+            mine += decision.release
             if not self._queue.all_decoded:
                 self._to_decode.notify_all()  # fewer are ready now
-        self._fail_expired()
-        if decision is None:
-            return False
-        batch = [r for r in decision.release if r.future.set_running_or_notify_cancel()]
+        self._tell_dropped()
+        batch = [request for request in mine if request.future.set_running_or_notify_cancel()]
         with self._lock:
-            self._queue.cancelled(len(decision.release) - len(batch))
-            self._batch = batch
+            self._queue.cancelled(len(mine) - len(batch))
             if batch:
                 assert decision.reason is not None
                 self._queue.begin(batch, decision.kind, decision.reason, self.clock())
         if batch:
             self._answer(batch, decision.kind)
-        batch = decision = None  # as above
+        del batch, decision  # as above
         return True
 
     def _wait_for_a_batch(self) -> Decision[Request] | None:
@@ -311,15 +310,15 @@ class _Threads:
             self._queue.end(batch, kind, now - started, now, failed=failed)
         for request, answer in zip(batch, answers, strict=True):
             _finish(request, answer)
-        self._batch = ()
         batch = got = answers = request = answer = ()  # as above
 
-    def _fail_expired(self) -> None:
-        if not self._queue.expired:
+    def _tell_dropped(self) -> None:
+        """Fail those whose deadline passed; whoever waits for a cancelled one is told of it."""
+        if not self._queue.dropped:
             return
         with self._lock:
-            expired = self._queue.take_expired()
-        for request in expired:
+            dropped = self._queue.take_dropped()
+        for request in dropped:
             if request.future.set_running_or_notify_cancel():
                 _finish(request, passed(request.deadline - request.accepted))
 

@@ -147,17 +147,25 @@ class ManyCallers:
         """Describe the queue of `submit` and `apredict`, and what happened in it until now."""
         return self._batcher.stats()
 
-    def _serve(self, answers: Sequence[Answering], batching: Batching) -> None:
+    def _serve(
+        self,
+        answers: Sequence[Answering],
+        batching: Batching,
+        seconds: Sequence[tuple[int, float]] = (),
+    ) -> None:
         """Get ready for callers; nothing that is made here holds the classifier.
 
         Args:
             answers: at the own operating point, and at each of `Batching.brown_out`.
+            seconds: what is known of batches at the own operating point: sizes and their seconds.
         """
         self._answer, *lower = answers
         self._instead = [Kind(a.run.operating_point, a.run.point.samples) for a in lower]
         self._prepare = partial(_prepared, self.preprocess, self.limits)
         by_point = {answer.run.operating_point: answer for answer in answers}
-        self._batcher = Batcher(self._prepare, partial(_answered, by_point), batching)
+        own = Kind(self._answer.run.operating_point, self._answer.run.point.samples)
+        known = [(own, size, each) for size, each in seconds]
+        self._batcher = Batcher(self._prepare, partial(_answered, by_point), batching, known)
 
     def _draws(self, samples: int | None, stop: str | None = None) -> int:
         """The noise samples of each image of a call, checked."""

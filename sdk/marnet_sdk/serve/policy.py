@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from marnet_sdk.arguments import positive, seconds
 from marnet_sdk.errors import InvalidInput, brief
@@ -97,8 +97,7 @@ class Waiting:
 R = TypeVar("R", bound=Waiting)
 
 
-@dataclass(frozen=True)
-class Decision(Generic[R]):
+class Decision(NamedTuple, Generic[R]):
     """A batch to be run now; where there is none, when to look again."""
 
     release: Sequence[R] = ()  # to be run at once

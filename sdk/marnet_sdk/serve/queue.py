@@ -52,6 +52,7 @@ class BatchingStats:
     late: int = 0  # of those that were answered, after their deadline
     refused: dict[str, int] = field(default_factory=dict)  # by "queue full" or "deadline"
     batches: dict[Reason, int] = field(default_factory=dict)  # by why they were released
+    sizes: dict[int, int] = field(default_factory=dict)  # the same batches, by their images
     # Images in them, by how they were run; those of ways that did not occur lately by None.
     images: dict[Hashable, int] = field(default_factory=dict)
     stepped_down: int = 0  # of these, run otherwise than asked, because the queue was too long
@@ -65,10 +66,11 @@ class Queue(Generic[R]):
         """Begin empty."""
         self.knobs = knobs
         self.closing = False  # no others come
-        self.expired: list[R] = []  # dropped; for the caller to take out
+        # Cancelled, or their deadline passed; for the caller to take out and to tell.
+        self.dropped: list[R] = []
         self._waiting: list[R] = []
         self._ready: list[R] = []
-        self._decoding = 0
+        self._decoding: set[R] = set()
         self._running, self._busy_until, self._idle = 0, -math.inf, -math.inf
         self._level = 0  # of the last batch: the place of its kind among its kinds
         self._times: dict[Hashable, ServiceTimes] = {}  # the kind seen last stands last
@@ -76,10 +78,11 @@ class Queue(Generic[R]):
         self._counts: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._batches: Counter[Reason] = Counter()
+        self._sizes: Counter[int] = Counter()
         self._images: Counter[Hashable] = Counter()
 
     def __len__(self) -> int:
-        return len(self._waiting) + self._decoding + len(self._ready)
+        return len(self._waiting) + len(self._decoding) + len(self._ready)
 
     @property
     def done(self) -> bool:
@@ -113,7 +116,7 @@ class Queue(Generic[R]):
         if not len(self) and not self._running:
             return 0.0
         before = sum(r.order < request.order for r in (*self._waiting, *self._ready))
-        return self._fastest(before + self._decoding, request, now)
+        return self._fastest(before + len(self._decoding), request, now)
 
     def _fastest(self, ahead: int, request: R, now: float) -> float:
         """Estimate the seconds until who has so many ahead is answered, all run the fastest way."""
@@ -125,40 +128,41 @@ class Queue(Generic[R]):
         for requests in (self._waiting, self._ready):
             kept: list[R] = []
             for request in requests:
-                if request.cancelled:
-                    self._counts["cancelled"] += 1
-                else:
-                    (self.expired if request.deadline <= now else kept).append(request)
+                useless = request.cancelled or request.deadline <= now
+                (self.dropped if useless else kept).append(request)
             requests[:] = kept
 
-    def clear(self) -> Sequence[R]:
-        """Take out all that wait, as failed."""
+    def clear(self, lost: Sequence[R] = ()) -> Sequence[R]:
+        """Take out all that wait, as failed.
+
+        Args:
+            lost: what a thread had that was struck down, and has failed with it.
+        """
         requests = [*self._waiting, *self._ready]
         self._waiting, self._ready = [], []
-        self._counts["failed"] += len(requests)
+        self._decoding.difference_update(lost)
+        self._counts["failed"] += len({*requests, *lost})
         return requests
 
-    def take_expired(self) -> Sequence[R]:
-        """Take out those that were dropped because their deadline passed."""
-        expired, self.expired = self.expired, []
-        self._counts["expired"] += len(expired)
-        return expired
+    def take_dropped(self) -> Sequence[R]:
+        """Take out those that were dropped."""
+        dropped, self.dropped = self.dropped, []
+        for request in dropped:
+            self._counts["cancelled" if request.cancelled else "expired"] += 1
+        return dropped
 
     def next_to_decode(self, now: float) -> R | None:
         """Take out the next request to decode; None: there is none, or enough are ready."""
         while self._waiting and self._has_room(self._waiting[0]):
             request = self._waiting.pop(0)
-            if request.cancelled:
-                self._counts["cancelled"] += 1
-            elif request.deadline <= now:
-                self.expired.append(request)
-            else:
-                self._decoding += 1
+            if not request.cancelled and request.deadline > now:
+                self._decoding.add(request)
                 return request
+            self.dropped.append(request)
         return None
 
     def _has_room(self, request: R) -> bool:
-        ahead = len(self._ready) + self._decoding
+        ahead = len(self._ready) + len(self._decoding)
         if ahead < 2 * self.knobs.max_batch or not self._ready:
             return True
         return request.priority > self._ready[0].priority
@@ -170,7 +174,7 @@ class Queue(Generic[R]):
 
     def decoded(self, request: R, now: float, *, usable: bool) -> None:
         """Put back what `next_to_decode` gave; an image that is not usable has failed."""
-        self._decoding -= 1
+        self._decoding.discard(request)
         if usable:
             request.ready = now
             self._arrivals.observe(now)
@@ -185,25 +189,29 @@ class Queue(Generic[R]):
 
     def look(self, now: float) -> Decision[R]:
         """Decide what the idle model runs, and take it out."""
+        if not self._ready:
+            return Decision()
         decision = decide(
             *(self._ready, now, self.knobs, self.times, self._arrivals.gap),
             idle=self._idle,
-            behind=len(self._waiting) + self._decoding,
+            behind=len(self._waiting) + len(self._decoding),
             level=self._level,
             closing=self.closing,
         )
         if gone := {*decision.release, *decision.expired}:
             self._ready = [request for request in self._ready if request not in gone]
-            self.expired += decision.expired
+            self.dropped += decision.expired
         return decision
 
     def begin(self, batch: Sequence[R], kind: Hashable, reason: Reason, now: float) -> None:
         """Learn that the model has a batch that `look` released, without those cancelled since."""
         self._batches[reason] += 1
+        self._sizes[len(batch)] += 1
         named = kind in self._images or len(self._images) < 2 * _KINDS
         self._images[kind if named else None] += len(batch)
-        self._level = batch[0].kinds.index(kind)
-        self._counts["stepped_down"] += len(batch) if self._level else 0
+        if len(kinds := batch[0].kinds) > 1:  # others have no choice, and say nothing about it
+            self._level = kinds.index(kind)
+            self._counts["stepped_down"] += len(batch) if self._level else 0
         self._running = len(batch)
         self._busy_until = now + self.times(kind).seconds(len(batch))
 
@@ -216,10 +224,14 @@ class Queue(Generic[R]):
         self._counts["answered"] += len(batch) - failed
         if not failed:
             self._counts["late"] += sum(request.deadline < now for request in batch)
-            times = self._times[kind] = self._times.pop(kind, None) or ServiceTimes()
-            times.observe(len(batch), seconds)
-            if len(self._times) > _KINDS:
-                self._forget(next(iter(self._times)))
+            self.learn(kind, len(batch), seconds)
+
+    def learn(self, kind: Hashable, size: int, seconds: float) -> None:
+        """Learn how long a batch of a kind takes."""
+        times = self._times[kind] = self._times.pop(kind, None) or ServiceTimes()
+        times.observe(size, seconds)
+        if len(self._times) > _KINDS:
+            self._forget(next(iter(self._times)))
 
     def _forget(self, kind: Hashable) -> None:
         """Keep of a kind only that there was one: callers may make up any number of them."""
@@ -242,10 +254,11 @@ class Queue(Generic[R]):
             for kind, t in self._times.items()
         }
         return BatchingStats(
-            *(len(self._waiting), self._decoding, len(self._ready), self._running),
+            *(len(self._waiting), len(self._decoding), len(self._ready), self._running),
             oldest=max((now - request.accepted for request in queued), default=0.0),
             refused=dict(self._refused),
             batches=dict(self._batches),
+            sizes=dict(sorted(self._sizes.items())),
             images=dict(self._images),
             learned=learned,
             **self._counts,

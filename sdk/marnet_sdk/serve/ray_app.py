@@ -71,15 +71,15 @@ class Replica:
         Raises:
             MarnetError: why no answer comes.
         """
-        classifier = self._service.classifier
-        try:
-            await classifier.apredict(_BLACK, top_k=1, priority=_FIRST)
-        except QueueFull:
-            stats = classifier.batching_stats()
-            ended = stats.answered + stats.failed + stats.expired + stats.cancelled
-            stuck, self._ended = ended == self._ended, ended
-            if stuck:
-                raise
+        with self._service.using() as classifier:
+            try:
+                await classifier.apredict(_BLACK, top_k=1, priority=_FIRST)
+            except QueueFull:
+                stats = classifier.batching_stats()
+                ended = stats.answered + stats.failed + stats.expired + stats.cancelled
+                stuck, self._ended = ended == self._ended, ended
+                if stuck:
+                    raise
 
 
 def build(args: Mapping[str, Any]) -> Application:

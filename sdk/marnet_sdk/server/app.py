@@ -36,6 +36,7 @@ class Answers(BaseModel):
     """The answers to the images of a request, in their order."""
 
     answers: list[Prediction]
+    bundle: str  # its digest; one has answered all of them
     milliseconds: float  # from the request's header to this answer
 
 
@@ -50,8 +51,10 @@ def create_app(service: Service, log: AccessLog | None) -> Gate:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(service.open())
+        reloading = asyncio.create_task(service.keep_current())
         yield
-        await opening
+        reloading.cancel()
+        await asyncio.gather(opening, reloading, return_exceptions=True)
         await service.close()
 
     app = FastAPI(
@@ -88,15 +91,19 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     )
     async def predict(request: Request, query: Annotated[Asked, Query()]) -> Answers:
         """Classify the images of the body: the bytes of one, several files, or base64 in JSON."""
-        started, classifier = time.perf_counter(), service.classifier
+        started = time.perf_counter()
+        service.check_ready()
         async with service.body(request) as body:
             kind = request.headers.get("content-type", "")
             size = 0 if is_raw(kind) else len(body)
             upload = await beside(size, read_upload, kind, body, service.limits)
             asked = merged(query, upload.settings)
-            settings = settings_for(asked, classifier, service.limits, started)
-            answers = await answer_all(request, classifier, upload.images, settings)
-        return Answers(answers=answers, milliseconds=1e3 * (time.perf_counter() - started))
+            with service.using() as classifier:
+                settings = settings_for(asked, classifier, service.limits, started)
+                answers = await answer_all(request, classifier, upload.images, settings)
+                digest = classifier.bundle.digest
+        taken = 1e3 * (time.perf_counter() - started)
+        return Answers(answers=answers, bundle=digest, milliseconds=taken)
 
 
 def _add_probes(app: FastAPI, service: Service, metrics: Metrics) -> None:

@@ -33,6 +33,11 @@ _MIB = 2**20
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one."
 )
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Open the bundle again when its files change, or when it is a link that points elsewhere.",
+)
 @click.option("--name", help="The model's name under /v2/models. Default: the bundle's.")
 @click.option(
     "--token-file",
@@ -117,7 +122,8 @@ def main(host: str, port: int, **options: Any) -> None:
     curl -T photo.jpg -X POST http://127.0.0.1:8000/predict
 
     Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
-    each request goes to standard output. SIGTERM answers what was accepted, and ends.
+    each request goes to standard output. SIGHUP opens the bundle again and goes on with it. SIGTERM
+    answers what was accepted, and ends.
     """
     with requires_extra("serve", *PACKAGES):
         from marnet_sdk.server.gate import AccessLog
@@ -133,7 +139,7 @@ def main(host: str, port: int, **options: Any) -> None:
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = AccessLog(out)
     try:
-        serve(service, [listener], log, ready=lambda: say("ready: the self-test passed"))
+        serve(service, [listener], log)
     finally:
         if log.lost:
             say(f"{log.lost} lines of the access log could not be written")
@@ -167,6 +173,7 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def make_service(
     *,
     model: Path,
+    watch: bool,
     name: str | None,
     token_file: Path | None,
     operating_point: str | None,
@@ -218,7 +225,9 @@ def make_service(
         )
 
     name = name or model.absolute().name.removesuffix(".marnet")
-    return Service(open_classifier, limits, name=name, token=read_token(token_file))
+    watched = model if watch else None
+    token = read_token(token_file)
+    return Service(open_classifier, limits, name=name, token=token, watched=watched, tell=say)
 
 
 def read_token(file: Path | None) -> str | None:

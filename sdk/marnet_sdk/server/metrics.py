@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from marnet_sdk.classifier import Classifier
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats
 from marnet_sdk.server.service import Service
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from marnet_sdk.server.gate import AccessLog
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics(Collector):
@@ -75,16 +78,28 @@ class Metrics(Collector):
             yield GaugeMetricFamily(
                 "marnet_log_lines_lost", "Lines that could not be written.", self._log.lost
             )
-        if (classifier := service.opened) is not None:
-            manifest = classifier.bundle.manifest
-            about = {
-                "name": service.name,
-                "backend": manifest.backend,
-                "precision": manifest.precision.asked,
-                "operating_point": classifier.operating_point,
-            }
-            yield InfoMetricFamily("marnet_model", "The bundle that answers.", about)
-            yield from _of_batching(classifier.batching_stats())
+        reloads = CounterMetricFamily(
+            "marnet_reloads", "Times that the bundle was opened again.", labels=["result"]
+        )
+        for result, count in service.reloaded.items():
+            reloads.add_metric([result], count)
+        yield reloads
+        if service.opened:
+            with service.using() as classifier:
+                yield from _of_classifier(service.name, classifier)
+
+
+def _of_classifier(name: str, classifier: Classifier) -> Iterator[Metric]:
+    manifest = classifier.bundle.manifest
+    about = {
+        "name": name,
+        "bundle": classifier.bundle.digest,
+        "backend": manifest.backend,
+        "precision": manifest.precision.asked,
+        "operating_point": classifier.operating_point,
+    }
+    yield InfoMetricFamily("marnet_model", "The bundle that answers.", about)
+    yield from _of_batching(classifier.batching_stats())
 
 
 def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
@@ -105,6 +120,7 @@ def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
     for reason, count in stats.batches.items():
         batches.add_metric([reason], count)
     yield batches
+    yield _histogram(stats.sizes)
     run = CounterMetricFamily(
         "marnet_batched_images",
         "Images in batches, by how they were answered.",
@@ -128,3 +144,11 @@ def _of_batching(stats: BatchingStats) -> Iterator[Metric]:
         times.add_metric([*ways, "fixed"], learned.fixed)
         times.add_metric([*ways, "per_image"], learned.per_image)
     yield times
+
+
+def _histogram(sizes: Mapping[int, int]) -> Metric:
+    """Sizes of batches, from how many batches had each."""
+    counts = [(f"{most}.0", sum(n for k, n in sizes.items() if k <= most)) for most in _IMAGES]
+    counts.append(("+Inf", sum(sizes.values())))
+    images = sum(size * count for size, count in sizes.items())
+    return HistogramMetricFamily("marnet_batch_images", "Images in a batch.", counts, images)

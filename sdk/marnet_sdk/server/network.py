@@ -7,7 +7,6 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
 from types import FrameType
 
 import h11
@@ -42,28 +41,27 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(
-    service: Service, sockets: list[socket.socket], log: AccessLog, ready: Callable[[], None]
-) -> None:
+def serve(service: Service, sockets: list[socket.socket], log: AccessLog) -> None:
     """Answer requests until SIGTERM or Ctrl-C, or until the bundle cannot be opened.
 
-    Args:
-        ready: called once the bundle is open.
+    SIGHUP opens the bundle again.
 
     Raises:
         MarnetError: why it cannot.
     """
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of bad uploads
-    server = make_server(service, log, ready)
-    server.run(sockets)
+    server = make_server(service, log)
+    before = signal.signal(signal.SIGHUP, lambda *_: service.reloads.ask())
+    try:
+        server.run(sockets)
+    finally:
+        signal.signal(signal.SIGHUP, before)
     log.close()
     if service.failure is not None:
         raise service.failure
 
 
-def make_server(
-    service: Service, log: AccessLog, ready: Callable[[], None] = lambda: None
-) -> DrainingServer:
+def make_server(service: Service, log: AccessLog) -> DrainingServer:
     """Build the server around its application."""
     limits = service.limits
     config = uvicorn.Config(
@@ -80,7 +78,7 @@ def make_server(
         timeout_keep_alive=limits.keep_alive_seconds,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    server = DrainingServer(config, service, ready)
+    server = DrainingServer(config, service)
     service.connections = lambda: len(server.server_state.connections)
     return server
 
@@ -88,10 +86,9 @@ def make_server(
 class DrainingServer(uvicorn.Server):
     """A server that answers what it has accepted before it ends, and refuses the rest meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service, self._tell_ready = service, ready
-        self._told, self._deadline = False, 0.0
+        self._service, self._deadline = service, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second Ctrl-C ends the process at once."""
@@ -106,9 +103,6 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """End once all is answered, or the time for that is over. Ten times a second."""
         service = self._service
-        if service.ready and not self._told:
-            self._told = True
-            self._tell_ready()
         drained = service.in_flight == 0 or time.monotonic() > self._deadline
         if service.failure is not None or (service.draining and drained):
             self.should_exit = True

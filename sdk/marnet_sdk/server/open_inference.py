@@ -43,6 +43,7 @@ from marnet_sdk.server.service import Refused, Service, beside
 from marnet_sdk.uncertainty import softmax
 
 VERSION = "1"  # of the model; a server has one
+BUNDLE = "bundle"  # the digest of the one that answers
 Tensor = NDArray[np.float32] | list[bytes]
 
 
@@ -53,18 +54,11 @@ def add_open_inference(app: FastAPI, service: Service) -> None:
 
     async def answer(request: Request, name: str, version: str) -> Response:
         _check_name(service, name, version)
-        started, classifier = time.perf_counter(), service.classifier
+        started = time.perf_counter()
+        service.check_ready()
         async with service.body(request) as body:
-            length = request.headers.get(HEADER_LENGTH)
-            shape = classifier.preprocess.output_shape
-            most = service.limits.images
-            asked = await beside(len(body), read_inference, body, length, shape, most)
-            settings = settings_for(asked.asked, classifier, service.limits, started)
-            if asked.input == PIXELS:
-                tensors = await _of_pixels(request, service, asked, settings)
-            else:
-                tensors = await _of_images(request, classifier, asked, settings)
-        return _response(service.name, asked, tensors, classifier.labels)
+            with service.using() as classifier:
+                return await _answer(request, service, classifier, body, started)
 
     body = {"requestBody": {"required": True, "content": {"application/json": {"schema": SCHEMA}}}}
     more: dict[str, Any] = {
@@ -116,7 +110,8 @@ def _add_metadata(app: FastAPI, service: Service) -> None:
     async def version_metadata(name: str, version: str) -> dict[str, Any]:
         """Describe the inputs and outputs of a version of the model; there is one."""
         _check_name(service, name, version)
-        return _metadata(service.name, service.classifier)
+        with service.using() as classifier:
+            return _metadata(service.name, classifier)
 
     @app.get("/v2/models/{name}/ready", responses=unlike)
     async def model_ready(name: str) -> dict[str, Any]:
@@ -141,6 +136,7 @@ def _metadata(name: str, classifier: Classifier) -> dict[str, Any]:
         "name": name,
         "versions": [VERSION],
         "platform": f"marnet_{classifier.bundle.manifest.backend}",
+        BUNDLE: classifier.bundle.digest,
         "inputs": [
             tensor(IMAGES, "BYTES"),
             tensor(PIXELS, "FP32", *classifier.preprocess.output_shape),
@@ -162,6 +158,20 @@ def _check_name(service: Service, name: str, version: str) -> None:
 # --- answers --------------------------------------------------------------------------------------
 
 
+async def _answer(
+    request: Request, service: Service, classifier: Classifier, body: bytearray, started: float
+) -> Response:
+    length = request.headers.get(HEADER_LENGTH)
+    shape, most = classifier.preprocess.output_shape, service.limits.images
+    asked = await beside(len(body), read_inference, body, length, shape, most)
+    settings = settings_for(asked.asked, classifier, service.limits, started)
+    if asked.input == PIXELS:
+        tensors = await _of_pixels(request, service, classifier, asked, settings)
+    else:
+        tensors = await _of_images(request, classifier, asked, settings)
+    return _response(service.name, classifier, asked, tensors)
+
+
 async def _of_images(
     request: Request, classifier: Classifier, asked: Inference, settings: dict[str, Any]
 ) -> dict[str, Tensor]:
@@ -179,10 +189,13 @@ async def _of_images(
 
 
 async def _of_pixels(
-    request: Request, service: Service, asked: Inference, settings: dict[str, Any]
+    request: Request,
+    service: Service,
+    classifier: Classifier,
+    asked: Inference,
+    settings: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Classify preprocessed pixels, one request after another and outside of other batches."""
-    classifier = service.classifier
     if settings["samples"] not in (None, classifier.samples):
         refuse(f"samples: pixels are answered with the server's {classifier.samples}; leave it out")
     call = service.alone(lambda: classifier.logits(asked.pixels), settings["deadline"])
@@ -196,14 +209,19 @@ async def _of_pixels(
 
 
 def _response(
-    name: str, asked: Inference, tensors: dict[str, Tensor], labels: Sequence[str]
+    name: str, classifier: Classifier, asked: Inference, tensors: dict[str, Tensor]
 ) -> Response:
     described, behind = [], []
     for wanted in asked.outputs:
-        one, data = _output(wanted, tensors[wanted.name], labels)
+        one, data = _output(wanted, tensors[wanted.name], classifier.labels)
         described.append(one)
         behind.append(data)
-    content: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": described}
+    content: dict[str, Any] = {
+        "model_name": name,
+        "model_version": VERSION,
+        "parameters": {BUNDLE: classifier.bundle.digest},
+        "outputs": described,
+    }
     if asked.id is not None:
         content["id"] = asked.id
     if not any(wanted.binary for wanted in asked.outputs):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -21,10 +22,13 @@ from marnet_sdk.errors import (
     InvalidInput,
     QueueFull,
 )
+from marnet_sdk.serve.deployment import Deployment
+from marnet_sdk.server.reloads import Reloads
 
 T = TypeVar("T")
 logger = logging.getLogger("marnet_sdk.server")
 _FEW = 2**14  # bytes that are taken apart in less time than another thread takes to wake
+_POLL_SECONDS = 0.5  # between two looks at whether the bundle should be opened again
 
 
 @dataclass(frozen=True)
@@ -92,21 +96,28 @@ class Service:
         *,
         name: str,
         token: str | None = None,
+        watched: Path | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare to serve; `open` opens the bundle.
+        """Prepare to serve.
 
         Args:
+            open_classifier: opens the bundle, and again whenever there is another one.
             name: what the model is called by clients of the Open Inference Protocol.
             token: what clients must send as a bearer token.
+            watched: the bundle's folder or a link to it, to be opened again when it changes.
+            tell: is told what happens to the bundle, a line at a time.
         """
         self.limits, self.name, self.token = limits, name, token
         self.failure: Exception | None = None  # why there is no classifier and will be none
         self.draining = False
         self.in_flight = 0  # requests that were accepted and are not answered yet
         self.connections: Callable[[], int] = lambda: 0  # that are open; the HTTP server knows
-        self._open_classifier = open_classifier
-        self._classifier: Classifier | None = None
+        self.reloads = Reloads(watched)
+        self.reloaded = {"done": 0, "refused": 0}
         self.held = 0  # bytes of the bodies of all requests that are being answered
+        self._open_classifier, self._tell = open_classifier, tell
+        self._deployment: Deployment | None = None
         self._lone = ThreadPoolExecutor(1, thread_name_prefix="pixels")
         self._waiting = 0  # requests that `alone` has not answered
 
@@ -116,26 +127,51 @@ class Service:
         Raises:
             MarnetError: why it cannot be opened.
         """
-        self._classifier = self._open_classifier()
+        self._deployment = Deployment(self._open_classifier)
 
     async def open(self) -> None:
         """Open the classifier beside the event loop, unless it is open."""
         try:
-            if self._classifier is None:
+            if self._deployment is None:
                 await asyncio.to_thread(self.open_now)
         except Exception as error:
             self.failure = error
+        else:
+            self._tell("ready: the self-test passed")
+
+    async def keep_current(self) -> None:
+        """Open the bundle again whenever `reloads` says so, until this task is cancelled."""
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            if self.ready and await asyncio.to_thread(self.reloads.due):
+                await self._reload()
+
+    async def _reload(self) -> None:
+        assert self._deployment is not None
+        try:
+            digest = await asyncio.to_thread(self._deployment.reload)
+        except Exception as error:
+            self.reloaded["refused"] += 1
+            self._tell(f"not reloaded, the bundle before goes on: {error}")
+        else:
+            self.reloaded["done"] += 1
+            self._tell(f"reloaded: bundle {digest}")
 
     async def close(self) -> None:
         """Close the classifier, which answers or fails what it has accepted."""
         self._lone.shutdown(cancel_futures=True)
-        if self._classifier is not None:
-            await asyncio.to_thread(self._classifier.close)
+        if self._deployment is not None:
+            await asyncio.to_thread(self._deployment.close)
+
+    @property
+    def opened(self) -> bool:
+        """Tell whether the bundle passed its self-test."""
+        return self._deployment is not None
 
     @property
     def ready(self) -> bool:
         """Tell whether the bundle passed its self-test and requests are taken."""
-        return self._classifier is not None and not self.draining
+        return self.opened and not self.draining
 
     def check_ready(self) -> None:
         """Refuse with 503 until the bundle passed its self-test, and while the server stops."""
@@ -143,21 +179,17 @@ class Service:
             reason = "the server is stopping" if self.draining else "the bundle is being opened"
             raise come_again(503, reason)
 
-    @property
-    def opened(self) -> Classifier | None:
-        """The classifier, if it is open."""
-        return self._classifier
-
-    @property
-    def classifier(self) -> Classifier:
-        """The classifier, for a request that needs it.
+    @contextmanager
+    def using(self) -> Iterator[Classifier]:
+        """Lend the classifier to the block, all of which is answered by one bundle.
 
         Raises:
             Refused: 503, it is not open yet.
         """
-        if self._classifier is None:
+        if self._deployment is None:
             raise come_again(503, "the bundle is being opened")
-        return self._classifier
+        with self._deployment.using() as classifier:
+            yield classifier
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncIterator[bytearray]:

@@ -1,0 +1,64 @@
+"""The soak in its short form: nothing is left behind, and the record holds what its table shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/soak.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("soak_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("target", ["in process", "marnet-serve"])
+def test_300_requests_and_two_reloads_leave_nothing_behind(
+    script, bundle_of, zero_bundle, tmp_path, target
+):
+    out = tmp_path / "soak.json"
+    bundles = ["--model", bundle_of("onnxruntime", "fp32")]
+    bundles += ["--other", zero_bundle("onnxruntime", "fp32")]
+    options = [*bundles, "--requests", 300, "--reloads", 3, "--callers", 4, "--out", out]
+    if target == "marnet-serve":
+        options.append("--server")
+    result = CliRunner().invoke(script.main, [*map(str, options)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text("utf-8"))
+    assert (found["target"], found["requests"], found["reloads"]) == (target, 300, 2)
+    assert sum(found["outcomes"].values()) == 300
+    assert found["outcomes"].keys() >= {"answered", "no image", "given up"}
+    assert found["outcomes"]["answered"] > 200
+    assert found["same_at_the_end"]
+    assert len(found["looks"]) > 100
+    assert "resident MiB" in result.output
+
+
+def test_a_change_of_memory_is_told_from_none(script):
+    noise = np.random.default_rng(0).normal(0, 0.2, 240)
+    flat = [{"requests": 100 * i, "mib": 50 + noise[i]} for i in range(240)]
+    rising = [look | {"mib": look["mib"] + 0.001 * look["requests"]} for look in flat]
+    still, leak = script.slope(flat), script.slope(rising)
+    assert still["low"] < 0 < still["high"]
+    assert 0 < leak["low"] < 1024 < leak["high"]
+    assert script.slope(flat[:20])["kib"] is None
+
+
+def test_what_is_left_is_named(script):
+    before = {"mib": 1.0, "threads": 3, "fds": 9}
+    assert script.left(before, before | {"mib": 9.0, "fds": 8}) == []
+    assert script.left(before, before | {"threads": 4}) == ["threads"]

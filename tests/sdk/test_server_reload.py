@@ -1,0 +1,218 @@
+"""marnet-serve goes on with another bundle: when it is told to, or sees that there is one."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from serving import PATIENCE, Played, process, running, until
+
+from marnet_sdk.bundle import read_bundle
+from marnet_sdk.errors import NotFound
+from marnet_sdk.server import service as service_module
+from marnet_sdk.server.reloads import Reloads, content
+
+CALLERS = 4
+
+
+# --- when it should be opened again
+
+
+def test_whoever_asks_gets_one_reload():
+    reloads = Reloads()
+    assert not reloads.due()
+    reloads.ask()
+    reloads.ask()
+    assert [reloads.due(), reloads.due()] == [True, False]
+
+
+def test_a_folder_that_changes_is_opened_again_once_it_is_whole(tmp_path):
+    folder = tmp_path / "current.marnet"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("1")
+    reloads = Reloads(folder)
+    assert [reloads.due(), reloads.due()] == [False, False]
+    (folder / "manifest.json").write_text("22")
+    assert not reloads.due()
+    (folder / "payload").mkdir()
+    (folder / "payload/plan").write_text("3")
+    assert [reloads.due(), reloads.due(), reloads.due()] == [False, True, False]
+
+
+def test_a_link_that_points_elsewhere_is_opened_again(tmp_path):
+    link = tmp_path / "current.marnet"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("same")
+    link.symlink_to("a")
+    reloads = Reloads(link)
+    link.unlink()
+    link.symlink_to("b")
+    assert [reloads.due(), reloads.due(), reloads.due()] == [False, True, False]
+
+
+def test_where_there_is_no_folder_there_is_nothing_in_it(tmp_path):
+    (tmp_path / "circle").symlink_to("circle")
+    assert content(tmp_path / "none") == content(tmp_path / "circle") == frozenset()
+
+
+# --- what is told
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(service_module, "_POLL_SECONDS", 0.01)
+
+
+def named(name: str) -> Played:
+    """A classifier of a bundle with this digest."""
+    played = Played()
+    played.bundle = SimpleNamespace(**{**vars(Played.bundle), "digest": name})
+    return played
+
+
+def test_answers_metadata_and_metrics_say_which_bundle_answers(quick):
+    first, second = named("a" * 64), named("b" * 64)
+    given = iter([first, second])
+    with running(lambda: next(given)) as server, server.client() as client:
+
+        def check(digest: str) -> None:
+            assert client.post("/predict", content=b"x").json()["bundle"] == digest
+            assert client.get("/v2/models/digits").json()["bundle"] == digest
+            assert f'bundle="{digest}"' in client.get("/metrics").text
+
+        check("a" * 64)
+        server.service.reloads.ask()
+        until(lambda: len(server.told) > 1)
+        check("b" * 64)
+        assert server.told[1] == f"reloaded: bundle {'b' * 64}"
+        assert (first.closed, second.closed) == (True, False)
+        assert 'marnet_reloads_total{result="done"} 1.0' in client.get("/metrics").text
+
+
+def test_a_bundle_that_is_refused_leaves_the_one_before_and_says_why(quick):
+    def refuse() -> Played:
+        raise NotFound("current.marnet is not a directory, so it is not a bundle")
+
+    ways = itertools.chain([Played], itertools.repeat(refuse))
+    with running(lambda: next(ways)()) as server, server.client() as client:
+        for count in (1, 2):
+            server.service.reloads.ask()
+            until(lambda count=count: len(server.told) > count)
+        assert server.told[1] == (
+            "not reloaded, the bundle before goes on: current.marnet is not a directory, so it is "
+            "not a bundle"
+        )
+        assert client.post("/predict", content=b"x").status_code == 200
+        assert client.get("/readyz").status_code == 200
+        assert 'marnet_reloads_total{result="refused"} 2.0' in client.get("/metrics").text
+
+
+def test_a_request_is_answered_by_the_bundle_that_began_it(quick):
+    first, second = named("a" * 64), named("b" * 64)
+    given = iter([first, second])
+    with (
+        running(lambda: next(given)) as server,
+        server.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(client.post, "/predict", content=b"wait")
+        until(first.waiting.is_set)
+        server.service.reloads.ask()
+        until(lambda: client.post("/predict", content=b"x").json()["bundle"] == "b" * 64)
+        assert not first.closed
+        first.go_on.set()
+        assert asked.result(PATIENCE).json()["bundle"] == "a" * 64
+        until(lambda: first.closed)
+
+
+# --- a process, under load
+
+
+class Load:
+    """Callers who ask one server without a pause, each over a connection that stays open."""
+
+    def __init__(self, port: int, image: bytes) -> None:
+        self.port, self.image, self.enough = port, image, threading.Event()
+        self.answers: list[tuple[int, dict[str, Any]]] = []
+
+    def call(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        while not self.enough.is_set():
+            connection.request("POST", "/predict", self.image, {"Content-Type": "image/png"})
+            response = connection.getresponse()
+            self.answers.append((response.status, json.loads(response.read())))
+        connection.close()
+
+    def wait_for(self, digest: str) -> None:
+        seen = len(self.answers)
+        until(lambda: any(answer.get("bundle") == digest for _, answer in self.answers[seen:]))
+
+
+@pytest.fixture(scope="module")
+def bundles(bundle_of, zero_bundle) -> dict[str, Path]:
+    """Two bundles whose answers tell which of them gave them, by their operating points."""
+    return {"default": bundle_of("onnxruntime", "fp32"), "zero": zero_bundle("onnxruntime", "fp32")}
+
+
+def said(served: subprocess.Popen, start: str) -> str:
+    """The next line of its messages that starts so."""
+    assert served.stderr is not None
+    return next(line for line in served.stderr if line.startswith(start))
+
+
+def point_to(link: Path, bundle: Path) -> None:
+    """Let a link point elsewhere, in one step."""
+    (fresh := link.with_name("fresh")).symlink_to(bundle)
+    fresh.rename(link)
+
+
+def test_a_server_under_load_changes_its_bundle_and_drops_and_mixes_nothing(
+    bundles, digits, tmp_path
+):
+    link, damaged = tmp_path / "current.marnet", tmp_path / "damaged.marnet"
+    point_to(link, bundles["default"])
+    shutil.copytree(bundles["zero"], damaged)
+    (damaged / "payload/plan.safetensors").write_bytes(b"damaged")
+    digests = {read_bundle(path).digest: point for point, path in bundles.items()}
+    default, zero = digests
+    image = min((digits / "test").glob("*.png")).read_bytes()
+    with process(link, "--watch", stdout=subprocess.DEVNULL) as (served, url):
+        load = Load(int(url.rstrip("/").rpartition(":")[2]), image)
+        with ThreadPoolExecutor(CALLERS) as pool:
+            callers = [pool.submit(load.call) for _ in range(CALLERS)]
+            try:
+                load.wait_for(default)
+                point_to(link, bundles["zero"])
+                load.wait_for(zero)
+                assert said(served, "reloaded: ") == f"reloaded: bundle {zero}\n"
+                point_to(link, damaged)
+                refused = said(served, "not reloaded, the bundle before goes on: ")
+                assert "payload/plan.safetensors has 7 bytes" in refused
+                load.wait_for(zero)
+                link.unlink()
+                shutil.copytree(bundles["default"], link)
+                load.wait_for(default)
+                assert said(served, "reloaded: ") == f"reloaded: bundle {default}\n"
+                served.send_signal(signal.SIGHUP)  # nothing has changed
+                assert said(served, "reloaded: ") == f"reloaded: bundle {default}\n"
+            finally:
+                load.enough.set()
+            for caller in callers:
+                caller.result(PATIENCE)
+        served.send_signal(signal.SIGTERM)
+        assert served.wait(PATIENCE) == 0
+    assert {status for status, _ in load.answers} == {200}
+    for _, content_ in load.answers:
+        points = {answer["operating_point"] for answer in content_["answers"]}
+        assert points == {digests[content_["bundle"]]}

@@ -7,7 +7,7 @@ The weights of a `--model` are random (but for those of EfficientNet-Lite0's enc
 can be downloaded here: the figures say how fast it is and how far a bundle is from the float32
 model, and nothing about accuracy. A `--checkpoint` has been trained; its samples are read from
 their files, by the same code for all. With `--loop graph --loop native`, each bundle is built with
-both loops, and the fastest with the native one is held to the fastest with the graph's. Every export
+both loops, and the fastest with the native one is held to the fastest with the graph's. An export
 runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
 answer the same images in turn, in one process with the same threads. Takes a quarter of an hour for
 each model.

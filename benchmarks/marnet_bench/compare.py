@@ -183,8 +183,8 @@ def _lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
         was, now = (np.array(one["seconds"], np.float64) for one in (line, after[key]))
         for measure, statistic in _measures(line).items():
             ratio = independent_interval(was, now, statistic)
-            times = (1e3 * float(statistic(seconds)) for seconds in (was, now))
-            yield Change(_name(line), measure, *times, *ratio)
+            before, since = (1e3 * float(statistic(seconds)) for seconds in (was, now))
+            yield Change(_name(line), measure, before, since, *ratio)
 
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Statistic]:

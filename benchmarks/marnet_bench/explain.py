@@ -62,7 +62,9 @@ def needs(manifest: Manifest, batch: int, limits: Limits) -> dict[str, Need]:
     """
     receipt, point = manifest.precision.receipt, manifest.sampling.point
     encoder, head = receipt["encoder"], receipt["head"]
-    found = {ENCODER: (encoder.multiply_adds, _multiplying(encoder, limits), None, None)}
+    found: dict[str, tuple[float, float, float | None, float | None]] = {
+        ENCODER: (encoder.multiply_adds, _multiplying(encoder, limits), None, None)
+    }
     # The receipt has the head for each sample, but the condition in it is computed once.
     count = head.multiply_adds / point.samples
     multiplying = _multiplying(head, limits) / point.samples

@@ -182,7 +182,9 @@ def images_for(bundles: Sequence[Path]) -> tuple[list[bytes], dict[str, list[Sai
     images = []
     with Classifier(bundles[0]) as classifier:
         for side in SIDES:
-            for kind, file in zip(("PNG", "JPEG") * 4, golden_images(classifier, 8), strict=True):
+            for kind, file in zip(
+                ("PNG", "JPEG") * 4, golden_images(classifier.bundle, 8), strict=True
+            ):
                 picture = Image.open(io.BytesIO(file)).convert("RGB").resize((side, side))
                 picture.save(out := io.BytesIO(), kind)
                 images.append(out.getvalue())

@@ -128,11 +128,13 @@ def test_what_cannot_be_is_refused_before_anything_starts(args, reason):
 
 def test_options_of_a_configuration_are_those_of_the_command(tmp_path):
     read = read_options(
-        {"model": tmp_path, "brown_out": ["fast", "zero"], "max-delay": "2.5", "samples": None}
-    )
+        {"model": tmp_path, "brown_out": ["fast", "zero"], "max-delay": "2.5", "samples": None,
+         "watch": "true", "fast_decode": False}
+    )  # fmt: skip
     assert read["model"] == tmp_path
     assert read["brown_out"] == ("fast", "zero")
     assert (read["max_delay"], read["samples"], read["max_batch"]) == (2.5, None, 64)
+    assert (read["watch"], read["fast_decode"]) == (True, False)
 
 
 @pytest.mark.parametrize("package", ["ray", "fastapi"])

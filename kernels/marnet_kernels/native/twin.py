@@ -6,6 +6,8 @@ once. Everything else is float32, in the kernel's order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +31,7 @@ def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: 
 
 def layer_reference(layer: LoopLayer, x: Floats, *, fine: bool = False) -> Floats:
     """Map x [..., I], of a layer in int8 on the levels of 8 bits or of 16, to [..., O]."""
-    bias = np.float32(0) if layer.bias is None else layer.bias
+    bias: Any = np.float32(0) if layer.bias is None else layer.bias
     if layer.kind != "int8":
         return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
     weight = layer.weight.T.astype(np.int64)

@@ -150,7 +150,7 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         given: values by the names of options, with - or _ between words; a list repeats its option,
-            and None leaves it out.
+            and None leaves it out. An option without a value takes true or false.
 
     Returns:
         All options, by the names of their parameters.
@@ -158,12 +158,16 @@ def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInput: no such option, or a value that is none of it.
     """
-    words = [
-        f"--{name.replace('_', '-')}={one}"
-        for name, value in given.items()
-        for one in (value if isinstance(value, list | tuple) else [value])
-        if one is not None
-    ]
+    flags = {option.name for option in main.params if isinstance(option, click.Option)
+             and option.is_flag}  # fmt: skip
+    words = []
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        if name.replace("-", "_") in flags and str(value).lower() in ("true", "false"):
+            words += [option] if str(value).lower() == "true" else []
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            words += [f"{option}={one}" for one in values if one is not None]
     try:
         return main.make_context("marnet-serve", words).params
     except click.UsageError as error:

@@ -182,9 +182,9 @@ def _lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
             continue
         was, now = (np.array(one["seconds"], np.float64) for one in (line, after[key]))
         for measure, statistic in _measures(line).items():
-            ratio = independent_interval(was, now, statistic)
-            before, since = (1e3 * float(statistic(seconds)) for seconds in (was, now))
-            yield Change(_name(line), measure, before, since, *ratio)
+            old_ms, new_ms = (1e3 * float(statistic(seconds)) for seconds in (was, now))
+            interval = independent_interval(was, now, statistic)
+            yield Change(_name(line), measure, old_ms, new_ms, *interval)
 
 
 def _measures(line: Mapping[str, Any]) -> dict[str, Statistic]:
@@ -204,17 +204,19 @@ def _rates(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     if not (old.get("searched") and new.get("searched") and old["best"] and new["best"]):
         return
     (was, was_late), (now, now_late) = _bracket(old), _bracket(new)
+    if was_late is None or now_late is None:
+        return
     yield Change(
         "highest rate in time", "images/s", was, now, now / was, now / was_late, now_late / was
     )
 
 
-def _bracket(report: Mapping[str, Any]) -> tuple[float, float]:
-    """The highest rate that was answered in time, and the lowest above it that was not."""
+def _bracket(report: Mapping[str, Any]) -> tuple[float, float | None]:
+    """The highest rate that was answered in time, and the lowest above it that was not, if any."""
     limit = report["latency_ms"]
     low = max(run["rate"] for run in report["runs"] if run["p99_ms"] <= limit)
     late = [r["rate"] for r in report["runs"] if r["p99_ms"] > limit and r["rate"] > low]
-    return low, min(late, default=np.inf)
+    return low, min(late, default=None)
 
 
 def described(changes: list[Change], notes: list[str], margin: float) -> dict[str, Any]:

@@ -62,9 +62,8 @@ def needs(manifest: Manifest, batch: int, limits: Limits) -> dict[str, Need]:
     """
     receipt, point = manifest.precision.receipt, manifest.sampling.point
     encoder, head = receipt["encoder"], receipt["head"]
-    found: dict[str, tuple[float, float, float | None, float | None]] = {
-        ENCODER: (encoder.multiply_adds, _multiplying(encoder, limits), None, None)
-    }
+    multiplying = batch * _multiplying(encoder, limits)
+    found = {ENCODER: Need(batch * encoder.multiply_adds, multiplying, None, None)}
     # The receipt has the head for each sample, but the condition in it is computed once.
     count = head.multiply_adds / point.samples
     multiplying = _multiplying(head, limits) / point.samples
@@ -74,11 +73,9 @@ def needs(manifest: Manifest, batch: int, limits: Limits) -> dict[str, Need]:
         multiplying += _multiplying(loop, limits)
         size += (len(point.timesteps) - 1) * step_bytes(manifest)
     (rate,) = limits.read.values()
-    found[REFINE] = (count, multiplying, size, 1e3 * size / rate.per_second)
-    return {
-        part: Need(batch * count, batch * multiplying, size, reading)
-        for part, (count, multiplying, size, reading) in found.items()
-    }
+    reading = 1e3 * size / rate.per_second
+    found[REFINE] = Need(batch * count, batch * multiplying, size, reading)
+    return found
 
 
 def step_bytes(manifest: Manifest) -> float:

@@ -102,7 +102,8 @@ def _who(report: dict[str, Any]) -> str:
     """Name the bundle, or the server of which nothing else is known."""
     if "url" in report:
         return report["url"]
-    return f"{report['bundle']} ({report['steps']} steps)"
+    decoding = ", fast decoding" if report["fast_decode"] else ""
+    return f"{report['bundle']} ({report['steps']} steps{decoding})"
 
 
 def _where(report: dict[str, Any]) -> str:

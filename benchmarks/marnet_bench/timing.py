@@ -100,8 +100,9 @@ def independent_interval(
 ) -> tuple[float, float, float]:
     """Ratio of a statistic of two runs, which have no rounds in common, and its 95 % interval.
 
-    Calls one after another are alike, so blocks of them are resampled, of n^(1/3) calls each, that
-    wrap around at the end (Politis and Romano 1992, with the order of length of Künsch 1989).
+    Calls one after another are alike, so blocks of them are resampled, which wrap around at the end
+    (Politis and Romano 1992). A block has the square root of n calls. That is longer than n^(1/3),
+    the best order for calls that soon forget (Künsch 1989), because what disturbs a machine lasts.
 
     Args:
         old, new: seconds in the order in which they were measured.
@@ -114,7 +115,7 @@ def independent_interval(
 
     def drawn(seconds: Seconds) -> Seconds:
         count = len(seconds)
-        length = round(count ** (1 / 3))
+        length = round(count**0.5)
         together = max(1, _AT_ONCE // count)
         found = []
         for first in range(0, resamples, together):

@@ -153,10 +153,12 @@ def measured(
     rows = []
     for name, call in calls.items():
         row: dict[str, Any] = {"side": side, "name": name, **asdict(summarise(taken[name], 1))}
-        row["drawn_pixels"] = "x".join(map(str, Image.open(io.BytesIO(files[0])).size))
+        row["pixels"] = "x".join(map(str, Image.open(io.BytesIO(files[0])).size))
         row["image_bytes"] = sum(map(len, files)) // len(files)
         if name != PEER:
-            row |= zip_ratio(speedup_interval(taken[PEER], taken[name]))
+            interval = speedup_interval(taken[PEER], taken[name])
+            row |= dict(zip(("ratio", "low", "high"), interval, strict=True))
+        if name in (ZERO, FAST):  # the loop makes it another classifier
             same = [label == call(file) for label, file in zip(wanted, files, strict=True)]
             row |= {"same_label_as_peer": sum(same), "images": len(same)}
         if name == FAST:
@@ -171,20 +173,16 @@ def _next(call: Label, files: Sequence[bytes]) -> Callable[[], str]:
     return lambda: call(next(left))
 
 
-def zip_ratio(interval: tuple[float, float, float]) -> dict[str, float]:
-    """Name the parts of an interval."""
-    return dict(zip(("ratio", "low", "high"), interval, strict=True))
-
-
 def print_found(found: dict[str, Any]) -> None:
     """A row for each size and candidate."""
     rows = []
     for row in found["rows"]:
-        ours = "ratio" in row
-        ratio = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if ours else ""
-        same = f"{row['same_label_as_peer']} of {row['images']}" if ours else ""
+        ratio = (
+            f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if "ratio" in row else ""
+        )
+        same = f"{row['same_label_as_peer']} of {row['images']}" if "images" in row else ""
         near = f"{row['beside_exact']['mean_grey_levels']:.2f}" if "beside_exact" in row else ""
-        size = f"{row['drawn_pixels']}, {row['image_bytes']:,} bytes"
+        size = f"{row['pixels']}, {row['image_bytes']:,} bytes"
         rows.append((row["name"], size, f"{row['p50_ms']:.1f}", ratio, same, near))
     title = (
         f"{found['model']} in {found['backend']} {found['precision']}, from JPEG bytes to a label, "

@@ -100,6 +100,8 @@ class Classifier(ManyCallers, Matching):
                 f"device: got {brief(device)}, expected cpu or cuda; leave it out for the device "
                 "that the bundle was built for"
             )
+        if not isinstance(fast_decode, bool):
+            raise InvalidInput(f"fast_decode: got {brief(fast_decode)}, expected True or False")
         bundle = read_bundle(path, lazily=True)
         manifest, sampling = bundle.manifest, bundle.manifest.sampling
         name = sampling.default if operating_point is None else operating_point

@@ -18,7 +18,7 @@ from tolerances import FAST_DECODE_LARGEST, FAST_DECODE_MEAN
 
 from marnet_sdk import Classifier
 from marnet_sdk.commands.classify import main
-from marnet_sdk.errors import ImageError, ImageTooLarge
+from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 from marnet_sdk.inputs.images import Limits, decode
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_sdk.provenance import predict_with_provenance, provenance_of, replay
@@ -139,6 +139,11 @@ def test_every_way_to_ask_decodes_the_same(fast, path, files):
     with Classifier(path, threads=1) as exact:
         assert exact.predict(files) != wanted
         assert not np.array_equal(exact.embed(files), fast.embed(files))
+
+
+def test_another_word_than_true_or_false_is_refused(path):
+    with pytest.raises(InvalidInput, match="fast_decode: got 'yes', expected True or False"):
+        Classifier(path, fast_decode="yes")  # pyright: ignore[reportArgumentType]
 
 
 def test_golden_images_are_decoded_as_ever(path, monkeypatch):

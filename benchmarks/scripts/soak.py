@@ -9,7 +9,8 @@ says it gave it. Resident memory, threads and descriptors are those of this proc
 of a `marnet-serve` of its own, which is asked over HTTP.
 
 The change of memory is that of the medians of equal parts of the run, one to the next, with
-Student's 95 % interval. The first fifth is left out, in which pools and caches grow.
+Student's 95 % interval. Some requests and reloads before it, in which the pools of threads and of
+memory grow, and the first fifth of the run do not count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -55,6 +56,7 @@ BROKEN = (b"", b"no image", b"\xff\xd8\xff\xe0" + b"x" * 500, b"\x89PNG\r\n\x1a\
 _PATIENCE = 120.0  # seconds until a request counts as hanging
 _LOOKS, _PARTS = 240, 12  # at the memory, and parts of the run that are compared
 _CALM, _SETTLE = 0.5, 20.0  # seconds
+_EARLY = 40  # reloads before it is measured, at most
 _MAIN = "from marnet_sdk.server.cli import main; main()"
 
 
@@ -254,28 +256,29 @@ class Watch:
         self.looks: list[dict[str, float]] = []
         self._target, self._swaps = target, swaps
         self._looks = deque(range(0, requests, max(1, requests // _LOOKS)))
-        self._reloads = deque((i + 1) * requests // (reloads + 1) for i in range(reloads))
+        self.reloads = deque((i + 1) * requests // (reloads + 1) for i in range(reloads))
 
     def __call__(self, done: int) -> None:
         if self._looks and done >= self._looks[0]:
             self._looks.popleft()
             self.looks.append({"requests": done} | held(self._target.process))
-        if self._reloads and done >= self._reloads[0]:
-            self._reloads.popleft()
+        if self.reloads and done >= self.reloads[0]:
+            self.reloads.popleft()
             next(self._swaps)
             self._target.reload()
 
 
-def ask_all(run: Soak, callers: int, watch: Callable[[int], None]) -> None:
+def ask_all(run: Soak, callers: int, watch: Watch) -> None:
     """Let so many callers make all requests of a run, and watch them."""
     with ThreadPoolExecutor(callers) as pool:
         futures = [pool.submit(run.call) for _ in range(callers)]
         while not all(future.done() for future in futures):
             time.sleep(0.005)
             watch(run.done)
-        watch(run.done)
         for future in futures:
             future.result()
+    while watch.reloads:  # where they take longer than the requests
+        watch(run.requests)
 
 
 def swapped(link: Path, bundles: Sequence[Path]) -> Iterator[None]:
@@ -322,10 +325,10 @@ def soak(
     callers: int,
 ) -> dict[str, Any]:
     """Measure a target that is warm."""
-    time.sleep(_CALM)  # until what ended before is gone
-    before = held(target.process)
     first = [target.ask(image) for image in images]
     target.hang_up()  # a server closes what idles
+    time.sleep(_CALM)  # until what ended before is gone
+    before = held(target.process)
     watch, started = Watch(target, swaps, run.requests, reloads), time.perf_counter()
     ask_all(run, callers, watch)
     seconds = time.perf_counter() - started
@@ -365,8 +368,9 @@ def main(
         swaps = swapped(link := Path(folder) / "current.marnet", bundles)
         next(swaps)
         target = Served(link) if server else InProcess(link)
-        try:  # threads of pools are there from the first requests on
-            ask_all(Soak(target, images, said, 40 * callers), callers, lambda _: None)
+        try:  # pools of threads and of memory have their size afterwards
+            early = Soak(target, images, said, 40 * callers)
+            ask_all(early, callers, Watch(target, swaps, early.requests, min(reloads, _EARLY)))
             run = Soak(target, images, said, requests)
             found = soak(target, run, images, swaps, reloads, callers)
         finally:

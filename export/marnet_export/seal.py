@@ -168,8 +168,9 @@ def _batch_times(classifier: Classifier) -> BatchTimes | None:
             started = time.perf_counter()
             classifier.predict_pixels(batch)
             seconds.append(time.perf_counter() - started)
-    medians = tuple((size, float(np.median(seconds))) for size, seconds in taken.items())
-    return BatchTimes(processor(), threads, medians)
+    # The least, which other work on this machine disturbs the least.
+    least = tuple((size, min(seconds)) for size, seconds in taken.items())
+    return BatchTimes(processor(), threads, least)
 
 
 def _note_not_run(job: Job) -> None:

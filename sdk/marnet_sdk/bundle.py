@@ -117,7 +117,7 @@ class BatchTimes:
 
     processor: str
     threads: int  # that a call computed with
-    seconds: tuple[tuple[int, float], ...]  # images of a batch, and its median seconds
+    seconds: tuple[tuple[int, float], ...]  # images of a batch, and the least seconds
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,13 @@ _MIB = 2**20
     "the best first.",
 )
 @click.option(
+    "--patience",
+    type=click.FloatRange(0),
+    default=200.0,
+    show_default=True,
+    help="Milliseconds from an image to its answer from where on the queue is too long.",
+)
+@click.option(
     "--max-body",
     type=click.IntRange(1),
     default=32,
@@ -189,6 +196,7 @@ def make_service(
     max_delay: float,
     max_queue: int,
     brown_out: tuple[str, ...],
+    patience: float,
     max_body: int,
     max_pixels: int,
     max_images: int,
@@ -225,7 +233,11 @@ def make_service(
             threads=threads,
             limits=Limits(limits.body_bytes, max_pixels),
             fast_decode=fast_decode,
-            batching=Batching(max_batch, max_delay / 1e3, max_queue, brown_out=brown_out),
+            batching=Batching(
+                *(max_batch, max_delay / 1e3, max_queue),
+                brown_out=brown_out,
+                patience=patience / 1e3,
+            ),
         )
 
     name = name or model.absolute().name.removesuffix(".marnet")

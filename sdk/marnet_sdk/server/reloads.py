@@ -29,12 +29,12 @@ class Reloads:
 
     def __init__(self, watched: Path | None = None) -> None:
         """Remember what is in `watched`, which is about to be opened; None: nothing is watched."""
-        self._watched, self._asked = watched, False
+        self._watched, self._asked, self._heard = watched, 0, 0
         self._opened = self._before = self._look()
 
     def ask(self) -> None:
         """Have it opened again; a handler of signals may call this."""
-        self._asked = True
+        self._asked += 1
 
     def due(self) -> bool:
         """Tell whether it should be opened now; called again and again, with pauses.
@@ -45,10 +45,11 @@ class Reloads:
         now = self._look()
         settled, self._before = now == self._before, now
         changed = settled and now != self._opened
-        asked, self._asked = self._asked, False
-        if asked or changed:
+        asked = self._asked
+        due, self._heard = changed or asked > self._heard, asked
+        if due:
             self._opened = now
-        return asked or changed
+        return due
 
     def _look(self) -> Content:
         return frozenset() if self._watched is None else content(self._watched)

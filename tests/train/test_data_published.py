@@ -46,10 +46,6 @@ def test_another_kind_is_refused(tmp_path: Path) -> None:
         write_published("grocery", tmp_path, tmp_path / "out", kind="corse")
 
 
-def test_the_table_of_published_data_sets_is_complete() -> None:
-    assert set(DATA_SETS) == {"grocery", "vireofood172", "ingredients101"}
-
-
 def test_each_split_that_is_not_the_official_one_is_named(tmp_path: Path) -> None:
     row = Example(tmp_path / "a.png", "cat", None)
     found = DataSet(tmp_path, ("cat",), {"train": (row,) * 3, "val": (row,), "test": (row,)})

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from marnet_sdk.errors import InvalidInput
 from marnet_train.cli import main
 from marnet_train.data.dataset import DataSet
 from marnet_train.data.examples import Example
-from marnet_train.data.published import DATA_SETS, unofficial_counts
+from marnet_train.data.published import DATA_SETS, unofficial_counts, write_published
 from marnet_train.data_cli import data
 from marnet_train.recipe import recipe_names
 
@@ -38,8 +39,11 @@ def test_the_kinds_that_a_command_offers_are_those_that_the_reader_knows(name: s
     assert offered == ([DATA_SETS[name].KINDS] if len(DATA_SETS[name].KINDS) > 1 else [])
 
 
-def test_the_table_of_published_data_sets_is_complete() -> None:
-    assert set(DATA_SETS) == {"grocery", "vireofood172", "ingredients101"}
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidInput, match=r"kind: got 'corse' for grocery; expected one of \('fine'"
+    ):
+        write_published("grocery", tmp_path, tmp_path / "out", kind="corse")
 
 
 def test_each_split_that_is_not_the_official_one_is_named(tmp_path: Path) -> None:

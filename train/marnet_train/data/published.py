@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+from marnet_sdk.errors import InvalidInput
 from marnet_sdk.outputs import atomic_directory
 from marnet_train.data import grocery, ingredients101, vireofood172
 from marnet_train.data.dataset import read_data_set
@@ -60,13 +61,16 @@ def write_published(
         overwrite: replace the data set at `out`.
 
     Raises:
-        NotFound: `source` is no copy.
+        InvalidInput: another kind. NotFound: `source` is no copy.
         DataError: all that is wrong with it, each with file and line.
         OutputExists: `out` exists, and `overwrite` is False or it is no data set.
         OutputError: no space left, or `out` must not be written to.
     """
     published = DATA_SETS[name]
-    pictures, splits = published.read(source, kind or published.KINDS[0])
+    kind = kind or published.KINDS[0]
+    if kind not in published.KINDS:
+        raise InvalidInput(f"kind: got {kind!r} for {name}; expected one of {published.KINDS}")
+    pictures, splits = published.read(source, kind)
     notice = resources.files("marnet_train.data") / "notices" / f"{name}.md"
     with atomic_directory(out, overwrite=overwrite, replaceable=is_data_set) as fresh:
         for split, examples in splits.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from tiny import make_model
 from tolerances import FLOAT32_LAYER, FLOAT64
@@ -66,8 +67,13 @@ def test_an_encoder_without_branches_is_left_as_it_is():
     assert with_merged_branches(vision) is vision
 
 
-def test_one_that_merges_to_something_else_is_left_as_it_is(monkeypatch):
-    monkeypatch.setattr(RepMLP, "inject_locality", lambda block: block.channel.weight.zero_())
+def no_merge(block: RepMLP) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("merge", [lambda block: block.channel.weight.zero_(), no_merge])
+def test_one_that_cannot_be_merged_is_left_as_it_is(merge, monkeypatch):
+    monkeypatch.setattr(RepMLP, "inject_locality", merge)
     vision = encoder(REPMLPNET)
     assert with_merged_branches(vision) is vision
 

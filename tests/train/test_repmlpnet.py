@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerances import FLOAT64
 from torch import nn
 
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import InvalidInput, RecipeError
 from marnet_train.models.backbones import backbone_config, build_backbone
 from marnet_train.models.repmlpnet import RepMLP, RepMLPNet, RepMLPNetConfig
 
@@ -67,3 +67,9 @@ def test_the_defaults_are_repmlpnet_b224() -> None:
 def test_sizes_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=f"(?s){message}"):
         build_backbone(backbone_config({"model_type": "repmlpnet", **settings}))
+
+
+def test_images_of_another_size_are_refused() -> None:
+    model = RepMLPNet(RepMLPNetConfig(image_size=16, hidden_sizes=[8], depths=[1], share_sets=[2]))
+    with pytest.raises(InvalidInput, match=r"got images of \[16, 32\] pixels, expected \[16, 16\]"):
+        model(torch.zeros(1, 3, 16, 32))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_training import TINY
 from tolerances import FLOAT64
 from torch import nn
 
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import InvalidInput, RecipeError
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_train.assemble import make_preprocess
 from marnet_train.models.backbones import (
     VisionEncoder,
     backbone_config,
@@ -74,3 +79,18 @@ def test_a_pretrained_trunk_keeps_its_weights_and_is_described_whole(tmp_path: P
 def test_what_makes_no_wiser_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_backbone(backbone_config({**WISER, "trunk": RESNET, **settings}))
+
+
+def test_images_of_another_width_are_refused() -> None:
+    with pytest.raises(
+        InvalidInput, match=r"got images of \[24, 32\] pixels, expected a width of 24"
+    ):
+        build({**WISER, "trunk": RESNET})(torch.zeros(1, 3, 24, 32))
+
+
+def test_images_are_prepared_as_for_a_pretrained_trunk(tmp_path: Path) -> None:
+    build(RESNET).save_pretrained(tmp_path)  # pyright: ignore[reportCallIssue]
+    expected = Preprocess(size=(24, 24), mean=(0.1, 0.2, 0.3))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(expected.to_dict()))
+    vision = {**WISER, "trunk": {"pretrained": str(tmp_path)}}
+    assert make_preprocess(replace(TINY, vision=vision, image=None)) == expected

@@ -79,13 +79,14 @@ def make_preprocess(recipe: Recipe) -> Preprocess:
         for key in sorted(set(recipe.image) - known):
             raise RecipeError(f"[image]: unknown setting {key!r}.{nearest(key, sorted(known))}")
         return preprocess
-    if "pretrained" not in recipe.vision:
+    source = recipe.vision.get("trunk") or recipe.vision  # a trunk is WISeR's
+    if "pretrained" not in source:
         raise RecipeError("a vision encoder from scratch needs an [image] table in the recipe")
-    if (of_timm := getattr(backbone_config(recipe.vision), "pretrained_cfg", None)) is not None:
+    if (of_timm := getattr(backbone_config(source), "pretrained_cfg", None)) is not None:
         processor = {"image_processor_type": "TimmWrapperImageProcessor"}
         return Preprocess.from_dict({**processor, "pretrained_cfg": of_timm})
-    name = recipe.vision["pretrained"]
-    settings = {k: v for k, v in recipe.vision.items() if k != "pretrained"}
+    name = source["pretrained"]
+    settings = {k: v for k, v in source.items() if k != "pretrained"}
     try:
         content, _ = ImageProcessingMixin.get_image_processor_dict(name, **settings)
     except (OSError, ValueError) as error:

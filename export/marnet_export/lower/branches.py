@@ -23,22 +23,29 @@ _MERGES = ("reparameterize", "fuse", "switch_to_deploy")  # methods of timm's bl
 def with_merged_branches(vision: VisionEncoder) -> VisionEncoder:
     """Return the encoder in evaluation mode, pixels [B, 3, H, W] -> x_v, with a layer a block.
 
-    One without such blocks, or that merged does not give the same numbers, is returned as it is.
+    One without such blocks, or that does not merge to the same numbers, is returned as it is.
     """
     if next(_mergeable(vision), None) is None:
         return vision
     wide = copy.deepcopy(vision).double().eval()
-    merged = copy.deepcopy(wide)
-    for block in list(_mergeable(merged)):
+    try:
+        merged = _merged(copy.deepcopy(wide))
+        is_same = _is_same(wide, merged)
+    except Exception:  # whatever code of a model raises
+        return vision
+    return merged.to(next(vision.parameters())).eval() if is_same else vision
+
+
+def _merged(vision: VisionEncoder) -> VisionEncoder:
+    """Merge the branches of an encoder in float64, in place."""
+    for block in list(_mergeable(vision)):
         if isinstance(block, RepMLP):
             block.inject_locality()
         else:
             import timm.utils  # an extra  # pyright: ignore[reportMissingImports]
 
             timm.utils.reparameterize_model(block, inplace=True)
-    merged = merged.double()
-    like = next(vision.parameters())
-    return merged.to(like).eval() if _is_same(wide, merged) else vision
+    return vision.double()
 
 
 def _mergeable(vision: nn.Module) -> Iterator[nn.Module]:

@@ -121,7 +121,7 @@ def traced_on(path: Path) -> str:
 def _deprecated() -> Iterator[None]:
     """Silence torch's warning that TorchScript is deprecated: whoever uses this backend knows."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit")  # a FutureWarning since torch 2.14
         yield
 
 

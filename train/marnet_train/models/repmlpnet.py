@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 
+from marnet_sdk.errors import InvalidInput
+
 
 @strict
 class RepMLPNetConfig(PreTrainedConfig):
@@ -146,6 +148,12 @@ class RepMLPNet(PreTrainedModel):
         """Leave a module as torch made it."""
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutputWithNoAttention:
+        edge = self.config.image_size
+        if tuple(pixel_values.shape[-2:]) != (edge, edge):
+            raise InvalidInput(
+                f"got images of {list(pixel_values.shape[-2:])} pixels, expected {[edge, edge]}; "
+                "set image_size of the encoder, or the size of images"
+            )
         return BaseModelOutputWithNoAttention(last_hidden_state=self.layers(pixel_values))
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 
+from marnet_sdk.errors import InvalidInput
 from marnet_train.models.backbones import VisionEncoder, backbone_config, build_backbone
 
 
@@ -71,6 +72,12 @@ class Wiser(PreTrainedModel):
         """Leave a module as torch made it; the trunk has its own."""
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
+        if pixel_values.shape[-1] != self.config.image_size:
+            raise InvalidInput(
+                f"got images of {list(pixel_values.shape[-2:])} pixels, expected a width of "
+                f"{self.config.image_size}, which a slice has; set image_size of the encoder, or "
+                "the size of images"
+            )
         slices = F.relu(self.slice_norm(self.slice(pixel_values)))  # [B, slices, h, 1]
         pooled = F.max_pool2d(slices, (self.config.slice_height, 1))
         both = torch.cat([self.trunk(pixel_values), pooled.mean(dim=(2, 3))], dim=1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from calibration import calibrate
 from click.testing import CliRunner
+from plan_twin import run_plan
 from tiny import make_model, tables_of
 from tolerances import FLOAT32_LOOP, INT8
 
@@ -18,7 +19,7 @@ from marnet_export.build.native import loop_layers
 from marnet_export.build.quantise import loop_ranges
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower_marnet
-from marnet_export.lower.plan import make_plan, run_plan
+from marnet_export.lower.plan import make_plan
 from marnet_kernels.native import loop_reference
 from marnet_sdk.noise.tables import Tables
 from marnet_sdk.noise.trajectory import draw_trajectory

@@ -114,6 +114,7 @@ def test_a_full_queue_is_healthy_as_long_as_it_moves(monkeypatch, tmp_path):
         ({"model": "x", "max-connections": 80}, "max-connections: Ray's proxies listen"),
         ({"model": "x", "max_batch": "many"}, "'--max-batch': 'many' is not a valid integer"),
         ({"model": "x", "max_bach": 3}, "No such option"),
+        ({"model": "x", "help": True}, "'--help' does not take a value"),
         ({"model": "x", "replicas": "8-1"}, "replicas: got '8-1', expected a number, or two"),
         ({"model": "x", "replicas": "none"}, "replicas: got 'none'"),
         ({"model": "x", "replicas": 0}, "replicas: got 0"),

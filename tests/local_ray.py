@@ -19,7 +19,7 @@ import pytest
 
 MARK = "MARNET_TEST_RAY"  # in the environment of all processes of one run
 _PROGRAMS = Path(__file__).with_name("ray_programs.py")
-_SECONDS = 300.0  # until a run is given up; none takes so long
+_SECONDS = 900.0  # until a run is given up; none takes so long
 _END = 30.0  # seconds that its processes have to end
 
 

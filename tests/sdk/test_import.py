@@ -12,7 +12,7 @@ from marnet_sdk import Classifier
 HEAVY = (
     "torch", "transformers", "tokenizers", "onnx", "onnxruntime", "sklearn", "scipy", "rich",
     "click", "marnet_train", "marnet_export", "marnet_bench", "fastapi", "starlette", "uvicorn",
-    "pydantic", "prometheus_client",
+    "pydantic", "prometheus_client", "ray", "pyarrow",
 )  # fmt: skip
 
 

@@ -80,6 +80,20 @@ def test_a_replica_that_lacks_the_token_does_not_answer_everybody(tmp_path, monk
         Replica(options(tmp_path), has_token=True)
 
 
+def test_probes_need_no_token_behind_a_prefix_either(monkeypatch, tmp_path):
+    service = Service(Played, ServerLimits(), name="digits", token="secret")
+    monkeypatch.setattr(ray_app, "make_service", lambda **_: service)
+    gate = Replica(options(tmp_path), has_token=True).__serve_build_asgi_app__()
+
+    async def statuses(*paths: str) -> list[int]:
+        transport = httpx.ASGITransport(app=gate, root_path="/second")
+        async with httpx.AsyncClient(transport=transport, base_url="http://ray") as client:
+            return [(await client.get(path)).status_code for path in paths]
+
+    paths = ("/second/readyz", "/second/metrics", "/second/v2/models/digits")
+    assert asyncio.run(statuses(*paths)) == [200, 401, 401]
+
+
 class Busy(Played):
     """A classifier whose queue is full."""
 
@@ -114,6 +128,7 @@ def test_a_full_queue_is_healthy_as_long_as_it_moves(monkeypatch, tmp_path):
         ({"model": "x", "max-connections": 80}, "max-connections: Ray's proxies listen"),
         ({"model": "x", "max_batch": "many"}, "'--max-batch': 'many' is not a valid integer"),
         ({"model": "x", "max_bach": 3}, "No such option"),
+        ({"model": "x", "help": True}, "'--help' does not take a value"),
         ({"model": "x", "replicas": "8-1"}, "replicas: got '8-1', expected a number, or two"),
         ({"model": "x", "replicas": "none"}, "replicas: got 'none'"),
         ({"model": "x", "replicas": 0}, "replicas: got 0"),

@@ -133,6 +133,8 @@ def print_stages(report: dict[str, Any]) -> None:
             "bound: what this machine needs at least for the multiply-adds of a part, or for "
             "reading its weights, whichever takes longer; an encoder's weights are not counted"
         )
+        if any(line.get("share_of_bound", 0) > 1 for line in report["lines"]):
+            say("a part beats its bound: something else was busy while this machine was measured")
         _say_limits(report["limits"])
     _say_how_steady(report)
 

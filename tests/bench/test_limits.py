@@ -14,6 +14,7 @@ from marnet_bench.limits import (
     product_rate,
     read_rate,
 )
+from marnet_bench.loop import NATIVE, Candidate
 
 
 def limits(read: dict[int, float], **multiply_adds: float) -> Limits:
@@ -80,3 +81,19 @@ def test_all_is_measured_at_once():
     assert list(found.read) == [1_000, 2_000]
     assert list(found.multiply_adds) == list(PRECISIONS)
     assert found.threads == 1
+
+
+def test_weights_may_be_read_in_one_type_and_multiplied_in_another():
+    machine = limits({2_000_000: 200e9}, fp32=100e9, bf16=400e9)
+    wide = machine.bound_ms(1_000_000, 1_000_000, "bf16", batch=64, steps=10, compute="fp32")
+    assert wide == pytest.approx(10 * 64e6 / 100e9 * 1e3)
+    alone = machine.bound_ms(1_000_000, 1_000_000, "bf16", batch=1, steps=10, compute="fp32")
+    assert alone == pytest.approx(10 * 2e6 / 200e9 * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "compute"),
+    [(NATIVE, "bf16", "fp32"), (NATIVE, "int8", "int8"), ("marnet openvino", "bf16", "bf16")],
+)
+def test_the_native_loop_multiplies_in_float32_what_is_not_int8(model, precision, compute):
+    assert Candidate(model, precision, lambda x_v: x_v).compute == compute

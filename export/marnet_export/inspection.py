@@ -35,6 +35,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "golden": {"images": len(golden), "tolerance": manifest.golden_tolerance},
         "fidelity": fidelity_of(bundle),
         "built_for": content["built_for"],
+        "batch_times": content.get("batch_times"),
         "here": here(bundle),
         "sizes": sizes(manifest.files),
         "text": bundle.has(TEXT),
@@ -105,11 +106,12 @@ class Answers:
 
 
 def manifest_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """Keys of the manifests, dotted, whose values differ: [of a, of b]. Not of files, receipt."""
+    """Keys of the manifests, dotted, whose values differ: [of a, of b]. Not of files, receipt, times."""
     flat = []
     for bundle in (a, b):
         content = json.loads((bundle.path / MANIFEST).read_text("ascii"))
         del content["files"], content["digest"], content["precision"]["receipt"]
+        content.pop("batch_times", None)
         flat.append(flatten(content))
     return differences(*flat)
 

@@ -106,7 +106,10 @@ class Answers:
 
 
 def manifest_differences(a: Bundle, b: Bundle) -> dict[str, tuple[Any, Any]]:
-    """Keys of the manifests, dotted, whose values differ: [of a, of b]. Not of files, receipt, times."""
+    """Keys of the manifests, dotted, whose values differ: [of a, of b].
+
+    Files and receipts are compared by others. Times of batches differ each time.
+    """
     flat = []
     for bundle in (a, b):
         content = json.loads((bundle.path / MANIFEST).read_text("ascii"))

@@ -369,8 +369,9 @@ def main(
         next(swaps)
         target = Served(link) if server else InProcess(link)
         try:  # pools of threads and of memory have their size afterwards
-            early = Soak(target, images, said, 40 * callers)
-            ask_all(early, callers, Watch(target, swaps, early.requests, min(reloads, _EARLY)))
+            turns = min(reloads, _EARLY)
+            early = Soak(target, images, said, 40 * callers + 60 * turns)
+            ask_all(early, callers, Watch(target, swaps, early.requests, turns))
             run = Soak(target, images, said, requests)
             found = soak(target, run, images, swaps, reloads, callers)
         finally:

@@ -119,6 +119,7 @@ def differing(a: Bundle, b: Bundle) -> dict[str, dict[str, tuple[Any, Any]]]:
 def _parts(bundle: Bundle) -> dict[str, dict[str, Any]]:
     manifest = json.loads((bundle.path / MANIFEST).read_text("ascii"))
     del manifest["files"], manifest["digest"]
+    manifest.pop("batch_times", None)  # these differ each time
     fidelity = fidelity_of(bundle)
     # At the top already.
     fidelity.get("operating_points", {}).pop(bundle.manifest.sampling.default, None)

@@ -64,7 +64,7 @@ def made(model: Model) -> Iterator[Callable[..., Batcher]]:
     before, batchers = ours(), []
 
     def make(clock: Callable[[], float] | None = None, **knobs: Any) -> Batcher:
-        given = {} if clock is None else {"clock": clock}
+        given: dict[str, Any] = {} if clock is None else {"clock": clock}
         batchers.append(Batcher(model.prepare, model.run, Batching(**knobs), **given))
         return batchers[-1]
 

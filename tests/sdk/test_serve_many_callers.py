@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def test_overload_and_deadlines_are_errors_of_the_call(bundle, paths, monkeypatc
 @pytest.mark.parametrize(
     ("processor_", "threads", "sizes"),
     [(processor(), 1, {1, 4, 16}), ("another", 1, {1}), (processor(), 2, {1})],
+    ids=["such a machine", "another processor", "another number of threads"],
 )
 def test_what_the_export_measured_is_known_from_the_start_on_such_a_machine(
     bundle, paths, tmp_path, processor_, threads, sizes
@@ -491,6 +493,19 @@ def test_a_forked_child_is_refused_or_has_threads_of_its_own(bundle, paths):
     assert done.stdout.splitlines() == [
         "WrongProcess 0", "True 0", "0 0", "(None, None) 0", "True", "True",
     ], done.stderr  # fmt: skip
+
+
+def label_of(bundle: Path, image: Path) -> str:
+    with Classifier(bundle, threads=1) as classifier:
+        return classifier.submit(image).result(SECONDS).label
+
+
+def test_a_spawned_process_answers_with_a_classifier_of_its_own(
+    classifier, bundle, paths, expected
+):
+    assert classifier.submit(paths[0]).result(SECONDS).label == expected[0].label
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(label_of, bundle, paths[0]).result(SECONDS) == expected[0].label
 
 
 def test_a_process_ends_with_0_while_requests_wait(bundle, paths):

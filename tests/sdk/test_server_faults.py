@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -25,7 +26,9 @@ from hypothesis import strategies as st
 from serving import MAIN, PATIENCE, Played, process, read_all, running, until
 
 from marnet_sdk import Classifier
+from marnet_sdk import classifier as classifier_module
 from marnet_sdk.errors import BundleCorrupt
+from marnet_sdk.serve.policy import Batching
 from marnet_sdk.server import network
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.gate import AccessLog
@@ -340,6 +343,23 @@ def test_answers_do_not_wait_for_acknowledgements():
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+def test_the_knobs_of_the_queue_reach_the_classifier(tmp_path, monkeypatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(classifier_module, "Classifier", lambda _, **more: seen.update(more))
+
+    def serve_nothing(service: Service, sockets: list[socket.socket], log: AccessLog) -> None:
+        service._open_classifier()
+        log.close()
+        for listener in sockets:
+            listener.close()
+
+    monkeypatch.setattr(network, "serve", serve_nothing)
+    knobs = {"max-batch": 8, "max-delay": 2, "max-queue": 9, "brown-out": "fast", "patience": 50}
+    given = [f"--{name}={value}" for name, value in knobs.items()]
+    main.main(["-m", str(tmp_path), "--port=0", *given], standalone_mode=False)
+    assert seen["batching"] == Batching(8, 0.002, 9, brown_out=("fast",), patience=0.05)
+
+
 @pytest.mark.parametrize("content", ["", " \n", "two words", "ümlaut"])
 def test_a_token_that_no_header_can_carry_is_refused(tmp_path, monkeypatch, content):
     file = tmp_path / "token"
@@ -402,31 +422,18 @@ def test_a_server_that_is_killed_under_load_leaves_nothing_and_comes_back(
 
 def test_a_server_whose_messages_and_log_find_a_full_disk_answers(bundle_of, digits):
     body = min((digits / "test").glob("*.png")).read_bytes()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        MAIN,
-        "-m",
-        str(bundle_of("onnxruntime", "fp32")),
-    ]
+    bundle = str(bundle_of("onnxruntime", "fp32"))
+    command = [sys.executable, "-W", "error", "-c", MAIN, "-m", bundle, "--port", "0"]
     with (
         open("/dev/full", "w") as full,
-        subprocess.Popen([*command, "--port", str(port)], stdout=full, stderr=full) as served,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client,
+        subprocess.Popen(command, stdout=full, stderr=full) as served,
+        httpx.Client(timeout=PATIENCE) as client,
     ):
-
-        def ready() -> bool:
-            assert served.poll() is None
-            with suppress(httpx.TransportError):
-                return client.get("/readyz").status_code == 200
-            return False
-
+        sockets = psutil.Process(served.pid).net_connections
         try:
-            until(ready)
+            until(lambda: sockets("tcp") or served.poll() is not None)
+            client.base_url = f"http://127.0.0.1:{sockets('tcp')[0].laddr.port}"
+            until(lambda: client.get("/readyz").status_code == 200)
             answers = [client.post("/predict", content=content) for content in (body, b"x", body)]
             assert [answer.status_code for answer in answers] == [200, 400, 200]
             lost = re.search(r"marnet_log_lines_lost (\d+)", client.get("/metrics").text)

@@ -136,6 +136,26 @@ def test_a_request_is_answered_by_the_bundle_that_began_it(quick):
         until(lambda: first.closed)
 
 
+def test_a_server_that_ends_while_a_bundle_is_being_opened_closes_both(quick):
+    first, second = named("a" * 64), named("b" * 64)
+    opening, go_on = threading.Event(), threading.Event()
+
+    def open_late() -> Played:
+        opening.set()
+        assert go_on.wait(PATIENCE)
+        return second
+
+    ways = iter([lambda: first, open_late])
+    with running(lambda: next(ways)()) as server:
+        server.service.reloads.ask()
+        until(opening.is_set)
+        server.server.should_exit = True
+        until(lambda: first.closed)
+        go_on.set()
+    assert second.closed
+    assert server.service.reloaded == {"done": 0, "refused": 0}
+
+
 # --- a process, under load
 
 

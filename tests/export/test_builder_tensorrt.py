@@ -30,7 +30,7 @@ from marnet_export.build.tensorrt.graphs import (
     open_text_reference,
     products,
 )
-from marnet_export.build.types import Calibration, Types
+from marnet_export.build.types import TORCH_TYPES, Calibration, Types
 from marnet_export.lower.methods import Lowered, lower, lower_marnet
 from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_tables, reverse_sampler_reference
@@ -351,14 +351,15 @@ def test_the_kernel_between_its_graphs_does_what_refine_does(
         assert_close(one, other, TWIN_LOOP[compute])
 
 
-def test_the_kernel_s_weights_are_those_of_the_graph_bit_for_bit(built):
-    _, lowered, payload = built("bf16", "bf16")
+@pytest.mark.parametrize("kind", kept(["fp16", "bf16"], {"fp16"}))
+def test_the_kernel_s_weights_are_those_of_the_graph_bit_for_bit(kind, built):
+    _, lowered, payload = built(kind, kind)
     found = LoopWeights.load(payload / "loop.safetensors")
-    step = lowered.step(torch.bfloat16)
+    step = lowered.step(TORCH_TYPES[kind])
     for name, matrix in found.matrices.items():
         layer: Any = getattr(step, name)
         assert torch.equal(torch.from_numpy(matrix), layer.matrix.float())
-    assert (found.operand, found.padded, found.slope) == ("bf16", 256, pytest.approx(0.01))
+    assert (found.operand, found.padded, found.slope) == (kind, 256, pytest.approx(0.01))
 
 
 def test_condition_pads_with_zeros(built):

@@ -8,9 +8,9 @@ can be downloaded here: the figures say how fast it is and how far a bundle is f
 model, and nothing about accuracy. A `--checkpoint` has been trained; its samples are read from
 their files, by the same code for all. With `--loop graph --loop native`, each bundle is built with
 both loops, and the fastest with the native one is held to the fastest with the graph's. Every
-export runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
-answer the same images in turn, in one process with the same threads. Takes a quarter of an hour for
-each model.
+export runs in a process of its own, so that its peak memory can be told. Then all bundles and all
+peers answer the same images in turn, in one process with the same threads. Takes a quarter of an
+hour for each model.
 """
 
 from __future__ import annotations

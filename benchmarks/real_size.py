@@ -7,10 +7,10 @@ The weights of a `--model` are random (but for those of EfficientNet-Lite0's enc
 can be downloaded here: the figures say how fast it is and how far a bundle is from the float32
 model, and nothing about accuracy. A `--checkpoint` has been trained; its samples are read from
 their files, by the same code for all. With `--loop graph --loop native`, each bundle is built with
-both loops, and the fastest with the native one is held to the fastest with the graph's. An export
-runs in a process of its own, so that its peak memory can be told. Then all bundles and all peers
-answer the same images in turn, in one process with the same threads. Takes a quarter of an hour for
-each model.
+both loops, and the fastest with the native one is held to the fastest with the graph's. Every
+export runs in a process of its own, so that its peak memory can be told. Then all bundles and all
+peers answer the same images in turn, in one process with the same threads. Takes a quarter of an
+hour for each model.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from PIL import Image
 from loop_peers import PEERS
 from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
-from marnet_bench.photographs import golden_images
 from marnet_bench.plain_loop import make_problem
+from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.build.builder import BUILDERS, builder
 from marnet_export.build.opened import runs_here
@@ -388,7 +388,7 @@ def run(
         if not opened:
             return _report(name, train_steps, trained is not None, text, threads, rows, [])
         say("opening the peers")
-        preprocess, files = opened[0].preprocess, golden_images(opened[0].bundle, max(BATCHES))
+        preprocess, files = opened[0].preprocess, golden_images(opened[0], max(BATCHES))
         pixels = preprocess.pixels(files)
         for framework, kind, call in peers(checkpoint, opened[0], pixels, threads):
             key = f"{framework} {kind}"

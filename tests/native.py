@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -32,25 +31,14 @@ def layer(
     if kind == "int8":
         scale = np.abs(weight).max(axis=1) / np.float32(127)
         stored = np.round(weight / scale[:, None]).astype(np.int8)
-        return LoopLayer("int8", stored, bias, scale, step=0.03, zero=int(rng.integers(0, 256)))
+        return LoopLayer("int8", stored, bias, scale)
     return LoopLayer(kind, weight if kind == "fp32" else to_bits(weight, kind), bias)
 
 
 def make_layers(
-    kind: Kind | Literal["fine"],
-    carry: Carry = "hidden",
-    *,
-    hidden: int = 70,
-    dim: int = 40,
-    given: int = 30,
+    kind: Kind, carry: Carry = "hidden", *, hidden: int = 70, dim: int = 40, given: int = 30
 ) -> LoopLayers:
-    """A loop with these widths; what is multiplied once an image is float32 beside int8.
-
-    "fine" is int8 whose activations have 16 bits in some of the steps.
-    """
-    if kind == "fine":
-        layers = make_layers("int8", carry, hidden=hidden, dim=dim, given=given)
-        return replace(layers, fine_steps=2)
+    """A loop with these widths; what is multiplied once an image is float32 beside int8."""
     rng = np.random.default_rng(hidden + dim)
     once: Kind = "fp32" if kind == "int8" else kind
     carried = hidden if carry == "hidden" else dim

@@ -268,11 +268,9 @@ def _open_native(
     lowered = replace(lower_marnet(problem.model, plan), encoder=_NoEncoder().eval())
     if reason := why_not(module, lowered):
         raise BackendUnavailable(reason)
-    pixels, x_v = torch.zeros(2, 3, 8, 8), _random_features(problem.model, CHECKED)
-    calibration = Calibration(pixels.numpy(), x_v, tables.coefficients, tables.bias)
     payload.mkdir()
-    module.build_encoder(lowered, pixels, Types("fp32", "fp32"), payload)
-    write_native(module, lowered, Types(precision, "fp32"), payload, calibration)
+    module.build_encoder(lowered, torch.zeros(2, 3, 8, 8), Types("fp32", "fp32"), payload)
+    write_native(module, lowered, Types(precision, "fp32"), payload)
     leaf = open_backend(_AROUND_NATIVE, payload, "fp32", threads)
     return partial(_first_sample, leaf, tables)
 

@@ -65,11 +65,9 @@ def save_layers(layers: LoopLayers, path: Path, most_rows: int) -> None:
         most_rows: of more (images times samples), the graph runs the loop.
     """
     arrays: dict[str, NDArray] = {"mean": layers.mean, "std": layers.std}
-    about = {"most_rows": most_rows, "slope": layers.slope, "kinds": {}, "levels": {}}
-    about["fine_steps"] = layers.fine_steps
+    about = {"most_rows": most_rows, "slope": layers.slope, "kinds": {}}
     for name, layer in layers.layers():
         about["kinds"][name] = layer.kind
-        about["levels"][name] = [float(layer.step), int(layer.zero)]
         parts = {"weight": layer.weight, "bias": layer.bias, "scale": layer.scale}
         arrays |= {f"{name}.{part}": a for part, a in parts.items() if a is not None}
     ready = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -92,15 +90,11 @@ def load_layers(path: Path) -> tuple[LoopLayers, int]:
                 arrays[f"{name}.weight"],
                 arrays.get(f"{name}.bias"),
                 arrays.get(f"{name}.scale"),
-                *about["levels"][name],
             )
             for name, kind in about["kinds"].items()
         }
-        slope, fine_steps = float(about["slope"]), int(about.get("fine_steps", 0))
-        loop = LoopLayers(
-            arrays["mean"], arrays["std"], **layers, slope=slope, fine_steps=fine_steps
-        )
-        return loop, int(about["most_rows"])
+        slope, most_rows = float(about["slope"]), int(about["most_rows"])
+        return LoopLayers(arrays["mean"], arrays["std"], **layers, slope=slope), most_rows
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise BundleFormatError(
             f"{path} does not hold the layers of a loop ({type(error).__name__}: {error}); export "

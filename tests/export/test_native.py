@@ -23,7 +23,6 @@ from tolerances import BUILT, FLOAT32_LOOP, FLOAT32_TWICE, INT8
 
 from marnet_export.build import native
 from marnet_export.build.native import loop_layers
-from marnet_export.build.quantise import Range, loop_ranges
 from marnet_export.build.types import Types
 from marnet_export.choose import loop as choose_loop
 from marnet_export.choose.loop import faster_up_to, shown
@@ -89,9 +88,8 @@ def test_the_loop_is_the_plan(carry, sampler):
     ]
     want = run_plan(plan, table, x_v, drawn)
     tables = tables_of(model, plan, table, samples=3)
-    layers = loop_layers(plan, Types("fp32", "fp32"), {})
+    layers = loop_layers(plan, Types("fp32", "fp32"))
     assert sdk.compile_library() is None
-    assert layers.fine_steps == 0  # nothing here is int8
     for loop in (NativeLoop(layers), lambda *a: loop_reference(layers, *a)):
         got = loop(x_v.astype(np.float32), tables.coefficients, tables.bias)
         assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
@@ -103,24 +101,19 @@ def test_in_int8_it_is_nearly_the_plan(carry):
     plan = make_plan(model, carry)
     calibration = calibrate(model, plan=plan, steps=10)
     lowered = lower_marnet(model, plan)
-    layers = loop_layers(plan, Types("int8", "fp32"), loop_ranges(lowered, calibration))
+    layers = loop_layers(plan, Types("int8", "fp32"))
     inputs = calibration.x_v, calibration.coefficients, calibration.bias
     with torch.inference_mode():
         loop = ScriptedLoop(lowered.step(torch.float32))
         want = loop(*map(torch.from_numpy, inputs)).numpy()
-    errors = []
-    for fine_steps in (0, native.FINE_STEPS):
-        got = NativeLoop(replace(layers, fine_steps=fine_steps))(*inputs)
-        errors.append(np.abs(got - want).max())
-    assert layers.fine_steps == native.FINE_STEPS
-    assert errors[1] < errors[0] <= INT8 * np.abs(want).max()
+    got = NativeLoop(layers)(*inputs)
+    assert np.abs(got - want).max() <= INT8 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16", "int8"])
 def test_a_loop_is_stored_in_the_type_that_is_asked_for(storage, tmp_path):
     plan = make_plan(make_model(dim=24, hidden=32))
-    ranges = {name: Range(-0.5, 2.0) for name in ("hidden2", "hidden3", "carry")}
-    layers = loop_layers(plan, Types(storage, "fp32"), ranges if storage == "int8" else {})
+    layers = loop_layers(plan, Types(storage, "fp32"))
     once = "fp32" if storage == "int8" else storage
     found = {name: layer.kind for name, layer in layers.layers()}
     inner = dict.fromkeys(("hidden2", "hidden3", "carry"), storage)
@@ -128,9 +121,9 @@ def test_a_loop_is_stored_in_the_type_that_is_asked_for(storage, tmp_path):
     save_layers(layers, tmp_path / LAYERS, 7)
     again, most_rows = load_layers(tmp_path / LAYERS)
     assert most_rows == 7
-    assert (again.slope, again.fine_steps) == (layers.slope, layers.fine_steps)
+    assert again.slope == layers.slope
     for (name, one), (_, other) in zip(layers.layers(), again.layers(), strict=True):
-        assert (one.kind, one.step, one.zero) == (other.kind, other.step, other.zero), name
+        assert one.kind == other.kind, name
         for part in ("weight", "bias", "scale"):
             np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
 
@@ -205,13 +198,13 @@ def test_more_rows_than_it_is_for_go_through_the_graph(native_bundle):
 
 
 @pytest.mark.slow
-def test_in_int8_it_runs_every_batch_and_is_finer_than_the_graph(native_bundle):
+def test_in_int8_it_runs_every_batch(native_bundle):
     """An answer must not depend on how many images come with it, and the graph's is another."""
     path = native_bundle("onnxruntime", "int8")
     classifier = Classifier(path)
     refine = _refine(classifier)
     layers, most_rows = load_layers(path / "payload" / LAYERS)
-    assert (layers.fine_steps, most_rows) == (native.FINE_STEPS, sdk.ANY_ROWS)
+    assert most_rows == sdk.ANY_ROWS
     assert "rows the graph" not in classifier.runtime.loop
     assert json.loads((path / "fidelity.json").read_text())["loop"]["most_rows"] is None
     x_v, *tables = make_input(layers, images=70, samples=1)
@@ -258,14 +251,14 @@ def test_it_runs_without_torch(native_bundle):
 @pytest.mark.parametrize("damage", ["metadata", "weight", "file"])
 def test_layers_that_are_none_are_refused(damage, tmp_path):
     plan = make_plan(make_model(dim=24, hidden=32))
-    save_layers(loop_layers(plan, Types("fp32", "fp32"), {}), tmp_path / LAYERS, 7)
+    save_layers(loop_layers(plan, Types("fp32", "fp32")), tmp_path / LAYERS, 7)
     arrays = load_file(tmp_path / LAYERS)
     if damage == "file":
         (tmp_path / LAYERS).write_bytes(b"nothing")
     elif damage == "metadata":
         save_file(arrays, tmp_path / LAYERS)
     else:
-        about = {"most_rows": 1, "slope": 0.01, "kinds": {"hidden2": "fp32"}, "levels": {}}
+        about = {"most_rows": 1, "slope": 0.01, "kinds": {"hidden2": "fp32"}}
         save_file(arrays, tmp_path / LAYERS, {"loop": json.dumps(about)})
     with pytest.raises(
         BundleFormatError, match=r"does not hold the layers of a loop .* export the"
@@ -307,8 +300,8 @@ def test_auto_keeps_whichever_is_faster(taken, loop, small, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_native_loop_that_fails_is_left_out_or_refused(checkpoint, tmp_path, monkeypatch):
-    def wrong(plan, types, ranges):
-        layers = loop_layers(plan, types, ranges)
+    def wrong(plan, types):
+        layers = loop_layers(plan, types)
         return replace(layers, output=replace(layers.output, weight=-layers.output.weight))
 
     monkeypatch.setattr(native, "loop_layers", wrong)

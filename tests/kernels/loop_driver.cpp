@@ -30,8 +30,6 @@ Layer layer() {
   l.bias = array<float>();
   l.scale = array<float>();
   l.sums = array<int32_t>();
-  l.inverse = number<float>();
-  l.zero = number<int32_t>();
   l.kind = number<int32_t>();
   l.in = number<int32_t>();
   l.out = number<int32_t>();
@@ -47,7 +45,6 @@ int main(int, char** arguments) {
   for (Layer* l : {&loop.condition, &loop.input, &loop.hidden2, &loop.hidden3, &loop.carry, &loop.output}) *l = layer();
   loop.slope = number<float>();
   loop.feature = number<int32_t>();
-  loop.fine = number<int32_t>();
   Call call{};
   call.x = array<float>();
   call.coefficients = array<float>();

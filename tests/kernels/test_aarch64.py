@@ -53,8 +53,8 @@ def described(layers: LoopLayers, inputs: tuple[np.ndarray, ...]) -> Iterator[by
         yield struct.pack("<i", 1)
         yield from (array(next(kept)) for _ in range(4))
         one = getattr(loop._loop, name)
-        yield struct.pack("<f4i", one.inverse, one.zero, one.kind, one.into, one.out)
-    yield struct.pack("<f2i", layers.slope, layers.input is not None, layers.fine_steps)
+        yield struct.pack("<3i", one.kind, one.into, one.out)
+    yield struct.pack("<fi", layers.slope, layers.input is not None)
     x_v, coefficients, bias = inputs
     x = np.zeros((len(x_v), loop._loop.condition.into), np.float32)
     x[:, : x_v.shape[1]] = (x_v - layers.mean) / layers.std
@@ -77,7 +77,7 @@ def read(printed: bytes, shape: tuple[int, ...]) -> dict[str, list[np.ndarray]]:
 
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("carry", ["hidden", "feature"])
-@pytest.mark.parametrize("kind", [*KINDS, "fine"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_twin_on_arm(driver, processor, carry, kind, tmp_path):
     layers = make_layers(kind, carry, hidden=200, dim=150)
     inputs = make_input(layers, images=9)
@@ -88,7 +88,7 @@ def test_it_is_the_twin_on_arm(driver, processor, carry, kind, tmp_path):
     want = loop_reference(layers, *inputs)
     found = read(done.stdout, (*want.shape[:2], 192))
     assert tuple(found) == PROCESSORS[processor]
-    tolerance = NATIVE_LEVEL if kind in ("int8", "fine") else FLOAT32_LOOP
+    tolerance = NATIVE_LEVEL if kind == "int8" else FLOAT32_LOOP
     for name, (one, three) in found.items():
         np.testing.assert_array_equal(one, three, err_msg=name)
         error = np.abs(one[..., :150] - want).max()

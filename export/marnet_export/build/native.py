@@ -7,7 +7,7 @@ are held to the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from marnet_export.build.builder import Builder
-from marnet_export.build.quantise import Range, loop_ranges, quantised_rows, require_calibration
-from marnet_export.build.types import Calibration, Product, Types
+from marnet_export.build.quantise import quantised_rows
+from marnet_export.build.types import Product, Types
 from marnet_export.lower.methods import Lowered
 from marnet_export.lower.plan import SamplingPlan
 from marnet_sdk.native_loop import (
@@ -33,11 +33,6 @@ from marnet_sdk.native_loop import (
 )
 from marnet_train.models.denoiser import LEAKY_SLOPE
 
-# Of an int8 loop, the last so many steps multiply activations of 16 bits with int8 weights. What a
-# step loses is damped by those behind it, so the last ones matter most: on trained digits, ten of a
-# hundred halve the error of the features, and all of them would bring it from 0.50 to 0.40 %.
-FINE_STEPS = 10
-
 
 def why_not(builder: Builder, lowered: Lowered) -> str | None:
     """Say why a backend cannot have the native loop for this model here.
@@ -51,29 +46,21 @@ def why_not(builder: Builder, lowered: Lowered) -> str | None:
     return compile_library()
 
 
-def loop_layers(plan: SamplingPlan, types: Types, ranges: Mapping[str, Range]) -> LoopLayers:
-    """The plan's layers as the kernel takes them.
-
-    Args:
-        ranges: of the inputs of the products in int8, by their names in `PlanStep`.
-    """
-    once: Kind = "fp32" if types.storage == "int8" else _kind(types)
+def loop_layers(plan: SamplingPlan, types: Types) -> LoopLayers:
+    """The plan's layers as the kernel takes them."""
+    repeated = _kind(types)
+    once: Kind = "fp32" if repeated == "int8" else repeated
     mean, std = (np.ascontiguousarray(a, np.float32) for a in plan.standardise)
-
-    def repeated(name: str, weight: NDArray, bias: NDArray | None = None) -> LoopLayer:
-        return _layer(_kind(types), weight, bias, ranges.get(name))
-
     return LoopLayers(
         mean,
         std,
         condition=_layer(once, plan.condition_weight),
-        hidden2=repeated("hidden2", *plan.hidden2),
-        hidden3=repeated("hidden3", *plan.hidden3),
-        carry=repeated("carry", plan.carry_weight),
+        hidden2=_layer(repeated, *plan.hidden2),
+        hidden3=_layer(repeated, *plan.hidden3),
+        carry=_layer(repeated, plan.carry_weight),
         output=_layer(once, *plan.output),
-        input=None if plan.carry == "hidden" else repeated("input", plan.input_weight),
+        input=None if plan.carry == "hidden" else _layer(repeated, plan.input_weight),
         slope=LEAKY_SLOPE,
-        fine_steps=FINE_STEPS if types.storage == "int8" else 0,
     )
 
 
@@ -81,35 +68,23 @@ def _kind(types: Types) -> Kind:
     return cast(Kind, types.storage)
 
 
-def _layer(
-    kind: Kind, weight: NDArray, bias: NDArray | None = None, values: Range | None = None
-) -> LoopLayer:
+def _layer(kind: Kind, weight: NDArray, bias: NDArray | None = None) -> LoopLayer:
     biases = None if bias is None else bias.astype(np.float32)
     if kind == "int8":
-        assert values is not None
         stored, scale = quantised_rows(weight)
-        step = float(np.float32(values.scale))
-        return LoopLayer(kind, stored, biases, scale[:, 0], step, values.zero_point)
+        return LoopLayer(kind, stored, biases, scale[:, 0])
     single = weight.astype(np.float32)
     return LoopLayer(kind, single if kind == "fp32" else to_bits(single, kind), biases)
 
 
-def write_native(
-    builder: Builder,
-    lowered: Lowered,
-    types: Types,
-    payload: Path,
-    calibration: Calibration | None,
-) -> None:
+def write_native(builder: Builder, lowered: Lowered, types: Types, payload: Path) -> None:
     """Put the native loop and the graph of the head into a payload.
 
     Args:
         types: of the loop.
     """
-    calibrated = require_calibration(calibration, types)
     assert isinstance(lowered.plan, SamplingPlan)
-    ranges = {} if calibrated is None else loop_ranges(lowered, calibrated)
-    layers = loop_layers(lowered.plan, types, ranges)
+    layers = loop_layers(lowered.plan, types)
     save_layers(layers, payload / LAYERS, ANY_ROWS)  # while it is verified, it answers everything
     assert builder.head is not None  # as `why_not` tells
     builder.head.build(lowered, types, payload)
@@ -118,8 +93,8 @@ def write_native(
 def answers_alone(types: Types) -> bool:
     """Tell whether the native loop has to run every batch, however many rows are in it.
 
-    In int8 it is finer than the graph, and no answer is to depend on the size of its batch. In
-    other types both compute the same.
+    In int8 it has a range of activations for each row, and the graph one for all. No answer is to
+    depend on the size of its batch. In other types both compute the same.
     """
     return types.storage == "int8"
 

@@ -57,7 +57,7 @@ def choose_loop(
         if backend.head is not None:
             job.say(f"the graph runs the loop: {reason}")
         return None
-    write_native(backend, job.lowered, types.loop, job.payload, job.calibration(points))
+    write_native(backend, job.lowered, types.loop, job.payload)
     native = job.opened(job.payload, types, points)
     trial = job.trial(native, types, points)
     found = dict(trial.measure())

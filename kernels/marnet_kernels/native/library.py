@@ -29,6 +29,7 @@ MACHINES = ("x86_64", "aarch64")
 _SOURCES = ("reverse_loop.cpp", "products.h")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-fno-exceptions", "-Wl,--as-needed"),  # it needs the C library alone
     # Sums are rounded as they are written, so that a row has the same bits in any batch.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),

@@ -14,13 +14,13 @@ a(v) = LeakyReLU(v) and p and g_previous = 0, [R, W]:
         g = M h3                                    layer "carry"
         p, g_previous = (A[i] p + B[i] g) + C[i] g_previous, g
 
-Every layer has weights of a type of its own. Those in int8 are multiplied in int8: the input is
-put on 256 levels, `round(x / step) + zero` between 0 and 255, with ties to even, the sums are
-exact, and times `scale * step` they are the product; the rest is float32. In the last `fine_steps`
-steps there are 257 times as many levels, 16 bits, on the same range: the sums of the high and of
-the low bytes are exact. Layers in fp16, bf16 and fp32 are multiplied in float32, input by input in
-order, with one rounding for each where the processor can. So a row has the same bits in every
-batch and with any number of threads; but not with every instruction set, unless all is int8.
+Every layer has weights of a type of its own. Those in int8 are multiplied in int8: each row of the
+input is put on 256 levels between its own least and largest value, 0 among them, with step =
+(largest - least) / 255: `round(x / step) + zero` between 0 and 255, with ties to even. The sums are
+exact, and times `scale * step` they are the product; the rest is float32. Layers in fp16, bf16 and
+fp32 are multiplied in float32, input by input in order, with one rounding for each where the
+processor can. So a row has the same bits in every batch and with any number of threads; but not
+with every instruction set, unless all is int8.
 
 Widths are padded with zeros to multiples of 64, and weights are packed by 64 outputs, which are
 what one thread computes at least: int8 [O / 64][I / 4][64][4], the others [O / 64][I][64].
@@ -47,8 +47,7 @@ KINDS: tuple[Kind, ...] = ("fp32", "fp16", "bf16", "int8")
 
 UNIT = 64
 LEVELS = 256
-FINER = 257  # times as many in 16 bits
-EVERY_STEP = 2**31 - 1  # more than any loop has
+LEAST_SPAN = np.float32(1e-30)  # of a row that has levels; a smaller one is nothing
 MOST_INPUTS = (2**31 - 1) // (127 * (LEVELS - 1))  # of an int8 layer, whose sums have 32 bits
 _TYPES = {"fp32": np.float32, "fp16": np.uint16, "bf16": np.uint16, "int8": np.int8}
 _WORK = 2**18  # bytes of weights times rows that make a thread worth its meetings
@@ -64,8 +63,6 @@ class LoopLayer:
     weight: NDArray  # [O, I]: float32; the bits of fp16 or bf16 as uint16; int8
     bias: Floats | None = None  # [O]
     scale: Floats | None = None  # [O], of the weights, of int8
-    step: float = 1.0  # between two levels of the input, of int8
-    zero: int = 0  # the level that stands for 0
 
     def __post_init__(self) -> None:
         weight = self.weight
@@ -78,31 +75,13 @@ class LoopLayer:
         for name, array in wanted.items():
             if array is not None and array.shape != (len(weight),):
                 raise ValueError(f"{name}: got {array.shape}, expected ({len(weight)},)")
-        if self.kind == "int8":
-            self._check_levels()
-
-    def _check_levels(self) -> None:
-        if self.scale is None or not self.step > 0 or not 0 <= self.zero < LEVELS:
+        if self.kind == "int8" and self.scale is None:
+            raise ValueError("scale: got None for 'int8', expected a scale for each output")
+        if self.kind == "int8" and weight.shape[1] > MOST_INPUTS:
             raise ValueError(
-                f"int8 layer: got scale {self.scale}, step {self.step}, zero {self.zero}, expected "
-                f"a scale for each output, a step above 0 and a level below {LEVELS}"
+                f"int8 layer: got {weight.shape[1]} inputs, expected at most {MOST_INPUTS}, or "
+                "sums overflow; use 16 bits"
             )
-        if self.weight.shape[1] > MOST_INPUTS:
-            raise ValueError(
-                f"int8 layer: got {self.weight.shape[1]} inputs, expected at most {MOST_INPUTS}, "
-                "or sums overflow; use 16 bits"
-            )
-
-    @property
-    def factors(self) -> Floats:
-        """Return the factors of the sums of an int8 layer, [O]."""
-        assert self.scale is not None
-        return self.scale.astype(np.float32) * np.float32(self.step)
-
-    @property
-    def inverse(self) -> np.float32:
-        """Levels for each unit of the input, as the kernel multiplies."""
-        return np.float32(1 / np.float32(self.step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +97,8 @@ class LoopLayers:
     output: LoopLayer  # [D, H]
     input: LoopLayer | None = None  # [H, W], where the state is carried as it is
     slope: float = 0.01
-    fine_steps: int = 0  # the last so many, in which int8 layers read activations in 16 bits
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fine_steps <= EVERY_STEP:
-            raise ValueError(f"fine_steps: got {self.fine_steps}, expected 0 to {EVERY_STEP}")
         for name in ("condition", "output"):
             if getattr(self, name).kind == "int8":
                 raise ValueError(f"{name}: got int8, expected a float type, as it reads floats")
@@ -198,7 +174,6 @@ class NativeLoop:
             *(self._packed(getattr(layers, name)) for name in _ORDER),
             layers.slope,
             layers.input is not None,
-            layers.fine_steps,
         )
         number = next(_numbers)
         _open.add(number)
@@ -259,13 +234,13 @@ class NativeLoop:
         size = len(layer.weight)
         bias[:size] = 0 if layer.bias is None else layer.bias
         if layer.kind == "int8":
-            scale[:size] = layer.factors
+            scale[:size] = layer.scale
             sums[:size] = layer.weight.sum(axis=1, dtype=np.int32)
         arrays = [_aligned(array) for array in (pack(layer), bias, scale, sums)]
         self._kept += arrays
         addresses = (array.ctypes.data for array in arrays)
         kind = KINDS.index(layer.kind)
-        return _Layer(*addresses, layer.inverse, layer.zero, kind, into, out)
+        return _Layer(*addresses, kind, into, out)
 
 
 def pack(layer: LoopLayer) -> NDArray:
@@ -329,8 +304,7 @@ def _aligned(array: NDArray) -> NDArray:
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weights", "bias", "scale", "sums")),
-        ("inverse", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("zero", "kind", "into", "out")),
+        *((name, ctypes.c_int32) for name in ("kind", "into", "out")),
     )
 
 
@@ -342,7 +316,6 @@ class _Loop(ctypes.Structure):
         *((name, _Layer) for name in _ORDER),
         ("slope", ctypes.c_float),
         ("feature", ctypes.c_int32),
-        ("fine", ctypes.c_int32),
     )
 
 

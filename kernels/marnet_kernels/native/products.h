@@ -24,33 +24,26 @@ template <int KIND> TARGET static inline F weights(const void* from) {
   else return load<F>(from);
 }
 
-// y[r][64 outputs of the unit] = weights times the activations x[r], plus bias. Of fine ones, x[2 r] are the low bytes and
-// x[2 r + 1] the high ones, of N / 2 rows.
+// y[r][64 outputs of the unit] = weights times the activations of row r, plus bias, for N rows from the first one on.
 template <int KIND, int N>
-TARGET static void tile(const Layer& l, const char* const* x, int unit, float (*y)[UNIT]) {
-  constexpr bool bytes_in = KIND == INT8 || KIND == FINE;
-  constexpr int span = VECTORS * LANES, bytes = bytes_in ? 1 : KIND == FP32 ? 4 : 2, together = bytes_in ? 4 : 1;
+TARGET static void tile(const Layer& l, const Input& in, int first, int unit, float (*y)[UNIT]) {
+  constexpr int span = VECTORS * LANES, bytes = KIND == INT8 ? 1 : KIND == FP32 ? 4 : 2, together = KIND == INT8 ? 4 : 1;
+  const char* const* x = in.x + first;
   for (int part = 0; part < UNIT; part += span) {
     const char* w = static_cast<const char*>(l.weights) + size_t(unit) * l.in * UNIT * bytes + size_t(part) * together * bytes;
-    if constexpr (bytes_in) {
+    if constexpr (KIND == INT8) {
       I sum[N][VECTORS] = {};
       for (int k = 0; k < l.in; k += 4, w += 4 * UNIT)
         for (int v = 0; v < VECTORS; v++) {
           const I from = load<I>(w + 4 * LANES * v);
           for (int r = 0; r < N; r++) sum[r][v] = dot(sum[r][v], load<int32_t>(x[r] + k), from);
         }
-      for (int r = 0; r < N; r += KIND == FINE ? 2 : 1)
+      for (int r = 0; r < N; r++)
         for (int v = 0; v < VECTORS; v++) {
           const int o = part + LANES * v, at = unit * UNIT + o;
-          const I nothing = load<I>(l.sums + at) * (l.zero - SHIFT);  // what levels of 0 would add up to
-          const F bias = load<F>(l.bias + at), scale = load<F>(l.scale + at);
-          F whole = __builtin_convertvector(sum[r][v] - nothing, F);
-          if constexpr (KIND == FINE) {
-            whole = __builtin_convertvector(sum[r + 1][v] - nothing, F) * 256.0f + whole;
-            store(y[r / 2] + o, whole * (scale * (1 / FINER)) + bias);
-          } else {
-            store(y[r] + o, whole * scale + bias);
-          }
+          const I nothing = load<I>(l.sums + at) * (in.zero[first + r] - SHIFT);  // what activations of 0 add up to
+          const F whole = __builtin_convertvector(sum[r][v] - nothing, F);
+          store(y[first + r] + o, whole * (load<F>(l.scale + at) * in.step[first + r]) + load<F>(l.bias + at));
         }
     } else {
       F sum[N][VECTORS] = {};
@@ -62,55 +55,70 @@ TARGET static void tile(const Layer& l, const char* const* x, int unit, float (*
       for (int r = 0; r < N; r++)
         for (int v = 0; v < VECTORS; v++) {
           const int o = part + LANES * v;
-          store(y[r] + o, sum[r][v] + load<F>(l.bias + unit * UNIT + o));
+          store(y[first + r] + o, sum[r][v] + load<F>(l.bias + unit * UNIT + o));
         }
     }
   }
 }
 
 template <int KIND>
-TARGET static void product(const Layer& l, const char* const* x, int rows, int unit, float (*y)[UNIT]) {
+TARGET static void product(const Layer& l, const Input& in, int unit, float (*y)[UNIT]) {
   int r = 0;
   if constexpr (ROWS >= 4)
-    for (; r + 4 <= rows; r += 4) tile<KIND, 4>(l, x + r, unit, y + r);
-  for (; r + 2 <= rows; r += 2) tile<KIND, 2>(l, x + r, unit, y + r);
-  if (r < rows) tile<KIND, 1>(l, x + r, unit, y + r);
+    for (; r + 4 <= in.rows; r += 4) tile<KIND, 4>(l, in, r, unit, y);
+  for (; r + 2 <= in.rows; r += 2) tile<KIND, 2>(l, in, r, unit, y);
+  if (r < in.rows) tile<KIND, 1>(l, in, r, unit, y);
 }
 
-TARGET static void fine_product(const Layer& l, const char* const* x, int rows, int unit, float (*y)[UNIT], size_t apart) {
-  const char* bytes[2 * MOST_ROWS];
-  for (int r = 0; r < rows; r++) {
-    bytes[2 * r] = x[r];
-    bytes[2 * r + 1] = x[r] + apart;
-  }
-  int r = 0;
-  if constexpr (ROWS >= 4)
-    for (; r + 2 <= rows; r += 2) tile<FINE, 4>(l, bytes + 2 * r, unit, y + r);
-  for (; r < rows; r++) tile<FINE, 2>(l, bytes + 2 * r, unit, y + r);
-}
-
-// `fine`: how far the high bytes of an int8 layer's input are from the low ones; 0 where there are none.
-TARGET static void product(const Layer& l, const char* const* x, int rows, int unit, float (*y)[UNIT], size_t fine) {
+TARGET static void product(const Layer& l, const Input& in, int unit, float (*y)[UNIT]) {
   switch (l.kind) {
-    case INT8: return fine ? fine_product(l, x, rows, unit, y, fine) : product<INT8>(l, x, rows, unit, y);
-    case FP16: return product<FP16>(l, x, rows, unit, y);
-    case BF16: return product<BF16>(l, x, rows, unit, y);
-    default: return product<FP32>(l, x, rows, unit, y);
+    case INT8: return product<INT8>(l, in, unit, y);
+    case FP16: return product<FP16>(l, in, unit, y);
+    case BF16: return product<BF16>(l, in, unit, y);
+    default: return product<FP32>(l, in, unit, y);
   }
 }
 
-// Activations o .. o + LANES as the layer reads them: float, or on the 256 levels of its range, or on 257 times as fine ones.
-TARGET static inline void emit(const Layer& reader, char* row, int o, F x, size_t fine) {
-  if (reader.kind != INT8) return store(row + 4 * o, x);
-  const int zero = fine ? reader.zero * int(FINER) : reader.zero, levels = fine ? 65536 : 256;
-  const float least = float(-zero), largest = float(levels - 1 - zero);
+// Put row r of an input on 256 levels between its own least and largest value, 0 among them.
+TARGET static void quantise(Input& in, int r, const float* x, int width, char* bytes) {
+  F low{}, high{}, odd{};
+  for (int o = 0; o < width; o += LANES) {
+    const F v = load<F>(x + o);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    odd += v - v;  // 0, unless v is infinite or no number
+  }
+  float least = 0, largest = 0, finite = 0;
+  for (int i = 0; i < LANES; i++) {
+    least = low[i] < least ? low[i] : least;
+    largest = high[i] > largest ? high[i] : largest;
+    finite += odd[i];
+  }
+  const float span = largest - least;
+  const bool number = finite == 0 && span - span == 0, some = number && span > LEAST_SPAN;
+  const float inverse = some ? 255 / span : 0;
+  in.step[r] = some ? span / 255 : number ? 0 : __builtin_nanf("");
   const float half = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
-  F v = x * (fine ? reader.inverse * FINER : reader.inverse);
-  v = v > least ? v : all(least);  // NaN, too
-  v = v < largest ? v : all(largest);
-  const I level = reinterpret_cast<I>(v + half) - (0x4B400000 - zero);
-  if (fine) store(row + fine + o, __builtin_convertvector((level >> 8) - SHIFT, B));
-  store(row + o, __builtin_convertvector(level - SHIFT, B));
+  const int zero = some ? int(-least * inverse + half - half) : 0;
+  in.zero[r] = zero;
+  in.x[r] = bytes;
+  for (int o = 0; o < width; o += LANES) {
+    F v = load<F>(x + o) * inverse;
+    v = v > float(-zero) ? v : all(float(-zero));  // NaN, too
+    v = v < float(255 - zero) ? v : all(float(255 - zero));
+    const I level = reinterpret_cast<I>(v + half) - (0x4B400000 - zero);
+    store(bytes + o, __builtin_convertvector(level - SHIFT, B));
+  }
+}
+
+// Rows of activations as a layer reads them: floats as they are, or on levels, in the thread's own bytes.
+TARGET static Input input(const Layer& l, const Space& s, Part part, int rows, int thread) {
+  Input in;
+  in.rows = rows;
+  for (int r = 0; r < rows; r++)
+    if (l.kind == INT8) quantise(in, r, s.row(part, r), l.in, s.bytes(thread, r));
+    else in.x[r] = reinterpret_cast<const char*>(s.row(part, r));
+  return in;
 }
 
 TARGET static void work(const Job& job, int thread) {
@@ -123,70 +131,64 @@ TARGET static void work(const Job& job, int thread) {
   alignas(64) float y[MOST_ROWS][UNIT];
   for (int first = 0; first < all_rows; first += MOST_ROWS) {
     const int rows = all_rows - first < MOST_ROWS ? all_rows - first : MOST_ROWS;
-    const char *x[MOST_ROWS], *act[4][MOST_ROWS], *h3[MOST_ROWS];
-    for (int r = 0; r < rows; r++) {
-      x[r] = reinterpret_cast<const char*>(c.x + size_t((first + r) / c.samples) * n.condition.in);
-      for (int a = 0; a < 4; a++) act[a][r] = s.act(a, r);
-      h3[r] = reinterpret_cast<const char*>(s.h3(r));
-    }
+    Input given;
+    given.rows = rows;
+    for (int r = 0; r < rows; r++)
+      given.x[r] = reinterpret_cast<const char*>(c.x + size_t((first + r) / c.samples) * n.condition.in);
     for (int unit = hidden.first; unit < hidden.last; unit++) {
-      product(n.condition, x, rows, unit, y, 0);
-      for (int r = 0; r < rows; r++) memcpy(s.q(r) + unit * UNIT, y[r], sizeof y[r]);
+      product(n.condition, given, unit, y);
+      for (int r = 0; r < rows; r++) memcpy(s.row(CONDITION, r) + unit * UNIT, y[r], sizeof y[r]);
     }
     for (int r = 0; r < rows; r++) {
-      memset(s.p(r) + state.first * UNIT, 0, state.bytes());
-      memset(s.gained(r) + state.first * UNIT, 0, state.bytes());
+      memset(s.row(STATE, r) + state.first * UNIT, 0, state.bytes());
+      memset(s.row(GAINED, r) + state.first * UNIT, 0, state.bytes());
     }
+    if (n.feature) meet(job);  // the whole state is read
     for (int i = 0; i < c.steps; i++) {
-      const size_t fine = i >= c.steps - n.fine ? s.width : 0;
-      if (n.feature) {
-        for (int r = 0; r < rows; r++)
-          for (int o = state.first * UNIT; o < state.last * UNIT; o += LANES) emit(n.input, s.act(0, r), o, load<F>(s.p(r) + o), fine);
-        meet(job);
-      }
+      const Input from = n.feature ? input(n.input, s, STATE, rows, thread) : Input{};
       for (int unit = hidden.first; unit < hidden.last; unit++) {
-        if (n.feature) product(n.input, act[0], rows, unit, y, fine);
+        if (n.feature) product(n.input, from, unit, y);
         for (int r = 0; r < rows; r++) {
           const int row = first + r, noise = c.noises == 1 ? row % c.samples : row;
           const float* bias = c.bias + (size_t(i) * c.noises * c.samples + noise) * n.hidden2.in;
-          const float* into = n.feature ? y[r] - unit * UNIT : s.p(r);
+          const float* into = n.feature ? y[r] - unit * UNIT : s.row(STATE, r);
           for (int o = unit * UNIT; o < (unit + 1) * UNIT; o += LANES)
-            emit(n.hidden2, s.act(1, r), o, leaky(load<F>(into + o) + load<F>(s.q(r) + o) + load<F>(bias + o), n.slope), fine);
+            store(s.row(H1, r) + o, leaky(load<F>(into + o) + load<F>(s.row(CONDITION, r) + o) + load<F>(bias + o), n.slope));
         }
       }
       meet(job);
+      const Input h1 = input(n.hidden2, s, H1, rows, thread);
       for (int unit = hidden.first; unit < hidden.last; unit++) {
-        product(n.hidden2, act[1], rows, unit, y, fine);
+        product(n.hidden2, h1, unit, y);
         for (int r = 0; r < rows; r++)
-          for (int o = 0; o < UNIT; o += LANES) emit(n.hidden3, s.act(2, r), unit * UNIT + o, leaky(load<F>(y[r] + o), n.slope), fine);
+          for (int o = 0; o < UNIT; o += LANES) store(s.row(H2, r) + unit * UNIT + o, leaky(load<F>(y[r] + o), n.slope));
       }
       meet(job);
-      const bool last = i == c.steps - 1;
+      const Input h2 = input(n.hidden3, s, H2, rows, thread);
       for (int unit = hidden.first; unit < hidden.last; unit++) {
-        product(n.hidden3, act[2], rows, unit, y, fine);
+        product(n.hidden3, h2, unit, y);
         for (int r = 0; r < rows; r++)
-          for (int o = 0; o < UNIT; o += LANES) {
-            const F h = leaky(load<F>(y[r] + o), n.slope);
-            if (last) store(s.h3(r) + unit * UNIT + o, h);
-            else emit(n.carry, s.act(3, r), unit * UNIT + o, h, fine);
-          }
+          for (int o = 0; o < UNIT; o += LANES) store(s.row(H3, r) + unit * UNIT + o, leaky(load<F>(y[r] + o), n.slope));
       }
       meet(job);
-      if (last) break;
+      if (i == c.steps - 1) break;
       const float A = c.coefficients[3 * i], G = c.coefficients[3 * i + 1], P = c.coefficients[3 * i + 2];
+      const Input h3 = input(n.carry, s, H3, rows, thread);
       for (int unit = state.first; unit < state.last; unit++) {
-        product(n.carry, act[3], rows, unit, y, fine);
+        product(n.carry, h3, unit, y);
         for (int r = 0; r < rows; r++)
           for (int o = 0; o < UNIT; o += LANES) {
-            float *p = s.p(r) + unit * UNIT + o, *gained = s.gained(r) + unit * UNIT + o;
+            float *p = s.row(STATE, r) + unit * UNIT + o, *gained = s.row(GAINED, r) + unit * UNIT + o;
             const F g = load<F>(y[r] + o);
             store(p, load<F>(p) * A + g * G + load<F>(gained) * P);
             store(gained, g);
           }
       }
+      if (n.feature) meet(job);
     }
+    const Input h3 = input(n.output, s, H3, rows, thread);
     for (int unit = output.first; unit < output.last; unit++) {
-      product(n.output, h3, rows, unit, y, 0);
+      product(n.output, h3, unit, y);
       for (int r = 0; r < rows; r++) memcpy(c.out + size_t(first + r) * n.output.out + unit * UNIT, y[r], sizeof y[r]);
     }
   }

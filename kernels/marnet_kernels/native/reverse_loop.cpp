@@ -31,22 +31,20 @@ constexpr int UNIT = 64;          // outputs that are packed, and given to a thr
 constexpr int MOST_ROWS = 16;     // at a time; more follow in turn
 constexpr int MOST_THREADS = 64;
 constexpr long SPIN_NS = 30000;   // longer than a layer takes, and much shorter than a time slice
-constexpr float FINER = 257;      // 65,535 / 255
-enum Kind { FP32, FP16, BF16, INT8, FINE };  // the last: int8 weights times activations of 16 bits; of no layer as a whole
+constexpr float LEAST_SPAN = 1e-30f;  // of a row that has levels; a smaller one is nothing
+enum Kind { FP32, FP16, BF16, INT8 };
 
 struct Layer {
   const void* weights;        // int8 [out / 64][in / 4][64][4], others [out / 64][in][64]
   const float* bias;          // [out]
-  const float* scale;         // [out], of int8 as the next three
-  const int32_t* sums;        // [out]: of the weights, what each level of the zero point adds to a product
-  float inverse;              // of the step between two levels of the input
-  int32_t zero, kind, in, out;  // in and out are multiples of 64
+  const float* scale;         // [out], of int8 weights
+  const int32_t* sums;        // [out], of int8 weights
+  int32_t kind, in, out;      // in and out are multiples of 64
 };
 struct Loop {
   Layer condition, input, hidden2, hidden3, carry, output;  // input: of a carried feature
   float slope;
   int32_t feature;
-  int32_t fine;  // of the last so many steps, int8 layers read activations in 16 bits
 };
 struct Call {
   const float *x, *coefficients, *bias;  // [images, condition.in], [steps, 3], [steps, noises, samples, hidden2.in]
@@ -55,20 +53,27 @@ struct Call {
   float asleep;  // is set: the share of the threads' time that they slept at meetings
 };
 
-// The activations and the state of one call, [rows][width] each.
+// The state and the activations of one call, float [rows][width] each, and each thread's bytes of an input.
+enum Part { CONDITION, STATE, GAINED, H1, H2, H3, PARTS };
 struct Space {
   const size_t rows, width;
   char* const memory;  // null where there is none
 
-  Space(size_t rows, size_t width)
-      : rows(rows), width(width), memory(static_cast<char*>(aligned_alloc(64, 8 * rows * width * sizeof(float)))) {}
+  Space(size_t rows, size_t width, size_t threads)
+      : rows(rows), width(width),
+        memory(static_cast<char*>(aligned_alloc(64, (PARTS * sizeof(float) + threads) * rows * width))) {}
   Space(const Space&) = delete;
   ~Space() { free(memory); }
-  char* act(int a, int r) const { return memory + (a * rows + r) * width * sizeof(float); }
-  float* q(int r) const { return reinterpret_cast<float*>(act(4, r)); }
-  float* p(int r) const { return reinterpret_cast<float*>(act(5, r)); }
-  float* gained(int r) const { return reinterpret_cast<float*>(act(6, r)); }
-  float* h3(int r) const { return reinterpret_cast<float*>(act(7, r)); }
+  float* row(Part part, int r) const { return reinterpret_cast<float*>(memory) + (part * rows + r) * width; }
+  char* bytes(int thread, int r) const { return memory + ((PARTS * sizeof(float) + thread) * rows + r) * width; }
+};
+
+// Rows of activations, as a layer reads them.
+struct Input {
+  int rows;
+  const char* x[MOST_ROWS];  // floats, or the levels of an int8 layer
+  float step[MOST_ROWS];     // between two levels
+  int32_t zero[MOST_ROWS];   // the level of 0
 };
 
 // A thread's share of the outputs, in units.
@@ -398,10 +403,11 @@ API int marnet_loop_has(int set) { return SETS[set].here(); }
 // Run a loop; returns the number of threads that took part, 0 where there is no memory.
 API int marnet_loop_run(const Loop* loop, Call* call, int set, int threads) {
   const int hidden = loop->hidden2.out, state = loop->carry.out, rows = call->images * call->samples;
-  const Space space(rows < MOST_ROWS ? rows : MOST_ROWS, hidden > state ? hidden : state);
-  if (!space.memory) return 0;
   const int units = hidden / UNIT, most = units < MOST_THREADS ? units : MOST_THREADS;
-  Job job{loop, call, &space, nullptr, set, threads < most ? threads : most};
+  if (threads > most) threads = most;
+  const Space space(rows < MOST_ROWS ? rows : MOST_ROWS, hidden > state ? hidden : state, threads);
+  if (!space.memory) return 0;
+  Job job{loop, call, &space, nullptr, set, threads};
   if (job.threads > 1) return pool().run(job);
   SETS[set].work(job, 0);
   return 1;

@@ -6,12 +6,10 @@ once. Everything else is float32, in the kernel's order.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from marnet_kernels.native.loop import FINER, LEVELS, Floats, LoopLayer, LoopLayers
+from marnet_kernels.native.loop import LEAST_SPAN, LEVELS, Floats, LoopLayer, LoopLayers
 from marnet_kernels.reverse_sampler import from_bits
 
 
@@ -20,36 +18,48 @@ def loop_reference(layers: LoopLayers, x_v: Floats, coefficients: Floats, bias: 
     q = layer_reference(layers.condition, (x_v - layers.mean) / layers.std)[:, None]
     shape = (len(x_v), bias.shape[2], len(layers.carry.weight))
     p, previous = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    coarse = len(bias) - layers.fine_steps  # the first steps
-    for i, (a, b, c) in enumerate(coefficients[:-1]):
-        h3 = _hidden(layers, p, q, bias[i], fine=i >= coarse)
-        g = layer_reference(layers.carry, h3, fine=i >= coarse)
+    for (a, b, c), row in zip(coefficients[:-1], bias[:-1], strict=True):
+        g = layer_reference(layers.carry, _hidden(layers, p, q, row))
         p, previous = (p * a + g * b) + previous * c, g
-    h3 = _hidden(layers, p, q, bias[-1], fine=layers.fine_steps > 0)
-    return layer_reference(layers.output, h3)
+    return layer_reference(layers.output, _hidden(layers, p, q, bias[-1]))
 
 
-def layer_reference(layer: LoopLayer, x: Floats, *, fine: bool = False) -> Floats:
-    """Map x [..., I], of a layer in int8 on the levels of 8 bits or of 16, to [..., O]."""
-    bias: Any = np.float32(0) if layer.bias is None else layer.bias
-    if layer.kind != "int8":
-        return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
-    weight = layer.weight.T.astype(np.int64)
-    if not fine:
-        levels = np.rint(x * layer.inverse).clip(-layer.zero, LEVELS - 1 - layer.zero)
-        return (levels.astype(np.int64) @ weight).astype(np.float32) * layer.factors + bias
-    zero, finer = layer.zero * FINER, np.float32(FINER)
-    levels = np.rint(x * (layer.inverse * finer)).clip(-zero, LEVELS * LEVELS - 1 - zero)
-    high, low = np.divmod(levels.astype(np.int64) + zero, LEVELS)
-    high, low = (((part - layer.zero) @ weight).astype(np.float32) for part in (high, low))
-    return (high * np.float32(LEVELS) + low) * (layer.factors * (1 / finer)) + bias
+def layer_reference(layer: LoopLayer, x: Floats) -> Floats:
+    """Map x [..., I] to [..., O]."""
+    bias = np.float32(0) if layer.bias is None else layer.bias
+    if layer.kind == "int8":
+        levels, step = on_levels(x)
+        sums = levels @ layer.weight.T.astype(np.int64)
+        assert layer.scale is not None
+        return sums.astype(np.float32) * (layer.scale.astype(np.float32) * step) + bias
+    return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
 
 
-def _hidden(layers: LoopLayers, p: Floats, q: Floats, row: Floats, *, fine: bool) -> Floats:
-    into = p if layers.input is None else layer_reference(layers.input, p, fine=fine)
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
+def on_levels(x: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Put each row of x [..., I] on the levels of its own range.
+
+    Returns:
+        Levels [..., I], from that of 0, and the step between two of them, [..., 1]; the step is NaN
+        for a row that is not finite, or whose range is not.
+    """
+    x, most = x.astype(np.float32), np.float32(LEVELS - 1)
+    least = np.minimum(x.min(axis=-1, keepdims=True), np.float32(0))
+    largest = np.maximum(x.max(axis=-1, keepdims=True), np.float32(0))
+    span = largest - least
+    finite, some = np.isfinite(span), span > LEAST_SPAN
+    inverse = np.where(some & finite, most / span, np.float32(0))
+    step = np.where(finite, np.where(some, span / most, np.float32(0)), np.float32(np.nan))
+    zero = np.rint(-least * inverse)
+    levels = np.rint(x * inverse).clip(-zero, most - zero)
+    return np.where(finite, levels, 0).astype(np.int64), step
+
+
+def _hidden(layers: LoopLayers, p: Floats, q: Floats, row: Floats) -> Floats:
+    into = p if layers.input is None else layer_reference(layers.input, p)
     h = _leaky(into + q + row, layers.slope)
-    h = _leaky(layer_reference(layers.hidden2, h, fine=fine), layers.slope)
-    return _leaky(layer_reference(layers.hidden3, h, fine=fine), layers.slope)
+    h = _leaky(layer_reference(layers.hidden2, h), layers.slope)
+    return _leaky(layer_reference(layers.hidden3, h), layers.slope)
 
 
 def _values(layer: LoopLayer) -> NDArray[np.float64]:

@@ -48,7 +48,7 @@ class Limits:
         weights: int,
         precision: str,
         batch: int,
-        steps: int,
+        steps: float,
         *,
         compute: str | None = None,
     ) -> float:
@@ -95,7 +95,7 @@ def _higher(a: Rate, b: Rate) -> Rate:
 
 
 def bound(
-    multiply_adds: int, size: int, batch: int, steps: int, arithmetic: float, reading: float
+    multiply_adds: int, size: int, batch: int, steps: float, arithmetic: float, reading: float
 ) -> float:
     """Roofline of a loop whose steps wait for one another, in milliseconds.
 

@@ -425,9 +425,9 @@ def _line(
     steps: int,
 ) -> dict[str, Any]:
     """One candidate at one batch size."""
-    weights = _weights(plan, candidate.ours)
+    weights, work = _weights(plan, candidate.ours), _steps_of_work(plan, candidate.ours, steps)
     bound = limits.bound_ms(
-        weights, weights, candidate.precision, batch, steps, compute=candidate.compute
+        weights, weights, candidate.precision, batch, work, compute=candidate.compute
     )
     summary = asdict(summarise(seconds, batch))
     return {
@@ -509,6 +509,16 @@ def _weights(plan: SamplingPlan, ours: bool) -> int:
     return plan.multiply_adds if ours else plan.plain_multiply_adds
 
 
+def _steps_of_work(plan: SamplingPlan, ours: bool, steps: int) -> float:
+    """The work of a whole loop, in steps inside of it."""
+    return steps + _beside_the_steps(plan) / plan.multiply_adds if ours else steps
+
+
+def _beside_the_steps(plan: SamplingPlan) -> int:
+    """Count the multiply-adds of the condition, and of the estimate in place of the last carry."""
+    return plan.condition_weight.size + plan.output[0].size - plan.carry_weight.size
+
+
 def _sizes(plan: SamplingPlan) -> list[int]:
     return sorted(_weights(plan, ours) * size for ours in (True, False) for size in BYTES.values())
 
@@ -518,4 +528,5 @@ def _describe_plan(plan: SamplingPlan) -> dict[str, Any]:
         "carry": plan.carry,
         "multiply_adds": plan.multiply_adds,
         "plain_multiply_adds": plan.plain_multiply_adds,
+        "beside_the_steps": _beside_the_steps(plan),
     }

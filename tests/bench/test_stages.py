@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from marnet_bench.photographs import golden_images, images_of
 from marnet_bench.stages import STAGES, WHOLE, Watch, run_stages
 from marnet_sdk import Classifier
 from marnet_sdk.bundle import read_bundle
+from marnet_sdk.errors import InvalidInput
 
 SHORT = {"warmup": 1, "duration": 0.0, "min_rounds": 4}
 
@@ -170,3 +172,9 @@ def test_options_of_other_scenarios_are_refused(words, message):
     result = bench(*words)
     assert result.exit_code == 2
     assert message in one_line(result.stderr)
+
+
+def test_a_bundle_on_a_gpu_is_refused_with_the_reason():
+    on_gpu: Any = SimpleNamespace(runtime=SimpleNamespace(device="cuda"))
+    with pytest.raises(InvalidInput, match="one captured program; measure the stages of a bundle"):
+        run_stages(on_gpu, [b""], batch=1, **SHORT)

@@ -10,13 +10,15 @@ import pytest
 import torch
 from onnx_operators import looked_up_once
 
+from marnet_export.build.tracing import tracing
+
 REGISTRATION = "torch.onnx._internal.exporter._registration"
 
 
-@torch.no_grad()
 def exported(module: torch.nn.Module) -> onnx.ModelProto:
-    program = torch.export.export(module, (torch.zeros(2, 3),))
-    found = torch.onnx.export(program, (), dynamo=True, verbose=False)
+    with tracing():
+        program = torch.export.export(module, (torch.zeros(2, 3),))
+        found = torch.onnx.export(program, (), dynamo=True, verbose=False)
     assert found is not None
     return found.model_proto
 

@@ -144,24 +144,31 @@ def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_seda(digits: Path, shared: Shared) -> Path:
-    """A checkpoint of SeDA that was trained for moments, on few images, and knows little."""
-    from tiny_training import SEDA
-
+def few_digits(digits: Path, shared: Shared) -> Path:
+    """Some images of each split of the digits data set."""
     from marnet_train.data.imagefolder import read_split, write_split
-    from marnet_train.trainer import fit
 
     def write(out: Path) -> None:
-        data = out.with_name("few-digits")
+        fresh = out.with_name("few-digits.new")
         for split, count in {"train": 60, "val": 30, "test": 20}.items():
             rows = read_split(digits / split, needs_text=True)[:count]
             write_split(
-                data / split,
+                fresh / split,
                 ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows),
             )
-        fit(data, SEDA, out, name="tiny")
+        fresh.rename(out)
 
-    return shared("tiny-seda", write)
+    return shared("few-digits", write)
+
+
+@pytest.fixture(scope="session")
+def tiny_seda(few_digits: Path, shared: Shared) -> Path:
+    """A checkpoint of SeDA that was trained for moments, on few images, and knows little."""
+    from tiny_training import SEDA
+
+    from marnet_train.trainer import fit
+
+    return shared("tiny-seda", lambda out: fit(few_digits, SEDA, out, name="tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -145,16 +145,18 @@ def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def few_digits(digits: Path, shared: Shared) -> Path:
-    """The first 60, 30 and 20 images of the splits of the digits."""
+    """Some images of each split of the digits data set."""
     from marnet_train.data.imagefolder import read_split, write_split
 
-    def write(data: Path) -> None:
+    def write(out: Path) -> None:
+        fresh = out.with_name("few-digits.new")
         for split, count in {"train": 60, "val": 30, "test": 20}.items():
             rows = read_split(digits / split, needs_text=True)[:count]
             write_split(
-                data / split,
+                fresh / split,
                 ((e.image.name, e.image.read_bytes(), e.label, e.text) for e in rows),
             )
+        fresh.rename(out)
 
     return shared("few-digits", write)
 
@@ -166,10 +168,7 @@ def tiny_seda(few_digits: Path, shared: Shared) -> Path:
 
     from marnet_train.trainer import fit
 
-    def write(out: Path) -> None:
-        fit(few_digits, SEDA, out, name="tiny")
-
-    return shared("tiny-seda", write)
+    return shared("tiny-seda", lambda out: fit(few_digits, SEDA, out, name="tiny"))
 
 
 @pytest.fixture(scope="session")

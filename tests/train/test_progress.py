@@ -62,10 +62,10 @@ MOMENTS += [("refined head", 4), ("fusion", 9)]
     "moments", kept([MOMENTS, MOMENTS[4:5]], [MOMENTS[4:5]]), ids=["each phase", "refinement"]
 )
 def test_a_training_that_was_interrupted_gives_the_same_checkpoint(
-    moments, digits, tmp_path, every_epoch, monkeypatch, capsys
+    moments, few_digits, tmp_path, every_epoch, monkeypatch, capsys
 ):
     undisturbed = tmp_path / "undisturbed"
-    expected = fit(digits, RECIPE, undisturbed, name="digits", threads=1)
+    expected = fit(few_digits, RECIPE, undisturbed, name="digits", threads=1)
     capsys.readouterr()
     out = tmp_path / "runs/quick"
     partial = tmp_path / "runs/quick.partial"
@@ -73,10 +73,10 @@ def test_a_training_that_was_interrupted_gives_the_same_checkpoint(
         with monkeypatch.context() as patch:
             interrupt_after(patch, phase, epoch)
             with pytest.raises(Stop):
-                fit(digits, RECIPE, out, name="digits", threads=1)
+                fit(few_digits, RECIPE, out, name="digits", threads=1)
         assert not out.exists()
         assert "run the same command again" in capsys.readouterr().err
-    training = fit(digits, RECIPE, out, name="digits", threads=1)
+    training = fit(few_digits, RECIPE, out, name="digits", threads=1)
     told = capsys.readouterr().err
     assert f"going on from {partial}" in told
     assert "{} epoch {}".format(*moments[-1]) in told
@@ -88,7 +88,7 @@ def test_a_training_that_was_interrupted_gives_the_same_checkpoint(
 
 
 def test_other_settings_are_refused_and_restart_discards(
-    digits, tmp_path, every_epoch, monkeypatch
+    few_digits, tmp_path, every_epoch, monkeypatch
 ):
     out = tmp_path / "quick"
     one = {"epochs": 1}
@@ -96,12 +96,12 @@ def test_other_settings_are_refused_and_restart_discards(
     with monkeypatch.context() as patch:
         interrupt_after(patch, "alignment", 0)
         with pytest.raises(Stop):
-            fit(digits, short, out)
+            fit(few_digits, short, out)
     saved = sha256_file(tmp_path / "quick.partial" / PHASE)
     with pytest.raises(OutputExists, match=r"seed: 0 then, 1 now.*--restart"):
-        fit(digits, short, out, seed=1)
+        fit(few_digits, short, out, seed=1)
     assert sha256_file(tmp_path / "quick.partial" / PHASE) == saved
-    assert fit(digits, short, out, seed=1, restart=True)["seed"] == 1
+    assert fit(few_digits, short, out, seed=1, restart=True)["seed"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["quick"]
 
 

@@ -84,7 +84,7 @@ def risk_coverage(scores: NDArray[np.floating], correct: NDArray[np.bool_]) -> R
     ordered = values[order]
     last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # of each group of equals
     answered = last + 1
-    errors = np.cumsum(~correct[order])[last]
+    errors = np.cumsum(~correct[order], dtype=np.int64)[last]
     return RiskCoverage(ordered[last], answered / len(values), errors / answered, answered, errors)
 
 

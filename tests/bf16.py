@@ -6,7 +6,5 @@ import pytest
 
 from marnet_sdk.backends.openvino import load_openvino
 
-bf16_only = pytest.mark.skipif(
-    "BF16" not in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this CPU has no bf16 arithmetic",
-)
+HAS_BF16 = "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+bf16_only = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 arithmetic")

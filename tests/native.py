@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
 from compilers import need_compiler
+from filelock import FileLock
 
 from marnet_kernels.native import Kind, LoopLayer, LoopLayers, library
 from marnet_kernels.reverse_sampler import to_bits
@@ -16,10 +18,11 @@ Carry = Literal["hidden", "feature"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _compiled() -> None:
-    """Import it into a test module: compiles the library once, into the user's cache."""
+def _compiled(of_this_run: Path) -> None:
+    """Import it into a test module: the first process that needs the library compiles it."""
     need_compiler()
-    library(compile_it=True)
+    with FileLock(of_this_run / "native-loop.lock"):
+        library(compile_it=True)
 
 
 def layer(

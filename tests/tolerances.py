@@ -68,8 +68,8 @@ PIXEL_EDGES = 0.01
 # from 1, in 16 blocks (float64).
 LITE0 = {"float32": 1e-4, "float64": 1e-9}
 # The native loop in int8 behind float32 products against its twin, relative to the largest value:
-# the condition's last bits differ, and an activation next to a tie may take the other level, a
-# 255th of the range of its row, times a weight of order 0.1.
+# the last bits of the condition differ, and an activation next to a tie takes the other level, 1 in
+# 255 of the range of its row, times a weight of order 0.1.
 NATIVE_LEVEL = 2e-2
 # Measures of alignment of a dozen float64 vectors, rotated and scaled by up to 100: distances are
 # differences of squares of up to 1e5, which keep 11 digits.

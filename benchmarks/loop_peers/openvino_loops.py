@@ -12,7 +12,7 @@ from loop_peers.shared import GROUP, layers, need_simple_fusion, to_numpy
 from marnet_bench.plain_loop import Logits, PlainLoop, Problem
 from marnet_export.build.quantise import quantised_rows
 from marnet_export.build.tracing import quiet
-from marnet_sdk.backends.openvino import load_openvino
+from marnet_sdk.backends.openvino import check_arithmetic, load_openvino
 from marnet_sdk.errors import BackendUnavailable
 from marnet_sdk.noise.tables import Floats
 from marnet_train.models.denoiser import LEAKY_SLOPE
@@ -51,7 +51,10 @@ def _run_openvino(model: Any, precision: str, threads: int) -> Logits:
     }
     if precision == "int8":
         settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = str(GROUP)
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    core = ov.Core()
+    if precision == "bf16":
+        check_arithmetic(core, precision)
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def logits(x_v: Floats) -> Floats:
         return request.infer([x_v], share_inputs=True)[0]

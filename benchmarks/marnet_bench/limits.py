@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from marnet_sdk.backends.onnxruntime import load_onnxruntime
-from marnet_sdk.backends.openvino import load_openvino
-from marnet_sdk.errors import MissingExtra
+from marnet_sdk.backends.openvino import check_arithmetic, load_openvino
+from marnet_sdk.errors import BackendUnavailable, MissingExtra
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # of one weight
@@ -151,7 +151,7 @@ def _available(probes: Iterator[Probe]) -> Iterator[tuple[str, Callable[[], obje
         try:
             call = prepare()
             call()
-        except (ImportError, MissingExtra, RuntimeError, ValueError, TypeError):
+        except (ImportError, MissingExtra, BackendUnavailable, RuntimeError, ValueError, TypeError):
             continue
         yield through, call
 
@@ -263,6 +263,9 @@ def _openvino_product(precision: str, side: int, threads: int) -> Callable[[], o
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp16": "f16"}.get(precision, "f32"),
     }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    core = ov.Core()
+    if precision == "bf16":
+        check_arithmetic(core, precision)
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
     ones = np.ones((side, side), np.float32)
     return lambda: request.infer([ones], share_inputs=True, share_outputs=True)

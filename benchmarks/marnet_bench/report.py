@@ -57,7 +57,7 @@ def print_loop_report(report: dict[str, Any]) -> None:
         f"agree, error: labels and logits beside the float32 model, on {report['checked_images']} "
         "random x_v; bound: what this machine needs at least for the candidate's own multiply-adds "
         "and weights; of it: the share of that in p50; x: over the fastest peer of the same "
-        "precision"
+        "precision, of fp16: in float32 or bf16"
     )
     for ratio in report["best"]:
         ours = f"{ratio['ours']} {ratio['ours_precision']}"

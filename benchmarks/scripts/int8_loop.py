@@ -1,4 +1,4 @@
-"""What the loop loses in int8, by how its activations are rounded, on trained weights.
+"""Compare ways to round the activations of an int8 loop, on trained weights.
 
     python benchmarks/scripts/int8_loop.py --checkpoint runs/plates --data data/plates --out F.json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_every_way_is_measured_at_every_batch_size_or_missing_with_a_reason(repo
     assert missing["torch.compile", "fp32"] == "RuntimeError: no compiler found"
     assert "bfloat16" in missing["ONNX Runtime Scan", "bf16"]
     assert missing["marnet torchscript", "int8"].endswith("does not multiply in int8")
+    assert ("marnet native", "fp16", 1) in measured
     for name in ("marnet onnxruntime", "marnet openvino", "marnet torchscript", "torch eager"):
         assert (name, "fp32", 3) in measured, missing.get((name, "fp32"))
 
@@ -111,11 +113,13 @@ def test_every_line_has_its_times_its_bound_and_its_fidelity(report):
         assert line["ours"] == line["model"].startswith("marnet ")
         assert line["share_of_bound"] == pytest.approx(line["bound_ms"] / line["p50_ms"])
         weights = plan["multiply_adds" if line["ours"] else "plain_multiply_adds"]
-        size = {"fp32": 4, "bf16": 2, "int8": 1}[line["precision"]]
+        size = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}[line["precision"]]
         work = 5 * weights + (plan["beside_the_steps"] if line["ours"] else 0)
         expected = 1e3 * work * max(line["batch"], size) / 1e11
         assert line["bound_ms"] == pytest.approx(expected)
         assert line["drift"] >= 0
+        assert line["opening_s"] >= 0
+        assert line["checking_s"] > 0
         assert 0.8 <= line["agreement"] <= 1
         if line["precision"] == "fp32":
             assert line["relative_error"] < 1e-3
@@ -174,6 +178,7 @@ def test_the_table_and_the_sentences_hold_what_the_json_holds(outcome):
     assert "not measured: torch.compile fp32: RuntimeError: no compiler found" in err
     assert "limits of this machine, threads 1: fp32 100 G multiply-adds/s (a product)" in err
     assert "95 % interval of the ratio" in err
+    assert re.search(r"opened and checked \d+ candidates in \d+ s: .* \d+ s, .* \d+ s", err)
     assert "Next: marnet-bench --scenario loop" in err
 
 
@@ -235,6 +240,17 @@ def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, 
     monkeypatch.setattr(loop, "find_spec", lambda _: None)
     assert loop.all_peers() == TORCH_PEERS
     assert "measured from a checkout of marnet" in one_line(capsys.readouterr().err)
+
+
+def test_fp16_is_held_to_the_peers_in_float32_and_bf16():
+    names = [("marnet native", "fp16"), ("a", "fp32"), ("b", "bf16"), ("c", "int8")]
+    taken = {
+        Candidate(model, precision, lambda x: x): np.full(9, float(seconds))
+        for (model, precision), seconds in zip(names, (1, 6, 5, 2), strict=True)
+    }
+    found = loop._equal_precision(1, taken)
+    pairs = [(r["ours_precision"], r["peer"], r["ratio"], r["best_peer"]) for r in found]
+    assert pairs == [("fp16", "a", 6.0, False), ("fp16", "b", 5.0, True)]
 
 
 def test_labels_and_logits_are_compared_and_nonsense_is_refused():

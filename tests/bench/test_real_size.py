@@ -45,9 +45,9 @@ def test_the_fastest_bundle_is_held_to_the_fastest_peer_of_its_precision(script)
 
 
 def test_a_bundle_may_be_built_with_both_loops_where_there_is_a_place_for_the_native_one(script):
-    chosen = script.builds(only=("openvino int8", "torchscript fp32"), loops=("graph", "native"))
-    found = [(settings.backend, settings.loop) for settings in chosen]
-    assert found == [("torchscript", "graph"), ("openvino", "graph"), ("openvino", "native")]
+    chosen = script.builds(only=("onnxruntime int8", "torchscript fp32"), loops=("graph", "native"))
+    found = {(settings.backend, settings.loop) for settings in chosen}
+    assert found == {("torchscript", "graph"), ("onnxruntime", "graph"), ("onnxruntime", "native")}
 
 
 def test_the_fastest_native_loop_is_held_to_the_fastest_graph(script):

@@ -45,34 +45,27 @@ TESTS = str(Path(__file__).parent.parent)
 CARRIES = ("hidden", "feature")
 
 
-def need(instructions: str) -> str:
-    """Skip a test whose instructions this processor does not have."""
-    if instructions not in instruction_sets():
-        pytest.skip(f"this processor has no {instructions}")
-    return instructions
+def close(got, want, tolerance=FLOAT32_LOOP, of=""):
+    bound = tolerance * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound, err_msg=of)
 
 
-def close(got, want, tolerance=FLOAT32_LOOP):
-    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+# Against the twin, with every instruction set of this processor
 
 
-# Against the twin
-
-
-@pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("carry", CARRIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("by_image", [False, True])
-def test_it_is_the_twin(instructions, carry, kind, by_image):
+def test_it_is_the_twin(carry, kind, by_image):
     layers = make_layers(kind, carry)
     inputs = make_input(layers, by_image=by_image)
-    got = NativeLoop(layers, 1, need(instructions))(*inputs)
-    close(got, loop_reference(layers, *inputs))
+    want = loop_reference(layers, *inputs)
+    for instructions in instruction_sets():
+        close(NativeLoop(layers, 1, instructions)(*inputs), want, of=instructions)
 
 
-@pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("carry", CARRIES)
-def test_int8_is_the_twin_to_the_bit(instructions, carry):
+def test_int8_is_the_twin_to_the_bit(carry):
     """Where the float products around the loop are exact: small integers, and an identity."""
     layers = make_layers("int8", carry, hidden=70, dim=70, given=30)
     rng = np.random.default_rng(0)
@@ -86,8 +79,10 @@ def test_int8_is_the_twin_to_the_bit(instructions, carry):
     )
     x_v, *tables = make_input(layers, steps=20)
     x_v = np.round(x_v)
-    got = NativeLoop(layers, 1, need(instructions))(x_v, *tables)
-    np.testing.assert_array_equal(got, loop_reference(layers, x_v, *tables))
+    want = loop_reference(layers, x_v, *tables)
+    for instructions in instruction_sets():
+        got = NativeLoop(layers, 1, instructions)(x_v, *tables)
+        np.testing.assert_array_equal(got, want, err_msg=instructions)
 
 
 @given(
@@ -119,8 +114,7 @@ def many_threads(layers, threads, instructions=None) -> NativeLoop:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("instructions", SETS)
-def test_extreme_weights_and_activations(kind, instructions):
+def test_extreme_weights_and_activations(kind):
     """Sums of the largest products, levels beyond the range, subnormal fp16."""
     layers = make_layers(kind, hidden=64, dim=64, given=64)
     if kind == "int8":
@@ -133,8 +127,10 @@ def test_extreme_weights_and_activations(kind, instructions):
         big = replace(layers.hidden2, weight=bits)
     layers = replace(layers, hidden2=big)
     x_v, coefficients, bias = make_input(layers)
-    got = NativeLoop(layers, 1, need(instructions))(x_v, coefficients, 100 * bias)
-    close(got, loop_reference(layers, x_v, coefficients, 100 * bias))
+    want = loop_reference(layers, x_v, coefficients, 100 * bias)
+    for instructions in instruction_sets():
+        got = NativeLoop(layers, 1, instructions)(x_v, coefficients, 100 * bias)
+        close(got, want, of=instructions)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,12 +156,11 @@ def test_the_twin_of_a_layer_says_what_int8_means():
     assert layer_reference(layer, x).tolist() == [[want], [0.5]]
 
 
-@pytest.mark.parametrize("instructions", SETS)
-def test_a_row_is_rounded_by_its_own_range_alone(instructions):
+def test_a_row_is_rounded_by_its_own_range_alone():
     """A row of large values leaves the others as they are, and one of nothing has no levels."""
     layers = make_layers("int8")
     x_v, coefficients, bias = make_input(layers, by_image=True)
-    loop = NativeLoop(layers, 1, need(instructions))
+    loop = NativeLoop(layers, 1)
     before = loop(x_v, coefficients, bias)
     bias[:, 1] *= 1e4
     x_v[2], bias[:, 2] = layers.mean, 0
@@ -178,29 +173,29 @@ def test_a_row_is_rounded_by_its_own_range_alone(instructions):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("carry", CARRIES)
-def test_a_row_is_the_same_bits_in_every_batch(kind, instructions, carry):
+def test_a_row_is_the_same_bits_in_every_batch(kind, carry):
     layers = make_layers(kind, carry)
     x_v, coefficients, bias = make_input(layers, images=21, samples=3)
-    loop = NativeLoop(layers, 1, need(instructions))
-    whole = loop(x_v, coefficients, bias)
-    for count in (1, 2, 3, 5, 7):
-        np.testing.assert_array_equal(loop(x_v[:count], coefficients, bias), whole[:count])
-    np.testing.assert_array_equal(loop(x_v[::-1], coefficients, bias), whole[::-1])
-    np.testing.assert_array_equal(loop(x_v, coefficients, bias[:, :, 1:2]), whole[:, 1:2])
+    for instructions in instruction_sets():
+        loop = NativeLoop(layers, 1, instructions)
+        whole = loop(x_v, coefficients, bias)
+        for count in (1, 2, 3, 5, 7):
+            np.testing.assert_array_equal(loop(x_v[:count], coefficients, bias), whole[:count])
+        np.testing.assert_array_equal(loop(x_v[::-1], coefficients, bias), whole[::-1])
+        np.testing.assert_array_equal(loop(x_v, coefficients, bias[:, :, 1:2]), whole[:, 1:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("carry", CARRIES)
-@pytest.mark.parametrize("instructions", SETS)
-def test_threads_do_not_change_a_bit(kind, carry, instructions):
+def test_threads_do_not_change_a_bit(kind, carry):
     layers = make_layers(kind, carry, hidden=200, dim=150)
     inputs = make_input(layers, images=9)
-    want = many_threads(layers, 1, need(instructions))(*inputs)
-    for threads in (2, 3, 8):
-        got = many_threads(layers, threads, instructions)(*inputs)
-        np.testing.assert_array_equal(got, want)
+    for instructions in instruction_sets():
+        want = many_threads(layers, 1, instructions)(*inputs)
+        for threads in (2, 3, 8):
+            got = many_threads(layers, threads, instructions)(*inputs)
+            np.testing.assert_array_equal(got, want, err_msg=instructions)
 
 
 def test_threads_are_those_that_are_asked_for_and_are_worth_it():

@@ -31,7 +31,7 @@ def layer_reference(layer: LoopLayer, x: Floats) -> Floats:
         levels, step = on_levels(x)
         sums = levels @ layer.weight.T.astype(np.int64)
         assert layer.scale is not None
-        return sums.astype(np.float32) * (layer.scale.astype(np.float32) * step) + bias
+        return sums.astype(np.float32) * (layer.scale * step).astype(np.float32) + bias
     return (x.astype(np.float64) @ _values(layer).T).astype(np.float32) + bias
 
 
@@ -52,7 +52,7 @@ def on_levels(x: Floats) -> tuple[NDArray[np.int64], Floats]:
     step = np.where(finite, np.where(some, span / most, np.float32(0)), np.float32(np.nan))
     zero = np.rint(-least * inverse)
     levels = np.rint(x * inverse).clip(-zero, most - zero)
-    return np.where(finite, levels, 0).astype(np.int64), step
+    return np.where(finite, levels, 0).astype(np.int64), step.astype(np.float32)
 
 
 def _hidden(layers: LoopLayers, p: Floats, q: Floats, row: Floats) -> Floats:

@@ -77,12 +77,12 @@ def _compiled(
         raise BackendUnavailable(
             f"openvino computes in {' or '.join(_COMPUTE)} on a CPU, the bundle asks {compute}"
         )
-    _check_arithmetic(core, compute)
+    check_arithmetic(core, compute)
     settings = compile_settings(compute, threads)
     try:
         model = core.read_model(path)
         if _has_int8(model):
-            _check_arithmetic(core, "int8")
+            check_arithmetic(core, "int8")
         chosen = [[model.output(output).get_node() for output in names] for names in outputs]
         models = [ov.Model(results, model.get_parameters(), path.stem) for results in chosen]
         return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
@@ -103,7 +103,12 @@ def _has_int8(model: Any) -> bool:
     return False
 
 
-def _check_arithmetic(core: Any, kind: str) -> None:
+def check_arithmetic(core: Any, kind: str) -> None:
+    """Refuse a type that this processor has no instructions for: "bf16" or "int8".
+
+    Raises:
+        BackendUnavailable: it has none.
+    """
     if _NEEDS[kind] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         how = "--precision fp32" if kind == "int8" else "--compute fp32"

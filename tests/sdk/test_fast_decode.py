@@ -184,10 +184,14 @@ def test_marnet_classify_passes_it_on(path, photographs):
 def test_marnet_serve_passes_it_on(path, monkeypatch, more):
     opened = []
 
-    def serve(service, listeners, log, ready):
-        asyncio.run(service.open())
-        opened.append(service.classifier.preprocess.fast_decode)
-        service.classifier.close()
+    async def open_once(service):
+        await service.open()
+        with service.using() as classifier:
+            opened.append(classifier.preprocess.fast_decode)
+        await service.close()
+
+    def serve(service, listeners, log):
+        asyncio.run(open_once(service))
         listeners[0].close()
         log.close()
 

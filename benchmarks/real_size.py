@@ -38,8 +38,8 @@ from PIL import Image
 from loop_peers import PEERS
 from marnet_bench.machine import describe_machine
 from marnet_bench.peers import load_peer
+from marnet_bench.photographs import golden_images
 from marnet_bench.plain_loop import make_problem
-from marnet_bench.scenarios import golden_images
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.build.builder import BUILDERS, builder
 from marnet_export.build.opened import runs_here
@@ -388,7 +388,7 @@ def run(
         if not opened:
             return _report(name, train_steps, trained is not None, text, threads, rows, [])
         say("opening the peers")
-        preprocess, files = opened[0].preprocess, golden_images(opened[0], max(BATCHES))
+        preprocess, files = opened[0].preprocess, golden_images(opened[0].bundle, max(BATCHES))
         pixels = preprocess.pixels(files)
         for framework, kind, call in peers(checkpoint, opened[0], pixels, threads):
             key = f"{framework} {kind}"

@@ -40,7 +40,7 @@ import psutil
 from PIL import Image
 
 from marnet_bench.machine import describe_machine
-from marnet_bench.scenarios import golden_images
+from marnet_bench.photographs import golden_images
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.errors import DeadlineExceeded, ImageError, QueueFull

@@ -25,8 +25,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def command(package: str) -> str:
-    return f"from {package}.cli import main; main()"
+def command(module: str) -> str:
+    return f"from {module} import main; main()"
 
 
 def test_the_closure_is_small_and_holds_no_torch():
@@ -41,7 +41,7 @@ def test_the_same_labels_without_torch(python, bundle_of, digits, tmp_path):
     images = [str(path) for path in sorted((digits / "test").glob("*.png"))[:20]]
     bundle = bundle_of("onnxruntime", "fp16")
     arguments = (*images, "--model", str(bundle), "--format", "json")
-    result = run(python, command("marnet_sdk"), *arguments, cwd=tmp_path)
+    result = run(python, command("marnet_sdk.commands.classify"), *arguments, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     got = [entry["label"] for entry in json.loads(result.stdout)]
     assert got == [answer.label for answer in Classifier(bundle).predict(images)]
@@ -61,7 +61,7 @@ def test_torch_is_absent_there_and_nothing_else_stands_in_for_it(python, tmp_pat
 def test_a_torchscript_bundle_there_names_what_to_install(python, bundle_of, digits, tmp_path):
     image = str(next((digits / "test").glob("*.png")))
     arguments = (image, "--model", str(bundle_of("torchscript", "fp16")))
-    result = run(python, command("marnet_sdk"), *arguments, cwd=tmp_path)
+    result = run(python, command("marnet_sdk.commands.classify"), *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (5, "")
     line = 'Error: the package "torch" is not installed; run: pip install "marnet[torch]"\n'
     assert result.stderr == line
@@ -76,7 +76,7 @@ def test_a_torchscript_bundle_there_names_what_to_install(python, bundle_of, dig
     ],
 )
 def test_other_commands_there_name_their_extra(python, package, arguments, extra, tmp_path):
-    result = run(python, command(package), *arguments, cwd=tmp_path)
+    result = run(python, command(f"{package}.cli"), *arguments, cwd=tmp_path)
     assert result.returncode == 5
     assert "not installed" in result.stderr
     assert f'pip install "marnet[{extra}]"\n' in result.stderr
@@ -84,6 +84,6 @@ def test_other_commands_there_name_their_extra(python, package, arguments, extra
 
 
 def test_help_needs_no_extra(python, tmp_path):
-    for package in ("marnet_sdk", "marnet_export", "marnet_bench", "marnet_train"):
-        result = run(python, command(package), "--help", cwd=tmp_path)
+    for module in ("sdk.commands.classify", "export.cli", "bench.cli", "train.cli"):
+        result = run(python, command(f"marnet_{module}"), "--help", cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from marnet_sdk.arguments import positive
 from marnet_sdk.backends import PACKAGES
+from marnet_sdk.backends.torch_cpu import keeping_threads
 from marnet_sdk.bundle import GOLDEN_ANSWERS, Bundle, read_bundle
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.cpus import cpus
@@ -87,7 +88,8 @@ def _batches(
                 files.append(file)
                 good.append(name)
         rows = pixels[: len(good)]
-        found = classifier.predict_pixels(rows, names=good, **way)
+        with keeping_threads():
+            found = classifier.predict_pixels(rows, names=good, **way)
         for row, file in enumerate(files):
             made = replace(common, image=file, pixels=_digest(rows[row]), batch=len(rows), row=row)
             found[row] = replace(found[row], provenance=made)

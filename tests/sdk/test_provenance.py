@@ -16,6 +16,7 @@ from PIL import Image
 from quick import kept
 
 from marnet_sdk import Classifier, ImageError
+from marnet_sdk.backends import torch_cpu
 from marnet_sdk.bundle import reseal_bundle
 from marnet_sdk.errors import DataError, InvalidInput
 from marnet_sdk.prediction import Prediction
@@ -94,6 +95,19 @@ def test_several_samples_their_seed_and_an_early_stop_are_derived_again(noisy_bu
     assert (plain.samples, early.samples) == (6, 4)
     for answer in (plain, early):
         assert replay(answer, images[0], noisy_bundle).differences == ()
+
+
+def test_answers_that_are_to_be_derived_again_keep_torch_s_threads(
+    noisy_bundle, images, monkeypatch
+):
+    adapted = []
+    monkeypatch.setattr(torch_cpu._calls.crowd, "most", lambda n: adapted.append(n) or n)
+    with Classifier(noisy_bundle) as classifier:
+        classifier.predict(images[0])
+        assert adapted  # as other programs may have the cores
+        adapted.clear()
+        next(predict_with_provenance(classifier, images[:1]))
+    assert adapted == []
 
 
 def test_an_early_stop_in_a_batch_is_refused(bundle, images):

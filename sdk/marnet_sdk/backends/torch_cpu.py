@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 from time import perf_counter, thread_time
 
@@ -59,6 +60,20 @@ class _Calls:
 
 
 _calls = _Calls()
+_keeping: ContextVar[bool] = ContextVar("keeping", default=False)
+
+
+@contextmanager
+def keeping_threads() -> Iterator[None]:
+    """Compute with torch's number of threads in the block, whatever other programs take.
+
+    Answers that are to be derived again to the last bit need it.
+    """
+    token = _keeping.set(True)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
 
 
 @contextmanager
@@ -74,6 +89,7 @@ def computing(*, adapts: bool) -> Iterator[None]:
     """
     import torch
 
+    adapts = adapts and not _keeping.get()
     if forked_with_torch():
         _set_threads(1)
         yield

@@ -28,7 +28,6 @@ from marnet_sdk.console import (
     say,
     track,
 )
-from marnet_sdk.cpus import cpus
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.inputs.listing import LIST, image_paths
 from marnet_sdk.provenance import predict_with_provenance
@@ -124,8 +123,6 @@ def main(
     if model is None:
         model = newest_bundle()
         say(f"model {model} (the newest under ./bundles)")
-    if provenance and threads is None:
-        threads = cpus().threads  # which stay as many, so that a replay has the same sums
     with Classifier(
         model,
         operating_point=operating_point,

@@ -32,6 +32,7 @@ SUFFIXES = {
     ".cpp",
     ".h",
     ".html",
+    ".md",
     ".so",
     ".typed",
 }  # of files that packages may hold

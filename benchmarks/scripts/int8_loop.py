@@ -25,10 +25,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from marnet_export.choose.asked import asked_points
 
 from marnet_bench.machine import describe_machine
 from marnet_export.build.quantise import Range, loop_ranges, quantised_rows
+from marnet_export.choose.steps import asked_points
 from marnet_export.lower.plan import SamplingPlan
 from marnet_export.prove.fidelity import wilson_interval
 from marnet_export.settings import Settings

@@ -12,6 +12,7 @@ from quick import kept
 from marnet_kernels import TARGETS, compile_cubin, ship
 from marnet_kernels import compile as compile_module
 from marnet_kernels.compile import source
+from marnet_kernels.native.library import file_name
 from marnet_kernels.persistent import shipped_options
 
 ROOT = Path(__file__).parent.parent.parent
@@ -123,17 +124,23 @@ def test_what_is_built_holds_the_shipped_code(kind, tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "results", "*.cubin")
     for folder in packages:
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    for file in ("pyproject.toml", ".gitignore", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
     cubins = copy / "kernels/marnet_kernels/cubins"
     cubins.mkdir(exist_ok=True)
-    (cubins / "0123.cubin").write_bytes(b"code")
+    shipped = {
+        "marnet_kernels/cubins/0123.cubin": b"code",
+        f"marnet_kernels/native/{file_name()}": b"compiled",  # so it is not compiled again
+    }
+    for name, content in shipped.items():
+        (copy / "kernels" / name).write_bytes(content)
     command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", tmp_path / "dist"]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     (built,) = (tmp_path / "dist").iterdir()
     if kind == "wheel":
-        assert ZipFile(built).read("marnet_kernels/cubins/0123.cubin") == b"code"
+        assert {name: ZipFile(built).read(name) for name in shipped} == shipped
     else:
         shutil.unpack_archive(built, tmp_path / "unpacked", filter="data")
         (folder,) = (tmp_path / "unpacked").iterdir()
-        assert (folder / "kernels/marnet_kernels/cubins/0123.cubin").read_bytes() == b"code"
+        found = {name: (folder / "kernels" / name).read_bytes() for name in shipped}
+        assert found == shipped

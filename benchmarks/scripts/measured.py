@@ -468,6 +468,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "loop": partial(loop, "cpu-loop"),
     "native-loop": partial(loop, "cpu-native-loop"),
+    "loop-batches": partial(loop, "cpu-loop-batches"),
     "int8-loop": int8_loop,
     "busy": busy,
     "busy-training": busy_training,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,17 @@ PACKAGES = ("sdk", "kernels", "train", "export", "benchmarks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MIDDLES = {
     "After", "Args", "As", "Before", "By", "For", "From", "How", "Of", "Raises", "Returns", "Those",
-    "To", "Until", "What", "When", "Where", "Whether", "Why", "With", "Within",
+    "To", "Until", "What", "When", "Where", "Whether", "Which", "Why", "With", "Within",
 }  # fmt: skip
 HELP_TEXTS = ("scikit-learn's 1,797 ", "5,421 ")  # of commands: they begin with a name, a number
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_docstrings_begin_where_a_sentence_begins(path):
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, documented)]
-    texts = [text for node in nodes if (text := ast.get_docstring(node))]
+    tree = ast.parse(path.read_text("utf-8"))
+    lone = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    strings = [n.value for n in lone if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    texts = [inspect.cleandoc(text) for text in strings]  # those below variables, too
     assert [text for text in texts if text.split()[0].strip(":,") in MIDDLES] == []
     others = [text for text in texts if not text.startswith(HELP_TEXTS)]
     assert [text for text in others if not text[0].isupper()] == []

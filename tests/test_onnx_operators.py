@@ -1,4 +1,4 @@
-"""What makes the tests faster may only cost time where torch has no place for it."""
+"""A shared table makes the tests faster. Without its place in torch they only take longer."""
 
 from __future__ import annotations
 

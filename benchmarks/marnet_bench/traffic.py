@@ -137,6 +137,11 @@ def _line(scenario: str, run: Run) -> dict[str, Any]:
     }
 
 
+def best_rate(runs: Sequence[Run], limit: float) -> float:
+    """The highest rate that was answered in time; 0: none was."""
+    return max((run.images_per_s for run in runs if run.p99_ms <= limit), default=0.0)
+
+
 class Answer(Protocol):
     """Is what a request is answered with."""
 

@@ -1,4 +1,4 @@
-"""Which encoders can be trained, exported and served, by backend and precision.
+"""Try which encoders can be trained, exported and served, by backend and precision.
 
     python benchmarks/scripts/backbones.py --output FILE.json --page docs/backbones.md
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from serving import MARNET, OURS, best_rate, free_port, started
+from serving import MARNET, OURS, free_port, started
 
 from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
 from marnet_bench.photographs import images_of
-from marnet_bench.traffic import BATCHING, Traffic
+from marnet_bench.traffic import BATCHING, Traffic, best_rate
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.cpus import cpus

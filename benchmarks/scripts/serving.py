@@ -33,7 +33,7 @@ import click
 from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
 from marnet_bench.photographs import images_of
-from marnet_bench.traffic import BATCHING, Run, Traffic
+from marnet_bench.traffic import BATCHING, Traffic, best_rate
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
 
@@ -207,11 +207,6 @@ def turned(
     runs = traffic.search(limit)
     traffic.check(expected)
     return {"rate": best_rate(runs, limit), "runs": [run.described() for run in runs]}
-
-
-def best_rate(runs: Sequence[Run], limit: float) -> float:
-    """The highest rate that was answered in time; 0: none was."""
-    return max((run.images_per_s for run in runs if run.p99_ms <= limit), default=0.0)
 
 
 def print_found(found: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ from pathlib import Path
 from marnet_kernels import _cuda
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-"""What the kernels are built for. Code for sm_XY runs on X.Y and on later GPUs of the same X."""
+"""The kernels are built for these. Code for sm_XY runs on X.Y and on later GPUs of the same X."""
 
 SHIPPED = Path(__file__).parent / "cubins"
-"""Where `marnet_kernels.ship` puts machine code; absent in a source tree and in some wheels."""
+"""The folder of the machine code from `marnet_kernels.ship`; some wheels lack it."""
 
 _FORMAT = 2  # part of the key: raise it when the layout of a cache entry changes
 _INCLUDES = ("-I", "--include-path", "-include", "--pre-include")

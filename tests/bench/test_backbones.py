@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import load_script
 from click.testing import CliRunner
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/backbones.py"
-
-
-SPEC = importlib.util.spec_from_file_location("backbones", SCRIPT)
-assert SPEC is not None
-assert SPEC.loader is not None
-backbones = sys.modules["backbones"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(backbones)
+backbones = load_script("scripts/backbones.py")
 FAMILIES = (*backbones.VISION, *backbones.TEXT)
 
 

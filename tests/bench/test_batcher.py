@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
+from benchmark_scripts import load_script
 from click.testing import CliRunner
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/batcher.py"
 
 
 def test_the_batcher_is_measured_alone_and_in_batches(tmp_path):
-    spec = importlib.util.spec_from_file_location("batcher", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("scripts/batcher.py")
     out = tmp_path / "batcher.json"
     few = ["--requests", 5, "--batches", 4, "--batch", 8, "--model-ms", 0.1, "--repeat", 2]
     result = CliRunner().invoke(script.main, [*map(str, few), "--out", str(out)])

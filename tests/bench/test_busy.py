@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmark_scripts import load_script
 from click.testing import CliRunner
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/busy.py"
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The script, on a machine where no control group can be made."""
-    spec = importlib.util.spec_from_file_location("busy", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scripts/busy.py")
     monkeypatch.setattr(module, "GROUPS", tmp_path / "no groups")
     monkeypatch.setattr(module, "TURNS", 1)
     return module

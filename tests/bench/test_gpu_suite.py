@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmark_scripts import load_script
 from emulate import emulate_text, guarded
 from tolerances import BUILT
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,11 +71,7 @@ def run_bare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def suite() -> Iterator[ModuleType]:
     """gpu_suite.py, with its sections importable."""
-    spec = importlib.util.spec_from_file_location("gpu_suite", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("gpu_suite.py")
     path = list(sys.path)
     module.use_checkout()
     yield module

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmark_scripts import load_script
 from click.testing import CliRunner
 from pictures import encode, make_picture
 from PIL import Image
 
 from marnet_sdk.errors import ImageError
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/image_collections.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("image_collections", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["image_collections"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/image_collections.py")
 
 
 def test_a_folder_is_counted_and_what_differs_is_named(script, tmp_path: Path) -> None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import load_script
 
 from marnet_train.data import pixels
-
-PATH = Path(__file__).parents[2] / "benchmarks/scripts/image_memory.py"
 
 
 @pytest.mark.parametrize("limit", [0, pixels.KEPT_LIMIT])
 def test_a_run_says_what_was_read_and_how_much_memory_there_was(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("image_memory", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("scripts/image_memory.py")
     monkeypatch.setattr(pixels, "KEPT_LIMIT", limit)
     found = script.read(script.write_pictures(tmp_path, 3, 32), 130, 32)
     assert (found["images"], found["kept"]) == (130, limit > 0)

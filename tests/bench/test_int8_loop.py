@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_scripts import load_script
 from calibration import calibrate
 from click.testing import CliRunner
 from plan_twin import run_plan
@@ -26,20 +24,10 @@ from marnet_sdk.noise.tables import Tables
 from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.diffusion import sampler_table
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "int8_loop", ROOT / "benchmarks/scripts/int8_loop.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/int8_loop.py")
 
 
 def test_levels_by_hand(script):

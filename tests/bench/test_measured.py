@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmark_scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/measured.md"]
@@ -14,13 +14,7 @@ PAGES = ["README.md", "docs/measured.md"]
 
 @pytest.fixture(scope="module")
 def measured() -> ModuleType:
-    path = ROOT / "benchmarks/scripts/measured.py"
-    spec = importlib.util.spec_from_file_location("measured", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/measured.py")
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+from benchmark_scripts import load_script
 from click.testing import CliRunner
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/scripts/overload.py"
 
 
 def test_an_overload_is_measured_with_brown_out_and_without(swept_bundle, digits, tmp_path):
-    spec = importlib.util.spec_from_file_location("overload_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
+    script = load_script("scripts/overload.py")
     out = tmp_path / "overload.json"
     options = ["--model", swept_bundle, "--data", digits, "--duration", 0.2, "--turns", 1]
     result = CliRunner().invoke(script.main, [*map(str, options), "--out", str(out)])

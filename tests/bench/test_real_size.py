@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from benchmark_scripts import load_script
 from click.testing import CliRunner
 
 from marnet_export.build.builder import BUILDERS
@@ -23,12 +23,7 @@ SCRIPT = ROOT / "benchmarks/real_size.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("real_size", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("real_size.py")
 
 
 def test_every_backend_is_exported_in_every_precision(script):

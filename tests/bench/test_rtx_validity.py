@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from benchmark_scripts import load_script
 
 from marnet_sdk.errors import BackendUnavailable, ExportError
 from marnet_sdk.gpu.tensorrt_library import (
@@ -27,12 +27,8 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks/rtx_validity.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rtx_validity", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     path = list(sys.path)
-    spec.loader.exec_module(module)
+    module = load_script("rtx_validity.py")
     sys.path[:] = path
     return module
 

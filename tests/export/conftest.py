@@ -1,4 +1,4 @@
-"""What the tests of exports share."""
+"""The fixtures that the tests of exports share."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def described(layers: LoopLayers, inputs: tuple[np.ndarray, ...]) -> Iterator[bytes]:
-    """What `loop_driver.cpp` reads."""
+    """The file that `loop_driver.cpp` reads."""
     loop = NativeLoop(layers, 1)
     kept = iter(loop._kept)
 

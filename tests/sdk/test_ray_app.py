@@ -166,7 +166,7 @@ def test_without_the_extra_the_pip_line_is_told(monkeypatch, package):
 
 @pytest.fixture(scope="module")
 def served(bundle_of, digits, tmp_path_factory) -> dict[str, Any]:
-    """What two replicas of a local Ray answered, one of which was killed in the middle."""
+    """The answers of two replicas of a local Ray, one of which was killed in the middle."""
     folder = tmp_path_factory.mktemp("served")
     return run_with_ray("serving", bundle_of("onnxruntime", "fp32"), digits / "test", cwd=folder)
 

@@ -1,4 +1,4 @@
-"""What all published data sets have: a command, a notice, a recipe, and counts that are compared.
+"""All published data sets have a command, a notice, a recipe, and counts that are compared.
 
 How one is written, replaced and refused is in `test_data_grocery`.
 """

@@ -1,1 +1,1 @@
-"""Which sampler, steps, samples, precision and backend are served."""
+"""The choice of sampler, steps, samples, precision and backend."""

@@ -1,4 +1,4 @@
-"""Which loop a bundle runs on a CPU: the backend's graph, or the native kernel beside it.
+"""The choice of the loop that a bundle runs on a CPU: a graph, or the native kernel beside it.
 
 The native loop is a candidate beside a graph that is verified: built, held to the checkpoint,
 timed, and kept where it is faster.

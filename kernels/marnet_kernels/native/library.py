@@ -21,10 +21,10 @@ from pathlib import Path
 from threading import Lock
 
 SHIPPED = Path(__file__).parent
-"""Where `make native` puts the library; absent in a source tree and in some wheels."""
+"""The folder that `make native` puts the library into; a source tree and some wheels lack it."""
 
 MACHINES = ("x86_64", "aarch64")
-"""What a wheel has the library for, where compilers of both are there."""
+"""A wheel has the library for these, where compilers of both are there."""
 
 _SOURCES = ("reverse_loop.cpp", "products.h")
 FLAGS = (

@@ -1,4 +1,4 @@
-"""Which `file_name`s of a split are safe and exist. One directory scan instead of a stat per line.
+"""Tells which `file_name`s of a split are safe and exist, with one scan of a directory.
 
 `file_name` comes out of a file that anybody may have written, so a name is trusted only if it is
 a plain relative path and what it leads to, symbolic links followed, lies inside the split. In a

@@ -68,14 +68,26 @@ def test_an_encoder_without_branches_is_left_as_it_is():
 
 
 def no_merge(block: RepMLP) -> None:
-    raise NotImplementedError
+    raise RuntimeError("no such kernel")
 
 
-@pytest.mark.parametrize("merge", [lambda block: block.channel.weight.zero_(), no_merge])
-def test_one_that_cannot_be_merged_is_left_as_it_is(merge, monkeypatch):
+@pytest.mark.parametrize(
+    ("merge", "reason"),
+    [
+        (
+            lambda block: block.channel.weight.zero_(),
+            "one layer for each block gives other numbers",
+        ),
+        (no_merge, "no such kernel"),
+    ],
+)
+def test_one_that_cannot_be_merged_is_left_as_it_is_and_told(merge, reason, monkeypatch, capsys):
     monkeypatch.setattr(RepMLP, "inject_locality", merge)
     vision = encoder(REPMLPNET)
     assert with_merged_branches(vision) is vision
+    assert capsys.readouterr().err.endswith(
+        f"keeps its branches, which is right and slower: {reason}\n"
+    )
 
 
 def test_a_weight_that_is_no_number_is_left_to_be_found_and_named():

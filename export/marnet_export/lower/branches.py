@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from marnet_sdk.console import say
+from marnet_sdk.errors import one_line
 from marnet_train.models.backbones import VisionEncoder, image_size
 from marnet_train.models.repmlpnet import RepMLP
 
@@ -23,17 +25,21 @@ _MERGES = ("reparameterize", "fuse", "switch_to_deploy")  # methods of timm's bl
 def with_merged_branches(vision: VisionEncoder) -> VisionEncoder:
     """Return the encoder in evaluation mode, pixels [B, 3, H, W] -> x_v, with a layer a block.
 
-    One without such blocks, or that does not merge to the same numbers, is returned as it is.
+    One without such blocks is returned as it is, and so is one that does not merge to the same
+    numbers, which is said.
     """
     if next(_mergeable(vision), None) is None:
         return vision
     wide = copy.deepcopy(vision).double().eval()
+    reason = "one layer for each block gives other numbers"
     try:
         merged = _merged(copy.deepcopy(wide))
-        is_same = _is_same(wide, merged)
-    except Exception:  # whatever code of a model raises
-        return vision
-    return merged.to(next(vision.parameters())).eval() if is_same else vision
+        if _is_same(wide, merged):
+            return merged.to(next(vision.parameters())).eval()
+    except Exception as error:  # whatever code of a model raises
+        reason = one_line(error)
+    say(f"the encoder keeps its branches, which is right and slower: {reason}")
+    return vision
 
 
 def _merged(vision: VisionEncoder) -> VisionEncoder:

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -210,6 +210,7 @@ class Soak:
         self.outcomes: Counter[str] = Counter()
         self.done = 0
         self.requests = requests
+        self.looks: list[dict[str, float]] = []  # at the process, at equal steps of the requests
         self._target, self._images, self._said = target, images, said
         self._numbers, self._lock = count(), threading.Lock()
 
@@ -222,6 +223,8 @@ class Soak:
         while (number := next(self._numbers)) < self.requests:
             outcome = self._request(random.Random(number))
             with self._lock:
+                if self.done % max(1, self.requests // _LOOKS) == 0:
+                    self.looks.append({"requests": self.done} | held(self._target.process))
                 self.outcomes[outcome] += 1
                 self.done += 1
         self._target.hang_up()
@@ -249,36 +252,18 @@ def held(process: psutil.Process) -> dict[str, float]:
         return {"mib": memory, "threads": process.num_threads(), "fds": process.num_fds()}
 
 
-class Watch:
-    """Looks at the process, and lets bundles take turns, at equal steps of the requests."""
-
-    def __init__(self, target: Target, swaps: Iterator[None], requests: int, reloads: int) -> None:
-        self.looks: list[dict[str, float]] = []
-        self._target, self._swaps = target, swaps
-        self._looks = deque(range(0, requests, max(1, requests // _LOOKS)))
-        self.reloads = deque((i + 1) * requests // (reloads + 1) for i in range(reloads))
-
-    def __call__(self, done: int) -> None:
-        if self._looks and done >= self._looks[0]:
-            self._looks.popleft()
-            self.looks.append({"requests": done} | held(self._target.process))
-        if self.reloads and done >= self.reloads[0]:
-            self.reloads.popleft()
-            next(self._swaps)
-            self._target.reload()
-
-
-def ask_all(run: Soak, callers: int, watch: Watch) -> None:
-    """Let so many callers make all requests of a run, and watch them."""
+def ask_all(run: Soak, callers: int, reloads: int, swap: Callable[[], None]) -> None:
+    """Let so many callers make all requests of a run, and reload at equal steps of them."""
+    due = deque((i + 1) * run.requests // (reloads + 1) for i in range(reloads))
     with ThreadPoolExecutor(callers) as pool:
         futures = [pool.submit(run.call) for _ in range(callers)]
-        while not all(future.done() for future in futures):
+        while due:  # also where the requests end before the reloads
+            if run.done >= due[0] or all(future.done() for future in futures):
+                due.popleft()
+                swap()
             time.sleep(0.005)
-            watch(run.done)
         for future in futures:
             future.result()
-    while watch.reloads:  # where they take longer than the requests
-        watch(run.requests)
 
 
 def swapped(link: Path, bundles: Sequence[Path]) -> Iterator[None]:
@@ -317,20 +302,14 @@ def left(before: dict[str, float], after: dict[str, float]) -> list[str]:
 
 
 def soak(
-    target: Target,
-    run: Soak,
-    images: Sequence[bytes],
-    swaps: Iterator[None],
-    reloads: int,
-    callers: int,
+    target: Target, run: Soak, images: Sequence[bytes], ask_all: Callable[[Soak], None]
 ) -> dict[str, Any]:
     """Measure a target that is warm."""
     first = [target.ask(image) for image in images]
     target.hang_up()  # a server closes what idles
     time.sleep(_CALM)  # until what ended before is gone
-    before = held(target.process)
-    watch, started = Watch(target, swaps, run.requests, reloads), time.perf_counter()
-    ask_all(run, callers, watch)
+    before, started = held(target.process), time.perf_counter()
+    ask_all(run)
     seconds = time.perf_counter() - started
     last = [target.ask(image) for image in images]
     target.hang_up()
@@ -340,8 +319,8 @@ def soak(
         "same_at_the_end": first == last,
         "before": before,
         "after": settled(target.process, before),
-        "kib_per_1000": slope(watch.looks),
-        "looks": watch.looks,
+        "kib_per_1000": slope(run.looks),
+        "looks": run.looks,
     }
 
 
@@ -368,12 +347,17 @@ def main(
         swaps = swapped(link := Path(folder) / "current.marnet", bundles)
         next(swaps)
         target = Served(link) if server else InProcess(link)
+
+        def swap() -> None:
+            next(swaps)
+            target.reload()
+
         try:  # pools of threads and of memory have their size afterwards
             turns = min(reloads, _EARLY)
             early = Soak(target, images, said, 40 * callers + 60 * turns)
-            ask_all(early, callers, Watch(target, swaps, early.requests, turns))
+            ask_all(early, callers, turns, swap)
             run = Soak(target, images, said, requests)
-            found = soak(target, run, images, swaps, reloads, callers)
+            found = soak(target, run, images, lambda run: ask_all(run, callers, reloads, swap))
         finally:
             target.close()
     about = {"target": "marnet-serve" if server else "in process", "requests": requests}

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from marnet_train.assemble import Prepared, prepare
 from marnet_train.data.examples import DataSet
 from marnet_train.data.imagefolder import read_split, write_split
 from marnet_train.diffusion import ScheduleConfig
+from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, Augment, FusionPhase, Recipe, RefinementPhase
 
 LABELS = tuple("0123456789")
@@ -105,3 +107,19 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
 
     path.write_text("\n".join(lines(recipe.to_dict())))
     return path
+
+
+class Stop(KeyboardInterrupt):
+    """What Ctrl-C raises, told apart from a real one."""
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
+    """Stop in the epoch after the one named, before it could be saved."""
+    log = Progress.log
+
+    def log_or_stop(self: Progress, **line: Any) -> None:
+        log(self, **line)
+        if (line["phase"], line["epoch"]) == (phase, epoch + 1):
+            raise Stop
+
+    monkeypatch.setattr(Progress, "log", log_or_stop)

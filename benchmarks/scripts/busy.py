@@ -8,8 +8,9 @@ The folder of --bundles holds torchscript.marnet, onnxruntime.marnet and so on, 
 checkpoint inside. Every measurement is a command in a process of its own, with the environment of
 this one but for OpenMP's variables. Plain PyTorch runs in the process of the bundle, so it has the
 number of threads and the waiting that marnet chooses, which serve it better than its own where
-cores are shared. The quota needs a control group that may be written, v1 or v2; otherwise it is
-left out, and the record says why.
+cores are shared. With --loop, every way to run the reverse loop takes turns in one process, among
+them the native loop and the graphs of the runtimes. The quota needs a control group that may be
+written, v1 or v2; otherwise it is left out, and the record says why.
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ CONDITIONS = {"idle": idle, "busy": busy, "quota of 1": quota}
 
 
 @click.command(cls=Command)
-@click.option("--bundles", type=_FOLDER, required=True, help="Folder with BACKEND.marnet.")
+@click.option("--bundles", type=_FOLDER, help="Folder with BACKEND.marnet. Else none is measured.")
 @click.option("--data", type=_FOLDER, help="The digits. Without it no training is measured.")
 @click.option("--epochs", default=2, show_default=True, help="Of each phase of the training.")
+@click.option("--loop", "loops", type=int, multiple=True, help="Batch size of the loop scenario.")
+@click.option("--steps", default=100, show_default=True, help="Of the loop scenario.")
 @click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS)
 @click.option("--batch", "batches", type=int, multiple=True, default=(1, 64), show_default=True)
 @click.option("--condition", "names", type=click.Choice([*CONDITIONS]), multiple=True,
@@ -89,9 +92,11 @@ CONDITIONS = {"idle": idle, "busy": busy, "quota of 1": quota}
 @click.option("--duration", default=2.0, show_default=True, help="Seconds for each input.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(
-    bundles: Path,
+    bundles: Path | None,
     data: Path | None,
     epochs: int,
+    loops: Sequence[int],
+    steps: int,
     backends: Sequence[str],
     batches: Sequence[int],
     names: Sequence[str],
@@ -99,8 +104,10 @@ def main(
     out: Path,
 ) -> None:
     """Measure training and bundles beside other work, write the record and print its tables."""
+    if bundles is None and data is None and not loops:
+        raise click.UsageError("nothing to measure; give --bundles, --data or --loop")
     found: dict[str, Any] = {"machine": describe_machine(), "left_out": {}}
-    found |= {"lines": [], "training": []}
+    found |= {"lines": [], "training": [], "loops": []}
     for name in names:
         with ExitStack() as stack:
             try:
@@ -108,7 +115,7 @@ def main(
             except OSError as error:
                 found["left_out"][name] = str(error)
                 continue
-            for backend in backends:
+            for backend in backends if bundles is not None else ():
                 bundle = bundles / f"{backend}.marnet"
                 found["lines"] += [
                     {"condition": name, "backend": backend, "batch": batch}
@@ -117,6 +124,11 @@ def main(
                 ]
             if data is not None:
                 found["training"].append({"condition": name} | trained(before, data, epochs))
+            for batch in loops:
+                report = benched(
+                    before, duration, "--scenario", "loop", "--batch", batch, "--steps", steps
+                )
+                found["loops"].append({"condition": name, "steps": steps, "lines": report["lines"]})
         out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print_found(found, names)
 
@@ -129,11 +141,12 @@ def measured(before: Words, bundle: Path, batch: int, duration: float) -> dict[s
         alone_ms and one_thread_ms, the medians of `TURNS` runs each; and the threads and CPUs of
         the first run. All times are medians of calls.
     """
-    both = benched(before, bundle, batch, duration)
+    options = "--model", bundle, "--batch", batch
+    both = benched(before, duration, *options)
     alone, single = [], []
     for _ in range(TURNS):
         for reports, more in ((alone, ()), (single, ("--threads", 1))):
-            reports.append(benched(before, bundle, batch, duration / 2, "--no-peer", *more))
+            reports.append(benched(before, duration / 2, *options, "--no-peer", *more))
     found = {"threads": both["threads"], "cpus": both["machine"]["cpus"]}
     for ratio in both["speedups"]:
         kind = ratio["input"]
@@ -146,14 +159,12 @@ def measured(before: Words, bundle: Path, batch: int, duration: float) -> dict[s
     return found
 
 
-def benched(
-    before: Words, bundle: Path, batch: int, duration: float, *more: object
-) -> dict[str, Any]:
+def benched(before: Words, duration: float, *options: object) -> dict[str, Any]:
     """The report of marnet-bench."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
-        options = "--model", bundle, "--batch", batch, "--duration", duration, "--output", report
-        run(before, "marnet_bench", "--warmup", 2, "--format", "json", *options, *more)
+        usual = "--warmup", 2, "--format", "json", "--duration", duration, "--output", report
+        run(before, "marnet_bench", *usual, *options)
         return json.loads(report.read_text("utf-8"))
 
 
@@ -204,6 +215,11 @@ def print_found(found: dict[str, Any], names: Sequence[str]) -> None:
     title = "from image files: ours, plain PyTorch, their ratio with its 95 % interval"
     table = ([name, *(row.get(x, "") for x in names)] for name, row in rows.items())
     print_table(title, ["", *names], table)
+    for loop in found["loops"]:
+        rows = ([x["model"], x["precision"], f"{x['p50_ms']:.1f}"] for x in loop["lines"])
+        batch = loop["lines"][0]["batch"]
+        title = f"{loop['condition']}: {loop['steps']} steps, batch {batch}, ms"
+        print_table(title, ["loop", "precision", "median"], rows)
     for name, reason in found["left_out"].items():
         say(f"{name}: left out, {reason}")
 

@@ -158,6 +158,21 @@ def over_peers(model: str) -> str:
     return f"The fastest bundle over the fastest peer: {'; '.join(parts)}."
 
 
+def native_end_to_end() -> str:
+    """From pixels to logits: the fastest bundle with the native loop, and with a graph's loop."""
+    rows = []
+    for model, title in {"efficientnet-lite0": "EfficientNet-Lite0", "vit-b16": "ViT-B/16"}.items():
+        report = read(f"cpu-native-{model}")
+        times = {row["name"]: row.get("latency") for row in report["rows"]}
+        for r in report["ratios"]:
+            if r["peer"].startswith("marnet"):
+                batch = str(r["batch"])
+                both = (f"{times[r[who]][batch]['p50_ms']:.1f} ms" for who in ("bundle", "peer"))
+                precision = r["bundle"].split()[-2]
+                rows.append([title, precision, batch, *both, ratio(r)])
+    return table(("", "", "batch", "native loop", "graph's loop", "ratio"), rows)
+
+
 def auto() -> str:
     """List what `marnet-export` without --backend keeps, and what it leaves."""
     rows = []
@@ -435,9 +450,24 @@ def busy_training() -> str:
     """A short training on an idle machine, beside busy processes, and under a quota of one CPU."""
     rows = [
         [x["condition"], f"{x['ours_s']:.0f} s", f"{x['one_thread_s']:.0f} s"]
-        for x in read("cpu-busy")["training"]
+        for x in read("cpu-busy-training")["training"]
     ]
     return table(["", "marnet-train", "1 thread"], rows)
+
+
+def busy_loop() -> str:
+    """The native loop beside the fastest of our graphs and the fastest peer, of one precision."""
+    rows = []
+    for loop in read("cpu-busy-loop")["loops"]:
+        for precision in ("fp32", "int8"):
+            times = {x["model"]: x["p50_ms"] for x in loop["lines"] if x["precision"] == precision}
+            ours = {m: ms for m, ms in times.items() if m.startswith("marnet")}
+            native = ours.pop("marnet native")
+            peers = times.keys() - ours.keys() - {"marnet native"}
+            fastest = (min(ours, key=times.__getitem__), min(peers, key=times.__getitem__))
+            others = (f"{times[model]:.1f} ms ({model})" for model in fastest)
+            rows.append([loop["condition"], precision, f"{native:.1f} ms", *others])
+    return table(["", "precision", "native loop", "fastest graph of ours", "fastest peer"], rows)
 
 
 def serving() -> str:
@@ -470,8 +500,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "native-loop": partial(loop, "cpu-native-loop"),
     "loop-batches": partial(loop, "cpu-loop-batches"),
     "int8-loop": int8_loop,
+    "native-end-to-end": native_end_to_end,
     "busy": busy,
     "busy-training": busy_training,
+    "busy-loop": busy_loop,
     "serving": serving,
     **{model: partial(real_size, model) for model in ("vit-b16", "swin-t", "resnet-50")},
     **{f"{m}-over-peers": partial(over_peers, m) for m in ("vit-b16", "swin-t", "resnet-50")},

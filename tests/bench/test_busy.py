@@ -42,3 +42,22 @@ def test_a_command_that_fails_says_why(script, tmp_path):
     assert result.exit_code == 1
     assert "marnet_bench ended with" in result.stderr
     assert "openvino.marnet" in result.stderr
+
+
+@pytest.mark.slow
+def test_all_loops_are_measured_beside_each_other(script, tmp_path):
+    out = tmp_path / "busy.json"
+    options = ["--loop", 1, "--steps", 2, "--duration", 0, "--condition", "idle", "--out", out]
+    result = CliRunner().invoke(script.main, [*map(str, options)])
+    assert result.exit_code == 0, result.output
+    (loop,) = json.loads(out.read_text("utf-8"))["loops"]
+    assert (loop["condition"], loop["steps"]) == ("idle", 2)
+    found = {(line["model"], line["precision"]) for line in loop["lines"]}
+    assert found >= {("marnet onnxruntime", "int8"), ("TorchScript", "fp32")}
+    assert "idle: 2 steps, batch 1, ms" in result.stdout
+
+
+def test_nothing_to_measure_is_said(script, tmp_path):
+    result = CliRunner().invoke(script.main, ["--out", str(tmp_path / "busy.json")])
+    assert result.exit_code == 2
+    assert "give --bundles, --data or --loop" in result.stderr

@@ -6,12 +6,11 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from quick import kept
-from tiny_training import TINY, change
+from tiny_training import TINY, Stop, change, interrupt_after
 from torch import nn
 
 from marnet_sdk.errors import CheckpointError, OutputBusy, OutputExists
@@ -36,22 +35,6 @@ SETTINGS = {"seed": 0, "data": {"sha256": "ab"}}
 def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Save after each epoch, however short it was."""
     monkeypatch.setattr(progress, "SAVING_SHARE", float("inf"))
-
-
-class Stop(KeyboardInterrupt):
-    """What Ctrl-C raises, told apart from a real one."""
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:
-    """Stop in the epoch after the one named, before it could be saved."""
-    log = Progress.log
-
-    def log_or_stop(self: Progress, **line: Any) -> None:
-        log(self, **line)
-        if (line["phase"], line["epoch"]) == (phase, epoch + 1):
-            raise Stop
-
-    monkeypatch.setattr(Progress, "log", log_or_stop)
 
 
 MOMENTS = [("text", 1), ("baseline", 1), ("alignment", 2), ("+MLP", 3), ("refinement", 5)]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from quick import kept
-from tiny_training import TINY, change, make_ready
+from tiny_training import TINY, Stop, change, interrupt_after, make_ready
 from tolerances import FLOAT32_LAYER, FLOAT32_TWICE
 from torch import Tensor, nn
 
@@ -161,10 +161,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(
         assert not same(train(digits, recipe, seed=1).model, first.model)
 
 
-class Stop(KeyboardInterrupt):
-    """What Ctrl-C raises, told apart from a real one."""
-
-
 MOMENTS = ["text", "learning rate of the baseline, times 2", "beta 0.5", "gamma of +MLP 1",
            "gamma of refinement 0.08333", "refinement", "refined head", "fusion"]  # fmt: skip
 
@@ -180,19 +176,14 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_weights(
     """In the second epoch of a trial or a phase; what was done is not done again."""
     expected, undisturbed = searched
     monkeypatch.setattr(progress, "SAVING_SHARE", float("inf"))  # save after each epoch
-    log, out = Progress.log, tmp_path / "out"
-
-    def log_or_stop(self: Progress, **line: Any) -> None:
-        log(self, **line)
-        if line["phase"] == moment and line["epoch"] == (1 if moment == "text" else 2):
-            raise Stop
+    out = tmp_path / "out"
 
     def go() -> tuple[Trained, Progress]:
         with saved_progress(out, {}, restart=False) as run:
             return train(digits, SEARCH, run), run
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "log", log_or_stop)
+        interrupt_after(patch, moment, 0 if moment == "text" else 1)
         with pytest.raises(Stop):
             go()
     found, run = go()

@@ -15,7 +15,7 @@ from marnet_sdk.errors import requires_extra
 if TYPE_CHECKING:
     from marnet_train.recipe import Recipe
 
-NEEDS = ("train", "torch", "huggingface_hub", "transformers", "tokenizers", "sklearn")
+NEEDS = ("train", "torch", "huggingface_hub", "transformers", "tokenizers", "sklearn", "psutil")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 SEED = click.IntRange(0, 2**32 - 1)  # what scikit-learn and NumPy take
 WRITES = (
@@ -27,7 +27,9 @@ DEVICE = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
 )
 THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads to compute with. Default: torch's."
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads to compute with. Default: one for each core that no other program takes.",
 )
 RECIPE = (
     click.option(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -153,7 +153,7 @@ def saved_progress(
         OutputBusy: another process is at work on it.
         CheckpointError: what it saved is damaged.
     """
-    folder = out.with_name(f"{out.name}.partial")
+    folder = partial_folder(out)
     with exclusive(folder / "lock"):
         try:
             if restart:
@@ -166,6 +166,23 @@ def saved_progress(
                 shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
+
+
+def partial_folder(out: Path) -> Path:
+    """Name the folder that keeps what an interrupted training to `out` has done."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def threads_of(folders: Iterable[Path]) -> int | None:
+    """Read how many threads the first interrupted training that is found has; None: there is none.
+
+    Raises:
+        CheckpointError: what it saved is damaged.
+    """
+    for folder in folders:
+        if (record := _read_record(folder)) is not None:
+            return record.settings["machine"]["threads"]
+    return None
 
 
 def _begin(folder: Path, settings: dict[str, Any], board: Board | None) -> Progress:

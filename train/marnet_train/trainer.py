@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from marnet_sdk.backends.torch_cpu import use_threads
 from marnet_sdk.console import say
-from marnet_sdk.cpus import check_threads
 from marnet_sdk.environment import versions
 from marnet_sdk.errors import InvalidInput
 from marnet_sdk.outputs import atomic_directory, check_output
@@ -36,10 +34,11 @@ from marnet_train.data.examples import image_suffix, read_image
 from marnet_train.data.imagefolder import write_split
 from marnet_train.evaluate import pick_device
 from marnet_train.parallel import joined, rank, size
-from marnet_train.progress import METRICS, Progress, saved_progress
+from marnet_train.progress import METRICS, Progress, partial_folder, saved_progress, threads_of
 from marnet_train.recipe import Recipe, chosen
 from marnet_train.report import BRANCHES, differences
 from marnet_train.stages import Split, Trained, measure_all, train_all
+from marnet_train.threads import training_threads
 
 MAX_SAMPLES = 512
 PACKAGES = ("marnet", "torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -67,8 +66,8 @@ def fit(
     `marnet_train.parallel`. They keep nothing to go on from.
 
     Args:
-        threads: CPU threads to compute with; None: torch's own number, or fewer where this process
-            may use fewer CPUs (`marnet_sdk.cpus`).
+        threads: CPU threads to compute with; None: those that an interrupted training had, else
+            one for each core that this process may use and no other program takes at the start.
         tensorboard: folder for TensorBoard's event files, besides metrics.jsonl.
         overwrite: replace the checkpoint at `out`.
         restart: discard what an interrupted training to `out` has done.
@@ -90,7 +89,7 @@ def fit(
         )
     check_output(out, overwrite=overwrite, replaceable=is_checkpoint)
     with (
-        limited_threads(threads),
+        training_threads(threads, None if restart else threads_of([partial_folder(out)])),
         joined(pick_device(device)) as target,
         _board(tensorboard) as board,
     ):
@@ -172,17 +171,6 @@ def _board(folder: Path | None) -> Iterator[Board | None]:
     else:
         with closing(Board(folder)) as board:
             yield board
-
-
-@contextmanager
-def limited_threads(count: int | None) -> Iterator[None]:
-    """Let torch compute with that many CPU threads inside the block."""
-    before = torch.get_num_threads()
-    use_threads(check_threads(count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _evaluate(trained: Trained, split: Split) -> dict[str, Any]:

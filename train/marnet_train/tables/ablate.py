@@ -31,7 +31,7 @@ from marnet_train.assemble import prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
 from marnet_train.evaluate import pick_device
 from marnet_train.phases import Training
-from marnet_train.progress import Progress, saved_progress
+from marnet_train.progress import Progress, saved_progress, threads_of
 from marnet_train.recipe import METHODS, Recipe, check_choice, chosen
 from marnet_train.refinement import Refiner
 from marnet_train.stages import train_all
@@ -47,7 +47,8 @@ from marnet_train.tables.rows import (
 from marnet_train.tables.spaces import similarities, vectors
 from marnet_train.tables.subject import Subject
 from marnet_train.tables.written import ALIGNED, INSTEAD, write_tables
-from marnet_train.trainer import check_apart, limited_threads, provenance
+from marnet_train.threads import training_threads
+from marnet_train.trainer import check_apart, provenance
 
 TEXT = "text"  # the training that the controls are compared with
 USUAL = ("random", "shuffled", "labels")
@@ -113,7 +114,7 @@ def ablate(
             f"{data} has no test/ split, and tables report on images that chose nothing; add one"
         )
     _check_folder(out)
-    with limited_threads(threads):
+    with training_threads(threads, threads_of(sorted(out.glob("seed-*/*.partial")))):
         target = pick_device(device)
         all_of_it = Experiment(folder, data_hash(folder), recipe, name, out, target, damaged)
         todo = [(seed, kind) for seed in seeds for kind in kinds]

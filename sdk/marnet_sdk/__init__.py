@@ -1,5 +1,12 @@
 """Classify images with a bundle: `Classifier("x.marnet").predict("image.jpg")`."""
 
+import os
+
+# OpenBLAS reads it when NumPy is loaded: its threads wait for 2 ** 21 cycles of the processor's
+# clock, about a millisecond, and sleep then. By itself they wait 32 times longer, on cores that the
+# next call of an encoder needs.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "21")
+
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.errors import ImageError, InvalidImages, MarnetError
 from marnet_sdk.prediction import Prediction, Score

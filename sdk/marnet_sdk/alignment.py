@@ -22,11 +22,33 @@ if TYPE_CHECKING:
 
 HEAD = "alignment.safetensors"  # in a bundle's payload/
 LEAKY_SLOPE = 0.01  # of g in eq. (7) and (8)
+_ALONE = 2**18  # multiply-adds up to which OpenBLAS takes no other thread
+_ROWS = 16  # at a time
+
+
+def product(x: Floats, weight: Floats) -> Floats:
+    """Multiply in the thread that calls, without others: [B, K] by [N, K] -> [B, N].
+
+    OpenBLAS divides all but small products among threads of its own. Behind each of them these wait
+    for more for some 25 milliseconds, on cores that the next call of the encoder needs. So here is
+    one small product after the other.
+    """
+    return np.concatenate([_alone(x[i : i + _ROWS], weight) for i in range(0, len(x) or 1, _ROWS)])
+
+
+def _alone(x: Floats, weight: Floats) -> Floats:
+    if len(x) == 1:  # of a single row it divides smaller products
+        return _alone(np.repeat(x, 2, axis=0), weight)[:1]
+    part = max(1, _ALONE // max(1, len(x) * len(weight)))
+    total = x[:, :part] @ weight[:, :part].T
+    for k in range(part, x.shape[1], part):
+        total += x[:, k : k + part] @ weight[:, k : k + part].T
+    return total
 
 
 def project(x: Floats, weight: Floats, bias: Floats) -> Floats:
     """Apply g(E(x)) of eq. (7) and (8), a linear layer and its leaky ReLU: [B, D_v] -> [B, D]."""
-    y = x @ weight.T + bias
+    y = product(x, weight) + bias
     return np.where(y < 0, np.float32(LEAKY_SLOPE) * y, y)
 
 
@@ -53,7 +75,7 @@ class AlignmentHead:
     def __call__(self, x_v: Floats) -> tuple[Floats, Floats]:
         """Turn x_v [B, D_v] into logits [B, 1, C] and x_EMA [B, 1, D], as `Backend.refine` does."""
         aligned = project(x_v, self.vision_weight, self.vision_bias)
-        logits = aligned @ self.classifier_weight.T + self.classifier_bias
+        logits = product(aligned, self.classifier_weight) + self.classifier_bias
         return logits[:, None], aligned[:, None]
 
 

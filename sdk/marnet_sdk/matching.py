@@ -7,6 +7,7 @@ from threading import Lock
 
 import numpy as np
 
+from marnet_sdk.alignment import product
 from marnet_sdk.arguments import positive
 from marnet_sdk.backends.guarded import Guarded
 from marnet_sdk.bundle import Bundle
@@ -76,7 +77,7 @@ class Matching:
             known = None if one_image else names
             pixels = self.preprocess.pixels(chunk, names=known, limits=self.limits)
             x_v = self._run.encode(pixels, names)
-            parts.append(embedder.alignment.images(x_v) @ semantic.T)
+            parts.append(product(embedder.alignment.images(x_v), semantic))
         scores = np.concatenate(parts)
         if one_text:
             scores = scores[:, 0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from quick import kept
 from safetensors.numpy import load_file, save_file
 from tiny import make_model
 from tolerances import BUILT, FLOAT32_LAYER
 
 from marnet_sdk import Classifier
-from marnet_sdk.alignment import AlignmentHead, WithAlignment, read_head
+from marnet_sdk.alignment import AlignmentHead, WithAlignment, product, read_head
 from marnet_sdk.backends import InTwoCalls
 from marnet_sdk.bundle import read_bundle, reseal_bundle
 from marnet_sdk.errors import BundleFormatError, InferenceError, InvalidInput, SelfTestFailed
@@ -246,3 +251,45 @@ def test_golden_answers_hold_the_head_to_its_export(zero, tmp_path):
     reseal_bundle(copy)
     with pytest.raises(SelfTestFailed, match="golden logits differ by"):
         Classifier(copy)
+
+
+OTHER_THREADS = """
+import os
+from pathlib import Path
+
+import numpy as np
+
+from marnet_sdk.alignment import AlignmentHead
+
+def ran():  # how long the other threads of this process did, in nanoseconds
+    tasks = (Path("/proc/self/task") / task for task in os.listdir("/proc/self/task"))
+    others = (task for task in tasks if task.name != str(os.getpid()))
+    return {task.name: int((task / "schedstat").read_text().split()[0]) for task in others}
+
+ones = lambda *shape: np.ones(shape, np.float32)
+head = AlignmentHead(ones(384, 1280), ones(384), ones(1000, 384), ones(1000))
+before = ran()
+for rows in (1, 2, 3, 16, 17, 64):
+    head(ones(rows, 1280))
+print([task for task, nanoseconds in ran().items() if nanoseconds != before.get(task)])
+"""
+
+
+def test_the_head_leaves_all_cores_but_one_to_the_encoder():
+    """Threads of NumPy would wait for more work on them, while the next images are encoded."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "OPENBLAS_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_THREADS],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "[]\n"
+
+
+@given(st.integers(0, 40), st.integers(1, 3000), st.integers(1, 300))
+def test_a_product_in_parts_is_the_product(rows, width, outputs):
+    rng = np.random.default_rng(rows + width + outputs)
+    x, weight = rng.standard_normal((rows, width)), rng.standard_normal((outputs, width))
+    got = product(x.astype(np.float32), weight.astype(np.float32))
+    assert got.dtype == np.float32
+    assert got.shape == (rows, outputs)
+    np.testing.assert_allclose(got, x @ weight.T, rtol=0, atol=FLOAT32_LAYER * np.sqrt(width) * 10)

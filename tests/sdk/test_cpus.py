@@ -192,3 +192,20 @@ def test_openmp_s_waiting_threads_spin_briefly(code):
         check=True,
     )
     assert "GOMP_SPINCOUNT = '20000'" in done.stderr
+
+
+@pytest.mark.parametrize(("before", "expected"), [(None, "21"), ("4", "4")])
+def test_numpy_s_waiting_threads_spin_briefly_or_as_the_user_says(before, expected):
+    kept = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import marnet_sdk, os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'])",
+        ],
+        env=kept | ({} if before is None else {"OPENBLAS_THREAD_TIMEOUT": before}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == expected

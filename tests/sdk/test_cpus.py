@@ -196,14 +196,15 @@ def test_openmp_s_waiting_threads_spin_briefly(code):
 
 @pytest.mark.parametrize(("before", "expected"), [(None, "21"), ("4", "4")])
 def test_numpy_s_waiting_threads_spin_briefly_or_as_the_user_says(before, expected):
-    kept = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    kept = {k: v for k, v in os.environ.items() if k != name}
     done = subprocess.run(
         [
             sys.executable,
             "-c",
             "import marnet_sdk, os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'])",
         ],
-        env=kept | ({} if before is None else {"OPENBLAS_THREAD_TIMEOUT": before}),
+        env=kept | ({} if before is None else {name: before}),
         capture_output=True,
         text=True,
         check=True,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_training import TINY, change, make_ready
-from tolerances import FLOAT32_TWICE, FLOAT64, SIGMAS
+from tolerances import BF16_LAYER, FLOAT32_TWICE, FLOAT64, SIGMAS
 from torch import Tensor, nn
 
 from marnet_sdk.errors import RecipeError
@@ -232,6 +232,15 @@ def test_tokens_of_images_and_of_texts_get_a_gradient_and_padding_gets_none() ->
     assert tokens.texts.grad is not None
     assert tokens.images.grad.any(dim=2).all()
     assert torch.equal(tokens.texts.grad.any(dim=2), tokens.mask == 1)
+
+
+def test_tokens_in_16_bits_are_read_in_float32() -> None:
+    loss, pairs = make_loss().float(), make_pairs(make_tokens(2), (0, 1))
+    assert pairs.tokens is not None
+    halves = {n: getattr(pairs, n).bfloat16() for n in ("visual", "semantic")}
+    found = loss(replace(pairs, tokens=pairs.tokens.to(torch.bfloat16), **halves))
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(loss.double()(pairs).item(), rel=BF16_LAYER)
 
 
 # --- negatives

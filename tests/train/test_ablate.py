@@ -252,6 +252,9 @@ def test_another_loss_has_its_papers_weight_or_as_many_tries_as_ita() -> None:
     assert (own.loss, own.ita_weight, own.per_class) == ("cdd", 0.3, 6)
     searched = changed(RECIPE, "sdm", search=True).alignment
     assert (searched.loss, searched.ita_weight, searched.per_class) == ("sdm", "auto", 1)
+    frozen = change(RECIPE, alignment={"lr_backbone": 0.0})
+    assert changed(RECIPE, "team").alignment.ita_weight == 1.0
+    assert changed(frozen, "team") == frozen  # it is left out
 
 
 @pytest.mark.slow
@@ -266,8 +269,18 @@ def test_a_fusion_that_does_not_fit_the_widths_is_left_out_with_its_reason(
 
 
 @pytest.mark.slow
+def test_team_is_left_out_with_its_reason_where_the_image_encoder_is_frozen(
+    data: Path, tmp_path: Path
+) -> None:
+    frozen = change(RECIPE, alignment={"lr_backbone": 0.0})
+    joined = ablate(data, frozen, tmp_path / "out", seeds=(0,), controls=("team",))
+    assert joined["left_out"]["team"] == "of a frozen image encoder only x_v is kept, no tokens"
+    assert not any(name.startswith("team") for name in joined["summary"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["random", "labels", "moving", "joint", "swd", "ssan", "cdd", "sdm"]
+    "kind", ["random", "labels", "moving", "joint", "swd", "ssan", "cdd", "sdm", "team"]
 )
 def test_every_control_is_trained_and_compared(kind: str, data: Path, tmp_path: Path) -> None:
     joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(kind,))
@@ -359,7 +372,8 @@ def test_compare_trains_with_every_alignment_loss(
     where = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
     result = marnet_train("compare", *where, "--seeds", "3")
     assert result.exit_code == 0, result.output
-    assert (asked[0]["controls"], asked[0]["seeds"]) == (["swd", "ssan", "cdd", "sdm"], (3,))
+    losses = ["swd", "ssan", "cdd", "sdm", "team"]
+    assert (asked[0]["controls"], asked[0]["seeds"]) == (losses, (3,))
 
 
 @pytest.mark.parametrize(

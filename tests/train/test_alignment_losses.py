@@ -181,9 +181,9 @@ def test_the_gradient_of_the_discriminator_is_reversed_for_the_features() -> Non
     assert not torch.allclose(gradients[1], gradients[0])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ALIGNMENTS)
+@pytest.mark.parametrize("name", [name for name in ALIGNMENTS if name != "team"])
 @given(seed=SEEDS)
-def test_the_order_of_the_batch_does_not_matter_to_any_loss(name: str, seed: int) -> None:
+def test_the_order_of_the_batch_does_not_matter_to_losses_of_vectors(name: str, seed: int) -> None:
     pairs = make_pairs(seed % 1000)
     torch.manual_seed(0)
     loss = Alignment(name, 4).double()
@@ -226,7 +226,9 @@ def aligned(digits: Path, recipe: Recipe) -> Tensor:
 
 @pytest.mark.parametrize("name", ALIGNMENTS)
 def test_every_loss_trains_and_repeats_itself(name: str, digits: Path) -> None:
-    recipe = change(TINY, alignment={"loss": name, "per_class": 3, "epochs": 1, "lr_backbone": 0.0})
+    rate = 1e-2 if name == "team" else 0.0  # tokens of a frozen encoder are not kept
+    settings = {"loss": name, "per_class": 3, "epochs": 1, "lr_backbone": rate}
+    recipe = change(TINY, alignment=settings)
     first = aligned(digits, recipe)
     torch.manual_seed(99)
     assert torch.equal(aligned(digits, recipe), first)

@@ -106,6 +106,14 @@ def test_all_problems_are_listed_and_the_rest_is_still_counted(folder):
     assert "PNG 12" in result.output
 
 
+def test_an_image_that_is_listed_under_two_labels_is_a_problem(folder):
+    write_more(folder / "train", "cat0.png", picture(0), "dog")
+    result = check(folder)
+    assert result.exit_code == 1
+    assert f"{folder}/train/metadata.jsonl:5: " in result.output
+    assert "'cat0.png' was already on line 1, and an image has one label;" in result.output
+
+
 def test_json_holds_the_same_figures(folder):
     result = CliRunner().invoke(main, ["data", "check", str(folder), "--format", "json"])
     report = json.loads(result.stdout)

@@ -283,6 +283,16 @@ def test_a_table_without_text_names_the_column(tmp_path):
         read_data_set(root)
 
 
+def test_a_table_with_several_labels_of_an_image_is_refused(tmp_path):
+    root, both = tmp_path / "set", tables()
+    for split, table in both.items():
+        lists = [["cat", "dog"]] * len(ROWS)
+        both[split] = table.remove_columns("label").add_column("label", lists)
+    both.save_to_disk(root)
+    with pytest.raises(DataError, match=r"column 'label': got .*or a string, one for each image"):
+        read_data_set(root)
+
+
 def test_a_row_without_text_is_named(tmp_path):
     root = tmp_path / "set"
     both = tables()

@@ -33,6 +33,7 @@ RECIPE = change(
     replace(TINY, vision=VIT, clip_norm=1.0),
     alignment={"epochs": 3, "batch": 16, "dropout": 0.1, "lr_backbone": 1e-2, "lr_heads": 1e-2},
 )
+RECIPES = {loss: change(RECIPE, alignment={"loss": loss}) for loss in ("ita", "team")}
 
 
 def align(digits: Path, recipe: Recipe) -> tuple[list[float], float]:
@@ -78,10 +79,12 @@ from marnet_train.parallel import average, gathered, own_rows
 def step(count):
     torch.manual_seed(0)
     encoder, head = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
-    rows = torch.rand(count, 3)
-    x_v = gathered(encoder(rows[own_rows(count)]), count)
+    rows = torch.rand(count, 5, 3)
+    tokens = gathered(encoder(rows[own_rows(count)]), count)  # five of each row
+    x_v = gathered(encoder(rows[own_rows(count), 0]), count)
     similar = F.normalize(x_v) @ F.normalize(x_v).T  # every row with every other
     loss = F.cross_entropy(similar, torch.arange(count)) + head(x_v).square().mean()
+    loss = loss + (tokens @ x_v.T).tanh().mean()  # tokens, too
     loss.backward()
     gradients = [p.grad for p in (*encoder.parameters(), *head.parameters())]
     average(gradients)
@@ -106,7 +109,7 @@ spec = importlib.util.spec_from_file_location("test_parallel", sys.argv[1])
 test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(test)
 with joined(torch.device("cpu")):
-    print(json.dumps(test.align(Path(sys.argv[2]), test.RECIPE)))
+    print(json.dumps(test.align(Path(sys.argv[2]), test.RECIPES[sys.argv[3]])))
 """
 
 
@@ -124,9 +127,10 @@ def test_two_processes_have_loss_and_gradients_of_one() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_with_the_losses_of_one(digits: Path) -> None:
-    found = of_processes(TRAINING, 2, __file__, str(digits))
-    losses, weights = align(digits, RECIPE)
+@pytest.mark.parametrize("loss", RECIPES)
+def test_two_processes_train_with_the_losses_of_one(loss: str, digits: Path) -> None:
+    found = of_processes(TRAINING, 2, __file__, str(digits), loss)
+    losses, weights = align(digits, RECIPES[loss])
     assert losses[-1] < losses[0]
     for said in found:
         assert said[0] == pytest.approx(losses, rel=FLOAT32_TWICE)

@@ -235,7 +235,7 @@ _OVER_SEEDS = (
     default="random,shuffled,labels",
     show_default=True,
     help="What takes the text's place, or trains otherwise: of these, moving, joint, and the "
-    "alignment losses swd, ssan, cdd, sdm. Each is a whole training.",
+    "alignment losses swd, ssan, cdd, sdm, team. Each is a whole training.",
 )
 def ablate(controls: str, **settings: Any) -> None:
     """Train a method, its parts and its controls with several seeds, and write the tables.
@@ -252,7 +252,7 @@ def ablate(controls: str, **settings: Any) -> None:
 def compare(**settings: Any) -> None:
     """Train a method with each alignment loss in the place of ITA, and write the tables.
 
-    The same as ablate --controls swd,ssan,cdd,sdm, and the folder may be one that ablate wrote.
+    The same as ablate --controls swd,ssan,cdd,sdm,team; the folder may be one that ablate wrote.
     """
     from marnet_train.tables.written import ALIGNED
 

@@ -72,7 +72,7 @@ def own_rows(count: int) -> slice:
 
 
 def gathered(x: Tensor, count: int) -> Tensor:
-    """Return the rows of all processes in order, [B_own, D] -> [B, D].
+    """Return the rows of all processes in order, [B_own, ...] -> [B, ...].
 
     The gradient goes into this process's own rows, times the number of processes: `average` over
     all then makes the gradient of the whole batch.
@@ -80,7 +80,8 @@ def gathered(x: Tensor, count: int) -> Tensor:
     if size() == 1 or count < size():
         return x
     lengths = [b - a for a, b in pairwise(_bounds(count))]
-    padded = F.pad(x.detach(), (0, 0, 0, max(lengths) - len(x))).contiguous()
+    behind = (0, 0) * (x.ndim - 1) + (0, max(lengths) - len(x))  # from the last axis to the first
+    padded = F.pad(x.detach(), behind).contiguous()
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     found = [part[:length] for part, length in zip(parts, lengths, strict=True)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from marnet_train.parallel import agreed
 from marnet_train.progress import Progress
 from marnet_train.recipe import AlignmentPhase, FusionPhase, Recipe, RefinementPhase, TextPhase
 from marnet_train.semantics import semantic_vectors
+from marnet_train.tokens import LastTokens, token_widths
 
 LOOKS = 12  # at validation, in a phase: at least, and fewer than twice as many
 HEADS = ("project_vision", "alignment_classifier")  # behind the encoder, in phase A
@@ -153,8 +155,8 @@ def text_features(model: MARNet, data: TrainingSet, batch: int = 256) -> Tensor:
     return found[inverse.to(device)]
 
 
-def _learning_text(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
-    """Compute x_s of some rows, [B, D_s], with a gradient; they are cut at the longest of them."""
+def _encode_texts(model: MARNet, data: TrainingSet, rows: Tensor) -> Tensor:
+    """Compute x_s of some rows, [B, D_s]; they are cut at the longest of them."""
     device = model.text_mean.device
     mask = data.attention_mask[rows].to(device)
     longest = int(mask.sum(dim=1).max())
@@ -219,7 +221,7 @@ def train_text(model: MARNet, data: TrainingSet, training: Training) -> None:
     parts = [(model.text, phase.lr), (head, phase.lr)]
 
     def loss(rows: Tensor) -> Tensor:
-        logits = head(_learning_text(model, data, rows))
+        logits = head(_encode_texts(model, data, rows))
         return classification_loss(logits, data.labels[rows].to(device))
 
     learner = training.learner(parts, phase, "text", count)
@@ -275,7 +277,8 @@ def train_alignment(
     temperature = _Temperature(phase.temperature, learned=phase.learn_temperature).to(device)
     joint = _JointRefinement(model, recipe).to(device) if phase.joint else None
     torch.manual_seed(training.seed)  # of what a loss learns
-    align = Alignment(phase.loss, model.config.dim).to(device)
+    widths = token_widths(model) if phase.reads_tokens else None
+    align, tokens = Alignment(phase.loss, model.config.dim, widths).to(device), LastTokens()
     heads = nn.ModuleDict(
         {"project_text": model.project_text, "temperature": temperature, "alignment": align}
     )
@@ -285,11 +288,15 @@ def train_alignment(
     def text_loss(step: _Step) -> Tensor:
         rows = step.rows
         if target.x_s is None:
-            x_s = _learning_text(model, data, rows)
+            x_s = _encode_texts(model, data, rows)
         else:
             x_s = target.x_s[rows.to(device)]
+            if phase.reads_tokens:  # those of a text encoder that stands still
+                with torch.no_grad():
+                    _encode_texts(model, data, rows)
         semantic = F.leaky_relu(model.project_text(x_s), LEAKY_SLOPE)
-        groups = target.groups[rows.to(device)] if phase.dedup_negatives else None
+        dedup = phase.dedup_negatives or phase.reads_tokens
+        groups = target.groups[rows.to(device)] if dedup else None
         assert phase.ita_weight != "auto"
         pairs = Pairs(
             step.visual,
@@ -300,6 +307,7 @@ def train_alignment(
             groups,
             temperature(),
             step.progress,
+            tokens.of_batch(len(rows)) if phase.reads_tokens else None,
         )
         loss = phase.ita_weight * align(pairs)
         return loss if joint is None else loss + joint(step.x_v, x_s, step.labels)
@@ -307,7 +315,8 @@ def train_alignment(
     parts: list[tuple[nn.Module, float]] = [(heads, phase.lr_heads)]
     if target.x_s is None:
         parts.append((model.text, phase.lr_text))
-    train_image_branch(model, data, source, training, title, look, parts, text_loss)
+    with tokens.of(model) if phase.reads_tokens else nullcontext():
+        train_image_branch(model, data, source, training, title, look, parts, text_loss)
     fold(model.project_text, model.text_mean, model.text_std)
 
 

@@ -30,7 +30,7 @@ class Augment:
 METHODS = {"marnet": "MARNet", "seda": "SeDA"}  # name of a method -> how it is written
 Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
 SEMANTICS = ("text", "labels", "random", "shuffled")
-ALIGNMENTS = ("ita", "swd", "ssan", "cdd", "sdm")  # see losses/alignment.py
+ALIGNMENTS = ("ita", "swd", "ssan", "cdd", "sdm", "team")  # see losses/alignment.py
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AlignmentPhase:
     ita_weight: float | Auto = 0.5  # beta, of that loss
     temperature: float = 0.07  # tau
     learn_temperature: bool = False  # start at `temperature`; 1 / tau stays at most 100
-    dedup_negatives: bool = False  # pairs with the same text are no negatives of each other
+    dedup_negatives: bool = False  # pairs of the same text are no negatives; team always has it so
     per_class: int = 1  # images of a class in a batch; 1: batches are drawn at random
     joint: bool = False  # minimise L_EMA + L_CDR (eq. 20), the latter through the encoder as well
     keep_best: bool = False  # keep the weights that are best on validation, and not the last ones
@@ -73,6 +73,11 @@ class AlignmentPhase:
     def frozen(self) -> bool:
         """Tell whether the image encoder stays as it is."""
         return self.lr_backbone == 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Tell whether the loss reads the vectors of single tokens."""
+        return self.loss == "team"
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("semantics", self.semantics, SEMANTICS)
-        _check_alignment(self.alignment)
+        _check_alignment(self.alignment, self.semantics)
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:
                 raise RecipeError(f"dropout must be below 1, got {phase.dropout}")
@@ -209,7 +214,7 @@ def check_choice(what: str, value: str, choices: Collection[str]) -> None:
         )
 
 
-def _check_alignment(phase: AlignmentPhase) -> None:
+def _check_alignment(phase: AlignmentPhase, semantics: str) -> None:
     check_choice("alignment loss", phase.loss, ALIGNMENTS)
     if 2 * phase.per_class > max(2, phase.batch):
         raise RecipeError(
@@ -220,6 +225,18 @@ def _check_alignment(phase: AlignmentPhase) -> None:
         raise RecipeError(
             "the alignment loss cdd compares images within classes, so batches must hold several "
             f"of each: set per_class = {min(6, max(2, phase.batch // 2))}"
+        )
+    if phase.reads_tokens and phase.frozen:
+        raise RecipeError(
+            f"the alignment loss {phase.loss} reads the tokens of images, and of a frozen image "
+            "encoder (lr_backbone = 0) only x_v is kept: set lr_backbone above 0, such as 5e-5, or "
+            "choose another loss"
+        )
+    if phase.reads_tokens and semantics != "text":
+        raise RecipeError(
+            f"the alignment loss {phase.loss} reads the tokens of each image's own text, which "
+            f'semantics = "{semantics}" replaces by vectors: set semantics = "text" or choose '
+            "another loss"
         )
 
 

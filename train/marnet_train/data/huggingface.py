@@ -213,7 +213,7 @@ def _check_columns(
         report("image", "an Image feature")
     label = features.get("label")
     if not isinstance(label, ClassLabel) and not is_string(label):
-        report("label", "a ClassLabel or a string")
+        report("label", "a ClassLabel or a string, one for each image")
     if text_column is None and needs_text:
         report("text", "a string")
     elif text_column is not None and not is_string(features[text_column]):

@@ -43,7 +43,7 @@ def line_faults(
     faults = (
         _name_fault(record.get("file_name"), first, name_check),
         field_fault(record.get("text"), "text", needed=needs_text),
-        field_fault(record.get("label"), "label"),
+        _label_fault(record.get("label")),
     )
     return [fault for fault in faults if fault]
 
@@ -58,8 +58,21 @@ def _name_fault(
         return f'"file_name" is {name} itself, expected an image; correct it'
     if name in first:
         where = f"line {first[name]}"
-        return f'"file_name" {quoted(name)} was already on {where}; keep one of them'
+        return (
+            f'"file_name" {quoted(name)} was already on {where}, and an image has one label; keep '
+            "one of them"
+        )
     return name_check(name)
+
+
+def _label_fault(label: object) -> str | None:
+    """Say what is wrong with a label; several of them are named as such."""
+    if isinstance(label, list):
+        return (
+            f'"label" is {reprlib.repr(label)}, expected one string, because an image with several '
+            "labels is not supported; keep one"
+        )
+    return field_fault(label, "label")
 
 
 def field_fault(value: object, key: str, *, needed: bool = True) -> str | None:

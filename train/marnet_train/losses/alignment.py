@@ -23,6 +23,7 @@ from marnet_train.losses import (
     cosine_similarity_matrix,
     ita_loss,
 )
+from marnet_train.losses.team import Team, Tokens
 
 DIRECTIONS = 128  # of SWD
 _SSAN = {"alpha": 0.1, "beta": 0.004, "gamma": 0.1, "temperature": 5.0}
@@ -40,12 +41,14 @@ class Pairs:
     groups: Tensor | None  # [B], equal where texts are; None: every text counts as another
     temperature: Tensor  # tau
     progress: float  # share of the phase that is over, 0 to 1
+    tokens: Tokens | None = None  # for a loss that reads them
 
     def in_float32(self) -> Pairs:
         """Return the batch in float32, or wider where it is wider."""
         names = ("visual", "semantic", "visual_logits", "semantic_logits")
         wide = torch.promote_types(self.visual.dtype, torch.float32)
-        return replace(self, **{name: getattr(self, name).to(wide) for name in names})
+        tokens = None if self.tokens is None else self.tokens.to(wide)
+        return replace(self, tokens=tokens, **{n: getattr(self, n).to(wide) for n in names})
 
 
 def sliced_wasserstein(p: Tensor, q: Tensor, directions: Tensor) -> Tensor:
@@ -157,13 +160,18 @@ class _Reversed(torch.autograd.Function):
 
 
 class Alignment(nn.Module):
-    """This is an alignment loss by name, with what it learns: only SSAN learns something."""
+    """This is an alignment loss by name, with what it learns: SSAN and TEAM learn something."""
 
-    def __init__(self, name: str, dim: int) -> None:
-        """Make the loss `name`, one of `recipe.ALIGNMENTS`, for a common space of width D."""
+    def __init__(self, name: str, dim: int, token_widths: tuple[int, int] | None = None) -> None:
+        """Make the loss `name`, one of `recipe.ALIGNMENTS`, for a common space of width D.
+
+        Args:
+            token_widths: D_s and D_v of single tokens, for TEAM.
+        """
         super().__init__()
         self.loss = _LOSSES[name]
         self.discriminator = nn.Linear(dim, 1) if name == "ssan" else None
+        self.team = None if token_widths is None else Team(*token_widths)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Compute the loss of a batch in float32, a scalar."""
@@ -223,10 +231,21 @@ def _ssan(self: Alignment, pairs: Pairs) -> Tensor:
     )
 
 
+def _team(self: Alignment, pairs: Pairs) -> Tensor:
+    """Compute TEAM: its loss of tokens, see `losses.team`, and the mean of both parts of ITA."""
+    assert self.team is not None
+    assert pairs.tokens is not None
+    assert pairs.groups is not None
+    whole = ita_loss(pairs.visual, pairs.semantic, pairs.temperature, pairs.groups) / 2
+    similar = cosine_similarity_matrix(pairs.visual, pairs.semantic) / pairs.temperature
+    return whole + self.team(pairs.tokens, similar, pairs.groups)
+
+
 _LOSSES: dict[str, Callable[[Alignment, Pairs], Tensor]] = {
     "ita": _ita,
     "swd": _swd,
     "ssan": _ssan,
     "cdd": _cdd,
     "sdm": _sdm,
+    "team": _team,
 }

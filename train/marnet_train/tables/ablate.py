@@ -53,7 +53,7 @@ from marnet_train.trainer import check_apart, provenance
 TEXT = "text"  # the training that the controls are compared with
 USUAL = ("random", "shuffled", "labels")
 CONTROLS = (*USUAL, "moving", "joint", *ALIGNED)
-WEIGHTS = {"swd": 1.0, "ssan": 1.0, "cdd": 0.3, "sdm": 1.0}  # of their papers
+WEIGHTS = {"swd": 1.0, "ssan": 1.0, "cdd": 0.3, "sdm": 1.0, "team": 1.0}  # of their papers
 NAME = "ablation"
 
 
@@ -157,6 +157,8 @@ def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
         return replace(recipe.but(alignment={"lr_text": 1e-3}), text_phase=None)
     if kind == "marnet":
         return replace(recipe, method="marnet")
+    if kind == "team" and phase.frozen:  # no tokens are kept, and `_rows` leaves it out
+        return recipe
     if kind in ALIGNED:
         few = min(6, max(2, phase.batch // 2)) if kind == "cdd" else phase.per_class
         weight = "auto" if search else WEIGHTS[kind]
@@ -231,11 +233,13 @@ def _rows(
         beside: where the vectors of a training with the text are kept.
     """
     folder, with_baseline = experiment.folder, kind in (TEXT, "marnet")
+    if kind == "team" and recipe.alignment.frozen:
+        return _left_out(recipe, kind, "of a frozen image encoder only x_v is kept, no tokens")
     ready = prepare(folder, recipe, seed, experiment.device)
     classes, width = len(folder.labels), ready.model.text.dim
     if kind == "labels" and classes > width:
         why = f"{classes} classes have no one-hot vectors in a text width of {width}"
-        return {"resolved": recipe.to_dict(), "rows": {}, "left_out": {kind: why}, "seconds": 0.0}
+        return _left_out(recipe, kind, why)
     fresh = copy.deepcopy(Refiner.of(ready.model))
     val = ready.splits["val"]
     trained = train_all(
@@ -262,6 +266,11 @@ def _rows(
         "left_out": left_out,
         "seconds": seconds,
     }
+
+
+def _left_out(recipe: Recipe, kind: str, why: str) -> dict[str, Any]:
+    """Return what `_rows` does, of a control that cannot be with these encoders."""
+    return {"resolved": recipe.to_dict(), "rows": {}, "left_out": {kind: why}, "seconds": 0.0}
 
 
 def _groups(

@@ -19,6 +19,7 @@ ALIGNED = {  # by what phase A aligns images and texts, in place of ITA
     "ssan": "alignment by SSAN",
     "cdd": "alignment by CDD",
     "sdm": "alignment by SDM",
+    "team": "alignment by TEAM",
 }
 INSTEAD = {  # of a training in which something else plays the text, or phase A is another
     "labels": "one-hot labels in place of the text",

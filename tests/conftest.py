@@ -131,16 +131,27 @@ def checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
-def seda_checkpoint(digits: Path, quick_recipe, shared: Shared) -> Path:
+def seda_recipe(quick_recipe):
+    """The quick recipe for SeDA."""
+    semantic = replace(quick_recipe.semantic, epochs=60, batch=64)
+    return replace(quick_recipe, method="seda", semantic=semantic)
+
+
+@pytest.fixture(scope="session")
+def seda_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
     """A trained checkpoint of SeDA."""
     from marnet_train.trainer import fit
 
-    recipe = replace(
-        quick_recipe,
-        method="seda",
-        semantic=replace(quick_recipe.semantic, epochs=60, batch=64),
-    )
-    return shared("quick-seda", lambda out: fit(digits, recipe, out, name="digits"))
+    return shared("quick-seda", lambda out: fit(digits, seda_recipe, out, name="digits"))
+
+
+@pytest.fixture(scope="session")
+def progressive_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
+    """The same with progressive denoisers."""
+    from marnet_train.trainer import fit
+
+    recipe = replace(seda_recipe, progressive=True)
+    return shared("quick-progressive", lambda out: fit(digits, recipe, out, name="digits"))
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +180,17 @@ def tiny_seda(few_digits: Path, shared: Shared) -> Path:
     from marnet_train.trainer import fit
 
     return shared("tiny-seda", lambda out: fit(few_digits, SEDA, out, name="tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_progressive(few_digits: Path, shared: Shared) -> Path:
+    """The same with progressive denoisers."""
+    from tiny_training import SEDA
+
+    from marnet_train.trainer import fit
+
+    recipe = replace(SEDA, progressive=True)
+    return shared("tiny-progressive", lambda out: fit(few_digits, recipe, out, name="tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,15 @@ def run_plan(
     bias = fold(trajectories, table.coefficients, time_bias, plan.input_weight, plan.output[1])
     mean, std = plan.standardise
     q = ((x_v - mean) / std @ plan.condition_weight.T)[:, None]  # [N, 1, H]
-    state = previous = np.zeros((len(x_v), len(trajectories), len(plan.carry_weight)))
-    h3 = q
+    width = len(plan.carry_weight) - plan.fed
+    state = previous = np.zeros((len(x_v), len(trajectories), width))
+    h3, fed = q, np.zeros(plan.fed or 1)
     for i, (a, b, c, _) in enumerate(table.coefficients):
         into = state if plan.carry == "hidden" else state @ plan.input_weight.T
-        h3 = _layer(_layer(_leaky(into + q + bias[i]), plan.hidden2), plan.hidden3)
+        h3 = _layer(_layer(_leaky(into + fed + q + bias[i]), plan.hidden2), plan.hidden3)
         gained = h3 @ plan.carry_weight.T
+        if plan.carry_bias is not None:
+            gained, fed = np.split(gained + plan.carry_bias, [width], axis=-1)
         state, previous = a * state + b * gained + c * previous, gained
         check_step(gained, table, i)
     return h3 @ plan.output[0].T + plan.output[1]

@@ -80,3 +80,6 @@ TIMM_MERGED = 1e-4
 # A photograph decoded at a smaller scale and then resized, against the same decoded whole, in grey
 # levels: the resampling filter sees other pixels at edges. Mean, and largest of all pixels.
 FAST_DECODE_MEAN, FAST_DECODE_LARGEST = 2.0, 40
+# Share of 20,000 chains that end in a class, against that of 200,000 others: one standard error is
+# 0.0034 at a share of 0.7.
+CLASS_SHARE = 0.015

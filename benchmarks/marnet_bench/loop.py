@@ -42,7 +42,7 @@ from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import OperatingPoint, Sampling
 from marnet_sdk.console import say, track
 from marnet_sdk.cpus import check_threads, cpus
-from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.errors import BackendUnavailable, InvalidInput
 from marnet_sdk.noise.tables import Floats, Tables, make_tables
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import MARNet, MarnetConfig
@@ -132,6 +132,9 @@ def run_loop(
 
     Returns:
         The report: plain data, as it is written to JSON.
+
+    Raises:
+        InvalidInput: the denoiser is progressive.
     """
     threads = check_threads(threads) or cpus().threads
     model, described = _load(source)
@@ -194,6 +197,11 @@ def _load(source: MARNet | Path | None) -> tuple[MARNet, dict[str, Any]]:
         name, sha256, source = source.name, checkpoint.sha256, checkpoint.model
     model = (source or paper_model()).eval()
     denoiser = model.denoiser
+    if denoiser.progressive:
+        raise InvalidInput(
+            f"--scenario loop: {name} has a progressive denoiser, and the peers have no loop for "
+            "one; name another --checkpoint, or measure its bundle with marnet-bench"
+        )
     return model, {
         "name": name,
         "checkpoint_sha256": sha256,

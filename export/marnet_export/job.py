@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from marnet_export.build.builder import builder
-from marnet_export.choose.loop import choose_loop
+from marnet_export.choose.loop import check_loop, choose_loop
 from marnet_export.choose.risk import with_thresholds
 from marnet_export.choose.steps import about_loop, asked_points, swept_points
 from marnet_export.payload import check_fits, complete
@@ -54,6 +54,7 @@ def export_bundle(
         job = Job.load(fresh, checkpoint_path, settings, data, say, answers)
         if settings.text:  # before anything is built, though it is built last
             check_text(job.checkpoint, job.lowered)
+        check_loop(job)
         if settings.steps == AUTO:  # which builds, measures and chooses
             types, points = swept_points(job)
         else:

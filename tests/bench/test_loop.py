@@ -21,7 +21,7 @@ from marnet_bench.loop import Candidate, Check, Missing, compare, paper_model, r
 from marnet_bench.plain_loop import TORCH_PEERS, Peer, make_problem, reference
 from marnet_bench.report import print_loop_report
 from marnet_export.build.builder import BUILDERS
-from marnet_sdk.errors import BackendUnavailable
+from marnet_sdk.errors import BackendUnavailable, InvalidInput
 
 SHORT = ("--warmup", "1", "--duration", "0", "--threads", "1")
 UNCOMPILED = {name: peer for name, peer in PEERS.items() if name != "torch.compile"}
@@ -234,6 +234,11 @@ def test_the_default_model_has_the_paper_s_widths_and_always_the_same_weights():
     denoiser = one.denoiser
     assert (one.vision.dim, denoiser.dim, denoiser.layer2.out_features) == (768, 768, 1024)
     assert torch.equal(denoiser.layer1.weight, other.denoiser.layer1.weight)
+
+
+def test_a_progressive_denoiser_is_refused_before_anything_is_measured():
+    with pytest.raises(InvalidInput, match=r"has a progressive denoiser, .* measure its bundle"):
+        run_loop(make_model(progressive=True), batches=[1], warmup=0, duration=0)
 
 
 def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, capsys):

@@ -105,16 +105,18 @@ def test_batches_of_any_size_give_the_float32_model_s_logits(
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory) -> Callable[[str, int], tuple[MARNet, Backend]]:
+def fresh(tmp_path_factory) -> Callable[..., tuple[MARNet, Backend]]:
     """backend, hidden width -> a model with fresh weights, whose loop contracts, built."""
-    built: dict[tuple[str, int], tuple[MARNet, Backend]] = {}
+    built: dict[tuple[str, int, bool], tuple[MARNet, Backend]] = {}
 
-    def make(backend: str, hidden: int) -> tuple[MARNet, Backend]:
-        if (backend, hidden) not in built:
-            model, payload = make_model(hidden=hidden), tmp_path_factory.mktemp("fresh") / "payload"
+    def make(backend: str, hidden: int, *, progressive: bool = False) -> tuple[MARNet, Backend]:
+        key = backend, hidden, progressive
+        if key not in built:
+            model = make_model(hidden=hidden, progressive=progressive)
+            payload = tmp_path_factory.mktemp("fresh") / "payload"
             build(model, backend, "fp32", payload)
-            built[backend, hidden] = (model, open_backend(backend, payload, "fp32", 1))
-        return built[backend, hidden]
+            built[key] = (model, open_backend(backend, payload, "fp32", 1))
+        return built[key]
 
     return make
 
@@ -135,6 +137,23 @@ def test_one_file_serves_every_sampler_number_of_steps_samples_and_kind_of_noise
         how["keys"] = [key % (2**64 - samples) for key in keys]
     got = deployed_logits(run, model, pixels, **how)
     assert got.shape == (5, samples, 3)
+    assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1), ("ddpm", 7), ("dpmpp", 7)])
+@pytest.mark.parametrize(
+    ("backend", "hidden"),
+    kept(
+        [(b, h) for b in (*BACKENDS, "openvino", "aotinductor") for h in (12, 40)],
+        {("torchscript", 40), ("onnxruntime", 12), ("openvino", 12)},
+        many=True,
+    ),
+)
+def test_a_progressive_loop_is_built_too(backend, hidden, sampler, steps, fresh):
+    model, run = fresh(backend, hidden, progressive=True)
+    pixels = np.random.default_rng(1).standard_normal((5, 3, 32, 32)).astype(np.float32)
+    how = {"sampler": sampler, "steps": steps, "seed": 9, "samples": 2}
+    got = deployed_logits(run, model, pixels, **how)
     assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
 
 

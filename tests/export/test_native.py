@@ -18,9 +18,10 @@ from compilers import need_compiler
 from native import make_input
 from plan_twin import run_plan
 from safetensors.numpy import load_file, save_file
-from tiny import make_model, tables_of
+from tiny import make_model, tables_of, write_checkpoint
 from tolerances import BUILT, FLOAT32_LOOP, FLOAT32_TWICE, INT8
 
+from marnet_export import job
 from marnet_export.build import native
 from marnet_export.build.native import loop_layers
 from marnet_export.build.types import Types
@@ -54,6 +55,7 @@ from marnet_train.diffusion import sampler_table
 
 KEEP = {1: {"native": 1.0, "graph": 2.0}, 4: {"native": 3.0, "graph": 2.0}}
 DROP = {1: {"native": 2.0, "graph": 1.0}}
+PROGRESSIVE = "the denoiser is progressive, and the native loop feeds no estimate back"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -331,6 +333,23 @@ def test_a_backend_without_a_place_for_it_says_so(small, tmp_path):
     settings = settings_of("torchscript", "fp32", loop="native")
     with pytest.raises(ExportError, match="--loop native: torchscript has no place for it"):
         export_bundle(small, tmp_path / "b", settings)
+
+
+@pytest.mark.slow
+def test_a_progressive_denoiser_leaves_the_loop_to_the_graph_and_says_so(tmp_path):
+    checkpoint = write_checkpoint(make_model(steps=10, progressive=True), tmp_path / "untrained")
+    said: list[str] = []
+    export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
+    assert read_bundle(tmp_path / "b").manifest.loop == "graph"
+    assert said.count(f"the graph runs the loop: {PROGRESSIVE}") == 1
+
+
+def test_for_a_progressive_denoiser_it_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    checkpoint = write_checkpoint(make_model(steps=10, progressive=True), tmp_path / "untrained")
+    monkeypatch.setattr(job, "builder", lambda _: None)  # it would build nothing
+    with pytest.raises(ExportError, match=f"--loop native: {PROGRESSIVE}; leave --loop out"):
+        export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32", loop="native"))
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_loop_that_does_not_exist_is_refused():

@@ -80,6 +80,24 @@ def test_stochastic_ddim_is_no_exception(carry):
     np.testing.assert_allclose(got, want, rtol=0, atol=FLOAT64 * np.abs(want).max())
 
 
+PROGRESSIVE = [("ddpm", 1), ("ddpm", 10), ("ddim", 3), ("dpmpp", 7)]
+
+
+@pytest.mark.parametrize("carry", ["hidden", "feature"])
+@pytest.mark.parametrize(("sampler", "steps"), PROGRESSIVE)
+def test_a_progressive_plan_gives_what_the_plain_loop_gives(carry, sampler, steps):
+    model = make_model(steps=10, progressive=True).double()
+    table = sampler_table(model.config.schedule, sampler, steps)
+    drawn, x_v = draw(model, table, 2), features_of(model)
+    got = run_plan(make_plan(model, carry), table, x_v, drawn)
+    want = plain_loop(model, table, x_v, drawn)
+    np.testing.assert_allclose(got, want, rtol=0, atol=FLOAT64 * np.abs(want).max())
+    with torch.no_grad():
+        model.denoiser.layer1.weight[:, 8:16] = 0  # of the estimate before
+    blind = plain_loop(model, table, x_v, drawn)
+    assert (np.abs(blind - want).max() > 1e-6) == (steps > 1)
+
+
 @torch.inference_mode()
 def float32_loop(
     form: type[ScriptedLoop], model: MARNet, table: SamplerTable, x_v: Floats, samples: int
@@ -114,6 +132,21 @@ def test_in_float32_it_is_the_float64_loop_to_the_last_bits(form, samples, sampl
     x_v = features_of(model).astype(np.float32)
     got = float32_loop(form, model, table, x_v, samples)
     want = plain_loop(model.double(), table, x_v, draw(model, table, samples))
+    assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
+
+
+@pytest.mark.parametrize("hidden", [32, 64], ids=["carries hidden", "carries feature"])
+@pytest.mark.parametrize("form", [ScriptedLoop, ScanLoop])
+@pytest.mark.parametrize(("sampler", "steps"), PROGRESSIVE)
+def test_a_progressive_loop_in_float32_is_the_float64_loop_to_the_last_bits(
+    form, hidden, sampler, steps
+):
+    """A scan of one step has a step before it that must not be fed back."""
+    model = make_model(steps=10, dim=24, hidden=hidden, progressive=True)
+    table = sampler_table(model.config.schedule, sampler, steps)
+    x_v = features_of(model).astype(np.float32)
+    got = float32_loop(form, model, table, x_v, 2)
+    want = plain_loop(model.double(), table, x_v, draw(model, table, 2))
     assert np.abs(got - want).max() <= FLOAT32_LOOP * np.abs(want).max()
 
 
@@ -236,6 +269,15 @@ def test_the_paper_s_denoiser_costs_three_square_products_a_step_instead_of_four
     assert paper_plan.multiply_adds == 3 * 1024 * 1024 == 3_145_728
     # [x ; condition ; time] to 1024, twice 1024 to 1024, 1024 to 768
     assert paper_plan.plain_multiply_adds == 1_600 * 1_024 + 2 * 1_048_576 + 786_432 == 4_521_984
+
+
+def test_a_progressive_denoiser_costs_one_square_product_more_and_waits_for_no_more():
+    model = make_model(dim=8, hidden=12, condition=10, progressive=True)
+    plan = make_plan(model)
+    assert (plan.carry, plan.products, plan.multiply_adds) == ("hidden", 3, 4 * 12 * 12)
+    assert plan.plain_multiply_adds == (8 + 8 + 10 + 6 + 12 + 12 + 8) * 12
+    table = sampler_table(model.config.schedule, "ddpm", 10)
+    assert "the hidden state and the estimate before carried" in plan.sentence(table)
 
 
 def test_carrying_the_feature_costs_both_outer_layers():

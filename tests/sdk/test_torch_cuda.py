@@ -31,6 +31,7 @@ from marnet_export.build.builder import Order
 from marnet_export.build.torchscript import build_encoder, build_refine
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.modules import Refine, ScriptedLoop
 from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
 from marnet_sdk.backends import torch_cuda, torch_device, torchscript
@@ -493,6 +494,14 @@ def test_where_the_kernel_cannot_take_the_loop_the_report_says_why(
 def test_a_loop_of_another_method_is_left_to_operators():
     assert torch_cuda.loop_parts(torch.nn.Identity(), "fp16") == (
         "the bundle's loop is not that of MARNet's plan"
+    )
+
+
+def test_a_progressive_loop_is_left_to_operators():
+    lowered = lower_marnet(make_model(progressive=True))
+    refine = Refine(ScriptedLoop(lowered.step(torch.float16)), lowered.head)
+    assert torch_cuda.loop_parts(refine, "fp16") == (
+        "the bundle's denoiser is progressive, and the persistent kernel feeds nothing back"
     )
 
 

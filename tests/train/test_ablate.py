@@ -223,6 +223,8 @@ def test_what_cannot_be_trained_is_refused_before_any_training(data: Path, tmp_p
         ablate(data, RECIPE, tmp_path / "out", controls=("shufled",))
     with pytest.raises(RecipeError, match="joint training is MARNet's"):
         ablate(data, replace(RECIPE, method="seda"), tmp_path / "out", controls=("joint",))
+    with pytest.raises(RecipeError, match="has it already; set progressive = false, and the"):
+        ablate(data, replace(RECIPE, progressive=True), tmp_path / "out", controls=["progressive"])
     for split in ("train", "val"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / split).symlink_to(data / split)
@@ -236,6 +238,7 @@ def test_what_cannot_be_trained_is_refused_before_any_training(data: Path, tmp_p
     [
         ("random", {"semantics": "random"}),
         ("marnet", {"method": "marnet"}),
+        ("progressive", {"progressive": True}),
         ("joint", {"alignment": replace(RECIPE.alignment, joint=True)}),
         (
             "moving",
@@ -299,6 +302,9 @@ def test_seda_is_compared_with_its_peer_without_the_semantic_learner(
     assert {"semantic learner", "labels: semantic learner", "marnet: refined"} <= found
     assert {"marnet: +CDR on the baseline", "marnet: CE alone, fused"} <= found
     assert not {"marnet: semantic learner", "+CDR on the baseline"} & found
+    of_progressive = {"semantic learner", "refined", "MARNet"}
+    assert {f"progressive: {name}" for name in of_progressive} <= found
+    assert {f"{name} - progressive: {name}" for name in of_progressive} <= set(joined["pairs"])
     assert joined["settings"]["method"] == "seda"
     assert "SeDA, recipe custom" in (tmp_path / "out/ablation.md").read_text()
 

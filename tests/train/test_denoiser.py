@@ -100,3 +100,46 @@ def test_the_time_embedding_is_linear_silu_linear_of_the_table() -> None:
     embed, t = TimeEmbedding(6), torch.tensor([1, 7])
     h = embed.inner(sinusoidal_embedding(t, 6))
     torch.testing.assert_close(embed(t), embed.outer(h * F.sigmoid(h)))
+
+
+@pytest.fixture
+def progressive() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(dim=6, condition_dim=5, hidden=12, time_dim=4, progressive=True).double()
+
+
+def test_in_half_of_the_calls_training_shows_a_progressive_denoiser_its_own_estimate(
+    progressive: Denoiser,
+) -> None:
+    """Analog Bits, algorithm 1: the same x_t once more, without a gradient through the first."""
+    x, t, condition = inputs()
+    zero = torch.zeros_like(x)
+    blind = progressive(torch.cat([x, zero], dim=1), t, condition)
+    told = progressive(torch.cat([x, blind.detach()], dim=1), t, condition)
+    gradient = torch.autograd.grad(told.sum(), progressive.layer4.weight)[0]
+    generator = torch.Generator().manual_seed(3)
+    found = [progressive.estimate(x, t, condition, generator) for _ in range(200)]
+    second = [estimate for estimate in found if not torch.equal(estimate, blind)]
+    assert 70 <= len(second) <= 130
+    assert all(torch.equal(estimate, told) for estimate in second)
+    again = torch.autograd.grad(second[0].sum(), progressive.layer4.weight)[0]
+    torch.testing.assert_close(again, gradient, rtol=FLOAT64, atol=FLOAT64)
+
+
+def test_others_are_trained_on_what_they_see_and_draw_nothing(small: Denoiser) -> None:
+    x, t, condition = inputs()
+    generator = torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    assert torch.equal(small.estimate(x, t, condition, generator), small(x, t, condition))
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_steps_of_a_progressive_denoiser_are_those_of_the_whole(progressive: Denoiser) -> None:
+    x, _, condition = inputs()
+    seen, steps = torch.cat([x, x + 1], dim=1), torch.full((3,), 7)
+    found = progressive.given(condition)(seen, steps)
+    torch.testing.assert_close(
+        found, progressive(seen, steps, condition), rtol=FLOAT64, atol=FLOAT64
+    )
+    blind = torch.cat([x, torch.zeros_like(x)], dim=1)
+    assert not torch.allclose(found, progressive(blind, steps, condition))

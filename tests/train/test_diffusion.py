@@ -231,6 +231,23 @@ def test_the_previous_estimate_reaches_the_next_step() -> None:
     assert torch.equal(out, torch.full((1, 2), 23.0))  # the estimate at t = 2
 
 
+def test_a_progressive_network_sees_its_estimate_of_the_step_before_beside_the_state() -> None:
+    table = sampler_table(ScheduleConfig(steps=4), "ddpm")
+    seen, estimates = [], [torch.zeros(2, 3, dtype=torch.float64)]
+
+    def remember(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        estimates.append(toy_denoiser(x[:, :3], t))
+        return estimates[-1]
+
+    start, noise = torch.ones(2, 3, dtype=torch.float64), torch.ones(4, 2, 3, dtype=torch.float64)
+    out = sample(remember, table, start, noise, progressive=True)
+    for x, before in zip(seen, estimates, strict=False):
+        assert torch.equal(x[:, 3:], before)
+    assert torch.equal(seen[0][:, :3], start)
+    assert torch.equal(out, sample(toy_denoiser, table, start, noise))
+
+
 def test_noised_features_have_the_moments_of_equation_15() -> None:
     abar = torch.tensor(alphas_cumprod(ScheduleConfig(steps=10)))
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from tiny import BERT, RESNET
 from tiny_training import SEDA, TINY, change
+from tolerances import CLASS_SHARE, FLOAT32_LAYER
 from torch import Tensor, nn
 
-from marnet_sdk.errors import RecipeError
+from marnet_sdk.errors import CheckpointError, RecipeError
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.data.imagefolder import read_split
 from marnet_train.diffusion import (
@@ -27,8 +29,10 @@ from marnet_train.phases import Features
 from marnet_train.recipe import METHODS, SemanticPhase
 from marnet_train.semantic_learner import with_mistakes
 
+CHAINS = 20_000  # of the exact denoiser
 
-def make_seda(width: int = 10, classes: int = 3) -> SeDA:
+
+def make_seda(width: int = 10, classes: int = 3, *, progressive: bool = False) -> SeDA:
     torch.manual_seed(0)
     config = SedaConfig(
         vision={**RESNET, "hidden_sizes": [width]},
@@ -39,6 +43,7 @@ def make_seda(width: int = 10, classes: int = 3) -> SeDA:
         time_dim=6,
         schedule=ScheduleConfig(steps=8),
         semantic_steps=4,
+        progressive=progressive,
     )
     model = SeDA(config).eval()
     model.vision_mean.copy_(torch.randn(width))
@@ -94,6 +99,99 @@ def test_the_semantic_vector_is_the_end_of_the_chain_and_stands_beside_the_featu
         assert torch.allclose(seen[:, 10:], s, atol=1e-6)
         assert torch.allclose(model.condition(seen), torch.cat([condition, s], dim=1), atol=1e-6)
         assert torch.equal(model.align_vision(seen), model.align_vision(x_v))
+
+
+ORACLES = [  # sampler, T, shares of the classes that 200,000 chains with the exact denoiser end in
+    ("ddpm", 50, (0.706, 0.202, 0.092)),
+    ("ddpm", 20, (0.711, 0.208, 0.081)),
+    ("ddpm", 10, (0.718, 0.215, 0.067)),
+    ("ddim", 100, (0.699, 0.203, 0.098)),
+]
+
+
+@pytest.mark.parametrize(("sampler", "steps", "shares"), ORACLES)
+def test_chains_of_the_exact_denoiser_end_in_a_class_as_often_as_was_computed(
+    sampler: str, steps: int, shares: tuple[float, ...]
+) -> None:
+    """The prior is 0.7, 0.2 and 0.1; few ancestral steps favour the likelier classes."""
+    centres = torch.tensor([[-1.5], [0.0], [1.5]], dtype=torch.float64)
+    prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    schedule = ScheduleConfig(steps=steps)
+    denoise = ExactDenoiser(centres, prior, alphas_cumprod(schedule))
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(steps + 1, CHAINS, 1, generator=generator, dtype=torch.float64)
+    ends = sample(denoise, sampler_table(schedule, sampler), noise[0], noise[1:])
+    nearest = (ends - centres.T).abs().argmin(dim=1).bincount(minlength=3) / CHAINS
+    assert (nearest - torch.tensor(shares)).abs().max() < CLASS_SHARE
+
+
+def test_in_many_dimensions_the_chain_from_zero_ends_at_the_likeliest_centre_too() -> None:
+    generator = torch.Generator().manual_seed(2)
+    centres = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    prior = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
+    schedule = ScheduleConfig(steps=50)
+    denoise = ExactDenoiser(centres, prior, alphas_cumprod(schedule))
+    noise = torch.randn(51, 4000, 16, generator=generator, dtype=torch.float64)
+    ends = sample(denoise, sampler_table(schedule, "ddpm"), noise[0], noise[1:])
+    drawn = torch.cdist(ends, centres).argmin(dim=1).bincount(minlength=5) / len(ends)
+    assert (drawn - prior).abs().max() < 2 * CLASS_SHARE  # a fifth of the chains
+    table, zero = sampler_table(schedule, "ddim", 10), torch.zeros(1, 16, dtype=torch.float64)
+    end = sample(denoise, table, zero, torch.zeros(10, 1, 16, dtype=torch.float64))
+    assert int(torch.cdist(end, centres).argmin()) == 0
+
+
+def test_a_progressive_learner_sees_its_last_estimate() -> None:
+    """Both stages, by hand: zero at first, then the estimate of the step before."""
+    model, x_v = make_seda(progressive=True), torch.randn(5, 10)
+    condition = (x_v - model.vision_mean) / model.vision_std
+    with torch.no_grad():
+        x = s = torch.zeros(5, 10)
+        table = model.learner.table
+        for t, (a, b, _, _) in zip(table.timesteps, table.coefficients.tolist(), strict=True):
+            seen = torch.cat([x, s], dim=1)
+            s = model.learner.denoiser(seen, torch.full((5,), t), condition)
+            x = a * x + b * s
+        seen = model.see(x_v)
+        torch.testing.assert_close(seen[:, 10:], s, rtol=0, atol=FLOAT32_LAYER)
+        whole, table = model.condition(seen), sampler_table(model.config.schedule, "ddim")
+        start = x = torch.randn(5, 8)
+        estimate = torch.zeros(5, 8)
+        for t, (a, b, _, _) in zip(table.timesteps, table.coefficients.tolist(), strict=True):
+            told = torch.cat([x, estimate], dim=1)
+            estimate = model.denoiser(told, torch.full((5,), t), whole)
+            x = a * x + b * estimate
+        found = model.refine(seen, table, start, torch.zeros(8, 1, 8))
+        in_parts = model.refine_in_parts(seen, table, start, torch.zeros(8, 1, 8))
+        torch.testing.assert_close(found, estimate, rtol=0, atol=FLOAT32_LAYER)
+        torch.testing.assert_close(in_parts, estimate, rtol=0, atol=FLOAT32_LAYER)
+
+
+def test_a_checkpoint_from_before_progressive_is_what_it_was(
+    tiny_seda: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_seda, tmp_path / "old")
+    config = tmp_path / "old/config.json"
+    content = json.loads(config.read_text("utf-8"))
+    assert content.pop("progressive") is False
+    config.write_text(json.dumps(content), "utf-8")
+    old, new = load_checkpoint(tmp_path / "old").model, load_checkpoint(tiny_seda).model
+    assert old.config == new.config
+    x_v = torch.randn(3, old.vision.dim)
+    with torch.no_grad():
+        assert torch.equal(old.see(x_v), new.see(x_v))
+    config.write_text(json.dumps(content | {"progressive": True}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
+        load_checkpoint(tmp_path / "old")
+
+
+def test_a_progressive_training_says_so_in_its_checkpoint(tiny_progressive: Path) -> None:
+    model = load_checkpoint(tiny_progressive).model
+    assert isinstance(model, SeDA)
+    assert model.config.progressive
+    assert model.learner.denoiser.progressive
+    assert model.denoiser.progressive
+    training = json.loads((tiny_progressive / "training.json").read_text("utf-8"))
+    assert training["settings"]["progressive"] is True
 
 
 def test_centres_are_class_means_of_unit_size() -> None:

@@ -212,6 +212,8 @@ def sample(
     initial: Tensor,
     noise: Tensor,
     watch: Callable[[int, Tensor], None] = lambda step, x0: None,
+    *,
+    progressive: bool = False,
 ) -> Tensor:
     """Run the reverse chain as the paper writes it: the slow, obvious twin of every exported loop.
 
@@ -219,6 +221,8 @@ def sample(
         denoise: (x [B, D], t [B]) -> estimate of x_0 [B, D].
         initial: x_T, [B, D]. noise: z of every step, [S, 1 or B, D] (the last row is not used).
         watch: is told each step's index and estimate of x_0.
+        progressive: `denoise` gets [x ; r], [B, 2 D], where r is its estimate in the step before,
+            and zero in the first.
     Returns:
         x_0, [B, D].
     """
@@ -227,7 +231,8 @@ def sample(
     for i, (t, (a, b, c, s)) in enumerate(
         zip(table.timesteps, table.coefficients.tolist(), strict=True)
     ):
-        x0 = denoise(x, torch.full((x.shape[0],), t, device=x.device))
+        seen = torch.cat([x, previous], dim=-1) if progressive else x
+        x0 = denoise(seen, torch.full((x.shape[0],), t, device=x.device))
         watch(i, x0)
         x = a * x + b * x0 + c * previous + s * noise[i]
         previous = x0

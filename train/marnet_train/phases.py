@@ -395,7 +395,7 @@ class _JointRefinement(nn.Module):
         t = torch.randint(1, self.steps + 1, (len(x0),))
         t = torch.where(torch.rand(len(x0)) < 0.5, self.steps, t).to(x0.device)
         x_t = q_sample(x0, t, torch.randn_like(x0), self.abar)
-        estimate = self.denoiser(x_t, t, self.standardise(x_v))
+        estimate = self.denoiser.estimate(x_t, t, self.standardise(x_v))
         weight = self.phase.norm_weight
         return refinement_loss(
             self.classifier(estimate),

@@ -142,6 +142,7 @@ class Recipe:
     text_pooling: str = "mean"  # or "first": the vector of [CLS] is x_s
     max_tokens: int = 64
     samples: int | Auto = 1  # K, noise samples whose probabilities are averaged when classifying
+    progressive: bool = False  # a denoiser also sees its own estimate of the step before
     clip_norm: float | None = None  # of gradients, over all that a phase trains; none: not clipped
     semantics: str = "text"  # what plays x_s: the text, or a control (see semantics.py)
     image: dict[str, Any] | None = None  # preprocessor_config.json keys; None: the checkpoint's

@@ -37,7 +37,7 @@ class Refiner(nn.Module):
 
     def one_pass(self, condition: Tensor) -> Tensor:
         """Make the estimate without any noise: x_t = 0 at t = T. [B, D_v] -> [B, D_s]."""
-        x = condition.new_zeros(len(condition), self.denoiser.dim)
+        x = condition.new_zeros(len(condition), self.denoiser.state_dim)
         t = torch.full((len(condition),), self.steps, device=condition.device)
         return self.denoiser(x, t, condition)
 
@@ -80,7 +80,7 @@ def train_refinement(
             pure = torch.rand(len(rows), generator=generator) < phase.pure_noise
             t = torch.where(pure, refiner.steps, t).to(device)
             noise = torch.randn(len(rows), x0.shape[1], generator=generator).to(device)
-            estimate = refiner.denoiser(q_sample(x0, t, noise, abar), t, seen)
+            estimate = refiner.denoiser.estimate(q_sample(x0, t, noise, abar), t, seen, generator)
         labels = features.labels[rows.to(device)]
         return refinement_loss(refiner.classifier(estimate), labels, estimate, x0, **weights)
 
@@ -102,10 +102,11 @@ def refiner_probabilities(
     for rows in condition.split(1024):
         shape = (len(table.timesteps), len(rows), refiner.denoiser.dim)
         total, denoise = torch.zeros((), device=rows.device), refiner.denoiser.given(rows)
+        progressive = refiner.denoiser.progressive
         for _ in range(LOOK_SAMPLES):
             initial = torch.randn(shape[1:], generator=generator).to(rows)
             noise = torch.randn(shape, generator=generator).to(rows)
-            x = sample(denoise, table, initial, noise)
+            x = sample(denoise, table, initial, noise, progressive=progressive)
             total = total + refiner.classifier(x).softmax(dim=1)
         found.append(total / LOOK_SAMPLES)
     return torch.cat(found)

@@ -43,6 +43,8 @@ def why_not(builder: Builder, lowered: Lowered) -> str | None:
         return f"{builder.name} has no place for it"
     if not isinstance(lowered.plan, SamplingPlan):
         return "the method's loop is not of the form that it runs"
+    if lowered.plan.fed:
+        return "the denoiser is progressive, and the native loop feeds no estimate back"
     return compile_library()
 
 

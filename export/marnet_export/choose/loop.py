@@ -34,6 +34,15 @@ MOST_ROWS = 16  # beyond which nobody looks: products of many rows are what runt
 _ROWS = (1, 4, 16)  # images in a call that are timed
 
 
+def check_loop(job: Job) -> None:
+    """Refuse `--loop native` where it cannot be had, before anything is built."""
+    asked, backend = job.settings.loop, builder(job.settings.backend)
+    if asked == NATIVE and (reason := why_not(backend, job.lowered)):
+        raise ExportError(
+            f"--loop native: {reason}; leave --loop out for whichever loop can be had"
+        )
+
+
 def choose_loop(
     job: Job, graph: Built, types: Arithmetic, points: Points
 ) -> tuple[Built, Fidelity] | None:
@@ -43,17 +52,13 @@ def choose_loop(
         What was built then, and its fidelity; None where the graph alone runs the loop.
 
     Raises:
-        ExportError, VerificationFailed: it is asked for, and cannot be had.
+        VerificationFailed: it is asked for, and does not agree with the checkpoint.
     """
     asked, backend = job.settings.loop, builder(job.settings.backend)
     insists = asked == NATIVE
     if asked == GRAPH or not (points.table.timesteps or insists):
         return None
     if reason := why_not(backend, job.lowered):
-        if insists:
-            raise ExportError(
-                f"--loop native: {reason}; leave --loop out for whichever loop can be had"
-            )
         if backend.head is not None:
             job.say(f"the graph runs the loop: {reason}")
         return None

@@ -189,13 +189,15 @@ class Step(nn.Module):
     """A method defines one step here; `ScriptedLoop` and `ScanLoop` repeat it.
 
     Between the steps, a loop carries a state [B, K, W] that starts at zero and is linear in what
-    the steps gain: state = A state + B gained + C gained_before.
+    the steps gain: state = A state + B gained + C gained_before. But its last `fed` elements are
+    those that the last step gained, for a network that sees its last estimate. A step with B = 0
+    makes no estimate, and feeds nothing.
     """
 
-    def __init__(self, width: int) -> None:
-        """Take the width W of the state."""
+    def __init__(self, width: int, fed: int = 0) -> None:
+        """Take the width W of the state, and how much of it is fed back as it is gained."""
         super().__init__()
-        self.width = width
+        self.width, self.fed = width, fed
 
     def condition(self, x_v: Tensor) -> Tensor:
         """Once per image: x_v [B, D_v] -> q [B, 1, H]."""
@@ -225,7 +227,7 @@ class PlanStep(Step):
     """A step of MARNet's sampling plan; everything but its products is float32."""
 
     def __init__(self, plan: SamplingPlan, compute: torch.dtype = torch.float32) -> None:
-        super().__init__(width=len(plan.carry_weight))
+        super().__init__(width=len(plan.carry_weight), fed=plan.fed)
 
         def matrix(weight: NDArray, bias: NDArray | None = None) -> Matrix:
             return Matrix(
@@ -241,7 +243,7 @@ class PlanStep(Step):
         self.input = nn.Identity() if plan.carry == "hidden" else matrix(plan.input_weight)
         self.hidden2 = matrix(*plan.hidden2)
         self.hidden3 = matrix(*plan.hidden3)
-        self.carry = matrix(plan.carry_weight)
+        self.carry = matrix(plan.carry_weight, plan.carry_bias)
         self.output = matrix(*plan.output)
         self.slope = LEAKY_SLOPE
 
@@ -250,7 +252,11 @@ class PlanStep(Step):
 
     def hidden(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
         """Compute h3 of one step, [B, K, H]."""
-        h = F.leaky_relu(self.input(state) + q + row, self.slope)
+        if self.fed == 0:
+            h = self.input(state)
+        else:
+            h = self.input(state[..., : -self.fed]) + state[..., -self.fed :]
+        h = F.leaky_relu(h + q + row, self.slope)
         h = F.leaky_relu(self.hidden2(h), self.slope)
         return F.leaky_relu(self.hidden3(h), self.slope)
 
@@ -267,7 +273,7 @@ class PlanStep(Step):
         operands: dict[torch.dtype, Operand] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
         layers = {"hidden2": self.hidden2, "hidden3": self.hidden3, "carry": self.carry}
         operand = operands.get(self.carry.matrix.dtype)
-        if operand is None or not isinstance(self.input, nn.Identity):
+        if operand is None or self.fed or not isinstance(self.input, nn.Identity):
             return None
         return LoopWeights(
             {name: layer.matrix.float().numpy() for name, layer in layers.items()},
@@ -275,6 +281,17 @@ class PlanStep(Step):
             self.slope,
             operand,
         )
+
+
+def with_fed(state: Tensor, gained: Tensor, of_gained: Tensor, fed: int) -> Tensor:
+    """Put the last `fed` elements of what a step gained, [B, K, W], in the place of the state's.
+
+    Args:
+        of_gained: B of the step.
+    """
+    if fed == 0:
+        return state
+    return torch.cat([state[..., :-fed], gained[..., -fed:] * of_gained.sign()], dim=-1)
 
 
 class ScriptedLoop(nn.Module):
@@ -304,6 +321,7 @@ class ScriptedLoop(nn.Module):
             c = coefficients[i]
             state = torch.addcmul(state * c[0], gained, c[1])
             state = torch.addcmul(state, previous, c[2])
+            state = with_fed(state, gained, c[1], self.step.fed)
             previous = gained
         return self.step.finish(state, q, bias[last])
 
@@ -336,6 +354,7 @@ class ScanLoop(ScriptedLoop):
             gained = self.step.gain(state, q, look_up(b))
             of_state, of_gained, of_previous = c.split(1)
             state = of_state * state + of_gained * gained + of_previous * previous
+            state = with_fed(state, gained, of_gained, self.step.fed)
             return (state, gained.clone()), c.clone()  # scan must emit something
 
         (state, _), _ = scan(step, (state, torch.zeros_like(state)), (coefficients, bias))

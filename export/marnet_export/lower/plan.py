@@ -6,9 +6,12 @@ The denoiser as the paper writes it, with a = LeakyReLU and c the standardised i
 As it is run, with q = Wc c, M = Wx W4, and bias_i of `trajectory.fold` in `marnet_sdk.noise`, which
 holds time, noise and b4:
     h1 = a(p + q + bias_i),  h2 and h3 as above,  g = M h3,  p_next = A p + B g + C g_previous .
+A progressive denoiser also has Wp r in its h1, with r = x0_previous. For it, the loop carries
+f = Mp h3_previous + Wp b4 beside p, with Mp = Wp W4, and zero in the first step:
+    h1 = a(p + f + q + bias_i) .
 docs/how-it-works.md derives it. A, B, C and bias are inputs: the plan knows no sampler or steps.
 Axes: T train steps, S sampling steps, K noise samples, D feature, H hidden, W carried state (H or
-D), N images.
+D, and H more for f), N images.
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """One reverse loop. The carried state is Wx p ("hidden") or p itself ("feature")."""
+    """One reverse loop. The carried state is Wx p ("hidden") or p itself ("feature").
+
+    In a progressive loop f follows it in the state.
+    """
 
     carry: str
     time_bias: Array  # [T, H], Wt tau(t) + b1 of t = 1..T
@@ -41,9 +47,15 @@ class SamplingPlan:
     input_weight: Array  # [H, D]: Wx
     hidden2: tuple[Array, Array]  # [H, H], [H]
     hidden3: tuple[Array, Array]
-    carry_weight: Array  # [W, H]: from h3 to what the state gains, M or W4
+    carry_weight: Array  # [W, H]: from h3 to what the state gains, M or W4; and Mp to f
     output: tuple[Array, Array]  # [D, H], [D]: W4, b4
     time_dim: int  # E, of the network before the rewrite
+    carry_bias: Array | None = None  # [W] of a progressive loop: zeros, and Wp b4
+
+    @property
+    def fed(self) -> int:
+        """Return the width of f, at the end of the state; 0 where the loop is not progressive."""
+        return 0 if self.carry_bias is None else len(self.input_weight)
 
     @property
     def plain_multiply_adds(self) -> int:
@@ -51,8 +63,8 @@ class SamplingPlan:
         (tau(t) given).
         """
         hidden, dim = self.input_weight.shape
-        condition = self.condition_weight.shape[1]
-        return hidden * (dim + condition + self.time_dim + 2 * hidden + dim)
+        condition, estimate = self.condition_weight.shape[1], dim if self.fed else 0
+        return hidden * (dim + estimate + condition + self.time_dim + 2 * hidden + dim)
 
     @property
     def multiply_adds(self) -> int:
@@ -70,10 +82,11 @@ class SamplingPlan:
         """Say in one line what the plan costs, for `marnet-export`."""
         steps = len(table.timesteps)
         chains = f", {samples} chains an image" if samples > 1 else ""
+        before = " and the estimate before" if self.fed else ""
         return (
             f"reverse loop: {steps} {table.sampler} step{'s' if steps > 1 else ''}{chains}, the "
-            f"{self.carry} state carried, {self.multiply_adds / 1e6:.3g} M multiply-adds a step "
-            f"instead of {self.plain_multiply_adds / 1e6:.3g} M"
+            f"{self.carry} state{before} carried, {self.multiply_adds / 1e6:.3g} M multiply-adds "
+            f"a step instead of {self.plain_multiply_adds / 1e6:.3g} M"
         )
 
     def explain(self, compute: str) -> list[tuple[str, str, str]]:
@@ -169,9 +182,14 @@ def rewrite(
         time = copy.deepcopy(denoiser.time).double()
         tau = time(torch.arange(1, train_steps + 1)).cpu().numpy()  # [T, E]
     w4, b4 = _linear(denoiser.layer4)
+    w_x, w_r = np.split(w_x, [denoiser.dim], axis=1)  # w_r [H, 0] unless progressive
     hidden, dim = w_x.shape
     if carry is None:
         carry = "hidden" if hidden * hidden < 2 * hidden * dim else "feature"
+    carry_weight, carry_bias = w_x @ w4 if carry == "hidden" else w4, None
+    if denoiser.progressive:
+        carry_bias = np.concatenate([np.zeros(len(carry_weight)), w_r @ b4])
+        carry_weight = np.concatenate([carry_weight, w_r @ w4])
     plan = SamplingPlan(
         carry=carry,
         time_bias=tau @ w_t.T + _float64(denoiser.layer1.bias),
@@ -182,9 +200,10 @@ def rewrite(
         input_weight=w_x,
         hidden2=_linear(denoiser.layer2),
         hidden3=_linear(denoiser.layer3),
-        carry_weight=w_x @ w4 if carry == "hidden" else w4,
+        carry_weight=carry_weight,
         output=(w4, b4),
         time_dim=w_t.shape[1],
+        carry_bias=carry_bias,
     )
     _check_finite(plan)
     return plan
@@ -215,8 +234,10 @@ def _linear(layer: torch.nn.Linear) -> tuple[Array, Array]:
 
 def _check_finite(plan: SamplingPlan) -> None:
     for name, value in vars(plan).items():
+        if name == "carry" or value is None:
+            continue
         arrays = value if isinstance(value, tuple) else (value,)
-        if name != "carry" and not all(np.isfinite(array).all() for array in arrays):
+        if not all(np.isfinite(array).all() for array in arrays):
             raise ExportError(
                 f"the sampling plan's {name} holds NaN or infinite values, so the checkpoint's "
                 "denoiser is broken; train it again"

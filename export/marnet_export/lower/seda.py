@@ -100,20 +100,24 @@ class LoweredLearner(nn.Module):
             self.register_buffer(name, torch.from_numpy(array).float())
         self.into_condition = _linear(plan.condition_weight)
         self.hidden2, self.hidden3 = _linear(*plan.hidden2), _linear(*plan.hidden3)
-        self.carry, self.output = _linear(plan.carry_weight), _linear(*plan.output)
+        self.carry = _linear(plan.carry_weight, plan.carry_bias)
+        self.output, self.progressive = _linear(*plan.output), plan.fed > 0
 
     def forward(self, x_v: Tensor) -> Tensor:
         """Map x_v [B, D_v] to s [B, D_v]."""
         q = self.into_condition((x_v - self.mean) / self.std)
-        state, before = torch.zeros_like(q), torch.zeros_like(q)
+        into = state = before = torch.zeros_like(q)
         h = q
         for i, (a, b, c) in enumerate(self.coefficients):
-            h = F.leaky_relu(state + q + self.rows[i], LEAKY_SLOPE)
+            h = F.leaky_relu(into + q + self.rows[i], LEAKY_SLOPE)
             h = F.leaky_relu(self.hidden2(h), LEAKY_SLOPE)
             h = F.leaky_relu(self.hidden3(h), LEAKY_SLOPE)
             if i + 1 < len(self.coefficients):
-                gained = self.carry(h)
+                gained, fed = self.carry(h), None
+                if self.progressive:
+                    gained, fed = gained.chunk(2, dim=-1)
                 state, before = a * state + b * gained + c * before, gained
+                into = state if fed is None else state + fed
         return self.output(h)
 
 

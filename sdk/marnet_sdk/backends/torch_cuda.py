@@ -55,6 +55,8 @@ def loop_parts(refine: Any, compute: str) -> Parts | str:
         return "the bundle's loop is not that of MARNet's plan"
     if hasattr(getattr(step, "input", None), "matrix"):
         return "the bundle's loop carries the feature and not the hidden state"
+    if step.carry.matrix.shape[0] > step.carry.matrix.shape[1]:
+        return "the bundle's denoiser is progressive, and the persistent kernel feeds nothing back"
     if compute not in ("fp16", "bf16"):
         return f"the persistent kernel multiplies in fp16 or bf16, the bundle in {compute}"
 

@@ -49,7 +49,10 @@ class Tables:
         return replace(self, bias=np.ascontiguousarray(self.bias[:, index]))
 
     def at_least_two_steps(self) -> Tables:
-        """Add a step that changes nothing before a single one, for graphs that need a loop."""
+        """Add a step that changes nothing before a single one, for graphs that need a loop.
+
+        Its B is 0, by which a progressive loop knows that there is no estimate to feed back.
+        """
         if len(self.coefficients) > 1:
             return self
         unchanged = np.array([[1, 0, 0]], np.float32)

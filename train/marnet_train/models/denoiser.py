@@ -42,28 +42,58 @@ class Denoiser(nn.Module):
 
     It is Linear-LeakyReLU three times, then Linear. The first layer sees
     [x_t ; condition ; tau(t)], in that order: `split_input_weight` gives its three column blocks to
-    whoever rewrites the loop.
+    whoever rewrites the loop. A progressive one sees [x_t ; r] where others see x_t: r is its own
+    estimate in the step before, and zero in the first.
     """
 
-    def __init__(self, dim: int, condition_dim: int, hidden: int, time_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        condition_dim: int,
+        hidden: int,
+        time_dim: int,
+        *,
+        progressive: bool = False,
+    ) -> None:
         super().__init__()
-        self.dim, self.condition_dim = dim, condition_dim
+        self.dim, self.condition_dim, self.progressive = dim, condition_dim, progressive
+        self.state_dim = 2 * dim if progressive else dim  # of x_t, or of [x_t ; r]
         self.time = TimeEmbedding(time_dim)
-        self.layer1 = nn.Linear(dim + condition_dim + time_dim, hidden)
+        self.layer1 = nn.Linear(self.state_dim + condition_dim + time_dim, hidden)
         self.layer2 = nn.Linear(hidden, hidden)
         self.layer3 = nn.Linear(hidden, hidden)
         self.layer4 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Estimate the clean vector: x [B, D], t [B] in 1..T, condition [B, D_c] -> [B, D]."""
-        h = torch.cat([x, condition, self.time(t)], dim=-1)  # [B, D + D_c + E]
+        """Estimate the clean vector: x [B, D], t [B] in 1..T, condition [B, D_c] -> [B, D].
+
+        For a progressive denoiser x is [x_t ; r], [B, 2 D].
+        """
+        h = torch.cat([x, condition, self.time(t)], dim=-1)  # [B, ... + D_c + E]
         h = F.leaky_relu(self.layer1(h), LEAKY_SLOPE)  # [B, H]
         h = F.leaky_relu(self.layer2(h), LEAKY_SLOPE)
         h = F.leaky_relu(self.layer3(h), LEAKY_SLOPE)
         return self.layer4(h)  # [B, D]
 
+    def estimate(
+        self, x: Tensor, t: Tensor, condition: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Estimate the clean vector as training does it: x_t [B, D], t [B], condition -> [B, D].
+
+        In half of the calls a progressive denoiser gets its own estimate of the same x_t as r, made
+        without a gradient, and else zero: self-conditioning, algorithm 1 of Chen, Zhang and Hinton,
+        "Analog Bits", ICLR 2023 (arXiv 2208.04202).
+        """
+        if not self.progressive:
+            return self(x, t, condition)
+        r = torch.zeros_like(x)
+        if torch.rand((), generator=generator) < 0.5:
+            with torch.no_grad():
+                r = self(torch.cat([x, r], dim=-1), t, condition)
+        return self(torch.cat([x, r], dim=-1), t, condition)
+
     def given(self, condition: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Make the same estimates for the steps of a chain: (x [B, D], t [B], all equal) -> [B, D].
+        """Make the same estimates for the steps of a chain: (x, t [B], all equal) -> [B, D].
 
         The condition's share of the first layer is the same in every step, so it is computed once.
         """
@@ -80,7 +110,7 @@ class Denoiser(nn.Module):
         return denoise
 
     def split_input_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return W_x [H, D], W_c [H, D_c], W_t [H, E] of the first layer."""
-        parts = [self.dim, self.condition_dim, self.time.dim]
+        """Return W_x [H, D or 2 D], W_c [H, D_c], W_t [H, E] of the first layer."""
+        parts = [self.state_dim, self.condition_dim, self.time.dim]
         w_x, w_c, w_t = self.layer1.weight.split(parts, dim=1)
         return w_x, w_c, w_t

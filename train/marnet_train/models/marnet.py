@@ -42,6 +42,7 @@ class MarnetConfig:
     fusion_level: str = "feature"  # what is fused: x_EMA and x_CDR, or ("logit") their logits
     text_pooling: str = "mean"  # of the tokens' vectors to x_s: see `POOLINGS`
     samples: int = 1  # K, noise samples whose probabilities are averaged when it is served
+    progressive: bool = False  # a denoiser also sees its own estimate of the step before
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     method: ClassVar[str] = "marnet"
 
@@ -173,7 +174,9 @@ class MARNet(ImageBranch):
         self.project_vision = nn.Linear(d_v, config.dim)  # E_v
         self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
         self.alignment_classifier = nn.Linear(config.dim, classes)
-        self.denoiser = Denoiser(d_s, self.seen_width(), config.hidden, config.time_dim)
+        self.denoiser = Denoiser(
+            d_s, self.seen_width(), config.hidden, config.time_dim, progressive=config.progressive
+        )
         self.semantic_classifier = nn.Linear(d_s, classes)
         fused = sum(widths) if config.fusion == "concat" else widths[0]
         self.classifier = nn.Linear(fused, classes)
@@ -234,13 +237,14 @@ class MARNet(ImageBranch):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return self.denoiser(x, t, condition)
 
-        return sample(denoise, table, initial, noise, watch)
+        return sample(denoise, table, initial, noise, watch, progressive=self.config.progressive)
 
     def refine_in_parts(
         self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
     ) -> Tensor:
         """Do as `refine`, with the condition's share of the steps computed once for all of them."""
-        return sample(self.denoiser.given(self.condition(x_v)), table, initial, noise)
+        denoise = self.denoiser.given(self.condition(x_v))
+        return sample(denoise, table, initial, noise, progressive=self.config.progressive)
 
     @property
     def latent_width(self) -> int:

@@ -10,7 +10,8 @@ our reading of the abstract. Where it leaves a choice open, the choice is MARNet
     semantic translator (stage 2) A diffusion model estimates the text features. Its condition is
                         the image's own features and s.
     feature interaction At every step of both, a denoiser sees the state, which holds the estimates
-                        of the steps before, and the condition.
+                        of the steps before, and the condition. If it is progressive, it also sees
+                        its last estimate as it was.
 
 Stage 1 starts from zero and draws no noise: there the chain ends at the likeliest centre, where a
 random one draws a class and costs accuracy. So s is a function of the image, and everything behind
@@ -67,7 +68,9 @@ class SemanticLearner(nn.Module):
         super().__init__()
         self.train_steps = config.semantic_schedule.steps
         self.table = sampler_table(config.semantic_schedule, "ddim", config.semantic_steps)
-        self.denoiser = Denoiser(width, width, config.hidden, config.time_dim)
+        self.denoiser = Denoiser(
+            width, width, config.hidden, config.time_dim, progressive=config.progressive
+        )
         self.classifier = nn.Linear(width, len(config.labels))  # of estimates; training only
         self.register_buffer("centres", torch.zeros(len(config.labels), width))
 
@@ -91,7 +94,8 @@ class SemanticLearner(nn.Module):
         """Run the deterministic chain from zero: standardised x_v [B, D_v] -> s [B, D_v]."""
         zero = torch.zeros_like(condition)
         noise = zero.new_zeros(len(self.table.timesteps), 1, zero.shape[1])
-        return sample(self.denoiser.given(condition), self.table, zero, noise)
+        denoise, progressive = self.denoiser.given(condition), self.denoiser.progressive
+        return sample(denoise, self.table, zero, noise, progressive=progressive)
 
 
 class SeDA(MARNet):

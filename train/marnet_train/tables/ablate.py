@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from marnet_sdk.console import say
-from marnet_sdk.errors import DataError, OutputExists
+from marnet_sdk.errors import DataError, OutputExists, RecipeError
 from marnet_sdk.outputs import atomic_file, writable
 from marnet_train.assemble import prepare
 from marnet_train.data.dataset import DataSet, data_hash, read_data_set
@@ -52,7 +52,7 @@ from marnet_train.trainer import check_apart, provenance
 
 TEXT = "text"  # the training that the controls are compared with
 USUAL = ("random", "shuffled", "labels")
-CONTROLS = (*USUAL, "moving", "joint", *ALIGNED)
+CONTROLS = (*USUAL, "moving", "joint", "progressive", *ALIGNED)
 WEIGHTS = {"swd": 1.0, "ssan": 1.0, "cdd": 0.3, "sdm": 1.0, "team": 1.0}  # of their papers
 NAME = "ablation"
 
@@ -95,7 +95,8 @@ def ablate(
 
     Args:
         seeds: of the trainings.
-        controls: some of `CONTROLS`. Of SeDA, its peer without the semantic learner comes as well.
+        controls: some of `CONTROLS`. Of SeDA, its peer without the semantic learner comes as well,
+            and the one whose denoisers are progressive.
         damaged: so many test images are measured damaged, too; 0: none.
 
     Returns:
@@ -134,12 +135,14 @@ def _kinds(recipe: Recipe, controls: Sequence[str]) -> list[str]:
     for kind in controls:
         check_choice("control", kind, CONTROLS)
         changed(recipe, kind)
-    peer = ("marnet",) if recipe.method == "seda" else ()
-    return [TEXT, *peer, *dict.fromkeys(controls)]
+    peers = []
+    if recipe.method == "seda":
+        peers = ["marnet"] if recipe.progressive else ["marnet", "progressive"]
+    return [*dict.fromkeys((TEXT, *peers, *controls))]
 
 
 def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
-    """Return the recipe of a control: something else in place of the text, or phase A otherwise.
+    """Return the recipe of a control: something else in place of the text, or another part.
 
     Args:
         search: validation chooses the weight of another alignment loss, because it chose ITA's,
@@ -159,6 +162,13 @@ def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
         return replace(recipe, method="marnet")
     if kind == "team" and phase.frozen:  # no tokens are kept, and `_rows` leaves it out
         return recipe
+    if kind == "progressive":
+        if recipe.progressive:
+            raise RecipeError(
+                "the control progressive trains the recipe with progressive = true, and this "
+                "recipe has it already; set progressive = false, and the control compares both"
+            )
+        return replace(recipe, progressive=True)
     if kind in ALIGNED:
         few = min(6, max(2, phase.batch // 2)) if kind == "cdd" else phase.per_class
         weight = "auto" if search else WEIGHTS[kind]

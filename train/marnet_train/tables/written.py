@@ -21,13 +21,14 @@ ALIGNED = {  # by what phase A aligns images and texts, in place of ITA
     "sdm": "alignment by SDM",
     "team": "alignment by TEAM",
 }
-INSTEAD = {  # of a training in which something else plays the text, or phase A is another
+INSTEAD = {  # of a training in which something else plays the text, or a part is another
     "labels": "one-hot labels in place of the text",
     "random": "random vectors in place of the text",
     "shuffled": "texts of another class",
     "moving": "a text encoder that moves",
     "joint": "one phase for A and B",
     "marnet": "MARNet: no semantic learner",
+    "progressive": "denoisers that see their last estimate",
 }
 TITLES = {  # rows of MARNet's table 2, and the table's own names
     "baseline": "baseline: image only",

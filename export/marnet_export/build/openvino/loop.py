@@ -61,10 +61,12 @@ def _steps(
     columns = op.split(table, _integer(1), 3)
     a, b, c = (op.squeeze(columns.output(i), _integer([0, 1])) for i in range(3))
     following = op.add(op.multiply(state, a), op.multiply(gained, b))
-    carried = [(state, following)]
     if looks_back:
         following = op.add(following, op.multiply(previous, c))
-        carried = [(state, following), (previous, gained)]
+    if method.fed:
+        (kept, _), (_, fed) = (_parted(x, method) for x in (following, gained))
+        following = op.concat([kept, op.multiply(fed, op.sign(b)).output(0)], -1)
+    carried = [(state, following), (previous, gained)] if looks_back else [(state, following)]
     loop = op.tensor_iterator()
     parameters = [q, row, table, *(inside for inside, _ in carried)]
     loop.set_body(ov.Model([result for _, result in carried], parameters, "step"))
@@ -76,6 +78,12 @@ def _steps(
     return loop.get_iter_value(following.output(0), -1)
 
 
+def _parted(x: Any, method: PlanLoop | StepLoop) -> list[Any]:
+    """The part of a state [B, K, W] that adds up, and the part that is fed back."""
+    lengths = _integer([method.width - method.fed, method.fed])
+    return op.variadic_split(x, _integer(-1), lengths).outputs()
+
+
 class PlanLoop:
     """The sampling plan, operator by operator; its methods are as in `Step`."""
 
@@ -83,6 +91,7 @@ class PlanLoop:
         """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`."""
         self.plan, self.ranges = plan, ranges
         self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
+        self.fed = plan.fed
 
     def condition(self, x_v: Any) -> Any:
         mean, std = map(_constant, self.plan.standardise)
@@ -91,7 +100,8 @@ class PlanLoop:
         return op.unsqueeze(keep_float32(q), _integer(1))  # [B, 1, H]
 
     def gain(self, state: Any, q: Any, row: Any) -> Any:
-        return self.linear("carry", self.hidden(state, q, row), self.plan.carry_weight)
+        weights = self.plan.carry_weight, self.plan.carry_bias
+        return self.linear("carry", self.hidden(state, q, row), *weights)
 
     def finish(self, state: Any, q: Any, row: Any) -> Any:
         return self.linear("output", self.hidden(state, q, row, place="last "), *self.plan.output)
@@ -102,9 +112,11 @@ class PlanLoop:
 
         place: in the graph; begins the names of the products, which must differ.
         """
-        into = state
+        into, fed = _parted(state, self) if self.fed else (state, None)
         if self.plan.carry == "feature":
-            into = self.linear("input", state, self.plan.input_weight, place=place)
+            into = self.linear("input", into, self.plan.input_weight, place=place)
+        if fed is not None:
+            into = keep_float32(op.add(into, fed))
         y = keep_float32(op.add(keep_float32(op.add(into, condition)), bias))
         h = _leaky(self.linear("hidden2", _leaky(y), *self.plan.hidden2, place=place))
         return _leaky(self.linear("hidden3", h, *self.plan.hidden3, place=place))
@@ -130,6 +142,7 @@ class StepLoop:
     def __init__(self, lowered: Lowered) -> None:
         self.step = lowered.step(torch.float32)
         self.width, self.row_width = self.step.width, lowered.row_width
+        self.fed = self.step.fed
         self.x_v = torch.zeros(2, lowered.image_width)
         rows = torch.zeros(2, 3, self.width), torch.zeros(2, 3, self.row_width)
         self.examples = rows[0], self.step.condition(self.x_v), rows[1]

@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 from tiny import make_model
 
 from loop_peers import PEERS
-from marnet_bench import loop
+from marnet_bench import loop, loop_candidates
 from marnet_bench.cli import main
 from marnet_bench.limits import PRECISIONS, Limits, Rate
-from marnet_bench.loop import Candidate, Check, Missing, compare, paper_model, run_loop
+from marnet_bench.loop import Check, compare, paper_model, run_loop
+from marnet_bench.loop_candidates import CHECKED, Candidate, Missing
 from marnet_bench.plain_loop import TORCH_PEERS, Peer, make_problem, reference
 from marnet_bench.report import print_loop_report
 from marnet_export.build.builder import BUILDERS
@@ -51,8 +52,8 @@ def broken(*_: object) -> Any:
 def small_run(patch: pytest.MonkeyPatch) -> None:
     """One backend and one peer: building the others takes half a minute."""
     patch.setattr(loop, "measure_limits", quick_limits)
-    patch.setattr(loop, "all_peers", lambda: {"torch eager": PEERS["torch eager"]})
-    patch.setattr(loop, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
+    patch.setattr(loop_candidates, "all_peers", lambda: {"torch eager": PEERS["torch eager"]})
+    patch.setattr(loop_candidates, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def outcome(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         patch.setattr(loop, "measure_limits", quick_limits)
         patch.setattr(loop, "_PAUSE", 0.001)
         peers = UNCOMPILED | {"torch.compile": Peer(broken)}
-        patch.setattr(loop, "all_peers", lambda: peers)
+        patch.setattr(loop_candidates, "all_peers", lambda: peers)
         chosen = ("--checkpoint", str(checkpoint), "--steps", "5", "--output", str(file))
         result = bench("--scenario", "loop", "-b", "1", "-b", "3", *chosen, *SHORT)
     assert result.exit_code == 0, result.stderr
@@ -237,8 +238,8 @@ def test_the_default_model_has_the_paper_s_widths_and_always_the_same_weights():
 
 
 def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "find_spec", lambda _: None)
-    assert loop.all_peers() == TORCH_PEERS
+    monkeypatch.setattr(loop_candidates, "find_spec", lambda _: None)
+    assert loop_candidates.all_peers() == TORCH_PEERS
     assert "measured from a checkout of marnet" in one_line(capsys.readouterr().err)
 
 
@@ -266,7 +267,7 @@ def test_labels_and_logits_are_compared_and_nonsense_is_refused():
 def test_a_candidate_that_runs_another_loop_is_missing_and_not_timed():
     problem = make_problem(make_model(), "ddpm", 2)
     expected = reference(problem)
-    x_v = np.random.default_rng(0).standard_normal((loop.CHECKED, 10)).astype(np.float32)
+    x_v = np.random.default_rng(0).standard_normal((CHECKED, 10)).astype(np.float32)
 
     def failing(_: np.ndarray) -> np.ndarray:
         raise RuntimeError("at the first call")

@@ -54,7 +54,7 @@ def opened(bundle) -> Iterator[Classifier]:
 @pytest.fixture
 def classifier(opened) -> Classifier:
     """With a batcher that has not learned anything yet."""
-    opened._serve([opened._answer], Batching(decoders=1))
+    opened._serve([opened._run], Batching(decoders=1))
     return opened
 
 

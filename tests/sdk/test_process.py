@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from compilers import need_compiler
 from quick import kept
+from waiting import until
 
 from marnet_sdk import Classifier, process
 from marnet_sdk.backends import BACKENDS
@@ -200,8 +201,7 @@ def test_a_fork_waits_for_native_calls_and_none_begins_meanwhile(fresh):
     calling = thread(call)
     inside.wait()
     forking = thread(fork)
-    while fresh.holder is None:
-        pass
+    until(lambda: fresh.holder is not None)
     coming = thread(late)
     leave.set()
     for each in (calling, forking, coming):

@@ -198,8 +198,9 @@ def test_a_run_restores_the_threads_of_torch_and_can_be_called_with_a_model(monk
 
 def test_drift_beyond_the_limit_exits_with_4_after_the_report(checkpoint, monkeypatch):
     small_run(monkeypatch)
+    monkeypatch.setattr(loop, "drift", lambda seconds: 0.25)
     chosen = ("--checkpoint", str(checkpoint), "--steps", "2", "-b", "1", "--format", "json")
-    result = bench("--scenario", "loop", *chosen, "--max-drift", "0", *SHORT)
+    result = bench("--scenario", "loop", *chosen, "--max-drift", "0.2", *SHORT)
     assert result.exit_code == 4
     assert json.loads(result.stdout)["steps"] == 2
 

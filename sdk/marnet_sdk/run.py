@@ -47,9 +47,7 @@ class Batch:
         """The logits [B, C] of the one sample, or the logarithm of the mean probabilities."""
         return mean_logits(self.samples)
 
-    def predictions(
-        self, labels: tuple[str, ...], top_k: int | Sequence[int]
-    ) -> list[Prediction]:
+    def predictions(self, labels: tuple[str, ...], top_k: int | Sequence[int]) -> list[Prediction]:
         """Name what was found for each image.
 
         Args:

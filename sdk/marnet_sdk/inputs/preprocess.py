@@ -275,6 +275,7 @@ class Preprocess:
         scaled = int(edge * long / short)  # transformers truncates, too
         return (edge, scaled) if height <= width else (scaled, edge)
 
+
 def _centre_crop(
     array: NDArray[np.uint8], crop_size: tuple[int, int], *, to_even: bool = False
 ) -> NDArray[np.uint8]:

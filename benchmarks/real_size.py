@@ -15,7 +15,6 @@ hour for each model.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,95 +30,24 @@ from typing import Any
 
 import click
 import numpy as np
-import sklearn.datasets
 import torch
-from PIL import Image
 
-from loop_peers import PEERS
 from marnet_bench.machine import describe_machine
-from marnet_bench.peers import load_peer
 from marnet_bench.photographs import golden_images
-from marnet_bench.plain_loop import make_problem
 from marnet_bench.timing import Seconds, interleave, speedup_interval, summarise
 from marnet_export.build.builder import BUILDERS, builder
 from marnet_export.build.opened import runs_here
-from marnet_export.build.tracing import quiet
-from marnet_export.build.types import PRECISIONS, Types
-from marnet_export.lower.methods import lower_marnet
+from marnet_export.build.types import PRECISIONS
 from marnet_export.settings import LOOPS, Settings
-from marnet_sdk.backends.onnxruntime import load_onnxruntime
-from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import print_table, say
-from marnet_sdk.inputs.preprocess import Preprocess
-from marnet_sdk.noise.tables import Floats
-from marnet_train.checkpoint import SAMPLES, load_checkpoint, write_model
-from marnet_train.data.imagefolder import write_split
-from marnet_train.diffusion import ScheduleConfig
-from marnet_train.encoders import VISION, write_encoders
-from marnet_train.models.backbones import backbone_config, load_backbone
-from marnet_train.models.marnet import MARNet, MarnetConfig
-from marnet_train.text import train_tokenizer
+from marnet_train.checkpoint import load_checkpoint
+from random_models import MODELS, write_checkpoint
+from whole_peers import Logits, peers
 
-Logits = Callable[[Floats], Floats]  # pixels [B, 3, H, W] -> logits [B, C]
-
-# transformers' defaults are ViT-B/16, Swin-T, ResNet-50 and BERT-base.
-BERT: dict[str, Any] = {"model_type": "bert"}
-TINY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
-TINY |= {"intermediate_size": 32}
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # vision, text, side
-    "vit-b16": ({"model_type": "vit"}, BERT, 224),
-    "swin-t": ({"model_type": "swin"}, BERT, 224),
-    "resnet-50": ({"model_type": "resnet"}, BERT, 224),
-    "efficientnet-lite0": ({"pretrained": VISION}, BERT, 224),
-    "tiny": (
-        {"model_type": "vit", "image_size": 32, "patch_size": 8, **TINY},
-        {**BERT, **TINY, "vocab_size": 64},
-        32,
-    ),
-}
 BATCHES = (1, 16)
 TRAINED_AGREEMENT = 0.99  # with float32, that every bundle of a trained model has to have
 TARGETS = ("sm80", "sm86", "sm89", "sm120")  # of engines, where there is no GPU to run them on
-
-
-def write_checkpoint(path: Path, name: str, train_steps: int, classes: int = 101) -> None:
-    """A checkpoint with random weights, and crops of two photographs as its samples."""
-    torch.manual_seed(0)
-    *descriptions, side = MODELS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        if descriptions[0] == {"pretrained": VISION}:
-            write_encoders(Path(folder) / "encoders")
-            descriptions[0] = {"pretrained": str(Path(folder) / "encoders" / VISION)}
-        backbone = load_backbone(descriptions[0])
-        vision, text = (
-            json.loads(backbone_config(d).to_json_string(use_diff=False)) for d in descriptions
-        )
-    labels, schedule = tuple(f"dish {i}" for i in range(classes)), ScheduleConfig(steps=train_steps)
-    config = MarnetConfig(vision, text, labels, schedule=schedule)
-    model = MARNet(config, vision=backbone).eval()
-    path.mkdir()
-    write_split(path / SAMPLES, ((name, data, labels[0], None) for name, data in _crops()))
-    preprocess = Preprocess(size=(side, side))
-    pixels = torch.from_numpy(preprocess.pixels(sorted((path / SAMPLES).glob("*.jpg"))[::4]))
-    with torch.no_grad():  # standardised features and logits as far apart as a trained model's
-        x_v = model.vision(pixels)
-        model.vision_mean.copy_(x_v.mean(dim=0))
-        model.vision_std.copy_(x_v.std(dim=0) + 1e-3)
-        model.classifier.weight.mul_(20)
-    write_model(path, model, preprocess)
-    train_tokenizer(labels).save_pretrained(path)
-
-
-def _crops() -> Iterator[tuple[str, bytes]]:
-    folder = Path(sklearn.datasets.__file__).parent / "images"
-    for name in ("china", "flower"):
-        photograph = Image.open(folder / f"{name}.jpg")
-        for i in range(16):
-            file = io.BytesIO()
-            crop = photograph.crop((15 * i, 8 * i, 15 * i + 380, 8 * i + 300))
-            crop.save(file, "JPEG", quality=92)
-            yield f"{name}-{i}.jpg", file.getvalue()
 
 
 # Exports
@@ -220,72 +148,6 @@ def choose(checkpoint: Path, output: Path, precision: str) -> dict[str, Any]:
         return row | {"refused": done.stderr.strip().splitlines()[-1]}
     fidelity = json.loads((output / "fidelity.json").read_text("utf-8"))
     return row | {"agreement": fidelity["top1_agreement"], "ranked": fidelity["backends"]}
-
-
-# Peers: the model as it was trained, with its plain loop, in each framework's best form
-
-
-def peers(
-    checkpoint: Path, classifier: Classifier, pixels: Floats, threads: int
-) -> Iterator[tuple[str, str, Logits]]:
-    """Framework, precision, pixels to logits; what a framework cannot do is left out, and said."""
-    model, manifest = load_checkpoint(checkpoint).model, classifier.bundle.manifest
-    example = torch.from_numpy(pixels[:2])
-    problem = make_problem(model, "ddpm", model.config.schedule.steps)
-    yield "torch eager", "fp32", load_peer(checkpoint, manifest, threads)[1].logits
-    loops = {
-        "torch.compile": ("torch.compile", _compiled),
-        "ONNX Runtime": ("ONNX Runtime Scan", _onnx),
-        "OpenVINO": ("OpenVINO Loop", _openvino),
-    }
-    for name, (loop, encoder) in loops.items():
-        for precision in ("fp32", "bf16"):
-            try:
-                encode = encoder(model, example, precision, threads)
-                refine = PEERS[loop].open(problem, precision, threads)
-            except Exception as error:  # whatever a framework raises is why it is missing
-                say(f"no peer {name} {precision}: {str(error).splitlines()[0][:200]}")
-                continue
-            yield name, precision, lambda pixels, e=encode, r=refine: r(e(pixels))
-
-
-def _compiled(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
-    torch.set_num_threads(threads)
-    encoder = torch.compile(model.vision.eval(), dynamic=False)
-
-    def encode(pixels: Floats) -> Floats:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=precision == "bf16"):
-            return encoder(torch.from_numpy(pixels)).float().numpy()
-
-    return encode
-
-
-def _onnx(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
-    ort = load_onnxruntime()
-
-    if precision != "fp32":
-        raise ValueError("ONNX Runtime has no bf16 on a CPU")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    with tempfile.TemporaryDirectory() as folder:
-        module = builder("onnxruntime")
-        lowered = replace(lower_marnet(model), encoder=model.vision.eval())  # all that is written
-        module.build_encoder(lowered, example, Types("fp32", "fp32"), Path(folder))
-        session = ort.InferenceSession(Path(folder) / "encoder.onnx", options)
-    return lambda pixels: np.asarray(session.run(None, {"pixels": pixels})[0])
-
-
-def _openvino(model: MARNet, example: torch.Tensor, precision: str, threads: int) -> Logits:
-    ov = load_openvino()
-    with torch.no_grad(), quiet():
-        graph = ov.convert_model(model.vision.eval(), example_input=example)
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        "INFERENCE_NUM_THREADS": threads,
-    }
-    compiled = ov.Core().compile_model(graph, "CPU", settings)
-    return lambda pixels: compiled(pixels)[0]
 
 
 # Measuring

@@ -10,12 +10,10 @@ import os
 import signal
 import socket
 import sys
-import time
 from base64 import b64encode
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import httpx
@@ -23,6 +21,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import ray
+import waiting
 from local_ray import MARK, processes
 from ray import serve
 
@@ -36,15 +35,7 @@ from marnet_sdk.server.cli import TOKEN
 
 PATIENCE = 120.0  # seconds until a program that waits gives up
 BEARER = {"Authorization": "Bearer secret"}
-
-
-def until(holds: Callable[[], Any]) -> Any:
-    """Wait for what Ray does; returns what was waited for."""
-    pause, end = Event(), time.monotonic() + PATIENCE
-    while not (found := holds()):
-        assert time.monotonic() < end, "it never happened"
-        pause.wait(0.05)
-    return found
+until = partial(waiting.until, patience=PATIENCE, look=0.05)  # for what Ray does
 
 
 def workers(title: str) -> dict[int, psutil.Process]:

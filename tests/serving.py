@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from waiting import PATIENCE, until
 
 from marnet_sdk import ImageError, Prediction, Score
 from marnet_sdk.errors import (
@@ -35,7 +36,6 @@ from marnet_sdk.server.gate import AccessLog
 from marnet_sdk.server.network import DrainingServer, listen, make_server
 from marnet_sdk.server.service import ServerLimits, Service
 
-PATIENCE = 30.0  # seconds until a test that waits gives up; nothing waits for so long
 MAIN = "from marnet_sdk.server.cli import main; main()"
 
 
@@ -68,14 +68,6 @@ class Running:
     def idle(self) -> None:
         """Wait until nothing of any request is left."""
         until(lambda: not self.service.in_flight and not self.service.connections())
-
-
-def until(holds: Callable[[], Any]) -> None:
-    """Wait for something that another thread or process does."""
-    pause, end = threading.Event(), time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        pause.wait(0.005)
 
 
 def read_all(connection: socket.socket) -> bytes:

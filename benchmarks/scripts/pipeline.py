@@ -45,7 +45,7 @@ from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.cpus import check_threads, cpus
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.models.marnet import LEAKY_SLOPE
-from real_size import MODELS, write_checkpoint
+from random_models import MODELS, write_checkpoint
 
 PEER = "transformers pipeline"
 ZERO, FAST, LOOP = "marnet", "marnet, fast_decode", "marnet, with the loop"

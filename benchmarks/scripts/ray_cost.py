@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from serving import MARNET, OURS, free_port, started
+from serving import MARNET, OURS, asked_for, comparison, free_port, started
 
 from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
-from marnet_bench.photographs import images_of
-from marnet_bench.traffic import BATCHING, Traffic, best_rate
-from marnet_sdk import Classifier
+from marnet_bench.traffic import Traffic, best_rate
 from marnet_sdk.console import Command, print_table, say
 from marnet_sdk.cpus import cpus
 
@@ -87,20 +85,9 @@ def words_of(name: str, model: Path, port: int, threads: int, delay: float) -> l
 
 
 @click.command(cls=Command)
-@click.option("--model", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--latency", default=100.0, show_default=True, help="Milliseconds.")
+@comparison
 @click.option("--delay", default=10.0, show_default=True, help="Of @serve.batch, in milliseconds.")
 @click.option("--threads", default=cpus().threads, show_default=True, help="Of each server.")
-@click.option("--turns", default=3, show_default=True, help="Of every server.")
-@click.option("--duration", default=5.0, show_default=True, help="Seconds of each run.")
-@click.option(
-    "--photographs",
-    "side",
-    type=int,
-    metavar="SIDE",
-    help="JPEGs with a longer side of so many pixels; default: the golden images.",
-)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(
     model: Path,
     latency: float,
@@ -112,9 +99,7 @@ def main(
     out: Path,
 ) -> None:
     """Measure the three servers in turn, write the record and print its table."""
-    with Classifier(model, batching=BATCHING) as classifier:
-        images = images_of(classifier.bundle, [side] if side else [])
-        expected = [answer.index for answer in classifier.predict(images)]
+    images, expected = asked_for(model, side)
     servers: dict[str, list[dict[str, Any]]] = {OURS: [], REPLICA: [], BATCH: []}
     for turn in range(turns):
         for name, turned in servers.items():

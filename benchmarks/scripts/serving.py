@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -151,22 +151,41 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str) -> 
     )
 
 
+_OPTIONS = (
+    click.option("--model", type=click.Path(exists=True, path_type=Path), required=True),
+    click.option("--latency", default=100.0, show_default=True, help="Milliseconds."),
+    click.option("--turns", default=3, show_default=True, help="Of every server."),
+    click.option("--duration", default=5.0, show_default=True, help="Seconds of each run."),
+    click.option(
+        "--photographs",
+        "side",
+        type=int,
+        metavar="SIDE",
+        help="JPEGs with a longer side of so many pixels; default: the golden images.",
+    ),
+    click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True),
+)
+
+
+def comparison(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that comparisons of servers have in common."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def asked_for(model: Path, side: int | None) -> tuple[list[bytes], list[int]]:
+    """Read the images that servers are asked for, and what the bundle alone says of each."""
+    with Classifier(model, batching=BATCHING) as classifier:
+        images = images_of(classifier.bundle, [side] if side else [])
+        return images, [answer.index for answer in classifier.predict(images)]
+
+
 @click.command(cls=Command)
-@click.option("--model", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--latency", default=100.0, show_default=True, help="Milliseconds.")
+@comparison
 @click.option("--delay", "delays", type=float, multiple=True, default=(0.0, 2.0, 10.0),
               show_default=True, help="LitServe's, in milliseconds.")  # fmt: skip
-@click.option("--turns", default=3, show_default=True, help="Of every server.")
-@click.option("--duration", default=5.0, show_default=True, help="Seconds of each run.")
-@click.option(
-    "--photographs",
-    "side",
-    type=int,
-    metavar="SIDE",
-    help="JPEGs with a longer side of so many pixels; default: the golden images.",
-)
 @click.option("--no-peer", is_flag=True, help="Measure marnet-serve alone.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
 def main(
     model: Path,
     latency: float,
@@ -178,9 +197,7 @@ def main(
     out: Path,
 ) -> None:
     """Measure both servers in turn, write the record and print its table."""
-    with Classifier(model, batching=BATCHING) as classifier:
-        images = images_of(classifier.bundle, [side] if side else [])
-        expected = [answer.index for answer in classifier.predict(images)]
+    images, expected = asked_for(model, side)
     servers = {OURS: None} | ({} if no_peer else {f"LitServe, {d:g} ms": d for d in delays})
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
     for turn in range(turns):

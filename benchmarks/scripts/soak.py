@@ -354,7 +354,7 @@ def main(
 
         try:  # pools of threads and of memory have their size afterwards
             turns = min(reloads, _EARLY)
-            early = Soak(target, images, said, 40 * callers + 60 * turns)
+            early = Soak(target, images, said, min(requests, 40 * callers + 60 * turns))
             ask_all(early, callers, turns, swap)
             run = Soak(target, images, said, requests)
             found = soak(target, run, images, lambda run: ask_all(run, callers, reloads, swap))

@@ -36,7 +36,7 @@ from marnet_sdk.matching import Matching
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.prediction import Prediction
 from marnet_sdk.process import left_to_the_parent, native
-from marnet_sdk.run import Answering, Runner
+from marnet_sdk.run import Runner
 from marnet_sdk.self_test import self_test
 from marnet_sdk.serve.many_callers import ManyCallers
 from marnet_sdk.serve.policy import DEFAULT_BATCHING, Batching
@@ -133,7 +133,7 @@ class Classifier(ManyCallers, Matching):
         seed = sampling.seed if seed is None else seed
         runners = [runner(point, seed) for point in (name, *batching.brown_out)]
         self._run = runners[0]
-        self._serve([Answering(run, self.labels) for run in runners], batching, self._batch_times())
+        self._serve(runners, batching, self._batch_times())
         self._samples = self._run.point.samples
         self._samples = self._draws(samples)
 
@@ -277,7 +277,10 @@ class Classifier(ManyCallers, Matching):
             batches = usable(images, batch_size, self.preprocess, self.limits)
         answers: list[Prediction | ImageError] = []
         for pixels, names, refused in batches:
-            found = self._answer(pixels, names, samples=samples, stop=stop, top_k=top_k)
+            found: list[Prediction] = []
+            if len(pixels):
+                batch = self._run(pixels, names, samples=samples, stop=stop)
+                found = batch.predictions(self.labels, top_k)
             answers += in_place(found, refused)
         if one:
             return cast(Prediction, answers[0])
@@ -311,7 +314,10 @@ class Classifier(ManyCallers, Matching):
         self._guard.check()
         draws, top_k = self._draws(samples, stop), positive("top_k", top_k)
         rows = preprocessed(pixels, self.preprocess.output_shape)
-        return self._answer(rows, names, samples=draws, stop=stop, top_k=top_k)
+        if not len(rows):
+            return []
+        batch = self._run(rows, names, samples=draws, stop=stop)
+        return batch.predictions(self.labels, top_k)
 
     def embed(self, images: ImageInput | Iterable[ImageInput], *, batch_size: int = 64) -> Floats:
         """The fused representation that the final classifier sees, the mean over noise samples.

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,14 @@ LAYERS = "native_loop.safetensors"
 NATIVE, GRAPH = "native", "graph"  # what runs a bundle's loop
 ANY_ROWS = 2**31 - 1  # the most rows of a loop that runs every batch
 
-Refine = Callable[[Floats, Tables], tuple[Floats, Floats]]  # of `Backend`
 Head = Callable[[Floats, Floats], tuple[Floats, Floats]]  # x_v, x_CDR -> logits, features
 _warned: set[str] = set()
+
+
+class Refine(Protocol):
+    """Loop and head, as `Backend.refine` runs them."""
+
+    def __call__(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]: ...
 
 
 def compile_library() -> str | None:

@@ -1,4 +1,4 @@
-"""One batch, from pixels to what its noise samples say: `Runner`, and `Answering` in words.
+"""One batch, from pixels to what its noise samples say, and that in words: `Runner` and `Batch`.
 
 The loop's tables are made here, the backend is called here, and numbers that are none are refused
 here, with the name of the image and the step.
@@ -34,6 +34,8 @@ class Batch:
     samples: Floats  # logits [B, K, C]; NaN where an image stopped before
     drawn: np.ndarray  # [B] samples of each image
     features: Floats  # [B, D_f] mean over its samples
+    operating_point: str  # at which it came out
+    abstain_below: float | None  # the score below which answers abstain; None: they do not say
 
     @property
     def answers(self) -> Answers:
@@ -44,6 +46,15 @@ class Batch:
     def logits(self) -> Floats:
         """The logits [B, C] of the one sample, or the logarithm of the mean probabilities."""
         return mean_logits(self.samples)
+
+    def predictions(self, labels: tuple[str, ...], top_k: int | Sequence[int]) -> list[Prediction]:
+        """Name what was found for each image.
+
+        Args:
+            top_k: how many classes `Prediction.top` holds, of all answers or of each.
+        """
+        point = self.operating_point
+        return predictions(self.answers, labels, top_k, self.abstain_below, point)
 
 
 class Runner:
@@ -100,7 +111,7 @@ class Runner:
                 f"needs more than that, got samples={samples}; ask for more, or leave stop out"
             )
 
-    def abstain_below(self, samples: int, stop: str | None) -> float | None:
+    def _abstain_below(self, samples: int, stop: str | None) -> float | None:
         """The threshold that export found, if it was found for this very way of answering."""
         same = (samples, stop) == (self.point.samples, None)
         same = same and (self.seed == self._sampling.seed or not self.point.timesteps)
@@ -114,7 +125,7 @@ class Runner:
         samples: int,
         stop: str | None = None,
     ) -> Batch:
-        """Answer a batch of images that are preprocessed.
+        """Answer a batch of images that are preprocessed, at least one.
 
         Args:
             names: what an error calls the images; by default their rows.
@@ -127,19 +138,25 @@ class Runner:
         with self._guard.calling() as backend:
             if stop or self.by_image:
                 assert isinstance(pixels, np.ndarray)
-                return self._run_in_looks(backend, pixels, names, samples, stop)
-            tables = self._shared(samples=samples)
-            logits, fused = backend.run(pixels, tables)
-            if not np.isfinite(logits).all():
-                rows, encode = np.arange(len(pixels)), partial(_encode_row, backend, pixels)
-                _refuse(backend, logits, encode, tables, rows, names)
-        features = fused.mean(axis=1, dtype=np.float64).astype(np.float32)
-        return Batch(logits, np.full(len(pixels), samples), features)
+                found = self._in_looks(backend, pixels, names, samples, stop)
+            else:
+                tables = self._shared(samples=samples)
+                logits, fused = backend.run(pixels, tables)
+                if not np.isfinite(logits).all():
+                    rows, encode = np.arange(len(pixels)), partial(_encode_row, backend, pixels)
+                    _refuse(backend, logits, encode, tables, rows, names)
+                features = fused.mean(axis=1, dtype=np.float64).astype(np.float32)
+                found = logits, np.full(len(pixels), samples), features
+        return Batch(*found, self.operating_point, self._abstain_below(samples, stop))
 
-    def _run_in_looks(
+    def _in_looks(
         self, backend: Backend, pixels: Floats, names: Sequence[str], count: int, stop: str | None
-    ) -> Batch:
-        """Draw until all images are settled; once, all samples, where nothing stops."""
+    ) -> tuple[Floats, np.ndarray, Floats]:
+        """Draw until all images are settled; once, all samples, where nothing stops.
+
+        Returns:
+            Logits, samples and features, as a `Batch` has them.
+        """
         x_v = backend.encode(pixels)
         drawn = np.zeros(len(pixels), np.int64)
         active = np.arange(len(pixels))  # images that still draw
@@ -160,7 +177,7 @@ class Runner:
                 active = active[~settled(softmax(logits[active, :end]), count)]
             if not len(active):
                 break
-        return Batch(logits, drawn, (features / drawn[:, None]).astype(np.float32))
+        return logits, drawn, (features / drawn[:, None]).astype(np.float32)
 
     def _tables(self, pixels: Floats, start: int, end: int, total: int) -> Tables:
         """Make the loop's tables for samples start .. end of a batch.
@@ -200,34 +217,6 @@ class Runner:
                 "memory for that; pass a NumPy array"
             )
         return rows
-
-
-class Answering:
-    """Answers batches in words: with labels, and with abstention where the export allows it."""
-
-    def __init__(self, run: Runner, labels: tuple[str, ...]) -> None:
-        """Answer with one `Runner`."""
-        self.run, self._labels = run, labels
-
-    def __call__(
-        self,
-        pixels: Floats,
-        names: Sequence[str] = (),
-        *,
-        samples: int,
-        top_k: int | Sequence[int],
-        stop: str | None = None,
-    ) -> list[Prediction]:
-        """Answer a batch of images that are preprocessed, perhaps of none; as `Runner` does.
-
-        Args:
-            top_k: how many classes `Prediction.top` holds, of all answers or of each.
-        """
-        if not len(pixels):
-            return []
-        batch = self.run(pixels, names, samples=samples, stop=stop)
-        threshold = self.run.abstain_below(samples, stop)
-        return predictions(batch.answers, self._labels, top_k, threshold, self.run.operating_point)
 
 
 def pixel_key(pixels: Floats) -> int:

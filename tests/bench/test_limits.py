@@ -14,7 +14,7 @@ from marnet_bench.limits import (
     product_rate,
     read_rate,
 )
-from marnet_bench.loop import NATIVE, Candidate
+from marnet_bench.loop_candidates import NATIVE, Candidate
 
 
 def limits(read: dict[int, float], **multiply_adds: float) -> Limits:

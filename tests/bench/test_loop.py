@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 from tiny import make_model
 
 from loop_peers import PEERS
-from marnet_bench import loop
+from marnet_bench import loop, loop_candidates
 from marnet_bench.cli import main
 from marnet_bench.limits import PRECISIONS, Limits, Rate
-from marnet_bench.loop import Candidate, Check, Missing, compare, paper_model, run_loop
+from marnet_bench.loop import Check, compare, paper_model, run_loop
+from marnet_bench.loop_candidates import CHECKED, Candidate, Missing
 from marnet_bench.plain_loop import TORCH_PEERS, Peer, make_problem, reference
 from marnet_bench.report import print_loop_report
 from marnet_export.build.builder import BUILDERS
@@ -51,8 +52,8 @@ def broken(*_: object) -> Any:
 def small_run(patch: pytest.MonkeyPatch) -> None:
     """One backend and one peer: building the others takes half a minute."""
     patch.setattr(loop, "measure_limits", quick_limits)
-    patch.setattr(loop, "all_peers", lambda: {"torch eager": PEERS["torch eager"]})
-    patch.setattr(loop, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
+    patch.setattr(loop_candidates, "all_peers", lambda: {"torch eager": PEERS["torch eager"]})
+    patch.setattr(loop_candidates, "BUILDERS", {"torchscript": BUILDERS["torchscript"]})
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def outcome(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         patch.setattr(loop, "measure_limits", quick_limits)
         patch.setattr(loop, "_PAUSE", 0.001)
         peers = UNCOMPILED | {"torch.compile": Peer(broken)}
-        patch.setattr(loop, "all_peers", lambda: peers)
+        patch.setattr(loop_candidates, "all_peers", lambda: peers)
         chosen = ("--checkpoint", str(checkpoint), "--steps", "5", "--output", str(file))
         result = bench("--scenario", "loop", "-b", "1", "-b", "3", *chosen, *SHORT)
     assert result.exit_code == 0, result.stderr
@@ -197,8 +198,9 @@ def test_a_run_restores_the_threads_of_torch_and_can_be_called_with_a_model(monk
 
 def test_drift_beyond_the_limit_exits_with_4_after_the_report(checkpoint, monkeypatch):
     small_run(monkeypatch)
+    monkeypatch.setattr(loop, "drift", lambda seconds: 0.25)
     chosen = ("--checkpoint", str(checkpoint), "--steps", "2", "-b", "1", "--format", "json")
-    result = bench("--scenario", "loop", *chosen, "--max-drift", "0", *SHORT)
+    result = bench("--scenario", "loop", *chosen, "--max-drift", "0.2", *SHORT)
     assert result.exit_code == 4
     assert json.loads(result.stdout)["steps"] == 2
 
@@ -242,8 +244,8 @@ def test_a_progressive_denoiser_is_refused_before_anything_is_measured():
 
 
 def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(loop, "find_spec", lambda _: None)
-    assert loop.all_peers() == TORCH_PEERS
+    monkeypatch.setattr(loop_candidates, "find_spec", lambda _: None)
+    assert loop_candidates.all_peers() == TORCH_PEERS
     assert "measured from a checkout of marnet" in one_line(capsys.readouterr().err)
 
 
@@ -271,7 +273,7 @@ def test_labels_and_logits_are_compared_and_nonsense_is_refused():
 def test_a_candidate_that_runs_another_loop_is_missing_and_not_timed():
     problem = make_problem(make_model(), "ddpm", 2)
     expected = reference(problem)
-    x_v = np.random.default_rng(0).standard_normal((loop.CHECKED, 10)).astype(np.float32)
+    x_v = np.random.default_rng(0).standard_normal((CHECKED, 10)).astype(np.float32)
 
     def failing(_: np.ndarray) -> np.ndarray:
         raise RuntimeError("at the first call")

@@ -44,7 +44,6 @@ def test_every_scenario_asks_for_images_and_checks_the_answers(scenario, classif
     assert max(line["seconds"]) > 0
     if scenario != "offline":  # whose one query takes longer than an image
         assert len(line["seconds"]) * report["together"] == run["images"]
-        assert sorted(line["seconds"])[-1] <= 1.5 * run["p99_ms"] / 1e3 + 0.1
 
 
 def test_the_rate_that_is_answered_in_time_is_closed_in_on(monkeypatch):

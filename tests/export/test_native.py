@@ -71,7 +71,7 @@ def settings_of(backend: str, precision: str, **more) -> Settings:
 
 def _refine(classifier: Classifier) -> sdk.NativeRefine:
     """Return what runs the loop and the head of an open classifier."""
-    refine = classifier._guard.check()._refine
+    refine = classifier._guard.check().refine
     assert isinstance(refine, sdk.NativeRefine)
     return refine
 

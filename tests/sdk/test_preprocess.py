@@ -18,7 +18,8 @@ from PIL import Image
 
 from marnet_sdk.errors import ImageError, ImageTooLarge, InvalidInput
 from marnet_sdk.inputs.images import Limits, decode
-from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.inputs.processors import PreprocessError
 
 VIT = Preprocess(size=(224, 224))
 CLIP = Preprocess(shortest_edge=224, crop_size=(224, 224), resample=Image.Resampling.BICUBIC)

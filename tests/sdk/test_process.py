@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from compilers import need_compiler
 from quick import kept
+from waiting import until
 
 from marnet_sdk import Classifier, process
 from marnet_sdk.backends import BACKENDS
@@ -55,8 +56,9 @@ def served(
 
 
 # Two CPUs at least, and a native loop uses several threads however small it is.
-PRELUDE = """
+PRELUDE = f"""
 import os, sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 os.cpu_count = lambda: 2
 import marnet_kernels.native.loop
 marnet_kernels.native.loop._WORK = 1
@@ -200,8 +202,7 @@ def test_a_fork_waits_for_native_calls_and_none_begins_meanwhile(fresh):
     calling = thread(call)
     inside.wait()
     forking = thread(fork)
-    while fresh.holder is None:
-        pass
+    until(lambda: fresh.holder is not None)
     coming = thread(late)
     leave.set()
     for each in (calling, forking, coming):
@@ -299,24 +300,23 @@ def test_the_workers_of_the_native_loop_end_with_the_last_classifier(served, ima
     code = """
 from marnet_kernels.native import library
 from marnet_sdk import Classifier
+from waiting import until
 bundle, image = sys.argv[1:]
 one, two = (Classifier(bundle, threads=2) for _ in range(2))
 want = one.predict(image).label
-def state():
-    print(library().marnet_loop_workers(), len(os.listdir("/proc/self/task")))
-state()
+workers = library().marnet_loop_workers
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+print(workers())
 one.close()
 assert two.predict(image).label == want
-state()
+print(workers())
 two.close()
-state()
+print(workers())
+until(lambda: threads() < before)  # one that has ended may be listed for a moment
 """
     done = run(code, served(NATIVE), image)
-    (workers, before), (kept, _), (none, after) = (
-        map(int, line.split()) for line in done.stdout.splitlines()
-    )
-    assert (workers, kept, none) == (1, 1, 0), done.stderr
-    assert after < before
+    assert (done.stdout.split(), done.returncode) == (["1", "1", "0"], 0), done.stderr
 
 
 def test_a_call_that_is_running_survives_closing(bundle_of, image):
@@ -329,6 +329,7 @@ def test_a_call_that_is_running_survives_closing(bundle_of, image):
 
 RELOADS = """
 from marnet_sdk import Classifier
+from waiting import until
 
 def counts():
     maps = open("/proc/self/maps").read().splitlines()
@@ -342,15 +343,16 @@ for i in range(10):
         clf.predict(sys.argv[2])
         clf.match(sys.argv[2], "a text")
     seen.append(counts())
-(*first, before), (*last, after) = seen[4], seen[-1]
-print(first == last, after - before < 6e6, first, last, before, after)
+*most, before = map(max, zip(*seen[:5]))
+until(lambda: all(n <= m for n, m in zip(counts(), most)))  # an ended thread may be listed yet
+print(counts()[-1] - before < 6e6, most, seen)
 """
 
 
 @pytest.mark.parametrize("backend", in_programs("openvino", NATIVE))
 def test_reloads_leave_threads_mapped_code_and_memory_flat(served, image, backend):
     done = run(RELOADS, served(backend), image)
-    assert done.stdout.startswith("True True"), done.stdout + done.stderr
+    assert done.stdout.startswith("True"), done.stdout + done.stderr
 
 
 # --- the files of a running bundle

@@ -10,6 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
+from waiting import until
 
 from marnet_sdk.errors import ClassifierClosed, DeadlineExceeded, InferenceError, QueueFull
 from marnet_sdk.serve.batcher import Batcher
@@ -97,8 +98,7 @@ def test_what_waits_while_the_model_is_busy_goes_through_it_together(made, model
     batcher = made()
     first = model.busy(batcher)
     futures = [batcher.submit(number, None, KIND) for number in range(1, 5)]
-    while batcher.stats().ready < 4:
-        pass
+    until(lambda: batcher.stats().ready >= 4)
     model.open.set()
     assert results([first, *futures]) == [
         ("first", 0, None),
@@ -118,8 +118,7 @@ def test_kinds_and_priorities_make_the_batches(made, model):
     first = model.busy(batcher)
     asked = [(1, "a", 0), (2, "b", 0), (3, "a", 0), (4, "b", 5)]
     futures = [batcher.submit(n, None, (kind,), priority=p) for n, kind, p in asked]
-    while batcher.stats().ready < 4:
-        pass
+    until(lambda: batcher.stats().ready >= 4)
     model.open.set()
     results([first, *futures])
     assert model.batches == [[0], [4, 2], [1, 3]]
@@ -130,8 +129,7 @@ def test_a_cancelled_request_is_skipped(made, model):
     first = model.busy(batcher)
     futures = [batcher.submit(number, None, KIND) for number in (1, 2, 3)]
     assert futures[1].cancel()
-    while batcher.stats().ready + batcher.stats().cancelled < 3:
-        pass
+    until(lambda: batcher.stats().ready + batcher.stats().cancelled >= 3)
     model.open.set()
     results([first, futures[0], futures[2]])
     with pytest.raises(CancelledError):
@@ -145,14 +143,12 @@ def test_who_waits_for_a_cancelled_request_is_told_wherever_it_was(made, model):
     batcher = made(decoders=1, max_batch=1)
     first = model.busy(batcher)
     futures = [batcher.submit(number, None, KIND) for number in range(1, 5)]
-    while batcher.stats().ready < 2:  # the other two are not decoded yet
-        pass
+    until(lambda: batcher.stats().ready >= 2)  # the other two are not decoded yet
     assert all(future.cancel() for future in futures)
     model.open.set()
     assert wait(futures, SECONDS).done == set(futures)
     results([first])
-    while batcher.stats().cancelled < 4:
-        pass
+    until(lambda: batcher.stats().cancelled >= 4)
 
 
 def test_the_queue_is_bounded(made, model):
@@ -208,8 +204,7 @@ def test_a_run_that_fails_fails_its_batch_with_the_cause_and_the_next_one_works(
     batcher = made()
     first = model.busy(batcher)
     futures = [batcher.submit(n, None, KIND) for n in (1, number, 3)]
-    while batcher.stats().ready < 3:
-        pass
+    until(lambda: batcher.stats().ready >= 3)
     model.open.set()
     for future in futures:
         with pytest.raises(error, match=message):
@@ -309,8 +304,7 @@ def test_closing_answers_what_was_accepted_and_refuses_the_rest(made, model):
     futures = [model.busy(batcher), *[batcher.submit(n, None, KIND) for n in range(1, 20)]]
     with ThreadPoolExecutor(2) as pool:
         closing = [pool.submit(batcher.close) for _ in range(2)]
-        while not batcher._threads._queue.closing:
-            pass
+        until(lambda: batcher._threads._queue.closing)
         with pytest.raises(ClassifierClosed, match="this Classifier is closed; open its bundle"):
             batcher.submit(99, None, KIND)
         assert not wait(closing, timeout=0).done

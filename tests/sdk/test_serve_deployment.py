@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from waiting import until
 
 from marnet_sdk import Classifier, Prediction
 from marnet_sdk import classifier as classifier_module
@@ -64,14 +65,15 @@ def test_under_load_every_answer_is_there_and_from_one_bundle(bundles, paths, tm
     digests = {point: read_bundle(path).digest for point, path in bundles.items()}
     with ThreadPoolExecutor(CALLERS) as pool:
         callers = [pool.submit(call) for _ in range(CALLERS)]
-        for point in ("zero", "default") * (RELOADS // 2):
-            link.unlink()
-            link.symlink_to(bundles[point])
-            seen = len(blocks)
-            assert deployment.reload() == digests[point]
-            while len(blocks) < seen + 2 * CALLERS and not any(c.done() for c in callers):
-                pass
-        enough.set()
+        try:
+            for point in ("zero", "default") * (RELOADS // 2):
+                link.unlink()
+                link.symlink_to(bundles[point])
+                assert deployment.reload() == digests[point]
+                wanted = len(blocks) + 2 * CALLERS  # each caller has at most one of before
+                until(lambda n=wanted: len(blocks) >= n or any(map(Future.done, callers)))
+        finally:
+            enough.set()
         for caller in callers:
             caller.result(SECONDS)
     points = {digest: point for point, digest in digests.items()}
@@ -150,8 +152,7 @@ def test_closing_waits_for_callers_and_refuses_others():
     deployment = deployed(only)
     with ThreadPoolExecutor(1) as pool, deployment.using():
         closing = pool.submit(deployment.close)
-        while not deployment._closed:
-            pass
+        until(lambda: deployment._closed)
         with pytest.raises(ClassifierClosed, match="this Deployment is closed"):
             deployment.using().__enter__()
         assert not only.closed

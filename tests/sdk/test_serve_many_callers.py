@@ -22,6 +22,7 @@ import readme
 from PIL import Image
 from readme import ROOT, blocks
 from tolerances import BUILT
+from waiting import until
 
 from marnet_sdk import Classifier, ImageError, Prediction
 from marnet_sdk.backends import InTwoCalls
@@ -54,7 +55,7 @@ def opened(bundle) -> Iterator[Classifier]:
 @pytest.fixture
 def classifier(opened) -> Classifier:
     """With a batcher that has not learned anything yet."""
-    opened._serve([opened._answer], Batching(decoders=1))
+    opened._serve([opened._run], Batching(decoders=1))
     return opened
 
 
@@ -110,12 +111,10 @@ def test_the_answers_are_those_of_predict_whatever_shares_the_batch(
     classifier, paths, expected, gate
 ):
     first = classifier.submit(paths[0])
-    while not gate.sizes:
-        pass
+    until(lambda: gate.sizes)
     sources = [str(paths[1]), paths[2].read_bytes(), Image.open(paths[3]), *paths[4:]]
     futures = [classifier.submit(image, top_k=i) for i, image in enumerate(sources, 1)]
-    while classifier.batching_stats().ready < len(futures):
-        pass
+    until(lambda: classifier.batching_stats().ready >= len(futures))
     gate.open.set()
     check(first.result(SECONDS), expected[0])
     for count, (future, wanted) in enumerate(zip(futures, expected[1:], strict=True), 1):
@@ -127,11 +126,9 @@ def test_the_answers_are_those_of_predict_whatever_shares_the_batch(
 
 def test_other_samples_run_in_other_batches(classifier, paths, gate):
     first = classifier.submit(paths[0])
-    while not gate.sizes:
-        pass
+    until(lambda: gate.sizes)
     futures = [classifier.submit(paths[1], samples=k) for k in (1, 2, 1, 2)]
-    while classifier.batching_stats().ready < 4:
-        pass
+    until(lambda: classifier.batching_stats().ready >= 4)
     gate.open.set()
     assert [future.result(SECONDS).samples for future in futures] == [1, 2, 1, 2]
     assert first.result(SECONDS).samples == 1
@@ -181,11 +178,9 @@ def test_an_image_whose_logits_are_no_numbers_fails_alone(classifier, paths, exp
     spoiling.open.clear()
     begun = len(spoiling.sizes)
     blocking = classifier.submit(np.zeros((8, 8, 3), np.uint8))
-    while len(spoiling.sizes) == begun:
-        pass
+    until(lambda: len(spoiling.sizes) > begun)
     futures = [classifier.submit(image) for image in (white, paths[0], white)]
-    while classifier.batching_stats().ready < 3:
-        pass
+    until(lambda: classifier.batching_stats().ready >= 3)
     spoiling.open.set()
     assert blocking.result(SECONDS)
     for future in (futures[0], futures[2]):
@@ -214,11 +209,9 @@ def test_overload_and_deadlines_are_errors_of_the_call(bundle, paths, monkeypatc
         gate = Gate(classifier._guard.check())
         monkeypatch.setattr(classifier._guard, "_backend", gate)
         running = classifier.submit(paths[0])
-        while not gate.sizes:
-            pass
+        until(lambda: gate.sizes)
         waiting = classifier.submit(paths[1], priority=1)
-        while not classifier.batching_stats().ready:
-            pass
+        until(lambda: classifier.batching_stats().ready)
         with pytest.raises(QueueFull, match=r"1 requests wait already, .*Batching\(max_queue=1\)"):
             classifier.submit(paths[2])
         assert waiting.cancel()

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from quick import kept
-from serving import Played, running, until
+from serving import Played, running
+from waiting import until
 
 from marnet_sdk import Classifier
 from marnet_sdk.inputs.images import Limits

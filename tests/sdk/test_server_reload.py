@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import PATIENCE, Played, process, running, until
+from serving import Played, process, running
+from waiting import PATIENCE, until
 
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.errors import NotFound

@@ -17,7 +17,8 @@ from tiny_training import TINY
 from transformers import TimmWrapperImageProcessor
 
 from marnet_sdk.inputs.images import decode
-from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.inputs.processors import PreprocessError
 from marnet_train.assemble import make_preprocess
 
 timm = pytest.importorskip("timm", reason="needs timm and torchvision: make test-timm")

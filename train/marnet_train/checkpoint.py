@@ -35,7 +35,8 @@ from marnet_sdk.errors import (
     NotFound,
 )
 from marnet_sdk.files import newest, sha256_file
-from marnet_sdk.inputs.preprocess import Preprocess, PreprocessError
+from marnet_sdk.inputs.preprocess import Preprocess
+from marnet_sdk.inputs.processors import PreprocessError
 from marnet_sdk.outputs import atomic_directory
 from marnet_train.hub import download, files_of, is_hub_id, upload
 from marnet_train.models import METHODS

@@ -144,7 +144,7 @@ def _head(session: Any) -> Head:
 
 class _OnnxRuntime(InTwoCalls):
     def __init__(self, encoder: Any, refine: Refine) -> None:
-        self._encoder, self._refine = encoder, refine
+        self._encoder, self.refine = encoder, refine  # which may be the native loop
 
     def threads(self) -> int:
         return self._encoder.get_session_options().intra_op_num_threads
@@ -153,8 +153,5 @@ class _OnnxRuntime(InTwoCalls):
         (x_v,) = self._encoder.run(["x_v"], {"pixels": pixels})
         return x_v
 
-    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        return self._refine(x_v, tables)
-
     def report(self) -> RuntimeReport:
-        return replace(super().report(), loop=about_loop(self._refine))
+        return replace(super().report(), loop=about_loop(self.refine))

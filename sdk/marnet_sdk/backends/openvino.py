@@ -209,7 +209,7 @@ def _head(graph: _Graph) -> Head:
 
 class _OpenVino(InTwoCalls):
     def __init__(self, encoder: _Graph, refine: Refine) -> None:
-        self._encoder, self._refine = encoder, refine
+        self._encoder, self.refine = encoder, refine  # which may be the native loop
 
     def threads(self) -> int:
         return self._encoder.threads
@@ -218,8 +218,5 @@ class _OpenVino(InTwoCalls):
         (x_v,) = self._encoder(pixels=pixels)
         return x_v
 
-    def refine(self, x_v: Floats, tables: Tables) -> tuple[Floats, Floats]:
-        return self._refine(x_v, tables)
-
     def report(self) -> RuntimeReport:
-        return replace(super().report(), loop=about_loop(self._refine))
+        return replace(super().report(), loop=about_loop(self.refine))

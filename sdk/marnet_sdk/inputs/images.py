@@ -39,14 +39,13 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from marnet_sdk.errors import ImageError, ImageTooLarge
+from marnet_sdk.inputs.containers import Box, exif_tags
 from marnet_sdk.inputs.image_files import (
-    Box,
     Limits,
     Opened,
     Size,
     check_pixels,
     check_tiff,
-    exif_tags,
     open_file,
     quiet,
 )

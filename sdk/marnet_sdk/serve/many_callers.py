@@ -17,7 +17,7 @@ from marnet_sdk.inputs.images import ImageInput, Limits
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_sdk.noise.tables import Floats
 from marnet_sdk.prediction import Prediction
-from marnet_sdk.run import Answering
+from marnet_sdk.run import Runner
 from marnet_sdk.serve.batcher import Batcher
 from marnet_sdk.serve.policy import Batching
 from marnet_sdk.serve.queue import BatchingStats
@@ -36,7 +36,9 @@ class ManyCallers:
 
     preprocess: Preprocess
     limits: Limits
+    labels: tuple[str, ...]
     _guard: Guarded
+    _run: Runner  # at the own operating point
     _samples: int
 
     def submit(
@@ -76,7 +78,7 @@ class ManyCallers:
         """
         self._guard.check()
         draws = self._draws(samples)
-        own = Kind(self._answer.run.operating_point, draws)
+        own = Kind(self._run.operating_point, draws)
         return self._batcher.submit(
             image,
             positive("top_k", top_k),
@@ -140,7 +142,11 @@ class ManyCallers:
             raise InvalidInput(
                 f"predict_stream takes many images, got {brief(images)}; use predict for one"
             )
-        answer = partial(self._answer, samples=self._draws(samples), top_k=top_k)
+        run, labels = partial(self._run, samples=self._draws(samples)), self.labels
+
+        def answer(pixels: Floats, names: Sequence[str]) -> list[Prediction]:
+            return run(pixels, names).predictions(labels, top_k)
+
         return stream(self, images, self._prepare, answer, batch_size)
 
     def batching_stats(self) -> BatchingStats:
@@ -149,28 +155,26 @@ class ManyCallers:
 
     def _serve(
         self,
-        answers: Sequence[Answering],
+        runners: Sequence[Runner],
         batching: Batching,
         seconds: Sequence[tuple[int, float]] = (),
     ) -> None:
         """Get ready for callers; nothing that is made here holds the classifier.
 
         Args:
-            answers: at the own operating point, and at each of `Batching.brown_out`.
+            runners: at the own operating point, and at each of `Batching.brown_out`.
             seconds: what is known of batches at the own operating point: sizes and their seconds.
         """
-        self._answer, *lower = answers
-        self._instead = [Kind(a.run.operating_point, a.run.point.samples) for a in lower]
+        own, *self._instead = [Kind(run.operating_point, run.point.samples) for run in runners]
         self._prepare = partial(_prepared, self.preprocess, self.limits)
-        by_point = {answer.run.operating_point: answer for answer in answers}
-        own = Kind(self._answer.run.operating_point, self._answer.run.point.samples)
+        answered = partial(_answered, {run.operating_point: run for run in runners}, self.labels)
         known = [(own, size, each) for size, each in seconds]
-        self._batcher = Batcher(self._prepare, partial(_answered, by_point), batching, known)
+        self._batcher = Batcher(self._prepare, answered, batching, known)
 
     def _draws(self, samples: int | None, stop: str | None = None) -> int:
         """The noise samples of each image of a call, checked."""
         samples = self._samples if samples is None else positive("samples", samples)
-        self._answer.run.check_draws(samples, stop)
+        self._run.check_draws(samples, stop)
         return samples
 
 
@@ -182,15 +186,20 @@ def _prepared(
 
 
 def _answered(
-    answers: Mapping[str, Answering], kind: Kind, rows: Sequence[Floats], top_k: Sequence[int]
+    runners: Mapping[str, Runner],
+    labels: tuple[str, ...],
+    kind: Kind,
+    rows: Sequence[Floats],
+    top_k: Sequence[int],
 ) -> Sequence[Prediction | InferenceError]:
     """Answer the requests of a batch. One whose logits are no numbers fails alone."""
     names = ["the image"] * len(rows)
-    answer = answers[kind.operating_point]
+    run = runners[kind.operating_point]
     try:
-        return answer(np.stack(rows), names, samples=kind.samples, top_k=top_k)
+        return run(np.stack(rows), names, samples=kind.samples).predictions(labels, top_k)
     except InferenceError as error:
         if len(rows) == 1:
             return [error]
     halves = slice(len(rows) // 2), slice(len(rows) // 2, None)
-    return [each for half in halves for each in _answered(answers, kind, rows[half], top_k[half])]
+    parts = [_answered(runners, labels, kind, rows[half], top_k[half]) for half in halves]
+    return [each for part in parts for each in part]

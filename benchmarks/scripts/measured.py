@@ -471,7 +471,8 @@ def busy_loop() -> str:
 
 
 def serving() -> str:
-    """The rates that servers answer in time, in each turn, and how much more ours does."""
+    """The rates that servers answer in time, in each turn, how much more ours does, and what an image
+    takes of the processor."""
     runs = read("cpu-serving")["runs"]
     turns = {name: [turn["rate"] for turn in found] for name, found in runs.items()}
     ours = turns["marnet-serve"]
@@ -480,10 +481,12 @@ def serving() -> str:
             name,
             ", ".join(f"{rate:.0f}" for rate in rates),
             ", ".join(f"{a / b:.2f}" if b else "" for a, b in zip(ours, rates, strict=True)),
+            ", ".join(f"{turn['processor_ms']:.2f}" for turn in runs[name]),
         ]
         for name, rates in turns.items()
     ]
-    return table(["server", "images/s in each turn", "marnet-serve over it"], rows)
+    title = ["server", "images/s in each turn", "marnet-serve over it", "ms of the processor"]
+    return table(title, rows)
 
 
 def ablation(report: str, title: str) -> str:

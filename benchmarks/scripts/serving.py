@@ -6,7 +6,8 @@
 LoadGen sends image files, as base64 in JSON, over HTTP to one server after another. They come at
 random times that do not depend on the answers. A search closes in on the highest rate at which 99
 of 100 requests are answered within --latency. LitServe batches by a fixed delay, and has a line for
-each --delay. Clients and servers share the machine.
+each --delay. Clients and servers share the machine. What a server takes of the processor for an
+image is told as well: it depends less on the clients, and on whatever else runs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 from marnet_bench.http_client import CONNECTIONS, Server
 from marnet_bench.machine import describe_machine
@@ -214,16 +216,27 @@ def main(
 def turned(
     client: Server, images: Sequence[bytes], expected: Sequence[int], duration: float, limit: float
 ) -> dict[str, Any]:
-    """One turn of a server: its highest rate in time, and all runs."""
-    client.predict(images)  # warm, and to know how fast
-    started = time.perf_counter()
-    for future in [client.submit(image) for image in images]:
-        future.result()
-    fastest = len(images) / (time.perf_counter() - started)
+    """One turn of a server: its highest rate in time, all runs, and what an image takes of the
+    processor while as many are asked for as there are connections."""
+    client.predict(images)  # warm
+    before, started, count = processor_seconds(), time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - started < duration:
+        for future in [client.submit(image) for image in images]:
+            future.result()
+        count += len(images)
+    fastest = count / (time.perf_counter() - started)
+    taken = (processor_seconds() - before) / count
     traffic = Traffic(client.submit, images, duration=duration, fastest=fastest)
     runs = traffic.search(limit)
     traffic.check(expected)
-    return {"rate": best_rate(runs, limit), "runs": [run.described() for run in runs]}
+    found = {"rate": best_rate(runs, limit), "processor_ms": 1e3 * taken}
+    return found | {"runs": [run.described() for run in runs]}
+
+
+def processor_seconds() -> float:
+    """What the servers, which this process started, have taken of the processor until now."""
+    times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return sum(taken.user + taken.system for taken in times)
 
 
 def print_found(found: dict[str, Any]) -> None:
@@ -238,11 +251,12 @@ def print_found(found: dict[str, Any]) -> None:
             ", ".join(f"{turn['rate']:.0f}" for turn in found["runs"][name]),
             f"{median:.0f}",
             f"{medians[OURS] / median:.2f}" if median else "",
+            f"{statistics.median(turn['processor_ms'] for turn in found['runs'][name]):.2f} ms",
         )
         for name, median in medians.items()
     ]
     title = f"requests/s with 99 of 100 answered within {found['latency_ms']:g} ms"
-    print_table(title, ("server", "turns", "median", "ours over it"), rows)
+    print_table(title, ("server", "turns", "median", "ours over it", "processor"), rows)
 
 
 if __name__ == "__main__":

@@ -471,8 +471,7 @@ def busy_loop() -> str:
 
 
 def serving() -> str:
-    """The rates that servers answer in time, in each turn, how much more ours does, and what an image
-    takes of the processor."""
+    """The rates that servers answer in time, how much more ours does, and the processor's time."""
     runs = read("cpu-serving")["runs"]
     turns = {name: [turn["rate"] for turn in found] for name, found in runs.items()}
     ours = turns["marnet-serve"]

@@ -137,7 +137,7 @@ def test_in_float32_it_is_the_float64_loop_to_the_last_bits(form, samples, sampl
 
 @pytest.mark.parametrize("hidden", [32, 64], ids=["carries hidden", "carries feature"])
 @pytest.mark.parametrize("form", [ScriptedLoop, ScanLoop])
-@pytest.mark.parametrize(("sampler", "steps"), PROGRESSIVE)
+@pytest.mark.parametrize(("sampler", "steps"), PROGRESSIVE[::3])
 def test_a_progressive_loop_in_float32_is_the_float64_loop_to_the_last_bits(
     form, hidden, sampler, steps
 ):

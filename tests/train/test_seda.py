@@ -258,17 +258,25 @@ def test_training_reports_the_semantic_learner_and_its_checkpoint_is_read_back(
     assert not loaded.model.learner.centres.eq(0).all()
 
 
+TRAINED = ["seda_checkpoint", "progressive_checkpoint"]
+
+
 @pytest.mark.slow
-def test_every_branch_learns(seda_checkpoint: Path) -> None:
-    metrics = json.loads((seda_checkpoint / "training.json").read_text("utf-8"))["metrics"]
+@pytest.mark.parametrize("trained", TRAINED)
+def test_every_branch_learns(trained: str, request: pytest.FixtureRequest) -> None:
+    checkpoint: Path = request.getfixturevalue(trained)
+    metrics = json.loads((checkpoint / "training.json").read_text("utf-8"))["metrics"]
     for branch in ("semantic", "refined", "marnet"):
         assert metrics[branch]["val"]["top1"] > 0.8
 
 
 @pytest.mark.slow
-def test_stage_1_agrees_with_the_alignment_branch(seda_checkpoint: Path, digits: Path) -> None:
+@pytest.mark.parametrize("trained", TRAINED)
+def test_stage_1_agrees_with_the_alignment_branch(
+    trained: str, digits: Path, request: pytest.FixtureRequest
+) -> None:
     """It is that branch's posterior, told in the space of features."""
-    loaded = load_checkpoint(seda_checkpoint)
+    loaded = load_checkpoint(request.getfixturevalue(trained))
     model, images = loaded.model, read_split(digits / "val", needs_text=False)[:200]
     assert isinstance(model, SeDA)
     pixels = torch.from_numpy(loaded.preprocess.pixels([e.image for e in images]))

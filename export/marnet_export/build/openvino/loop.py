@@ -64,8 +64,9 @@ def _steps(
     if looks_back:
         following = op.add(following, op.multiply(previous, c))
     if method.fed:
-        (kept, _), (_, fed) = (_parted(x, method) for x in (following, gained))
-        following = op.concat([kept, op.multiply(fed, op.sign(b)).output(0)], -1)
+        (kept, _), (_, fed) = (_parted(x, method) for x in (keep_float32(following), gained))
+        fed = keep_float32(op.multiply(fed, op.sign(b)))
+        following = keep_float32(op.concat([kept, fed.output(0)], -1))
     carried = [(state, following), (previous, gained)] if looks_back else [(state, following)]
     loop = op.tensor_iterator()
     parameters = [q, row, table, *(inside for inside, _ in carried)]
@@ -81,7 +82,7 @@ def _steps(
 def _parted(x: Any, method: PlanLoop | StepLoop) -> list[Any]:
     """The part of a state [B, K, W] that adds up, and the part that is fed back."""
     lengths = _integer([method.width - method.fed, method.fed])
-    return op.variadic_split(x, _integer(-1), lengths).outputs()
+    return keep_float32(op.variadic_split(x, _integer(-1), lengths)).outputs()
 
 
 class PlanLoop:

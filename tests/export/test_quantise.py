@@ -398,7 +398,7 @@ def depthwise_errors(backend: str, payload: Path) -> Floats:
     return np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
 
 
-@pytest.mark.parametrize("backend", kept(BACKENDS, {"onnxruntime"}))
+@pytest.mark.parametrize("backend", EACH)
 def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
     assert depthwise_errors(backend, tmp_path / "payload").max() < 0.01
 

@@ -115,11 +115,11 @@ def main(
             except OSError as error:
                 found["left_out"][name] = str(error)
                 continue
-            for backend in backends if bundles is not None else ():
-                bundle = bundles / f"{backend}.marnet"
+            if bundles is not None:
                 found["lines"] += [
                     {"condition": name, "backend": backend, "batch": batch}
-                    | measured(before, bundle, batch, duration)
+                    | measured(before, bundles / f"{backend}.marnet", batch, duration)
+                    for backend in backends
                     for batch in batches
                 ]
             if data is not None:
@@ -212,14 +212,15 @@ def print_found(found: dict[str, Any], names: Sequence[str]) -> None:
     for seconds in found["training"]:
         text = f"{seconds['ours_s']} s; 1 thread {seconds['one_thread_s']} s"
         rows.setdefault("training", {})[seconds["condition"]] = text
-    title = "from image files: ours, plain PyTorch, their ratio with its 95 % interval"
-    table = ([name, *(row.get(x, "") for x in names)] for name, row in rows.items())
-    print_table(title, ["", *names], table)
+    if rows:
+        title = "from image files: ours, plain PyTorch, their ratio with its 95 % interval"
+        table = ([name, *(row.get(x, "") for x in names)] for name, row in rows.items())
+        print_table(title, ["", *names], table)
     for loop in found["loops"]:
-        rows = ([x["model"], x["precision"], f"{x['p50_ms']:.1f}"] for x in loop["lines"])
+        times = ([x["model"], x["precision"], f"{x['p50_ms']:.1f}"] for x in loop["lines"])
         batch = loop["lines"][0]["batch"]
         title = f"{loop['condition']}: {loop['steps']} steps, batch {batch}, ms"
-        print_table(title, ["loop", "precision", "median"], rows)
+        print_table(title, ["loop", "precision", "median"], times)
     for name, reason in found["left_out"].items():
         say(f"{name}: left out, {reason}")
 

@@ -368,10 +368,10 @@ def test_a_compiler_that_fails_is_reported_in_one_line(lowered, tmp_path, monkey
     )
     compiler.chmod(0o755)
     with (
-        config.patch({"cpp.cxx": (None, str(compiler))}),
-        pytest.raises(ExportError, match=r"could not compile refine.pt2: .*out of patience$") as e,
+        config.patch({"cpp.cxx": (None, str(compiler)), "cpp.vec_isa_ok": True}),
+        pytest.raises(ExportError, match=r"could not compile encoder.pt2: .*out of patience$") as e,
     ):
-        build_refine(lowered, Types("fp32", "fp32"), payload)
+        build_encoder(lowered, torch.rand(2, *SHAPE), Types("fp32", "fp32"), payload)
     assert "\n" not in str(e.value)
     assert capfd.readouterr() == ("", "")
     assert list(temporary.iterdir()) == list(payload.iterdir()) == []
@@ -381,15 +381,16 @@ def test_a_full_disk_is_an_exception_that_the_process_survives(
     payload, lowered, tmp_path, monkeypatch
 ):
     """Compiled before, because that takes seconds; what is written is a package."""
-    sound = (payload("fp32", "fp32") / REFINE).read_bytes()
+    sound = (payload("fp32", "fp32") / ENCODER).read_bytes()
+    pixels = torch.rand(2, *SHAPE)
     monkeypatch.setattr(
         torch._inductor,
         "aoti_compile_and_package",
         lambda _, package_path: package_path.write(sound),
     )
-    build_refine(lowered, Types("fp32", "fp32"), tmp_path)
-    assert (tmp_path / REFINE).read_bytes() == sound
-    (tmp_path / REFINE).unlink()
-    (tmp_path / REFINE).symlink_to("/dev/full")
+    build_encoder(lowered, pixels, Types("fp32", "fp32"), tmp_path)
+    assert (tmp_path / ENCODER).read_bytes() == sound
+    (tmp_path / ENCODER).unlink()
+    (tmp_path / ENCODER).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        build_refine(lowered, Types("fp32", "fp32"), tmp_path)
+        build_encoder(lowered, pixels, Types("fp32", "fp32"), tmp_path)

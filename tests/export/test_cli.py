@@ -215,17 +215,17 @@ def test_explain_says_what_the_rewrite_saves_and_builds_nothing(workplace):
 
 
 def test_what_is_asked_for_reaches_the_bundle_and_its_name(workplace):
-    built = ("--backend", "onnxruntime", "--precision", "bf16", "--device", "cpu")
+    built = ("--backend", "torchscript", "--precision", "fp16", "--device", "cpu")
     process = ("--steps", "10", "--sampler", "ddim", "--eta", "0.5", "--samples", "2")
     noise = ("--noise", "image", "--seed", "11")
     result = export("--checkpoint", "runs/older", *built, *process, *noise, *LENIENT)
     assert result.exit_code == 0, result.stderr
     (path,) = Path("bundles").iterdir()
-    assert path.name == "older-onnxruntime-cpu-bf16.marnet"
+    assert path.name == "older-torchscript-cpu-fp16.marnet"
     manifest = read_bundle(path).manifest
-    assert manifest.backend == "onnxruntime"
+    assert manifest.backend == "torchscript"
     assert (manifest.built_for.device, manifest.settings["device"]) == ("cpu", "cpu")
-    assert (manifest.precision.asked, manifest.precision.compute) == ("bf16", "fp32")
+    assert (manifest.precision.asked, manifest.precision.compute) == ("fp16", "fp32")
     sampling, point = manifest.sampling, manifest.sampling.point
     assert (point.sampler, point.eta, len(point.timesteps), point.samples) == ("ddim", 0.5, 10, 2)
     assert (sampling.noise, sampling.seed) == ("image", 11)

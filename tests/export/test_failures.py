@@ -92,7 +92,7 @@ def error_of(result: Result, out: Path, exit_code: int) -> str:
 @pytest.mark.parametrize(
     ("backend", "package", "extra", "options"),
     [
-        ("onnxruntime", "onnxruntime", "onnxruntime", ()),
+        pytest.param("onnxruntime", "onnxruntime", "onnxruntime", (), marks=pytest.mark.slow),
         ("openvino", "openvino", "openvino", ()),
         ("openvino", "nncf", "export", ("--precision", "int8")),
         ("tensorrt", "tensorrt_rtx", "rtx", ("--precision", "fp16", "--target", "sm89")),
@@ -195,7 +195,7 @@ def test_a_chain_that_is_longer_than_an_engine_s_loop_is_refused(steps, changed,
     assert "loops of at most 1000 steps, got 1001; choose fewer with --steps, or another" in said
 
 
-@pytest.mark.parametrize("backend", kept(["onnxruntime", "openvino"], {"onnxruntime"}))
+@pytest.mark.parametrize("backend", kept(["onnxruntime", "openvino"], {"openvino"}))
 def test_a_single_step_is_carried_though_a_loop_needs_two(backend, small, out):
     """Of the sampler that looks back, too."""
     more = {"text": False, "source": False, "loop": "graph"}

@@ -199,8 +199,6 @@ def quantiles(got: Floats, want: Floats) -> Floats:
         {
             (trained, "ddpm"),
             (large_norms, "dpmpp"),
-            (near_singular_input, "ddim"),
-            (large_outputs, "ddpm"),
         },
         many=True,
     ),

@@ -177,7 +177,7 @@ def test_what_the_user_says_about_waiting_stands(monkeypatch, name):
 @pytest.mark.parametrize(
     "code",
     [
-        "import marnet_train, torch",
+        pytest.param("import marnet_train, torch", marks=pytest.mark.slow),
         "from marnet_sdk.backends.torch_device import check_types as c; c('x', 'fp32', 'cpu')",
     ],
 )

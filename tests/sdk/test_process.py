@@ -107,7 +107,7 @@ print(several.predict(images)[0].label == label)
 """
 
 
-@pytest.mark.parametrize("backend", in_programs("openvino", "torchscript", NATIVE))
+@pytest.mark.parametrize("backend", in_programs("openvino", NATIVE))
 def test_a_forked_child_answers_or_raises_at_once_and_ends(served, image, backend):
     """Several threads raise; one thread, and a classifier of the child's own, answer."""
     done = run(IN_CHILDREN, served(backend), image)
@@ -241,7 +241,7 @@ sys.exit(0)
 """
 
 
-@pytest.mark.parametrize("backend", in_programs("torchscript", NATIVE))
+@pytest.mark.parametrize("backend", in_programs(NATIVE))
 def test_a_process_ends_with_0_while_daemon_threads_classify(served, image, backend):
     done = run(EXIT_WHILE_BUSY, served(backend), image)
     assert (done.returncode, done.stderr) == (0, "")
@@ -349,7 +349,7 @@ print(counts()[-1] - before < 6e6, most, seen)
 """
 
 
-@pytest.mark.parametrize("backend", in_programs("openvino", NATIVE))
+@pytest.mark.parametrize("backend", in_programs(NATIVE))
 def test_reloads_leave_threads_mapped_code_and_memory_flat(served, image, backend):
     done = run(RELOADS, served(backend), image)
     assert done.stdout.startswith("True"), done.stdout + done.stderr

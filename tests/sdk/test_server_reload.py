@@ -161,7 +161,7 @@ def test_a_server_that_ends_while_a_bundle_is_being_opened_closes_both(quick):
 
 
 class Load:
-    """Callers who ask one server without a pause, each over a connection that stays open."""
+    """Callers who ask one server again and again, each over a connection that stays open."""
 
     def __init__(self, port: int, image: bytes) -> None:
         self.port, self.image, self.enough = port, image, threading.Event()
@@ -169,7 +169,7 @@ class Load:
 
     def call(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        while not self.enough.is_set():
+        while not self.enough.wait(0.01):  # a pause, in which the server has the processor
             connection.request("POST", "/predict", self.image, {"Content-Type": "image/png"})
             response = connection.getresponse()
             self.answers.append((response.status, json.loads(response.read())))

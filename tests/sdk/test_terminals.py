@@ -216,14 +216,17 @@ PRINTING = {
 }
 
 
-KINDS = kept(["help", "table", "every table", "json", "csv"], {"help", "table"})
+KINDS = kept(["help", "every help", "table", "every table", "json", "csv"], {"help", "table"})
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def prints(request, bundle, images, data, checkpoint) -> dict[str, list[str | Path]]:
     """command -> arguments with which it prints something."""
-    if request.param == "help":
-        return {command: ["--help"] for command in COMMANDS}
+    if "help" in request.param:
+        commands = (
+            COMMANDS if request.param == "every help" else ["marnet-train", "marnet-classify"]
+        )
+        return {command: ["--help"] for command in commands}
     places = {"DATA": data, "IMAGE": images[0], "BUNDLE": bundle, "CHECKPOINT": checkpoint}
     kind = [] if "table" in request.param else ["--format", request.param]
     commands = COMMANDS if request.param == "every table" else ["marnet-classify"]

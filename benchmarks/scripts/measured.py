@@ -159,7 +159,7 @@ def over_peers(model: str) -> str:
 
 
 def native_end_to_end() -> str:
-    """From pixels to logits: the fastest bundle with the native loop, and with a graph's loop."""
+    """The fastest bundles with the native loop and with a graph's, from pixels to logits."""
     rows = []
     for model, title in {"efficientnet-lite0": "EfficientNet-Lite0", "vit-b16": "ViT-B/16"}.items():
         report = read(f"cpu-native-{model}")

@@ -234,7 +234,7 @@ def turned(
 
 
 def processor_seconds() -> float:
-    """What the servers, which this process started, have taken of the processor until now."""
+    """Sum the seconds of the processor that the servers of this process took until now."""
     times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
     return sum(taken.user + taken.system for taken in times)
 

@@ -147,7 +147,7 @@ def seda_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def progressive_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
-    """The same with progressive denoisers."""
+    """A trained checkpoint of SeDA with progressive denoisers."""
     from marnet_train.trainer import fit
 
     recipe = replace(seda_recipe, progressive=True)
@@ -184,7 +184,7 @@ def tiny_seda(few_digits: Path, shared: Shared) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_progressive(few_digits: Path, shared: Shared) -> Path:
-    """The same with progressive denoisers."""
+    """A checkpoint of SeDA with progressive denoisers, trained for moments."""
     from tiny_training import SEDA
 
     from marnet_train.trainer import fit

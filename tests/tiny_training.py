@@ -110,7 +110,7 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
 
 
 class Stop(KeyboardInterrupt):
-    """What Ctrl-C raises, told apart from a real one."""
+    """Plays the interrupt of Ctrl-C, and is told apart from a real one."""
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, phase: str, epoch: int) -> None:

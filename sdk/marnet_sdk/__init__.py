@@ -2,9 +2,9 @@
 
 import os
 
-# OpenBLAS reads it when NumPy is loaded: its threads wait for 2 ** 21 cycles of the processor's
-# clock, about a millisecond, and sleep then. By itself they wait 32 times longer, on cores that the
-# next call of an encoder needs.
+# OpenBLAS reads it when NumPy is loaded. Behind a product its threads wait for about a millisecond
+# then (2 ** 21 cycles of the processor's clock), and sleep. Without it they keep cores that the
+# next call of an encoder needs for some 50 milliseconds.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "21")
 
 from marnet_sdk.classifier import Classifier

@@ -30,7 +30,7 @@ def product(x: Floats, weight: Floats) -> Floats:
     """Multiply in the thread that calls, without others: [B, K] by [N, K] -> [B, N].
 
     OpenBLAS divides all but small products among threads of its own. Behind each of them these wait
-    for more for some 25 milliseconds, on cores that the next call of the encoder needs. So here is
+    for more for some 50 milliseconds, on cores that the next call of the encoder needs. So here is
     one small product after the other.
     """
     return np.concatenate([_alone(x[i : i + _ROWS], weight) for i in range(0, len(x) or 1, _ROWS)])

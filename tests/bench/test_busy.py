@@ -24,7 +24,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def in_this_process(command: list[str], **_: object) -> SimpleNamespace:
-    """What a process of its own measures, which takes seconds to import torch."""
+    """Run the command here: a process of its own takes seconds to import torch."""
     threads = torch.get_num_threads()
     try:
         result = CliRunner().invoke(measure, command[command.index("-c") + 2 :])

@@ -40,7 +40,7 @@ def two_backends(monkeypatch) -> None:
 
 
 def in_this_process(_: list[str], *, input: str, **how: object) -> SimpleNamespace:
-    """What a process of its own does, which takes seconds to import all that it needs."""
+    """Do the job here: a process of its own takes seconds to import all that it needs."""
     job = json.loads(input)
     Path(job["answer"]).write_text(json.dumps(race.work(job)))
     return SimpleNamespace(returncode=0)

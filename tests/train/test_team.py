@@ -98,7 +98,7 @@ def test_an_image_that_holds_the_words_of_its_text_scores_best(
 
 
 def test_the_score_is_the_mean_over_the_tokens_of_the_text() -> None:
-    """Of three tokens one is padding, one what the image holds, and one at right angles to it."""
+    """The text has a token that the image holds, one at right angles to it, and padding."""
     images, texts = torch.tensor([[[1.0, 0]]]), torch.tensor([[[2.0, 0], [0, 5], [3, 0]]])
     tokens = Tokens(images, texts, torch.tensor([[1, 1, 0]])).to(torch.float64)
     torch.testing.assert_close(make_copier().scores(tokens), torch.full((BLOCKS, 1), 0.5).double())

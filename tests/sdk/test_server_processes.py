@@ -9,7 +9,9 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import Any
 
@@ -47,25 +49,25 @@ def ask(connection: http.client.HTTPConnection, image: bytes | None = None) -> d
     return json.loads(connection.getresponse().read())
 
 
-def one_to_each(port: int, pids: list[int]) -> dict[int, http.client.HTTPConnection]:
+@contextmanager
+def one_to_each(port: int, pids: list[int]) -> Iterator[dict[int, http.client.HTTPConnection]]:
     """An open connection to each process."""
     found: dict[int, http.client.HTTPConnection] = {}
+    with ExitStack() as stack:
 
-    def connect() -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        ask(connection)
-        here = connection.sock.getsockname()[1]
-        for pid in pids:
-            others = psutil.Process(pid).net_connections("tcp")
-            if pid not in found and here in [other.raddr.port for other in others if other.raddr]:
-                found[pid] = connection
-                break
-        else:
-            connection.close()
-        return len(found) == len(pids)
+        def connect() -> bool:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            ask(connection)
+            here = connection.sock.getsockname()[1]
+            for pid in pids:
+                others = psutil.Process(pid).net_connections("tcp")
+                if here in [other.raddr.port for other in others if other.raddr]:
+                    found[pid] = connection
+            return len(found) == len(pids)
 
-    until(connect)
-    return found
+        until(connect)
+        yield found
 
 
 def port_of(url: str) -> int:
@@ -78,13 +80,11 @@ def test_two_processes_answer_as_one_add_up_what_they_counted_and_drain(bundle_o
     with Classifier(bundle, threads=1) as classifier:
         expected = classifier.predict(image)
     with process(bundle, *TWO) as (served, url), httpx.Client(timeout=PATIENCE) as client:
-        connections = one_to_each(port_of(url), answering(served.pid))
-        for connection in connections.values():
-            for _ in range(3):
+        with one_to_each(port_of(url), answering(served.pid)) as connections:
+            for connection in [*connections.values()] * 3:
                 (answer,) = ask(connection, body)["answers"]
                 assert answer["label"] == expected.label
                 assert answer["score"] == pytest.approx(expected.score, abs=1e-6)
-            connection.close()
         six = 'marnet_requests_total{route="/predict",status="200"} 6.0'
         until(lambda: six in client.get(f"{url}metrics").text, look=0.1)
         metrics = client.get(f"{url}metrics").text
@@ -108,49 +108,55 @@ def not_ready(client: httpx.Client, url: str) -> bool:
     return client.get(f"{url}readyz").status_code == 503
 
 
+class Insistent:
+    """Callers who open another connection where they lose theirs."""
+
+    def __init__(self, url: str, image: bytes) -> None:
+        self.url, self.image, self.ended = url, image, False
+        self.statuses: list[int] = []
+        self.lost: list[httpx.TransportError] = []
+
+    def call(self) -> None:
+        with httpx.Client(timeout=PATIENCE) as client:
+            while not self.ended:
+                try:
+                    answer = client.post(f"{self.url}predict", content=self.image)
+                except httpx.TransportError as error:
+                    self.lost.append(error)
+                else:
+                    self.statuses.append(answer.status_code)
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_under_load_is_replaced_while_the_other_answers(bundle_of, digits):
     body = min((digits / "test").glob("*.png")).read_bytes()
-    with process(bundle_of("onnxruntime", "fp32"), *TWO, stdout=subprocess.DEVNULL) as running:
-        served, url = running
+    bundle = bundle_of("onnxruntime", "fp32")
+    with process(bundle, *TWO, stdout=subprocess.DEVNULL) as (served, url):
         first, second = answering(served.pid)
-        connections = one_to_each(port_of(url), [first, second])
-        ask(connections[first], body)
-        ended = False
-        lost, statuses = [], []
-
-        def call() -> None:
-            with httpx.Client(timeout=PATIENCE) as client:
-                while not ended:
-                    try:
-                        statuses.append(client.post(f"{url}predict", content=body).status_code)
-                    except httpx.TransportError as error:
-                        lost.append(error)
-
-        with ThreadPoolExecutor(4) as pool:
-            callers = [pool.submit(call) for _ in range(4)]
+        load = Insistent(url, body)
+        with ThreadPoolExecutor(4) as pool, one_to_each(port_of(url), [first, second]) as kept:
+            callers = [pool.submit(load.call) for _ in range(4)]
             try:
-                until(lambda: len(statuses) > 20)
+                until(lambda: len(load.statuses) > 20)
                 os.kill(first, signal.SIGKILL)
                 with pytest.raises((ConnectionError, http.client.HTTPException)):
-                    ask(connections[first], body)
-                assert "answers" in ask(connections[second], body)
+                    ask(kept[first], body)
+                assert "answers" in ask(kept[second], body)
                 line = f"process {first} ended, another one takes its place: signal 9, Killed\n"
-                assert said(served, f"process {first}") == line
-                again = re.fullmatch(r"process (\d+) is ready\n", said(served, "process "))
-                assert again is not None
-                third = int(again[1])
+                assert said(served, "process ") == line
+                ready = re.fullmatch(r"process (\d+) is ready\n", said(served, "process "))
+                assert ready is not None
+                third = int(ready[1])
                 assert sorted(answering(served.pid)) == sorted([second, third])
-                assert "answers" in ask(one_to_each(port_of(url), [third])[third], body)
+                with one_to_each(port_of(url), [third]) as fresh:
+                    assert "answers" in ask(fresh[third], body)
             finally:
-                ended = True
+                load.ended = True
             for caller in callers:
                 caller.result(PATIENCE)
-        assert set(statuses) == {200}
-        assert len(lost) <= 4  # a caller loses one connection at most
-        counted = httpx.get(f"{url}metrics").text  # with those of the process that was killed
-        assert 'marnet_images_total{end="answered"}' in counted
-        assert "marnet_ready 2.0" in counted.splitlines()
+        assert set(load.statuses) == {200}
+        assert len(load.lost) <= len(callers)  # each loses one connection at most
+        until(lambda: "marnet_ready 2.0" in httpx.get(f"{url}metrics").text, look=0.1)
         served.send_signal(signal.SIGTERM)
         assert served.wait(PATIENCE) == 0
 

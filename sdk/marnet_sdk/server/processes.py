@@ -37,7 +37,7 @@ _PAUSE = 0.5  # seconds before the third start in a row, and twice as many befor
 
 
 class Place(NamedTuple):
-    """What a process of the server is given by its parent."""
+    """A process of the server, as its parent describes it to it."""
 
     first: bool  # it accepts at once, and says that the bundle is being opened
     metrics: Path  # the file for its metrics, beside those of the others

@@ -64,7 +64,7 @@ class AllProcesses(Collector):
 
 
 def _joining(kind: str, sample: str) -> Callable[[float, float], float]:
-    """How the same sample of two processes becomes one."""
+    """Tell how the same sample of two processes becomes one."""
     if sample.endswith("_created") or sample in _SMALLEST:
         return min
     return max if kind == "info" or sample in _LARGEST else operator.add

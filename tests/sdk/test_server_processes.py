@@ -30,7 +30,7 @@ from marnet_sdk.server import processes
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.listener import listen
 from marnet_sdk.server.processes import end_mark, run_processes
-from marnet_sdk.server.shared_metrics import AllProcesses, write_metrics
+from marnet_sdk.server.shared_metrics import SharedMetrics
 
 TWO = ("--processes", "2", "--threads", "1")
 
@@ -284,10 +284,13 @@ def counted(requests: int, oldest: float, seconds: float) -> CollectorRegistry:
 
 def test_metrics_of_processes_are_added_and_those_that_ended_keep_what_they_counted(tmp_path):
     known = {"0": (1, 0.5, 0.5), "1": (20, 0.25, 1.5), "2": (300, 9.0, 1.75)}
-    for name, one in known.items():
-        write_metrics(counted(*one), tmp_path / f"{name}.json")
+    shared = {
+        name: SharedMetrics(counted(*one), tmp_path / f"{name}.json") for name, one in known.items()
+    }
+    for one in shared.values():
+        one.write()
     end_mark(tmp_path / "2.json").touch()
-    lines = generate_latest(AllProcesses(tmp_path)).decode().splitlines()
+    lines = generate_latest(shared["0"]).decode().splitlines()
     for line in (
         'asked_total{route="/x"} 321.0',
         "marnet_queue_oldest_seconds 0.5",
@@ -303,3 +306,17 @@ def test_metrics_of_processes_are_added_and_those_that_ended_keep_what_they_coun
     written = json.loads((tmp_path / "0.json").read_text("utf-8"))
     (own,) = [v for *_, samples in written for name, _, v in samples if name == "took_created"]
     assert created == [own]
+
+
+def test_a_process_counts_on_from_the_one_whose_place_it_takes(tmp_path):
+    file = tmp_path / "0.json"
+    for asked in (1, 20, 300):
+        end_mark(file).touch()
+        taking_over = SharedMetrics(counted(asked, 1 / asked, 0.5), file)
+        taking_over.write()
+    lines = generate_latest(taking_over).decode().splitlines()
+    assert 'asked_total{route="/x"} 321.0' in lines
+    assert "took_count 3.0" in lines
+    assert "marnet_ready 1.0" in lines
+    assert f"marnet_queue_oldest_seconds {1 / 300}" in lines
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]

@@ -22,7 +22,7 @@ from marnet_sdk.classifier import Classifier
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats
 from marnet_sdk.server.service import Service
-from marnet_sdk.server.shared_metrics import AllProcesses, write_metrics
+from marnet_sdk.server.shared_metrics import SharedMetrics
 
 if TYPE_CHECKING:
     from marnet_sdk.server.gate import AccessLog
@@ -53,6 +53,9 @@ class Metrics(Collector):
             registry=self._registry,
         )
         self._registry.register(self)
+        self._shared: SharedMetrics | None = None
+        if service.shared is not None:
+            self._shared = SharedMetrics(self._registry, service.shared)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered.
@@ -65,24 +68,24 @@ class Metrics(Collector):
 
     async def keep_shared(self) -> None:
         """Write them for the other processes, where there are any, until this task is cancelled."""
-        if (file := self._service.shared) is None:
+        if self._shared is None:
             return
         try:
             while True:
                 with suppress(OSError):  # whoever asks for metrics gets the error
-                    write_metrics(self._registry, file)
+                    self._shared.write()
                 await asyncio.sleep(_SHARE_SECONDS)
         finally:
             with suppress(OSError):  # the parent was killed, and its folder is gone
-                write_metrics(self._registry, file)
+                self._shared.write()
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """Write all metrics, of all processes, in the format that a client accepts, and name it."""
         encoder, kind = choose_encoder(accept)
-        if (file := self._service.shared) is None:
+        if self._shared is None:
             return encoder(self._registry), kind
-        write_metrics(self._registry, file)
-        return encoder(AllProcesses(file.parent)), kind
+        self._shared.write()
+        return encoder(self._shared), kind
 
     def collect(self) -> Iterator[Metric]:
         """Read what is known at this moment."""

@@ -8,7 +8,6 @@ processes instead of their bundles; and one that dies at its start is started ag
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -45,7 +44,7 @@ class Place(NamedTuple):
 
 
 def end_mark(metrics: Path) -> Path:
-    """Name the file that is there once the process has ended that wrote this file of metrics."""
+    """Name the file that is there while nobody lives who writes this file of metrics."""
     return metrics.with_suffix(".ended")
 
 
@@ -84,9 +83,11 @@ def run_processes(count: int, target: Callable[[Place], None], listener: socket.
 class _Worker:
     """A process, and what is known of those whose place it took."""
 
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+
     process: SpawnProcess | None = None
     report: Connection
-    metrics: Path
     ready_at: float | None = None
     error: MarnetError | None = None  # why it could not begin
     failures = 0  # in a row
@@ -99,10 +100,9 @@ class _Parent:
     ) -> None:
         self.failure: MarnetError | None = None
         self.exit_code = 0
-        self._target, self._listener, self._folder = target, listener, folder
-        self._workers = [_Worker() for _ in range(count)]
-        self._numbers = itertools.count()
-        self._was_ready = self._draining = False
+        self._target, self._listener = target, listener
+        self._workers = [_Worker(folder / f"{number}.json") for number in range(count)]
+        self._begun = self._was_ready = self._draining = False
 
     @property
     def goes_on(self) -> bool:
@@ -134,11 +134,10 @@ class _Parent:
         return [(one, one.process) for one in self._workers if one.process is not None]
 
     def _start(self, worker: _Worker) -> None:
-        number = next(self._numbers)
         worker.report, writer = _SPAWN.Pipe(duplex=False)
-        worker.metrics = self._folder / f"{number}.json"
         worker.error = None
-        place = Place(number == 0, worker.metrics, writer)
+        place = Place(not self._begun, worker.metrics, writer)
+        self._begun = True
         process = _SPAWN.Process(target=_run, args=(self._target, place))
         # It inherits what is blocked. Ctrl-C, which a terminal sends to all processes, concerns the
         # parent alone; SIGHUP waits until it is listened for.

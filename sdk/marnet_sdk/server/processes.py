@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -80,18 +81,17 @@ def run_processes(count: int, target: Callable[[Place], None], listener: socket.
     return parent.exit_code
 
 
+@dataclass(eq=False)
 class _Worker:
     """A process, and what is known of those whose place it took."""
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
-
+    metrics: Path
     process: SpawnProcess | None = None
-    report: Connection
+    report: Connection = field(init=False)
     ready_at: float | None = None
     error: MarnetError | None = None  # why it could not begin
-    failures = 0  # in a row
-    due = 0.0  # when to start another one
+    failures: int = 0  # in a row
+    due: float = 0.0  # when to start another one
 
 
 class _Parent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
 import json
 import re
@@ -33,7 +34,8 @@ from marnet_sdk.errors import (
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats, Learned
 from marnet_sdk.server.gate import AccessLog
-from marnet_sdk.server.network import DrainingServer, listen, make_server
+from marnet_sdk.server.listener import listen
+from marnet_sdk.server.network import DrainingServer, make_server
 from marnet_sdk.server.service import ServerLimits, Service
 
 MAIN = "from marnet_sdk.server.cli import main; main()"
@@ -206,3 +208,35 @@ def process(bundle: Path, *arguments: str, **more: Any) -> Iterator[tuple[subpro
             yield served, found[0]
         finally:
             served.kill()
+
+
+class Load:
+    """Callers who ask one server again and again, each over a connection that stays open."""
+
+    def __init__(self, port: int, image: bytes) -> None:
+        self.port, self.image, self.enough = port, image, threading.Event()
+        self.answers: list[tuple[int, dict[str, Any]]] = []
+
+    def call(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        while not self.enough.wait(0.01):  # a pause, in which the server has the processor
+            connection.request("POST", "/predict", self.image, {"Content-Type": "image/png"})
+            response = connection.getresponse()
+            self.answers.append((response.status, json.loads(response.read())))
+        connection.close()
+
+    def wait_for(self, digest: str) -> None:
+        seen = len(self.answers)
+        until(lambda: any(answer.get("bundle") == digest for _, answer in self.answers[seen:]))
+
+
+def said(served: subprocess.Popen, start: str) -> str:
+    """The next line of its messages that starts so."""
+    assert served.stderr is not None
+    return next(line for line in served.stderr if line.startswith(start))
+
+
+def point_to(link: Path, bundle: Path) -> None:
+    """Let a link point elsewhere, in one step."""
+    (fresh := link.with_name("fresh")).symlink_to(bundle)
+    fresh.rename(link)

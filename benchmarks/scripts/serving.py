@@ -6,8 +6,10 @@
 LoadGen sends image files, as base64 in JSON, over HTTP to one server after another. They come at
 random times that do not depend on the answers. A search closes in on the highest rate at which 99
 of 100 requests are answered within --latency. LitServe batches by a fixed delay, and has a line for
-each --delay. Clients and servers share the machine. What a server takes of the processor for an
-image is told as well: it depends less on the clients, and on whatever else runs.
+each --delay. With --processes N both servers have another line with N processes: ours behind one
+socket; of LitServe N workers with a classifier each, and N that speak HTTP. Clients and servers
+share the machine. What a server takes of the processor for an image is told as well: it depends
+less on the clients, and on whatever else runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import psutil
@@ -38,6 +40,7 @@ from marnet_bench.photographs import images_of
 from marnet_bench.traffic import BATCHING, Traffic, best_rate
 from marnet_sdk import Classifier
 from marnet_sdk.console import Command, print_table, say
+from marnet_sdk.cpus import cpus
 
 OURS = "marnet-serve"
 _PATIENCE = 120  # seconds until a server is ready
@@ -52,7 +55,7 @@ from marnet_sdk import Classifier
 
 class Labels(litserve.LitAPI):
     def setup(self, device):
-        self.classifier = Classifier(sys.argv[1])
+        self.classifier = Classifier(sys.argv[1], threads=int(sys.argv[5]) or None)
 
     def decode_request(self, request):
         return base64.b64decode(request["images"][0], validate=True)
@@ -65,10 +68,11 @@ class Labels(litserve.LitAPI):
 
 
 if __name__ == "__main__":
+    count = int(sys.argv[4])
     api = Labels(max_batch_size=64, batch_timeout=float(sys.argv[3]))
-    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
+    server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=count)
     server.run(host="127.0.0.1", port=int(sys.argv[2]), log_level="error",
-               generate_client_file=False, num_api_servers=1)
+               generate_client_file=False, num_api_servers=count)
 """
 
 
@@ -79,22 +83,35 @@ def in_json(image: bytes) -> tuple[bytes, dict[str, str]]:
     return body, {"Content-Type": "application/json"}
 
 
-@contextmanager
-def serving(model: Path, delay: float | None) -> Iterator[Server]:
-    """Run a server for the block.
+class Candidate(NamedTuple):
+    """A server and its settings."""
 
-    Args:
-        delay: None: ours; otherwise LitServe's `batch_timeout`, in milliseconds.
-    """
-    port = free_port()
-    words: list[Any] = ["-c", MARNET, "--model", model, "--port", port]
+    delay: float | None = None  # None: ours; otherwise LitServe's `batch_timeout`, in milliseconds
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name of its line."""
+        if self.delay is None:
+            return OURS if self.processes == 1 else f"{OURS}, {self.processes} processes"
+        workers = "" if self.processes == 1 else f", {self.processes} workers"
+        return f"LitServe, {self.delay:g} ms{workers}"
+
+
+@contextmanager
+def serving(model: Path, server: Candidate) -> Iterator[Server]:
+    """Run a server for the block."""
+    port, count = free_port(), server.processes
+    words: list[Any] = ["-c", MARNET, "--model", model, "--port", port, "--processes", count]
+    path, shown = "/metrics", f"marnet_ready {count}.0"
     with ExitStack() as stack:
-        if delay is not None:  # its workers import the program again, from a file
+        if server.delay is not None:  # its workers import the program again, from a file
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             (folder / "labels.py").write_text(_LITSERVE, "utf-8")
-            words = [folder / "labels.py", model, port, delay / 1e3]
-        path = "/readyz" if delay is None else "/health"
-        yield stack.enter_context(started(words, port, path))
+            threads = 0 if count == 1 else max(1, cpus().threads // count)
+            words = [folder / "labels.py", model, port, server.delay / 1e3, count, threads]
+            path, shown = "/health", ""
+        yield stack.enter_context(started(words, port, path, shown))
 
 
 def free_port() -> int:
@@ -104,12 +121,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(words: Sequence[Any], port: int, path: str) -> Iterator[Server]:
+def started(words: Sequence[Any], port: int, path: str, shown: str = "") -> Iterator[Server]:
     """Run a server in Python for the block, from when it is ready.
 
     Args:
         words: what the interpreter is told.
         path: what the server answers with 200 when it is ready.
+        shown: what stands in that answer then.
     """
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],
@@ -119,7 +137,7 @@ def started(words: Sequence[Any], port: int, path: str) -> Iterator[Server]:
         stack.callback(stop, process)
         client = Server(f"http://127.0.0.1:{port}", in_json)
         stack.callback(client.close)
-        wait_until_ready(process, port, path)
+        wait_until_ready(process, port, path, shown)
         yield client
 
 
@@ -134,14 +152,15 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str, shown: str) -> None:
     """Ask until the server says that it is ready."""
     end = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < end:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
         try:
             connection.request("GET", path)
-            if connection.getresponse().status == http.client.OK:
+            response = connection.getresponse()
+            if response.status == http.client.OK and shown.encode() in response.read():
                 return
         except OSError:
             pass
@@ -187,6 +206,8 @@ def asked_for(model: Path, side: int | None) -> tuple[list[bytes], list[int]]:
 @comparison
 @click.option("--delay", "delays", type=float, multiple=True, default=(0.0, 2.0, 10.0),
               show_default=True, help="LitServe's, in milliseconds.")  # fmt: skip
+@click.option("--processes", "counts", type=click.IntRange(2), multiple=True,
+              help="Add lines of both servers with so many processes.")  # fmt: skip
 @click.option("--no-peer", is_flag=True, help="Measure marnet-serve alone.")
 def main(
     model: Path,
@@ -195,18 +216,20 @@ def main(
     turns: int,
     duration: float,
     side: int | None,
+    counts: Sequence[int],
     no_peer: bool,
     out: Path,
 ) -> None:
     """Measure both servers in turn, write the record and print its table."""
     images, expected = asked_for(model, side)
-    servers = {OURS: None} | ({} if no_peer else {f"LitServe, {d:g} ms": d for d in delays})
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    kinds = [None] if no_peer else [None, *delays]
+    servers = [Candidate(delay, count) for count in (1, *counts) for delay in kinds]
+    runs: dict[str, list[dict[str, Any]]] = {server.name: [] for server in servers}
     for turn in range(turns):
-        for name, delay in servers.items():
-            say(f"turn {turn + 1} of {turns}: {name}")
-            with serving(model, delay) as client:
-                runs[name].append(turned(client, images, expected, duration, latency))
+        for server in servers:
+            say(f"turn {turn + 1} of {turns}: {server.name}")
+            with serving(model, server) as client:
+                runs[server.name].append(turned(client, images, expected, duration, latency))
     found = {"bundle": model.name, "latency_ms": latency, "clients": CONNECTIONS, "runs": runs}
     found["machine"] = describe_machine()
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

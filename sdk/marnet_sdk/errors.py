@@ -187,6 +187,10 @@ class DeadlineExceeded(MarnetError):
         self.expected = expected
 
 
+class ServerFailed(MarnetError):
+    """A server whose processes end again and again."""
+
+
 class EnvironmentMismatch(MarnetError):
     """The machine or its packages lack what is asked for."""
 

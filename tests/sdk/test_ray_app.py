@@ -22,7 +22,9 @@ from marnet_sdk.server.service import ServerLimits, Service
 
 def options(model: Any, **more: Any) -> dict[str, Any]:
     read = read_options({"model": model, "threads": 1, **more})
-    return {name: value for name, value in read.items() if name not in ("host", "port")}
+    for name in ("host", "port", "processes"):
+        del read[name]
+    return read
 
 
 @asynccontextmanager
@@ -126,6 +128,7 @@ def test_a_full_queue_is_healthy_as_long_as_it_moves(monkeypatch, tmp_path):
         ({}, "no model; name a bundle"),
         ({"model": "x", "port": 80}, "port: Ray's proxies listen"),
         ({"model": "x", "max-connections": 80}, "max-connections: Ray's proxies listen"),
+        ({"model": "x", "processes": 2}, "processes: Ray starts and replaces them; say how many"),
         ({"model": "x", "max_batch": "many"}, "'--max-batch': 'many' is not a valid integer"),
         ({"model": "x", "max_bach": 3}, "No such option"),
         ({"model": "x", "help": True}, "'--help' does not take a value"),

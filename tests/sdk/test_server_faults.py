@@ -34,7 +34,8 @@ from marnet_sdk.serve.policy import Batching
 from marnet_sdk.server import network
 from marnet_sdk.server.cli import main
 from marnet_sdk.server.gate import AccessLog
-from marnet_sdk.server.network import listen, serve
+from marnet_sdk.server.listener import listen
+from marnet_sdk.server.network import serve
 from marnet_sdk.server.service import ServerLimits, Service
 
 HEAD = b"POST /predict HTTP/1.1\r\nhost: x\r\n"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import json
 import shutil
 import signal
 import subprocess
@@ -12,10 +10,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from serving import Played, process, running
+from serving import Load, Played, point_to, process, running, said
 from waiting import PATIENCE, until
 
 from marnet_sdk.bundle import read_bundle
@@ -160,42 +157,10 @@ def test_a_server_that_ends_while_a_bundle_is_being_opened_closes_both(quick):
 # --- a process, under load
 
 
-class Load:
-    """Callers who ask one server again and again, each over a connection that stays open."""
-
-    def __init__(self, port: int, image: bytes) -> None:
-        self.port, self.image, self.enough = port, image, threading.Event()
-        self.answers: list[tuple[int, dict[str, Any]]] = []
-
-    def call(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        while not self.enough.wait(0.01):  # a pause, in which the server has the processor
-            connection.request("POST", "/predict", self.image, {"Content-Type": "image/png"})
-            response = connection.getresponse()
-            self.answers.append((response.status, json.loads(response.read())))
-        connection.close()
-
-    def wait_for(self, digest: str) -> None:
-        seen = len(self.answers)
-        until(lambda: any(answer.get("bundle") == digest for _, answer in self.answers[seen:]))
-
-
 @pytest.fixture(scope="module")
 def bundles(bundle_of, zero_bundle) -> dict[str, Path]:
     """Two bundles whose answers tell which of them gave them, by their operating points."""
     return {"default": bundle_of("onnxruntime", "fp32"), "zero": zero_bundle("onnxruntime", "fp32")}
-
-
-def said(served: subprocess.Popen, start: str) -> str:
-    """The next line of its messages that starts so."""
-    assert served.stderr is not None
-    return next(line for line in served.stderr if line.startswith(start))
-
-
-def point_to(link: Path, bundle: Path) -> None:
-    """Let a link point elsewhere, in one step."""
-    (fresh := link.with_name("fresh")).symlink_to(bundle)
-    fresh.rename(link)
 
 
 def test_a_server_under_load_changes_its_bundle_and_drops_and_mixes_nothing(

@@ -17,7 +17,7 @@ import numpy as np
 
 from marnet_sdk.errors import InvalidInput, QueueFull, brief, requires_extra
 from marnet_sdk.serve.ray_worker import reserved_threads
-from marnet_sdk.server.cli import PACKAGES, TOKEN, make_service, read_options
+from marnet_sdk.server.cli import PACKAGES, TOKEN, make_service, read_options, read_token
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -48,6 +48,7 @@ class Replica:
             MarnetError: why the bundle cannot be opened.
         """
         own: dict[str, Any] = {**options, "threads": options["threads"] or reserved_threads()}
+        own["token"] = read_token(own.pop("token_file"))
         self._service = make_service(**own)
         if has_token and self._service.token is None:
             raise InvalidInput(
@@ -141,10 +142,12 @@ def _options(args: Mapping[str, Any]) -> dict[str, Any]:
             f"{theirs[0]}: Ray's proxies listen and end; set http_options, or "
             "graceful_shutdown_timeout_s of the deployment, in the configuration of Ray Serve"
         )
+    if "processes" in args:
+        raise InvalidInput("processes: Ray starts and replaces them; say how many with replicas")
     options = read_options(args)
     if options["model"] is None:
         raise InvalidInput("no model; name a bundle: model=/models/digits-fp16.marnet")
-    del options["host"], options["port"]
+    del options["host"], options["port"], options["processes"]
     for name in ("model", "token_file"):  # replicas have another working directory
         options[name] = options[name] and options[name].absolute()
     return options

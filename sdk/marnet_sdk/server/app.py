@@ -52,9 +52,11 @@ def create_app(service: Service, log: AccessLog | None) -> Gate:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening = asyncio.create_task(service.open())
         reloading = asyncio.create_task(service.keep_current())
+        sharing = asyncio.create_task(metrics.keep_shared())
         yield
         reloading.cancel()
-        await asyncio.gather(opening, reloading, return_exceptions=True)
+        sharing.cancel()
+        await asyncio.gather(opening, reloading, sharing, return_exceptions=True)
         await service.close()
 
     app = FastAPI(

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from marnet_sdk.bundle import newest_bundle
+from marnet_sdk.bundle import newest_bundle, read_bundle
 from marnet_sdk.console import FAST_DECODE, Command, say
+from marnet_sdk.cpus import check_threads, cpus
 from marnet_sdk.errors import InvalidInput, NotFound, requires_extra
+from marnet_sdk.server.listener import listen
 
 if TYPE_CHECKING:
+    from marnet_sdk.server.processes import Place
     from marnet_sdk.server.service import Service
 
 TOKEN = "MARNET_SERVE_TOKEN"
@@ -52,7 +58,18 @@ _MIB = 2**20
 )
 @click.option("--samples", type=click.IntRange(1), help="Noise samples per image.")
 @click.option("--seed", type=click.IntRange(0), help="Noise seed. Default: the bundle's own.")
-@click.option("--threads", type=click.IntRange(1), help="Cores to use. Default: all.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that answer at this address, each with the bundle in its memory.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Cores that each process uses. Default: all, divided among the processes.",
+)
 @FAST_DECODE
 @click.option(
     "--max-batch", type=click.IntRange(1), default=64, show_default=True, help="Images of a batch."
@@ -121,7 +138,7 @@ _MIB = 2**20
     help="Seconds that accepted requests have after SIGTERM.",
 )
 @click.version_option(package_name="marnet")
-def main(host: str, port: int, **options: Any) -> None:
+def main(host: str, port: int, processes: int, token_file: Path | None, **options: Any) -> None:
     """Answer over HTTP with a bundle: POST an image to /predict, or open / in a browser.
 
     \b
@@ -130,19 +147,65 @@ def main(host: str, port: int, **options: Any) -> None:
 
     Speaks the Open Inference Protocol under /v2, and Prometheus under /metrics. One JSON line for
     each request goes to standard output. SIGHUP opens the bundle again and goes on with it. SIGTERM
-    answers what was accepted, and ends.
+    answers what was accepted, and ends. With --processes both reach all processes, one that dies is
+    replaced, and /metrics adds all of them up.
     """
-    with requires_extra("serve", *PACKAGES):
-        from marnet_sdk.server.gate import AccessLog
-        from marnet_sdk.server.network import listen, serve
+    if processes == 1:
+        with requires_extra("serve", *PACKAGES):
+            import marnet_sdk.server.network  # noqa: F401, before anything is done
 
     model = options["model"] = options["model"] or newest_bundle()
-    service = make_service(**options)
+    options["token"] = read_token(token_file)
+    if processes > 1:
+        _check(model, options)
+        options["threads"] = options["threads"] or max(1, cpus().threads // processes)
     listener = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     say(f"model {model}; listening on http://{shown}:{listener.getsockname()[1]}/")
-    if service.token is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if options["token"] is None and host not in ("127.0.0.1", "::1", "localhost"):
         say(f"no token: whoever reaches this address may ask; set {TOKEN} or --token-file")
+    if processes == 1:
+        _answer(make_service(**options), listener)
+        return
+    from marnet_sdk.server.processes import run_processes
+
+    sys.exit(run_processes(processes, partial(_answer_beside_others, options, listener), listener))
+
+
+def _check(model: Path, options: Mapping[str, Any]) -> None:
+    """Refuse in the parent of several processes what none of them could open."""
+    check_threads(options["threads"])
+    bundle = read_bundle(model, lazily=True)
+    for point in (options["operating_point"], *options["brown_out"]):
+        if point is not None:
+            bundle.check_point(point)
+
+
+def _answer_beside_others(options: dict[str, Any], listener: socket.socket, place: Place) -> None:
+    """Answer in one of several processes, and say so once the bundle is open."""
+    with requires_extra("serve", *PACKAGES):
+        from marnet_sdk.server.service import READY
+
+    def tell(line: str) -> None:
+        if line == READY:
+            place.report.send(None)
+        else:
+            say(f"process {os.getpid()}: {line}")
+
+    service = make_service(**options, tell=tell)
+    service.shared = place.metrics
+    signal.signal(signal.SIGHUP, lambda *_: service.reloads.ask())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    if not place.first:  # the others answer meanwhile
+        service.open_now()
+    _answer(service, listener)
+
+
+def _answer(service: Service, listener: socket.socket) -> None:
+    with requires_extra("serve", *PACKAGES):
+        from marnet_sdk.server.gate import AccessLog
+        from marnet_sdk.server.network import serve
+
     out = open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)  # noqa: SIM115
     log = AccessLog(out)
     try:
@@ -186,7 +249,7 @@ def make_service(
     model: Path,
     watch: bool,
     name: str | None,
-    token_file: Path | None,
+    token: str | None,
     operating_point: str | None,
     samples: int | None,
     seed: int | None,
@@ -204,12 +267,9 @@ def make_service(
     header_timeout: float,
     body_timeout: float,
     drain_timeout: float,
+    tell: Callable[[str], None] = say,
 ) -> Service:
-    """Make what the requests of a server share, from the options of the command.
-
-    Raises:
-        NotFound, InvalidInput: the token cannot be read or sent.
-    """
+    """Make what the requests of a server share, from the options of the command."""
     from marnet_sdk.classifier import Classifier
     from marnet_sdk.inputs.images import Limits
     from marnet_sdk.serve.policy import Batching
@@ -242,8 +302,7 @@ def make_service(
 
     name = name or model.absolute().name.removesuffix(".marnet")
     watched = model if watch else None
-    token = read_token(token_file)
-    return Service(open_classifier, limits, name=name, token=token, watched=watched, tell=say)
+    return Service(open_classifier, limits, name=name, token=token, watched=watched, tell=tell)
 
 
 def read_token(file: Path | None) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -20,12 +22,14 @@ from marnet_sdk.classifier import Classifier
 from marnet_sdk.serve.many_callers import Kind
 from marnet_sdk.serve.queue import BatchingStats
 from marnet_sdk.server.service import Service
+from marnet_sdk.server.shared_metrics import SharedMetrics
 
 if TYPE_CHECKING:
     from marnet_sdk.server.gate import AccessLog
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SHARE_SECONDS = 1.0  # until other processes know
 
 
 class Metrics(Collector):
@@ -49,6 +53,9 @@ class Metrics(Collector):
             registry=self._registry,
         )
         self._registry.register(self)
+        self._shared: SharedMetrics | None = None
+        if service.shared is not None:
+            self._shared = SharedMetrics(self._registry, service.shared)
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
         """Count a request that was answered.
@@ -59,10 +66,26 @@ class Metrics(Collector):
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
+    async def keep_shared(self) -> None:
+        """Write them for the other processes, where there are any, until this task is cancelled."""
+        if self._shared is None:
+            return
+        try:
+            while True:
+                with suppress(OSError):  # whoever asks for metrics gets the error
+                    self._shared.write()
+                await asyncio.sleep(_SHARE_SECONDS)
+        finally:
+            with suppress(OSError):  # the parent was killed, and its folder is gone
+                self._shared.write()
+
     def page(self, accept: str) -> tuple[bytes, str]:
-        """Write all metrics, in the format that a client accepts, and name that format."""
+        """Write all metrics, of all processes, in the format that a client accepts, and name it."""
         encoder, kind = choose_encoder(accept)
-        return encoder(self._registry), kind
+        if self._shared is None:
+            return encoder(self._registry), kind
+        self._shared.write()
+        return encoder(self._shared), kind
 
     def collect(self) -> Iterator[Metric]:
         """Read what is known at this moment."""

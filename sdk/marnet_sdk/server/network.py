@@ -13,32 +13,13 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from marnet_sdk.errors import InvalidInput
 from marnet_sdk.server.app import create_app
 from marnet_sdk.server.gate import AccessLog
+from marnet_sdk.server.listener import SharedListener
 from marnet_sdk.server.service import ServerLimits, Service
 
 _LAST_SECONDS = 5  # that connections have to close once all requests are answered
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the socket of a server; port 0 takes a free one.
-
-    Raises:
-        InvalidInput: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise InvalidInput(
-            f"cannot listen on {host} port {port}: {error}; choose others with --host and --port"
-        ) from error
-    # Connections inherit it. Without it an answer, which is two writes, waits 40 ms for the
-    # client's delayed acknowledgement of the first; asyncio sets it for sockets of its own only.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 def serve(service: Service, sockets: list[socket.socket], log: AccessLog) -> None:
@@ -51,6 +32,8 @@ def serve(service: Service, sockets: list[socket.socket], log: AccessLog) -> Non
     """
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it tells of bad uploads
     server = make_server(service, log)
+    if service.shared is not None:
+        sockets = [SharedListener(fileno=listener.detach()) for listener in sockets]
     before = signal.signal(signal.SIGHUP, lambda *_: service.reloads.ask())
     try:
         server.run(sockets)
@@ -75,6 +58,7 @@ def make_server(service: Service, log: AccessLog) -> DrainingServer:
         access_log=False,
         server_header=False,
         workers=1,
+        backlog=2048 if service.shared is None else 1,  # `SharedListener` says why
         timeout_keep_alive=limits.keep_alive_seconds,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )

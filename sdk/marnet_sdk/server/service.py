@@ -29,6 +29,7 @@ T = TypeVar("T")
 logger = logging.getLogger("marnet_sdk.server")
 _FEW = 2**14  # bytes that are taken apart in less time than another thread takes to wake
 _POLL_SECONDS = 0.5  # between two looks at whether the bundle should be opened again
+READY = "ready: the self-test passed"  # what is told once requests are taken
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ class Service:
         self.reloads = Reloads(watched)
         self.reloaded = {"done": 0, "refused": 0}
         self.held = 0  # bytes of the bodies of all requests that are being answered
+        # The file of its metrics, beside those of the other processes; None: there are no others.
+        self.shared: Path | None = None
         self._open_classifier, self._tell = open_classifier, tell
         self._deployment: Deployment | None = None
         self._lone = ThreadPoolExecutor(1, thread_name_prefix="pixels")
@@ -137,7 +140,7 @@ class Service:
         except Exception as error:
             self.failure = error
         else:
-            self._tell("ready: the self-test passed")
+            self._tell(READY)
 
     async def keep_current(self) -> None:
         """Open the bundle again whenever `reloads` says so, until this task is cancelled."""

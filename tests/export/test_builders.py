@@ -192,12 +192,14 @@ def test_a_chain_that_carries_another_on_is_built_too(backend, hidden, progressi
     """With its start, which each image has of its own, at any number of steps and of samples."""
     how = {"hidden": hidden, "progressive": progressive, "handover": "carry"}
     model = make_seda(latent=10, steps=9, **how)
+    with torch.no_grad():  # fresh weights leave little
+        model.learner.denoiser.layer4.weight *= 100
     build(model, backend, "fp32", tmp_path / "payload")
     run = open_backend(backend, tmp_path / "payload", "fp32", 1)
     pixels = np.random.default_rng(1).standard_normal((5, 3, 32, 32)).astype(np.float32)
     with torch.inference_mode():
         left = model.see(model.vision(torch.from_numpy(pixels)))[:, 20:]
-    assert left.std(dim=0).min() > 1e-4
+    assert left.std(dim=0).min() > 0.01
     for sampler, steps, keys in (("ddpm", 9, None), ("dpmpp", 4, None), ("ddim", 1, range(5))):
         noise = {"seed": 9, "samples": 2, "keys": keys and [*keys]}
         got = deployed_logits(run, model, pixels, sampler=sampler, steps=steps, **noise)

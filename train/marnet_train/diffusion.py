@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ class ScheduleConfig:
 
     def alone(self, steps: int | None = None) -> ScheduleConfig:
         """Return the schedule as no stage of a chain, with another T if one is given."""
-        settings = {f.name: getattr(self, f.name) for f in fields(ScheduleConfig)}
-        return ScheduleConfig(**settings | ({} if steps is None else {"steps": steps}))
+        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(ScheduleConfig)}
+        return ScheduleConfig(**settings | {"steps": self.steps if steps is None else steps})
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,9 @@ class LoweredLearner(nn.Module):
 
 
 def _kept(coefficients: list[tuple[float, float, float]], end_signal: float) -> list[float]:
-    """How much of each step's estimate is in z - end_signal s: in the state z behind a sampler of
-    first order that started from zero, without the last estimate s at its level."""
+    """Tell how much of each step's estimate is in z - end_signal s. The state z is behind a sampler
+    of first order that started from zero; s is the last estimate.
+    """
     kept: list[float] = []
     for a, b, _ in coefficients:
         kept = [a * share for share in kept] + [b]

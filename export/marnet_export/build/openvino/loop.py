@@ -112,7 +112,7 @@ class PlanLoop:
         return op.unsqueeze(keep_float32(first), _integer(1))  # [B, 1, W]
 
     def _parts(self, x_v: Any) -> list[Any]:
-        """What the condition is made of, and what the first state is made of."""
+        """Split x_v into what the condition is made of, and what the first state is."""
         lengths = _integer([len(self.plan.standardise[0]), -1])
         return op.variadic_split(x_v, _integer(1), lengths).outputs()
 

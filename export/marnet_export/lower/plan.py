@@ -149,7 +149,8 @@ class SamplingPlan:
         return found if self.carry == "hidden" else found | {"input": self.input_weight}
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """The content of plan.safetensors: what `marnet_sdk.noise.tables.make_tables` folds.
+        """The content of plan.safetensors: what `marnet_sdk.noise.tables.make_tables` folds, whose
+        unit is the deviation of the noise of x_T.
 
         Args:
             tables: the sampler of each operating point.

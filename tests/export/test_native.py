@@ -60,7 +60,7 @@ PROGRESSIVE = "the denoiser is progressive, and the native loop feeds no estimat
 CARRIED = "the chain starts from what stage 1 left, the native loop from noise"
 LEFT_TO_THE_GRAPH = [
     (partial(make_model, steps=10, progressive=True), PROGRESSIVE),
-    (partial(make_seda, latent=10, handover="carry"), CARRIED),
+    (partial(make_seda, latent=10, steps=10, handover="carry"), CARRIED),
 ]
 
 

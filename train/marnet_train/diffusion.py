@@ -56,7 +56,8 @@ class ScheduleConfig:
     def alone(self, steps: int | None = None) -> ScheduleConfig:
         """Return the schedule as no stage of a chain, with another T if one is given."""
         settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(ScheduleConfig)}
-        return ScheduleConfig(**settings | {"steps": self.steps if steps is None else steps})
+        settings["steps"] = self.steps if steps is None else steps
+        return ScheduleConfig(**settings)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ Two ways lead from stage 1 to stage 2, the handover:
 (R13) leaves three things open. The schedule, and the number of levels that each stage has of it,
 are those of the recipe's `schedule` and `semantic_schedule`, which differ in their steps alone. The
 first stage ends at t = T_2, and s is the estimate of its last step. It draws no noise, so z has
-none; its level's noise is added to y, as a chain from noise would have kept it.
+none; its level's noise is added to y, as a deterministic chain from noise would have kept it.
 Axes: B batch, K classes, D_v width of x_v, D_s width of x_s.
 """
 

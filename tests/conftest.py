@@ -155,6 +155,15 @@ def progressive_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def carry_checkpoint(digits: Path, seda_recipe, shared: Shared) -> Path:
+    """A trained checkpoint of SeDA in which one chain passes through both stages."""
+    from marnet_train.trainer import fit
+
+    recipe = replace(seda_recipe, handover="carry")
+    return shared("quick-carry", lambda out: fit(digits, recipe, out, name="digits"))
+
+
+@pytest.fixture(scope="session")
 def few_digits(digits: Path, shared: Shared) -> Path:
     """Some images of each split of the digits data set."""
     from marnet_train.data.imagefolder import read_split, write_split
@@ -191,6 +200,16 @@ def tiny_progressive(few_digits: Path, shared: Shared) -> Path:
 
     recipe = replace(SEDA, progressive=True)
     return shared("tiny-progressive", lambda out: fit(few_digits, recipe, out, name="tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_carry(few_digits: Path, shared: Shared) -> Path:
+    """A checkpoint of SeDA in which one chain passes through both stages, trained for moments."""
+    from tiny_training import CARRY
+
+    from marnet_train.trainer import fit
+
+    return shared("tiny-carry", lambda out: fit(few_digits, CARRY, out, name="tiny"))
 
 
 @pytest.fixture(scope="session")

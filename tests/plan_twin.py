@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,11 +24,15 @@ def run_plan(
         x_CDR, [N, K, D].
     """
     time_bias = plan.time_bias[np.array(table.timesteps) - 1]
-    bias = fold(trajectories, table.coefficients, time_bias, plan.input_weight, plan.output[1])
+    scaled = [replace(one, initial=plan.start_noise * one.initial) for one in trajectories]
+    bias = fold(scaled, table.coefficients, time_bias, plan.input_weight, plan.output[1])
     mean, std = plan.standardise
+    x_v, start = np.split(x_v, [len(mean)], axis=1)
     q = ((x_v - mean) / std @ plan.condition_weight.T)[:, None]  # [N, 1, H]
     width = len(plan.carry_weight) - plan.fed
     state = previous = np.zeros((len(x_v), len(trajectories), width))
+    if plan.start_weight is not None:
+        state = state + (start @ plan.start_weight[:width].T)[:, None]
     h3, fed = q, np.zeros(plan.fed or 1)
     for i, (a, b, c, _) in enumerate(table.coefficients):
         into = state if plan.carry == "hidden" else state @ plan.input_weight.T

@@ -19,6 +19,7 @@ from marnet_sdk.noise.trajectory import draw_trajectory
 from marnet_train.checkpoint import write_model
 from marnet_train.diffusion import SamplerTable, ScheduleConfig
 from marnet_train.models.marnet import MARNet, MarnetConfig
+from marnet_train.models.seda import SeDA, SedaConfig
 
 LABELS = ("a", "b", "c")
 RESNET = {"model_type": "resnet", "embedding_size": 8, "layer_type": "basic", "depths": [1]}
@@ -42,6 +43,27 @@ def make_model(
     width = len(model.vision_mean)
     model.vision_mean.copy_(3 * torch.randn(width))
     model.vision_std.copy_(0.2 + 3 * torch.rand(width))
+    return model
+
+
+def make_seda(
+    width: int = 10, classes: int = 3, *, latent: int = 8, steps: int = 8, **config: Any
+) -> SeDA:
+    """float32, with image features of that width and text features of width `latent`."""
+    torch.manual_seed(0)
+    settings = {
+        "vision": {**RESNET, "hidden_sizes": [width]},
+        "text": {**BERT, "hidden_size": latent, "num_attention_heads": 2},
+        "labels": tuple("abcdefgh"[:classes]),
+        "dim": 6,
+        "hidden": 12,
+        "time_dim": 6,
+        "schedule": ScheduleConfig(steps=steps),
+        "semantic_steps": 4,
+    }
+    model = SeDA(SedaConfig(**settings | config)).eval()
+    model.vision_mean.copy_(torch.randn(width))
+    model.vision_std.copy_(0.3 + torch.rand(width))
     return model
 
 

@@ -69,6 +69,10 @@ SEDA = change(
 )
 
 
+# Images and texts have features of one width, so that a chain can lead from those to these.
+CARRY = change(replace(SEDA, handover="carry"), text={**SEDA.text, "hidden_size": 8})
+
+
 def small_data(digits: Path, **counts: int) -> DataSet:
     """The first images of each split of the digits: 49, 30 and 20 unless asked otherwise."""
     counts = {"train": 49, "val": 30, "test": 20} | counts

@@ -83,3 +83,6 @@ FAST_DECODE_MEAN, FAST_DECODE_LARGEST = 2.0, 40
 # Share of 20,000 chains that end in a class, against that of 200,000 others: one standard error is
 # 0.0034 at a share of 0.7.
 CLASS_SHARE = 0.015
+# A chain of at most five steps in float64 against the same with one term more in its state, which
+# cancels; values are of order 1, absolute.
+SHIFTED = 1e-14

@@ -91,7 +91,7 @@ def run_loop(
         The report: plain data, as it is written to JSON.
 
     Raises:
-        InvalidInput: the denoiser is progressive.
+        InvalidInput: the denoiser is progressive, or the chain carries another one on.
     """
     threads = check_threads(threads) or cpus().threads
     model, described = _load(source)
@@ -158,6 +158,11 @@ def _load(source: MARNet | Path | None) -> tuple[MARNet, dict[str, Any]]:
         raise InvalidInput(
             f"--scenario loop: {name} has a progressive denoiser, and the peers have no loop for "
             "one; name another --checkpoint, or measure its bundle with marnet-bench"
+        )
+    if getattr(model.config, "handover", "restart") == "carry":
+        raise InvalidInput(
+            f"--scenario loop: the chain of {name} starts from what stage 1 left, and the peers "
+            "start from noise; name another --checkpoint, or measure its bundle with marnet-bench"
         )
     return model, {
         "name": name,

@@ -34,6 +34,7 @@ from marnet_export.prove.fidelity import wilson_interval
 from marnet_export.settings import Settings
 from marnet_export.work import Job
 from marnet_sdk.console import Command, print_table, say
+from marnet_sdk.errors import InvalidInput
 from marnet_sdk.noise.tables import Floats, Tables, make_tables
 from marnet_sdk.uncertainty import mean_logits
 from marnet_train.models.denoiser import LEAKY_SLOPE
@@ -169,9 +170,25 @@ def in_int8(weight: Floats) -> Floats:
     return stored * scale
 
 
-def measure(checkpoint: Path, data: Path | None) -> dict[str, Any]:
-    """All forms on the images of a data set, or on the checkpoint's samples."""
+def load(checkpoint: Path, data: Path | None) -> Job:
+    """A checkpoint whose loop can be tried, and its images.
+
+    Raises:
+        InvalidInput: the loop is fed its estimates, or starts from more than noise.
+    """
     job = Job.load(Path(), checkpoint, Settings("onnxruntime", "int8"), data, say)
+    plan = job.lowered.plan
+    assert isinstance(plan, SamplingPlan)
+    if plan.fed or plan.start_weight is not None:
+        raise InvalidInput(
+            f"--checkpoint {checkpoint}: its denoiser is progressive or its handover is carry, and "
+            "the native loop, which is tried here, runs neither; name a checkpoint without"
+        )
+    return job
+
+
+def measure(job: Job, data: Path | None) -> dict[str, Any]:
+    """All forms on the images of a data set, or on the checkpoint's samples."""
     points, plan = asked_points(job), job.lowered.plan
     assert isinstance(plan, SamplingPlan)
     name, seed = points.sampling.default, points.sampling.seed
@@ -211,7 +228,7 @@ def measure(checkpoint: Path, data: Path | None) -> dict[str, Any]:
         found.append(held(form.name, estimates(plan, x_v, tables, form)))
         say(f"{form.name}: {found[-1].agreement:.2%}, {found[-1].refined_agreement:.2%}")
     return {
-        "checkpoint": checkpoint.name,
+        "checkpoint": job.checkpoint.path.name,
         "data": None if data is None else data.name,
         "images": len(wanted),
         "samples": samples,
@@ -235,8 +252,9 @@ def main(checkpoints: tuple[Path, ...], folders: tuple[Path, ...], out: Path) ->
     """Compare every form with the float32 checkpoint, write the record and print its tables."""
     if folders and len(folders) != len(checkpoints):
         raise click.UsageError("--data: name one folder for each --checkpoint, or none")
-    pairs = zip(checkpoints, folders or (None,) * len(checkpoints), strict=True)
-    runs = [measure(checkpoint, data) for checkpoint, data in pairs]
+    data = folders or (None,) * len(checkpoints)
+    jobs = [load(*pair) for pair in zip(checkpoints, data, strict=True)]
+    runs = [measure(*pair) for pair in zip(jobs, data, strict=True)]
     found = {"what": __doc__, "machine": describe_machine(), "runs": runs}
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     for run in runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmark_scripts import load_script
 from calibration import calibrate
 from click.testing import CliRunner
 from plan_twin import run_plan
-from tiny import make_model, tables_of
+from tiny import make_model, make_seda, tables_of, write_checkpoint
 from tolerances import FLOAT32_LOOP, INT8
 
 from marnet_export.build.native import loop_layers
@@ -91,3 +92,21 @@ def test_every_form_is_held_to_the_checkpoint(script, small, tmp_path):
     errors = {one["form"]: one["refined_error"] for one in others}
     assert errors["16 bits"] < errors["fixed ranges, 8 bits"]
     assert "activations not rounded" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(make_model, progressive=True), partial(make_seda, latent=10, handover="carry")],
+)
+def test_a_loop_that_the_native_one_does_not_run_is_refused_before_any_work(
+    script, make, small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script, "measure", lambda *_: pytest.fail("it works already"))
+    other, out = write_checkpoint(make(), tmp_path / "other"), tmp_path / "found.json"
+    arguments = [f"--checkpoint={small}", f"--checkpoint={other}", f"--out={out}"]
+    result = CliRunner().invoke(script.main, arguments)
+    assert result.exit_code == 2
+    assert "its denoiser is progressive or its handover is carry, and the native loop" in " ".join(
+        result.stderr.split()
+    )
+    assert not out.exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tiny import make_model
+from tiny import make_model, make_seda
 
 from loop_peers import PEERS
 from marnet_bench import loop, loop_candidates
@@ -242,6 +242,11 @@ def test_the_default_model_has_the_paper_s_widths_and_always_the_same_weights():
 def test_a_progressive_denoiser_is_refused_before_anything_is_measured():
     with pytest.raises(InvalidInput, match=r"has a progressive denoiser, .* measure its bundle"):
         run_loop(make_model(progressive=True), batches=[1], warmup=0, duration=0)
+
+
+def test_a_chain_that_carries_another_on_is_refused_before_anything_is_measured():
+    with pytest.raises(InvalidInput, match=r"starts from what stage 1 left, .* measure its bundle"):
+        run_loop(make_seda(latent=10, handover="carry"), batches=[1], warmup=0, duration=0)
 
 
 def test_without_a_checkout_plain_torch_is_the_peer_and_it_says_so(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from quick import kept
-from tiny import make_model, plain_refine, tables_of
+from tiny import make_model, make_seda, plain_refine, tables_of
 from tolerances import BUILT, FLOAT32_LAYER
 
 from marnet_export.build import torchscript as torchscript_builder
@@ -21,6 +21,7 @@ from marnet_export.build.tracing import quiet
 from marnet_export.build.types import Types
 from marnet_export.lower.methods import lower, lower_marnet
 from marnet_export.lower.plan import make_plan
+from marnet_export.lower.seda import seeing_plan
 from marnet_export.settings import Settings, check_types, order_for
 from marnet_sdk.backends import Backend, open_backend, torch_device
 from marnet_sdk.backends.torchscript import ENCODER, REFINE, traced_on
@@ -30,6 +31,7 @@ from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SAMPLERS, ScheduleConfig, sampler_table
 from marnet_train.models.marnet import MARNet
+from marnet_train.models.seda import SeDA
 
 BACKENDS = ("torchscript", "onnxruntime")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -74,7 +76,8 @@ def deployed_logits(
 ) -> Floats:
     """[B, K, C], through tables made as the SDK makes them."""
     table = sampler_table(model.config.schedule, sampler, steps)
-    tables = tables_of(model, make_plan(model), table, **noise)
+    plan = seeing_plan(model) if isinstance(model, SeDA) else make_plan(model)
+    tables = tables_of(model, plan, table, **noise)
     return backend.refine(backend.encode(pixels), tables)[0]
 
 
@@ -83,7 +86,7 @@ def eager_logits(
     model: MARNet, pixels: Floats, *, sampler: str = "ddpm", steps: int, **noise
 ) -> Floats:
     table = sampler_table(model.config.schedule, sampler, steps)
-    x_v = model.vision(torch.from_numpy(pixels)).numpy()
+    x_v = model.see(model.vision(torch.from_numpy(pixels))).numpy()
     return plain_refine(model, table, x_v, **noise)[0]
 
 
@@ -170,6 +173,38 @@ def test_a_progressive_loop_is_built_too(backend, hidden, sampler, steps, fresh)
     how = {"sampler": sampler, "steps": steps, "seed": 9, "samples": 2}
     got = deployed_logits(run, model, pixels, **how)
     assert_close(got, eager_logits(model, pixels, **how), FLOAT32_LAYER)
+
+
+@pytest.mark.parametrize(
+    ("backend", "hidden", "progressive"),
+    kept(
+        [
+            (backend, hidden, progressive)
+            for backend in (*BACKENDS, "openvino", "aotinductor")
+            for hidden in (12, WIDE)
+            for progressive in (False, True)
+        ],
+        {("torchscript", WIDE, False), ("onnxruntime", 12, True), ("openvino", WIDE, True)},
+        many=True,
+    ),
+)
+def test_a_chain_that_carries_another_on_is_built_too(backend, hidden, progressive, tmp_path):
+    """With its start, which each image has of its own, at any number of steps and of samples."""
+    how = {"hidden": hidden, "progressive": progressive, "handover": "carry"}
+    model = make_seda(latent=10, steps=9, **how)
+    with torch.no_grad():  # fresh weights leave little
+        model.learner.denoiser.layer4.weight *= 100
+    build(model, backend, "fp32", tmp_path / "payload")
+    run = open_backend(backend, tmp_path / "payload", "fp32", 1)
+    pixels = np.random.default_rng(1).standard_normal((5, 3, 32, 32)).astype(np.float32)
+    with torch.inference_mode():
+        left = model.see(model.vision(torch.from_numpy(pixels)))[:, 20:]
+    assert left.std(dim=0).min() > 0.01
+    for sampler, steps, keys in (("ddpm", 9, None), ("dpmpp", 4, None), ("ddim", 1, range(5))):
+        noise = {"seed": 9, "samples": 2, "keys": keys and [*keys]}
+        got = deployed_logits(run, model, pixels, sampler=sampler, steps=steps, **noise)
+        want = eager_logits(model, pixels, sampler=sampler, steps=steps, **noise)
+        assert_close(got, want, FLOAT32_LAYER)
 
 
 @pytest.mark.parametrize("sampler", kept(SAMPLERS, {"ddpm"}))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from compilers import need_compiler
 from native import make_input
 from plan_twin import run_plan
 from safetensors.numpy import load_file, save_file
-from tiny import make_model, tables_of, write_checkpoint
+from tiny import make_model, make_seda, tables_of, write_checkpoint
 from tolerances import BUILT, FLOAT32_LOOP, FLOAT32_TWICE, INT8
 
 from marnet_export import job
@@ -56,6 +57,11 @@ from marnet_train.diffusion import sampler_table
 KEEP = {1: {"native": 1.0, "graph": 2.0}, 4: {"native": 3.0, "graph": 2.0}}
 DROP = {1: {"native": 2.0, "graph": 1.0}}
 PROGRESSIVE = "the denoiser is progressive, and the native loop feeds no estimate back"
+CARRIED = "the chain starts from what stage 1 left, the native loop from noise"
+LEFT_TO_THE_GRAPH = [
+    (partial(make_model, steps=10, progressive=True), PROGRESSIVE),
+    (partial(make_seda, latent=10, steps=10, handover="carry"), CARRIED),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -336,18 +342,22 @@ def test_a_backend_without_a_place_for_it_says_so(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_progressive_denoiser_leaves_the_loop_to_the_graph_and_says_so(tmp_path):
-    checkpoint = write_checkpoint(make_model(steps=10, progressive=True), tmp_path / "untrained")
+@pytest.mark.parametrize(("make", "why"), LEFT_TO_THE_GRAPH)
+def test_a_loop_that_it_does_not_run_is_left_to_the_graph_which_is_said(make, why, tmp_path):
+    checkpoint = write_checkpoint(make(), tmp_path / "untrained")
     said: list[str] = []
     export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32"), say=said.append)
     assert read_bundle(tmp_path / "b").manifest.loop == "graph"
-    assert said.count(f"the graph runs the loop: {PROGRESSIVE}") == 1
+    assert said.count(f"the graph runs the loop: {why}") == 1
 
 
-def test_for_a_progressive_denoiser_it_is_refused_before_anything_is_built(tmp_path, monkeypatch):
-    checkpoint = write_checkpoint(make_model(steps=10, progressive=True), tmp_path / "untrained")
+@pytest.mark.parametrize(("make", "why"), LEFT_TO_THE_GRAPH)
+def test_for_a_loop_that_it_does_not_run_it_is_refused_before_anything_is_built(
+    make, why, tmp_path, monkeypatch
+):
+    checkpoint = write_checkpoint(make(), tmp_path / "untrained")
     monkeypatch.setattr(job, "builder", lambda _: None)  # it would build nothing
-    with pytest.raises(ExportError, match=f"--loop native: {PROGRESSIVE}; leave --loop out"):
+    with pytest.raises(ExportError, match=f"--loop native: {why}; leave --loop out"):
         export_bundle(checkpoint, tmp_path / "b", settings_of("onnxruntime", "fp32", loop="native"))
     assert not (tmp_path / "b").exists()
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from plan_twin import run_plan
 from quick import kept
-from tiny import make_model, tables_of
+from tiny import make_model, make_seda, tables_of
 from tolerances import FLOAT32_LOOP, FLOAT64
 
 from marnet_export.lower.modules import PlanStep, ScanLoop, ScriptedLoop
 from marnet_export.lower.plan import check_step, make_plan
+from marnet_export.lower.seda import seeing_plan
 from marnet_sdk.errors import ExportError
 from marnet_sdk.noise.trajectory import NoiseTrajectory, draw_trajectory
 from marnet_train.checkpoint import load_checkpoint
@@ -96,6 +97,25 @@ def test_a_progressive_plan_gives_what_the_plain_loop_gives(carry, sampler, step
         model.denoiser.layer1.weight[:, 8:16] = 0  # of the estimate before
     blind = plain_loop(model, table, x_v, drawn)
     assert (np.abs(blind - want).max() > 1e-6) == (steps > 1)
+
+
+@pytest.mark.parametrize("carry", ["hidden", "feature"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("sampler", "steps"), PROGRESSIVE)
+def test_the_plan_of_a_chain_that_carries_another_on_starts_where_that_ended(
+    carry, progressive, sampler, steps
+):
+    model = make_seda(latent=10, steps=10, handover="carry", progressive=progressive).double()
+    table = sampler_table(model.config.schedule, sampler, steps)
+    with torch.no_grad():
+        seen = model.see(torch.from_numpy(features_of(model))).numpy()
+    seen[:, 20:] += features_of(model)  # fresh weights leave little
+    drawn, plan = draw(model, table, 2), seeing_plan(model, carry)
+    got, want = run_plan(plan, table, seen, drawn), plain_loop(model, table, seen, drawn)
+    np.testing.assert_allclose(got, want, rtol=0, atol=FLOAT64 * np.abs(want).max())
+    seen[:, 20:] = 0
+    assert np.abs(run_plan(plan, table, seen, drawn) - want).max() > 1e-6
+    assert plan.multiply_adds_before == plan.condition_weight.size + plan.matrices()["start"].size
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from marnet_train.diffusion import sampler_table, trajectory_tensors
 from marnet_train.models.seda import SeDA
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_seda", "tiny_progressive"])
+@pytest.mark.parametrize("checkpoint", ["tiny_seda", "tiny_progressive", "tiny_carry"])
 def test_the_lowered_encoder_gives_what_the_model_sees(
     checkpoint: str, request: pytest.FixtureRequest
 ) -> None:
@@ -36,9 +36,12 @@ def test_the_lowered_encoder_gives_what_the_model_sees(
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+KINDS = ("seda", "progressive", "carry")
+BACKENDS = ("torchscript", "onnxruntime", "openvino")
+QUICK = [(kind, backend, "fp32") for kind, backend in zip(KINDS, BACKENDS, strict=True)]
 CASES = [
-    (progressive, backend, precision)
-    for progressive in (False, True)
+    (kind, backend, precision)
+    for kind in KINDS
     for backend, precision in (
         ("torchscript", "fp32"),
         ("onnxruntime", "fp32"),
@@ -52,15 +55,17 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("progressive", "backend", "precision"),
+    ("kind", "backend", "precision"),
     [
-        *kept(CASES, [(False, "torchscript", "fp32"), (True, "onnxruntime", "fp32")], many=True),
-        pytest.param(False, "openvino", "bf16", marks=(bf16_only, pytest.mark.slow)),
-        pytest.param(True, "openvino", "bf16", marks=(bf16_only, pytest.mark.slow)),
+        *kept(CASES, QUICK, many=True),
+        *(
+            pytest.param(kind, "openvino", "bf16", marks=(bf16_only, pytest.mark.slow))
+            for kind in KINDS
+        ),
     ],
 )
 def test_a_bundle_answers_as_the_checkpoint_does(
-    progressive: bool,
+    kind: str,
     backend: str,
     precision: str,
     digits: Path,
@@ -71,12 +76,10 @@ def test_a_bundle_answers_as_the_checkpoint_does(
 
     In other types a checkpoint must have learnt something, or all answers are close calls.
     """
-    few, many = ("tiny_seda", "seda_checkpoint")
-    if progressive:
-        few, many = ("tiny_progressive", "progressive_checkpoint")
+    few, many = f"tiny_{kind}", f"{kind}_checkpoint"
     checkpoint: Path = request.getfixturevalue(few if precision == "fp32" else many)
     path = tmp_path / "seda.marnet"
-    text = not progressive  # it takes seconds
+    text = kind == "seda"  # it takes seconds
     export_bundle(checkpoint, path, Settings(backend, precision, min_agreement=0.97, text=text))
     images = [e.image for e in read_split(digits / "test", needs_text=False)[:40]]
     model = load_checkpoint(checkpoint).model

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_model, tables_of
+from tiny import make_model, make_seda, tables_of
 from tolerances import BUILT, CAPTURED_LOOP, FLOAT32_TWICE
 
 from marnet_export.build.builder import Order
 from marnet_export.build.torchscript import build_encoder, build_refine
 from marnet_export.build.types import Types
-from marnet_export.lower.methods import lower_marnet
+from marnet_export.lower.methods import lower, lower_marnet
 from marnet_export.lower.modules import Refine, ScriptedLoop
 from marnet_export.lower.plan import make_plan
 from marnet_kernels.reverse_sampler import pack_condition, pack_tables, reverse_sampler_reference
@@ -502,6 +502,15 @@ def test_a_progressive_loop_is_left_to_operators():
     refine = Refine(ScriptedLoop(lowered.step(torch.float16)), lowered.head)
     assert torch_cuda.loop_parts(refine, "fp16") == (
         "the bundle's denoiser is progressive, and the persistent kernel feeds nothing back"
+    )
+
+
+def test_a_chain_that_carries_another_on_is_left_to_operators():
+    lowered = lower(make_seda(latent=10, handover="carry"))
+    refine = Refine(ScriptedLoop(lowered.step(torch.float16)), lowered.head)
+    assert lowered.step(torch.float16).kernel_weights() is None
+    assert torch_cuda.loop_parts(refine, "fp16") == (
+        "the bundle's chain starts from what stage 1 left, the persistent kernel from noise"
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from marnet_sdk.errors import DataError, OutputExists, RecipeError
 from marnet_train import phases
 from marnet_train.cli import main
+from marnet_train.diffusion import ScheduleConfig
 from marnet_train.measures import student_interval
 from marnet_train.progress import Progress
 from marnet_train.tables import subject
@@ -34,6 +35,7 @@ RECIPE = change(
     refinement={"epochs": 1, "views": 1},
     fusion_phase={"epochs": 1, "draws": 1},
 )
+SEDA = change(replace(RECIPE, method="seda"), semantic={"epochs": 1})
 FUSIONS = ("concat", "add", "mul", "sum", "hm")
 BRANCHES = ("alignment", "+MLP", "refined", "MARNet")
 
@@ -225,6 +227,8 @@ def test_what_cannot_be_trained_is_refused_before_any_training(data: Path, tmp_p
         ablate(data, replace(RECIPE, method="seda"), tmp_path / "out", controls=("joint",))
     with pytest.raises(RecipeError, match="has it already; set progressive = false, and the"):
         ablate(data, replace(RECIPE, progressive=True), tmp_path / "out", controls=["progressive"])
+    with pytest.raises(RecipeError, match="has method marnet and handover restart; add --method"):
+        ablate(data, RECIPE, tmp_path / "out", controls=["carry"])
     for split in ("train", "val"):
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / split).symlink_to(data / split)
@@ -248,6 +252,14 @@ def test_what_cannot_be_trained_is_refused_before_any_training(data: Path, tmp_p
 )
 def test_a_control_changes_one_thing_of_the_recipe(kind: str, seen: dict[str, Any]) -> None:
     assert changed(RECIPE, kind) == replace(RECIPE, **seen)
+
+
+def test_the_control_carry_gives_both_stages_one_schedule() -> None:
+    linear = ScheduleConfig("linear", steps=20)
+    one = replace(linear, steps=SEDA.semantic_schedule.steps)
+    found = changed(replace(SEDA, schedule=linear), "carry")
+    assert found == replace(SEDA, schedule=linear, handover="carry", semantic_schedule=one)
+    assert changed(found, "marnet").handover == "restart"
 
 
 def test_another_loss_has_its_papers_weight_or_as_many_tries_as_ita() -> None:
@@ -296,17 +308,28 @@ def test_every_control_is_trained_and_compared(kind: str, data: Path, tmp_path: 
 def test_seda_is_compared_with_its_peer_without_the_semantic_learner(
     data: Path, tmp_path: Path
 ) -> None:
-    recipe = replace(RECIPE, method="seda", semantic=replace(RECIPE.semantic, epochs=1))
+    recipe = change(SEDA, vision={**SEDA.vision, "hidden_sizes": [4, 12]})
     joined = ablate(data, recipe, tmp_path / "out", seeds=(0,), controls=("labels",))
     found = set(joined["summary"])
     assert {"semantic learner", "labels: semantic learner", "marnet: refined"} <= found
     assert {"marnet: +CDR on the baseline", "marnet: CE alone, fused"} <= found
     assert not {"marnet: semantic learner", "+CDR on the baseline"} & found
-    of_progressive = {"semantic learner", "refined", "MARNet"}
-    assert {f"progressive: {name}" for name in of_progressive} <= found
-    assert {f"{name} - progressive: {name}" for name in of_progressive} <= set(joined["pairs"])
+    of_peers = {"semantic learner", "refined", "MARNet"}
+    for peer in ("progressive", "carry"):
+        assert {f"{peer}: {name}" for name in of_peers} <= found
+        assert {f"{name} - {peer}: {name}" for name in of_peers} <= set(joined["pairs"])
     assert joined["settings"]["method"] == "seda"
     assert "SeDA, recipe custom" in (tmp_path / "out/ablation.md").read_text()
+
+
+@pytest.mark.slow
+def test_carry_is_left_out_with_its_reason_where_the_widths_differ(
+    data: Path, tmp_path: Path
+) -> None:
+    joined = ablate(data, SEDA, tmp_path / "out", seeds=(0,), controls=())
+    assert "their widths must be equal, got 8 and 12" in joined["left_out"]["carry"]
+    assert "progressive: refined" in joined["summary"]
+    assert not any(name.startswith("carry") for name in joined["summary"])
 
 
 @pytest.mark.slow

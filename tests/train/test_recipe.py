@@ -153,6 +153,7 @@ def test_a_whole_number_may_stand_for_a_fraction(tmp_path: Path) -> None:
         (f"{ENCODERS}[refinement]\nlr = true\n", "lr must be float, got True"),
         (f"fusion = 3\n{ENCODERS}", "fusion must be str, got 3"),
         (f"progressive = 1\n{ENCODERS}", "progressive must be bool, got 1"),
+        (f'handover = "cary"\n{ENCODERS}', "handover 'cary' is unknown. Did you mean 'carry'"),
         (f"{ENCODERS}[augment]\nflip = 1\n", "augment: flip must be bool, got 1"),
         (f"schedule = 100\n{ENCODERS}", "schedule must be a table, got 100"),
         (

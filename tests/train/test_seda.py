@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import BERT, RESNET
+from tiny import make_seda
 from tiny_training import SEDA, TINY, change
 from tolerances import CLASS_SHARE, FLOAT32_LAYER
 from torch import Tensor, nn
@@ -24,31 +24,12 @@ from marnet_train.diffusion import (
     sample,
     sampler_table,
 )
-from marnet_train.models.seda import SeDA, SedaConfig
+from marnet_train.models.seda import SeDA
 from marnet_train.phases import Features
 from marnet_train.recipe import METHODS, SemanticPhase
 from marnet_train.semantic_learner import with_mistakes
 
 CHAINS = 20_000  # of the exact denoiser
-
-
-def make_seda(width: int = 10, classes: int = 3, *, progressive: bool = False) -> SeDA:
-    torch.manual_seed(0)
-    config = SedaConfig(
-        vision={**RESNET, "hidden_sizes": [width]},
-        text={**BERT, "hidden_size": 8, "num_attention_heads": 2},
-        labels=tuple("abcdefgh"[:classes]),
-        dim=6,
-        hidden=12,
-        time_dim=6,
-        schedule=ScheduleConfig(steps=8),
-        semantic_steps=4,
-        progressive=progressive,
-    )
-    model = SeDA(config).eval()
-    model.vision_mean.copy_(torch.randn(width))
-    model.vision_std.copy_(0.3 + torch.rand(width))
-    return model
 
 
 class ExactDenoiser:
@@ -258,7 +239,7 @@ def test_training_reports_the_semantic_learner_and_its_checkpoint_is_read_back(
     assert not loaded.model.learner.centres.eq(0).all()
 
 
-TRAINED = ["seda_checkpoint", "progressive_checkpoint"]
+TRAINED = ["seda_checkpoint", "progressive_checkpoint", "carry_checkpoint"]
 
 
 @pytest.mark.slow
@@ -282,7 +263,7 @@ def test_stage_1_agrees_with_the_alignment_branch(
     pixels = torch.from_numpy(loaded.preprocess.pixels([e.image for e in images]))
     with torch.no_grad():
         seen = model.see(model.vision(pixels))
-        s = seen[:, model.vision.dim :]
+        s = seen[:, model.vision.dim : 2 * model.vision.dim]
         nearest = torch.cdist(s, model.learner.centres).argmin(dim=1)
         agree = nearest == model.alignment_logits(seen).argmax(dim=1)
     assert agree.float().mean() > 0.9

@@ -454,7 +454,7 @@ def test_phase_b_is_judged_by_chains_like_those_that_classify(digits: Path) -> N
     model = trained.model
     seen = ready.splits["val"].seen_by(model.vision, frozen=False)
     refiner = Refiner.of(model)
-    looked = refiner_probabilities(refiner, model.condition(seen.x_v), recipe, 0, one_pass=False)
+    looked = refiner_probabilities(refiner, model, seen.x_v, 0, one_pass=False)
     assert looked.shape == (30, 10)
     torch.testing.assert_close(
         looked.sum(dim=1), torch.ones(30), rtol=FLOAT32_TWICE, atol=FLOAT32_TWICE

@@ -28,7 +28,16 @@ from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_to
 def build_model(
     recipe: Recipe, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> MARNet:
-    """Build the model of a recipe; the same seed gives the same initial weights."""
+    """Build the model of a recipe; the same seed gives the same initial weights.
+
+    Raises:
+        RecipeError: a setting that the method does not have, or a model that cannot be.
+    """
+    if recipe.handover != "restart" and recipe.method != "seda":
+        raise RecipeError(
+            f"handover {recipe.handover!r} leads from one stage of SeDA to the other, and the "
+            f"method is {recipe.method}; add --method seda, or leave handover out"
+        )
     torch.manual_seed(seed)
     text = dict(recipe.text)
     if "pretrained" not in text:

@@ -18,6 +18,12 @@ _ABOUT = {
 }
 
 
+_HANDOVERS = {
+    "restart": "Its handover is restart: the second starts from noise of its own.",
+    "carry": "Its handover is carry: one chain passes through both.",
+}
+
+
 def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> str:
     """Return README.md of a checkpoint.
 
@@ -37,6 +43,10 @@ def model_card(path: Path, training: dict[str, Any], labels: Sequence[str]) -> s
     settings = ", ".join(f"{name} = {value:.4g}" for name, value in training["chosen"].items())
     images = ", ".join(f"{count} {split}" for split, count in training["data"]["images"].items())
     versions = ", ".join(f"{k} {v}" for k, v in training["versions"].items())
+    method = training["settings"]["method"]
+    handover = ""
+    if method == "seda":
+        handover = f" {_HANDOVERS[training['settings']['handover']]}"
     return f"""---
 library_name: marnet
 license: other
@@ -44,7 +54,7 @@ tags: [image-classification, diffusion, privileged-information]
 ---
 # {path.name}
 
-{_ABOUT[training["settings"]["method"]]} Text is not needed to classify.
+{_ABOUT[method]}{handover} Text is not needed to classify.
 
 - classes: {len(labels)} ({", ".join(labels[:12])}{", ..." if len(labels) > 12 else ""})
 - recipe: `{training["recipe"]}`, seed {training["seed"]}, {training["seconds"]} s

@@ -234,8 +234,8 @@ _OVER_SEEDS = (
     "--controls",
     default="random,shuffled,labels",
     show_default=True,
-    help="What takes the text's place, or trains otherwise: of these, moving, joint, "
-    "progressive, and the alignment losses swd, ssan, cdd, sdm, team. Each is a whole training.",
+    help="What takes the text's place, or trains otherwise: of these, moving, joint, progressive, "
+    "carry, and the alignment losses swd, ssan, cdd, sdm, team. Each is a whole training.",
 )
 def ablate(controls: str, **settings: Any) -> None:
     """Train a method, its parts and its controls with several seeds, and write the tables.

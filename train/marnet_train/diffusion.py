@@ -12,7 +12,8 @@ Every sampler here is nothing but a table. With x0 the network's estimate of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,31 @@ class ScheduleConfig:
                 f"{self.first_beta} and last_beta {self.last_beta}"
             )
 
+    def alone(self, steps: int | None = None) -> ScheduleConfig:
+        """Return the schedule as no stage of a chain, with another T if one is given."""
+        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(ScheduleConfig)}
+        settings["steps"] = self.steps if steps is None else steps
+        return ScheduleConfig(**settings)
+
+
+@dataclass(frozen=True)
+class StageConfig(ScheduleConfig):
+    """This is the part of a noise schedule that one of two stages has, of the same chain.
+
+    The stage counts its levels by itself: it begins at t = `steps`, and ends at t = 0. The second
+    stage is a bridge. Where it begins, the mean of x_t is what the first stage led to, and it moves
+    from there to x_0 by a share of 1 / T a level. What the first stage led to is known, and x_t is
+    held without it, which leaves the share 1 - t / T of the signal (see `signal_share`).
+    """
+
+    above: int = 0  # levels of the first stage, which this one carries on
+    below: int = 0  # levels of the second stage, which carries this one on
+
+    @property
+    def whole(self) -> ScheduleConfig:
+        """Return the schedule of the whole chain."""
+        return self.alone(self.above + self.steps + self.below)
+
 
 # Named settings, for recipes. `group_linear20` is what the authors' group uses in related work
 # (DDPM's betas, 20 steps). Its abar_T is 0.82, so training never sees anything like the pure noise
@@ -75,7 +101,12 @@ def linear_betas(steps: int, first: float = 1e-4, last: float = 0.02) -> NDArray
 
 
 def alphas_cumprod(config: ScheduleConfig) -> NDArray[np.float64]:
-    """Make abar_0..abar_T in float64, with abar_0 = 1. Shape [T + 1]."""
+    """Make abar_0..abar_T in float64, with abar_0 = 1. Shape [T + 1].
+
+    Those of a stage are a part of its whole chain's, and abar_0 is where the stage ends.
+    """
+    if isinstance(config, StageConfig):
+        return alphas_cumprod(config.whole)[config.below : config.below + config.steps + 1]
     if config.kind == "linear":
         betas = linear_betas(config.steps, config.first_beta, config.last_beta)
     else:
@@ -83,11 +114,32 @@ def alphas_cumprod(config: ScheduleConfig) -> NDArray[np.float64]:
     return np.concatenate([[1.0], np.cumprod(1 - betas)])
 
 
+def signal_share(config: ScheduleConfig) -> NDArray[np.float64]:
+    """Make the share of sqrt(abar_t) that the mean of x_t has of x_0, for t = 0..T. Shape [T + 1].
+
+    It is 1, but of a bridge 1 - t / T.
+    """
+    if isinstance(config, StageConfig) and config.above:
+        return 1 - np.arange(config.steps + 1) / config.steps
+    return np.ones(config.steps + 1)
+
+
+def first_deviation(config: ScheduleConfig) -> float:
+    """Return the standard deviation of the noise that x_T is drawn with: 1.
+
+    But of a bridge it is that of its level, because there is more than noise above it.
+    """
+    if isinstance(config, StageConfig) and config.above:
+        return float(np.sqrt(1 - alphas_cumprod(config)[-1]))
+    return 1.0
+
+
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
     """Draw x_t from q(x_t | x_0): MARNet eq. (15).
 
     Args:
-        x0, noise: [B, D]. t: [B] integers in 1..T. abar: [T + 1] as from `alphas_cumprod`.
+        x0: [B, D]; of a bridge, times its `signal_share` at t. noise: [B, D]. t: [B] integers in
+            1..T. abar: [T + 1] as from `alphas_cumprod`.
     """
     a = abar[t][:, None]  # [B, 1]
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
@@ -120,8 +172,8 @@ class SamplerTable:
 
 
 # Each sampler makes its rows from abar at the timesteps it visits and, last, at the one where it
-# ends: `nodes`, [S + 1], increasing. t is where a step begins, p where it ends. Where p = 0, so
-# abar_p = 1, every sampler's row is (0, 1, 0, 0): the chain ends in the network's own estimate.
+# ends: `nodes`, [S + 1], increasing. t is where a step begins, p where it ends. Where abar_p = 1,
+# every sampler's row is (0, 1, 0, 0): the chain ends in the network's own estimate.
 
 
 def ddpm_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -159,13 +211,18 @@ def ddim_rows(nodes: NDArray[np.float64], eta: float = 0.0) -> NDArray[np.float6
     return np.stack([from_x, from_x0, np.zeros_like(sigma), sigma], axis=1)
 
 
-def dpmpp_rows(nodes: NDArray[np.float64]) -> NDArray[np.float64]:
+def dpmpp_rows(
+    nodes: NDArray[np.float64], share: NDArray[np.float64] | float = 1.0
+) -> NDArray[np.float64]:
     """Make the rows of DPM-Solver++(2M), algorithm 2 of Lu et al. 2022. [S + 1] -> [S, 4].
 
     The paper is arXiv 2211.01095. The first step, and a last one that ends at abar_p = 1, are of
-    first order.
+    first order. So is the second of a bridge, because the first begins without a signal.
+
+    Args:
+        share: of the signal, [S + 1].
     """
-    alpha, sigma = np.sqrt(nodes), np.sqrt(1 - nodes)
+    alpha, sigma = share * np.sqrt(nodes), np.sqrt(1 - nodes)
     ratio = sigma[1:] / sigma[:-1]
     from_x0 = alpha[1:] - ratio * alpha[:-1]  # alpha_p (1 - exp(-h)), also where h is infinite
     previous = np.zeros_like(from_x0)
@@ -195,14 +252,17 @@ def sampler_table(
     if eta and sampler != "ddim":
         raise InvalidInput(f"eta: got {eta} for {sampler}; only ddim has it, so leave it at 0")
     timesteps = sampling_timesteps(config.steps, config.steps if steps is None else steps)
-    nodes = alphas_cumprod(config)[[*timesteps, 0]]
-    if sampler == "ddpm":
-        rows = ddpm_rows(nodes)
-    elif sampler == "ddim":
-        rows = ddim_rows(nodes, eta)
+    visited = [*timesteps, 0]
+    nodes, share = alphas_cumprod(config)[visited], signal_share(config)[visited]
+    if sampler == "dpmpp":
+        rows = dpmpp_rows(nodes, share)
     else:
-        rows = dpmpp_rows(nodes)
-    rows[-1] = 0, 1, 0, 0  # exactly
+        rows = ddpm_rows(nodes) if sampler == "ddpm" else ddim_rows(nodes, eta)
+        if share.min() < 1:  # as much noise as without; the mean goes from its place to the next
+            signal = share * np.sqrt(nodes)
+            rows[:, 1] = signal[1:] - rows[:, 0] * signal[:-1]
+    if nodes[-1] == 1:
+        rows[-1] = 0, 1, 0, 0  # exactly
     return SamplerTable(sampler, config.steps, tuple(timesteps), rows, eta)
 
 

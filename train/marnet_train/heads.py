@@ -81,7 +81,7 @@ class Ends:
 def draw_ends(model: MARNet, features: Features, seen: Labelled, training: Training) -> Ends:
     """Draw x_CDR for phase C: of the cached rows, several times, and of validation."""
     recipe, seed = training.recipe, training.seed
-    draws, table = recipe.fusion_phase.draws, sampler_table(recipe.schedule, "ddpm")
+    draws, table = recipe.fusion_phase.draws, sampler_table(model.config.schedule, "ddpm")
     judged = [refined_features(model, seen.x_v, table, seed, k) for k in range(LOOK_SAMPLES)]
     x_cdr = draw_refined(model, features, training).flatten(0, 1)
     return Ends(features.x_v.repeat(draws, 1), x_cdr, features.labels.repeat(draws), seen, judged)
@@ -98,7 +98,7 @@ def draw_refined(model: MARNet, features: Features, training: Training) -> Tenso
     """
     model.eval()
     generator = torch.Generator().manual_seed(training.seed)
-    table = sampler_table(training.recipe.schedule, "ddpm")
+    table = sampler_table(model.config.schedule, "ddpm")
     shape = (len(table.timesteps), 1024, model.denoiser.dim)
     chunks = features.x_v.split(shape[1])
     draws = []

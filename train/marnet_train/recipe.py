@@ -30,6 +30,7 @@ class Augment:
 METHODS = {"marnet": "MARNet", "seda": "SeDA"}  # name of a method -> how it is written
 Auto = Literal["auto"]  # training tries a few values and keeps the one that is best on validation
 SEMANTICS = ("text", "labels", "random", "shuffled")
+HANDOVERS = ("restart", "carry")  # from SeDA's stage 1 to its stage 2: see models/seda.py
 ALIGNMENTS = ("ita", "swd", "ssan", "cdd", "sdm", "team")  # see losses/alignment.py
 
 
@@ -149,6 +150,7 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     semantic_schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(steps=50))
     semantic_steps: int = 10  # these two are of seda's first stage
+    handover: str = "restart"  # or "carry": one chain passes through both stages of seda
     augment: Augment = field(default_factory=Augment)
     text_phase: TextPhase | None = None
     alignment: AlignmentPhase = field(default_factory=AlignmentPhase)
@@ -159,6 +161,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("semantics", self.semantics, SEMANTICS)
+        check_choice("handover", self.handover, HANDOVERS)
         _check_alignment(self.alignment, self.semantics)
         for phase in (self.alignment, self.refinement):
             if phase.dropout >= 1:

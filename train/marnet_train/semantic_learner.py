@@ -33,7 +33,6 @@ def train_semantic_learner(
     learner.set_centres(condition, features.labels)
     own = {name: getattr(recipe.semantic, name) for name in _OF_STAGE}
     settings = recipe.but(refinement={**own, "pure_noise": 0.0})
-    settings = replace(settings, schedule=recipe.semantic_schedule)
     target = replace(features, x_s=learner.centres[features.labels])
 
     @torch.no_grad()
@@ -41,7 +40,7 @@ def train_semantic_learner(
         return score(learner.classifier(learner(judged)).softmax(dim=1), seen.labels)
 
     train_refinement(
-        Refiner(learner.denoiser, learner.classifier, learner.train_steps),
+        Refiner(learner.denoiser, learner.classifier, model.config.semantic_schedule),
         condition,
         target,
         replace(training, recipe=settings),
@@ -53,13 +52,13 @@ def train_semantic_learner(
 
 @torch.no_grad()
 def with_mistakes(model: SeDA, features: Features, recipe: Recipe, seed: int) -> Features:
-    """Put [x_v ; s] in the place of training features, with s as unsure as on other images.
+    """Put what `see` makes in the place of training features, with s as unsure as on other images.
 
     A share of `wrong` gets the centre of another class, drawn from the alignment classifier's
-    probabilities at temperature 2; all get noise of deviation `jitter`.
+    probabilities at temperature 2; all get noise of deviation `jitter`. What stage 1 left stays.
     """
     seen = see(model, features.x_v)
-    x_v, s = seen.split(model.vision.dim, dim=1)
+    x_v, s, *left = seen.split(model.vision.dim, dim=1)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(s))
     chances = (model.alignment_logits(x_v) / 2).softmax(dim=1).cpu() + 1e-9
@@ -68,4 +67,4 @@ def with_mistakes(model: SeDA, features: Features, recipe: Recipe, seed: int) ->
     wrong = torch.rand(len(s), 1, generator=generator) < recipe.semantic.wrong
     s = torch.where(wrong.to(s.device), model.learner.centres[other], s)
     noise = torch.randn(s.shape, generator=generator).to(s)
-    return replace(features, x_v=torch.cat([x_v, s + recipe.semantic.jitter * noise], dim=1))
+    return replace(features, x_v=torch.cat([x_v, s + recipe.semantic.jitter * noise, *left], dim=1))

@@ -247,12 +247,13 @@ class _Course:
         Args:
             features, seen: what everything behind the encoder gets, of training and validation.
         """
-        condition, judged = (self.model.condition(x.x_v) for x in (features, seen))
+        model = self.model
+        condition, judged = (model.condition(x.x_v) for x in (features, seen))
         recipe, seed = self.training.recipe, self.training.seed
 
         def train(refiner: Refiner, weight: float, title: str, *, one_pass: bool) -> float:
             def look() -> float:
-                found = refiner_probabilities(refiner, judged, recipe, seed, one_pass=one_pass)
+                found = refiner_probabilities(refiner, model, seen.x_v, seed, one_pass=one_pass)
                 return score(found, seen.labels)
 
             training = self.having(refinement={"norm_weight": weight})
@@ -266,7 +267,7 @@ class _Course:
 
         given, weight = recipe.refinement.norm_weight, 1.0
         weights = norm_weights(features.x_s.shape[1]) if given == "auto" else (given,)
-        for name, refiner in (("+MLP", self.mlp), ("refinement", Refiner.of(self.model))):
+        for name, refiner in (("+MLP", self.mlp), ("refinement", Refiner.of(model))):
             one = partial(train, one_pass=name == "+MLP")
             weight = self.stages.choose(
                 f"gamma of {name}",
@@ -297,7 +298,7 @@ class _Course:
 
     def _enough_samples(self, seen: Labelled) -> int:
         def attempt() -> list[float]:
-            table = sampler_table(self.training.recipe.schedule, "ddpm")
+            table = sampler_table(self.model.config.schedule, "ddpm")
             drawn = [
                 sample_probabilities(self.model, seen.x_v, table, noise, max(SAMPLES))[1]
                 for noise in NOISE_SEEDS

@@ -45,6 +45,8 @@ def why_not(builder: Builder, lowered: Lowered) -> str | None:
         return "the method's loop is not of the form that it runs"
     if lowered.plan.fed:
         return "the denoiser is progressive, and the native loop feeds no estimate back"
+    if lowered.plan.start_weight is not None:
+        return "the chain starts from what stage 1 left, the native loop from noise"
     return compile_library()
 
 

@@ -188,19 +188,26 @@ def on_device(module: nn.Module, compute: torch.dtype, device: str, *example: Te
 class Step(nn.Module):
     """A method defines one step here; `ScriptedLoop` and `ScanLoop` repeat it.
 
-    Between the steps, a loop carries a state [B, K, W] that starts at zero and is linear in what
-    the steps gain: state = A state + B gained + C gained_before. But its last `fed` elements are
-    those that the last step gained, for a network that sees its last estimate. A step with B = 0
-    makes no estimate, and feeds nothing.
+    Between the steps, a loop carries a state [B, K, W], which is zero at first, or what `begin`
+    gives if the method `starts` it. It is linear in what the steps gain:
+    state = A state + B gained + C gained_before. But its last `fed` elements are those that the
+    last step gained, for a network that sees its last estimate. A step with B = 0 makes no
+    estimate, and feeds nothing.
     """
 
-    def __init__(self, width: int, fed: int = 0) -> None:
-        """Take the width W of the state, and how much of it is fed back as it is gained."""
+    def __init__(self, width: int, fed: int = 0, *, starts: bool = False) -> None:
+        """Take the width W of the state, how much of it is fed back as it is gained, and whether
+        `begin` gives the first one.
+        """
         super().__init__()
-        self.width, self.fed = width, fed
+        self.width, self.fed, self.starts = width, fed, starts
 
     def condition(self, x_v: Tensor) -> Tensor:
         """Once per image: x_v [B, D_v] -> q [B, 1, H]."""
+        raise NotImplementedError
+
+    def begin(self, x_v: Tensor) -> Tensor:
+        """Once per image, where the method starts the state: x_v [B, D_v] -> [B, 1, W]."""
         raise NotImplementedError
 
     def gain(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
@@ -227,7 +234,8 @@ class PlanStep(Step):
     """A step of MARNet's sampling plan; everything but its products is float32."""
 
     def __init__(self, plan: SamplingPlan, compute: torch.dtype = torch.float32) -> None:
-        super().__init__(width=len(plan.carry_weight), fed=plan.fed)
+        start = plan.start_weight
+        super().__init__(len(plan.carry_weight), plan.fed, starts=start is not None)
 
         def matrix(weight: NDArray, bias: NDArray | None = None) -> Matrix:
             return Matrix(
@@ -240,6 +248,7 @@ class PlanStep(Step):
         self.mean = nn.Parameter(mean, requires_grad=False)
         self.std = nn.Parameter(std, requires_grad=False)
         self.into_condition = matrix(plan.condition_weight)
+        self.into_start = nn.Identity() if start is None else matrix(start)
         self.input = nn.Identity() if plan.carry == "hidden" else matrix(plan.input_weight)
         self.hidden2 = matrix(*plan.hidden2)
         self.hidden3 = matrix(*plan.hidden3)
@@ -248,7 +257,12 @@ class PlanStep(Step):
         self.slope = LEAKY_SLOPE
 
     def condition(self, x_v: Tensor) -> Tensor:
+        if self.starts:
+            x_v = x_v[:, : self.mean.shape[0]]
         return self.into_condition((x_v - self.mean) / self.std).unsqueeze(1)
+
+    def begin(self, x_v: Tensor) -> Tensor:
+        return self.into_start(x_v[:, self.mean.shape[0] :]).unsqueeze(1)
 
     def hidden(self, state: Tensor, q: Tensor, row: Tensor) -> Tensor:
         """Compute h3 of one step, [B, K, H]."""
@@ -273,7 +287,7 @@ class PlanStep(Step):
         operands: dict[torch.dtype, Operand] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
         layers = {"hidden2": self.hidden2, "hidden3": self.hidden3, "carry": self.carry}
         operand = operands.get(self.carry.matrix.dtype)
-        if operand is None or self.fed or not isinstance(self.input, nn.Identity):
+        if operand is None or self.fed or self.starts or not isinstance(self.input, nn.Identity):
             return None
         return LoopWeights(
             {name: layer.matrix.float().numpy() for name, layer in layers.items()},
@@ -302,19 +316,22 @@ class ScriptedLoop(nn.Module):
         self.step, self.width = step, step.width
 
     def start(self, x_v: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q [B, 1, H] and the state before the first step, zeros [B, K, W].
+        """Return q [B, 1, H] and the state before the first step [B, K, W]: zeros, or `begin`.
 
         row: [1 or B, K, R], any of the table.
         """
         q = self.step.condition(x_v)
         # Computed of both, so that exporters see where its shape comes from.
         zero = (q[:, :, :1] + row[:, :, :1]) * 0.0  # [B, K, 1]
-        return q, zero + torch.zeros(self.width, device=x_v.device)
+        state = zero + torch.zeros(self.width, device=x_v.device)
+        if self.step.starts:
+            state = state + self.step.begin(x_v)
+        return q, state
 
     def forward(self, x_v: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
         """Map x_v [B, D_v], coefficients [S, 3] and bias [S, 1 or B, K, R] to x_CDR [B, K, D]."""
         q, state = self.start(x_v, bias[0])
-        previous = state
+        previous = torch.zeros_like(state)
         last = coefficients.shape[0] - 1
         for i in range(last):
             gained = self.step.gain(state, q, bias[i])  # [B, K, W]

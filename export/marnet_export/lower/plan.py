@@ -9,6 +9,8 @@ holds time, noise and b4:
 A progressive denoiser also has Wp r in its h1, with r = x0_previous. For it, the loop carries
 f = Mp h3_previous + Wp b4 beside p, with Mp = Wp W4, and zero in the first step:
     h1 = a(p + f + q + bias_i) .
+A chain may start from more than noise, x_T = n eps + c, where c depends on the image. Then p is
+Wx c at first, and not zero. `fold` is given its arrays in units of n, so that its noise is eps.
 docs/how-it-works.md derives it. A, B, C and bias are inputs: the plan knows no sampler or steps.
 Axes: T train steps, S sampling steps, K noise samples, D feature, H hidden, W carried state (H or
 D, and H more for f), N images.
@@ -51,6 +53,8 @@ class SamplingPlan:
     output: tuple[Array, Array]  # [D, H], [D]: W4, b4
     time_dim: int  # E, of the network before the rewrite
     carry_bias: Array | None = None  # [W] of a progressive loop: zeros, and Wp b4
+    start_weight: Array | None = None  # [W, D]: from c, which follows x_v, to the first state
+    start_noise: float = 1.0  # standard deviation of the noise that x_T has
 
     @property
     def fed(self) -> int:
@@ -72,6 +76,12 @@ class SamplingPlan:
         hidden = self.input_weight.shape[0]
         into = 0 if self.carry == "hidden" else self.input_weight.size
         return into + 2 * hidden * hidden + self.carry_weight.size
+
+    @property
+    def multiply_adds_before(self) -> int:
+        """Count the multiply-adds per image before the loop: of the condition, and of the start."""
+        start = 0 if self.start_weight is None else self.start_weight.size
+        return self.condition_weight.size + start
 
     @property
     def products(self) -> int:
@@ -98,7 +108,7 @@ class SamplingPlan:
         hidden, dim = self.input_weight.shape
         size = _BYTES[compute]
         before, after = self.plain_multiply_adds, self.multiply_adds
-        condition = self.condition_weight.size
+        before_loop = self.multiply_adds_before
         plain_state, state = 4 * 2 * dim, 4 * 2 * self.carry_weight.shape[0]
         return [
             ("multiply-adds, per image and step", f"{before:,}", f"{after:,}"),
@@ -111,7 +121,7 @@ class SamplingPlan:
             ),
             ("state kept, bytes per image", f"{plain_state:,}", f"{state:,}"),
             ("matrix products one after another, per step", "4", str(self.products)),
-            ("multiply-adds before the loop, per image", "0", f"{condition:,}"),
+            ("multiply-adds before the loop, per image", "0", f"{before_loop:,}"),
         ]
 
     def noise_cost(self, table: SamplerTable) -> str:
@@ -134,24 +144,27 @@ class SamplingPlan:
             "carry": self.carry_weight,
             "output": self.output[0],
         }
+        if self.start_weight is not None:
+            found["start"] = self.start_weight
         return found if self.carry == "hidden" else found | {"input": self.input_weight}
 
     def tensors(self, tables: dict[str, SamplerTable]) -> dict[str, NDArray]:
-        """The content of plan.safetensors: what `marnet_sdk.noise.tables.make_tables` folds.
+        """The content of plan.safetensors: what `marnet_sdk.noise.tables.make_tables` folds, whose
+        unit is the deviation of the noise of x_T.
 
         Args:
             tables: the sampler of each operating point.
         """
         arrays: dict[str, NDArray] = {
             "time_bias": self.time_bias,
-            "input_weight": self.input_weight,
-            "output_bias": self.output[1],
+            "input_weight": self.start_noise * self.input_weight,
+            "output_bias": self.output[1] / self.start_noise,
         }
         out: dict[str, NDArray] = {
             name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()
         }
         for name, table in tables.items():
-            out[f"coefficients.{name}"] = np.ascontiguousarray(table.coefficients)
+            out[f"coefficients.{name}"] = table.coefficients / [1, 1, 1, self.start_noise]
         return out
 
 

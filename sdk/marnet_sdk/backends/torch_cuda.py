@@ -57,6 +57,8 @@ def loop_parts(refine: Any, compute: str) -> Parts | str:
         return "the bundle's loop carries the feature and not the hidden state"
     if step.carry.matrix.shape[0] > step.carry.matrix.shape[1]:
         return "the bundle's denoiser is progressive, and the persistent kernel feeds nothing back"
+    if hasattr(getattr(step, "into_start", None), "matrix"):
+        return "the bundle's chain starts from what stage 1 left, the persistent kernel from noise"
     if compute not in ("fp16", "bf16"):
         return f"the persistent kernel multiplies in fp16 or bf16, the bundle in {compute}"
 

@@ -175,7 +175,8 @@ class MARNet(ImageBranch):
         self.project_text = nn.Linear(d_s, config.dim)  # E_s, training only
         self.alignment_classifier = nn.Linear(config.dim, classes)
         self.denoiser = Denoiser(
-            d_s, self.seen_width(), config.hidden, config.time_dim, progressive=config.progressive
+            *(d_s, self.condition_width(), config.hidden, config.time_dim),
+            progressive=config.progressive,
         )
         self.semantic_classifier = nn.Linear(d_s, classes)
         fused = sum(widths) if config.fusion == "concat" else widths[0]
@@ -186,8 +187,8 @@ class MARNet(ImageBranch):
             self._statistics("aligned", widths[0])
             self._statistics("refined", widths[1])
 
-    def seen_width(self) -> int:
-        """Tell how wide the vectors are that `see` gives."""
+    def condition_width(self) -> int:
+        """Tell how wide the vectors are that `condition` gives."""
         return self.vision.dim
 
     def _statistics(self, name: str, width: int) -> None:
@@ -223,6 +224,10 @@ class MARNet(ImageBranch):
         """Standardise x_s per dimension: the clean vector that the denoiser estimates."""
         return (x_s - self.text_mean) / self.text_std
 
+    def start(self, x_v: Tensor, initial: Tensor) -> Tensor:
+        """Make x_T of the noise that a chain begins with, `initial` [B, D_s]: the same."""
+        return initial
+
     def refine(
         self,
         x_v: Tensor,
@@ -237,14 +242,16 @@ class MARNet(ImageBranch):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return self.denoiser(x, t, condition)
 
-        return sample(denoise, table, initial, noise, watch, progressive=self.config.progressive)
+        start, progressive = self.start(x_v, initial), self.config.progressive
+        return sample(denoise, table, start, noise, watch, progressive=progressive)
 
     def refine_in_parts(
         self, x_v: Tensor, table: SamplerTable, initial: Tensor, noise: Tensor
     ) -> Tensor:
         """Do as `refine`, with the condition's share of the steps computed once for all of them."""
         denoise = self.denoiser.given(self.condition(x_v))
-        return sample(denoise, table, initial, noise, progressive=self.config.progressive)
+        start, progressive = self.start(x_v, initial), self.config.progressive
+        return sample(denoise, table, start, noise, progressive=progressive)
 
     @property
     def latent_width(self) -> int:

@@ -52,7 +52,7 @@ from marnet_train.trainer import check_apart, provenance
 
 TEXT = "text"  # the training that the controls are compared with
 USUAL = ("random", "shuffled", "labels")
-CONTROLS = (*USUAL, "moving", "joint", "progressive", *ALIGNED)
+CONTROLS = (*USUAL, "moving", "joint", "progressive", "carry", *ALIGNED)
 WEIGHTS = {"swd": 1.0, "ssan": 1.0, "cdd": 0.3, "sdm": 1.0, "team": 1.0}  # of their papers
 NAME = "ablation"
 
@@ -96,7 +96,7 @@ def ablate(
     Args:
         seeds: of the trainings.
         controls: some of `CONTROLS`. Of SeDA, its peer without the semantic learner comes as well,
-            and the one whose denoisers are progressive.
+            the one whose denoisers are progressive, and the one whose chain is carried over.
         damaged: so many test images are measured damaged, too; 0: none.
 
     Returns:
@@ -137,7 +137,8 @@ def _kinds(recipe: Recipe, controls: Sequence[str]) -> list[str]:
         changed(recipe, kind)
     peers = []
     if recipe.method == "seda":
-        peers = ["marnet"] if recipe.progressive else ["marnet", "progressive"]
+        has = {"progressive": recipe.progressive, "carry": recipe.handover == "carry"}
+        peers = ["marnet", *(kind for kind, had in has.items() if not had)]
     return [*dict.fromkeys((TEXT, *peers, *controls))]
 
 
@@ -159,7 +160,7 @@ def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
     if kind == "moving":  # the text encoder starts from random weights and is taught by ITA alone
         return replace(recipe.but(alignment={"lr_text": 1e-3}), text_phase=None)
     if kind == "marnet":
-        return replace(recipe, method="marnet")
+        return replace(recipe, method="marnet", handover="restart")
     if kind == "team" and phase.frozen:  # no tokens are kept, and `_rows` leaves it out
         return recipe
     if kind == "progressive":
@@ -169,6 +170,15 @@ def changed(recipe: Recipe, kind: str, *, search: bool = False) -> Recipe:
                 "recipe has it already; set progressive = false, and the control compares both"
             )
         return replace(recipe, progressive=True)
+    if kind == "carry":
+        if recipe.method != "seda" or recipe.handover == "carry":
+            raise RecipeError(
+                'the control carry trains SeDA with handover = "carry" in place of "restart", and '
+                f"this recipe has method {recipe.method} and handover {recipe.handover}; add "
+                '--method seda and set handover = "restart", and the control compares both'
+            )
+        one = replace(recipe.schedule, steps=recipe.semantic_schedule.steps)
+        return replace(recipe, handover="carry", semantic_schedule=one)
     if kind in ALIGNED:
         few = min(6, max(2, phase.batch // 2)) if kind == "cdd" else phase.per_class
         weight = "auto" if search else WEIGHTS[kind]
@@ -245,7 +255,12 @@ def _rows(
     folder, with_baseline = experiment.folder, kind in (TEXT, "marnet")
     if kind == "team" and recipe.alignment.frozen:
         return _left_out(recipe, kind, "of a frozen image encoder only x_v is kept, no tokens")
-    ready = prepare(folder, recipe, seed, experiment.device)
+    try:
+        ready = prepare(folder, recipe, seed, experiment.device)
+    except RecipeError as error:
+        if kind != "carry":
+            raise
+        return _left_out(recipe, kind, str(error))
     classes, width = len(folder.labels), ready.model.text.dim
     if kind == "labels" and classes > width:
         why = f"{classes} classes have no one-hot vectors in a text width of {width}"

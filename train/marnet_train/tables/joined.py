@@ -26,6 +26,7 @@ PAIRS = (  # a minus b on the same images
     ("+MLP", "CE alone"),
     ("+CDR on the baseline", "+MLP on the baseline"),
     ("semantic learner", "progressive: semantic learner"),
+    ("semantic learner", "carry: semantic learner"),
     ("+MLP on the baseline", "CE alone, on the baseline"),
     *((row, f"{kind}: {row}") for kind in (*INSTEAD, *ALIGNED) for row in BRANCHES),
 )

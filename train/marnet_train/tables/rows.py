@@ -65,7 +65,7 @@ def branch_rows(s: Subject) -> Rows:
 
 def point_rows(s: Subject) -> Rows:
     """Make the rows of other reverse processes with the same weights."""
-    rows, schedule = Rows(), s.training.recipe.schedule
+    rows, schedule = Rows(), s.model.config.schedule
     for count in [n for n in STEPS if n < schedule.steps] + [schedule.steps]:
         drawn = s.answers["refined"], s.answers["MARNet"]
         if count < schedule.steps:
@@ -79,7 +79,7 @@ def point_rows(s: Subject) -> Rows:
 
 
 def _drawn(s: Subject, sampler: str, count: int) -> tuple[Tensor, Tensor]:
-    table = sampler_table(s.training.recipe.schedule, sampler, count)
+    table = sampler_table(s.model.config.schedule, sampler, count)
     return sample_probabilities(s.model, s.test.x_v, table, 0, DRAWS)
 
 
@@ -138,13 +138,14 @@ def again_rows(s: Subject, name: str, again: Again, *, on_baseline: bool) -> Row
     "CE alone, fused" classifies with both branches, as MARNet does.
     """
     side = s.on_baseline if on_baseline else s.own
-    condition, judged = (side.model.condition(x.x_v) for x in (side.features, side.val))
+    condition = side.model.condition(side.features.x_v)
     training = replace(s.training, recipe=s.training.recipe.but(refinement=again.settings()))
     refiner, one_pass = copy.deepcopy(s.fresh), again.one_pass
 
     def look() -> float:
-        recipe, seed = training.recipe, training.seed
-        found = refiner_probabilities(refiner, judged, recipe, seed, one_pass=one_pass)
+        found = refiner_probabilities(
+            refiner, side.model, side.val.x_v, training.seed, one_pass=one_pass
+        )
         return score(found, side.val.labels)
 
     train_refinement(

@@ -29,6 +29,7 @@ INSTEAD = {  # of a training in which something else plays the text, or a part i
     "joint": "one phase for A and B",
     "marnet": "MARNet: no semantic learner",
     "progressive": "denoisers that see their last estimate",
+    "carry": "one chain through both stages",
 }
 TITLES = {  # rows of MARNet's table 2, and the table's own names
     "baseline": "baseline: image only",

@@ -35,11 +35,12 @@ def refined(loop: PlanLoop | StepLoop, x_v: Any, coefficients: Any, bias: Any) -
     iterator, the last is behind it.
     """
     condition, width = loop.condition(x_v), _integer([loop.width])
-    start = op.broadcast(_constant(0.0), op.concat([_size(x_v, 0), _size(bias, 2), width], 0))
+    zero = op.broadcast(_constant(0.0), op.concat([_size(x_v, 0), _size(bias, 2), width], 0))
+    start = keep_float32(op.add(zero, loop.begin(x_v))) if loop.starts else zero
     last = op.gather(bias, _integer(-1), _integer(0))  # [N, K, R]
     found = []
     for looks_back in (True, False):
-        state = _steps(loop, start, condition, coefficients, bias, looks_back=looks_back)
+        state = _steps(loop, start, zero, condition, coefficients, bias, looks_back=looks_back)
         found.append(loop.finish(state, condition, last))
     return found
 
@@ -47,13 +48,14 @@ def refined(loop: PlanLoop | StepLoop, x_v: Any, coefficients: Any, bias: Any) -
 def _steps(
     method: PlanLoop | StepLoop,
     start: Any,
+    zero: Any,
     condition: Any,
     coefficients: Any,
     bias: Any,
     *,
     looks_back: bool,
 ) -> Any:
-    """All steps but the last: start [B, K, W], condition [B, 1, H] -> state [B, K, W]."""
+    """All steps but the last: start and zero [B, K, W], condition [B, 1, H] -> state [B, K, W]."""
     state, previous = (parameter(start.output(0).partial_shape) for _ in range(2))
     q = parameter(condition.output(0).partial_shape)
     row, table = parameter((1, -1, -1, method.row_width)), parameter((1, 3))
@@ -67,12 +69,14 @@ def _steps(
         (kept, _), (_, fed) = (_parted(x, method) for x in (keep_float32(following), gained))
         fed = keep_float32(op.multiply(fed, op.sign(b)))
         following = keep_float32(op.concat([kept, fed.output(0)], -1))
-    carried = [(state, following), (previous, gained)] if looks_back else [(state, following)]
+    carried = [(state, following, start)]
+    if looks_back:
+        carried.append((previous, gained, zero))
     loop = op.tensor_iterator()
-    parameters = [q, row, table, *(inside for inside, _ in carried)]
-    loop.set_body(ov.Model([result for _, result in carried], parameters, "step"))
-    for inside, result in carried:
-        loop.set_merged_input(inside, start.output(0), result.output(0))
+    parameters = [q, row, table, *(inside for inside, _, _ in carried)]
+    loop.set_body(ov.Model([result for _, result, _ in carried], parameters, "step"))
+    for inside, result, first in carried:
+        loop.set_merged_input(inside, first.output(0), result.output(0))
     loop.set_invariant_input(q, condition.output(0))
     for inside, whole in ((row, bias), (table, coefficients)):
         loop.set_sliced_input(inside, whole.output(0), 0, 1, 1, -2, 0)  # up to the last but one
@@ -92,13 +96,25 @@ class PlanLoop:
         """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`."""
         self.plan, self.ranges = plan, ranges
         self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
-        self.fed = plan.fed
+        self.fed, self.starts = plan.fed, plan.start_weight is not None
 
     def condition(self, x_v: Any) -> Any:
+        if self.starts:
+            x_v = self._parts(x_v)[0]
         mean, std = map(_constant, self.plan.standardise)
         standard = op.divide(op.subtract(x_v, mean), std)
         q = self.linear("condition", standard, self.plan.condition_weight)
         return op.unsqueeze(keep_float32(q), _integer(1))  # [B, 1, H]
+
+    def begin(self, x_v: Any) -> Any:
+        assert self.plan.start_weight is not None
+        first = self.linear("start", self._parts(x_v)[1], self.plan.start_weight)
+        return op.unsqueeze(keep_float32(first), _integer(1))  # [B, 1, W]
+
+    def _parts(self, x_v: Any) -> list[Any]:
+        """Split x_v into what the condition is made of, and what the first state is."""
+        lengths = _integer([len(self.plan.standardise[0]), -1])
+        return op.variadic_split(x_v, _integer(1), lengths).outputs()
 
     def gain(self, state: Any, q: Any, row: Any) -> Any:
         weights = self.plan.carry_weight, self.plan.carry_bias
@@ -143,13 +159,16 @@ class StepLoop:
     def __init__(self, lowered: Lowered) -> None:
         self.step = lowered.step(torch.float32)
         self.width, self.row_width = self.step.width, lowered.row_width
-        self.fed = self.step.fed
+        self.fed, self.starts = self.step.fed, self.step.starts
         self.x_v = torch.zeros(2, lowered.image_width)
         rows = torch.zeros(2, 3, self.width), torch.zeros(2, 3, self.row_width)
         self.examples = rows[0], self.step.condition(self.x_v), rows[1]
 
     def condition(self, x_v: Any) -> Any:
         return keep_float32(self.call("condition", (self.x_v,), (x_v,)))
+
+    def begin(self, x_v: Any) -> Any:
+        return keep_float32(self.call("begin", (self.x_v,), (x_v,)))
 
     def gain(self, state: Any, q: Any, row: Any) -> Any:
         return self.call("gain", self.examples, (state, q, row))

@@ -471,21 +471,36 @@ def busy_loop() -> str:
 
 
 def serving() -> str:
-    """The rates that servers answer in time, how much more ours does, and the processor's time."""
+    """The rates that servers answer in time, beside our last line, and the processor's time."""
     runs = read("cpu-serving")["runs"]
     turns = {name: [turn["rate"] for turn in found] for name, found in runs.items()}
-    ours = turns["marnet-serve"]
+    ours = [name for name in turns if name.startswith("marnet-serve")][-1]
     rows = [
         [
             name,
             ", ".join(f"{rate:.0f}" for rate in rates),
-            ", ".join(f"{a / b:.2f}" if b else "" for a, b in zip(ours, rates, strict=True)),
+            ", ".join(f"{a / b:.2f}" if b else "" for a, b in zip(turns[ours], rates, strict=True)),
             ", ".join(f"{turn['processor_ms']:.2f}" for turn in runs[name]),
         ]
         for name, rates in turns.items()
     ]
-    title = ["server", "images/s in each turn", "marnet-serve over it", "ms of the processor"]
+    title = ["server", "images/s in each turn", f"{ours}, over it", "ms of the processor"]
     return table(title, rows)
+
+
+def soak() -> str:
+    """Show memory, threads and descriptors before and after many requests."""
+    rows = []
+    for name in ("cpu-soak", "cpu-soak-server"):
+        found = read(name)
+        before, after, memory = found["before"], found["after"], found["kib_per_1000"]
+        change = f"{memory['kib']:+.0f} KiB ({memory['low']:+.0f} to {memory['high']:+.0f})"
+        target, asked, reloads = (found[key] for key in ("target", "requests", "reloads"))
+        counts = (f"{before[kind]} -> {after[kind]}" for kind in ("threads", "fds"))
+        resident = f"{before['mib']:.0f} -> {after['mib']:.0f}"
+        rows.append([target, f"{asked:,}", str(reloads), resident, change, *counts])
+    title = ("", "requests", "reloads", "resident MiB", "for each 1,000 requests", "threads")
+    return table((*title, "descriptors"), rows)
 
 
 def ablation(report: str, title: str) -> str:
@@ -507,6 +522,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "busy-training": busy_training,
     "busy-loop": busy_loop,
     "serving": serving,
+    "soak": soak,
     **{model: partial(real_size, model) for model in ("vit-b16", "swin-t", "resnet-50")},
     **{f"{m}-over-peers": partial(over_peers, m) for m in ("vit-b16", "swin-t", "resnet-50")},
     "auto": auto,

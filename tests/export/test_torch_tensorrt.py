@@ -251,6 +251,7 @@ def build(lowered, pixels, tmp_path, monkeypatch) -> Build:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:DeprecationWarning")
 def test_its_engine_takes_the_place_of_the_other_s(build, lowered, pixels, packages, tmp_path):
     payload = tmp_path / "payload"

@@ -444,7 +444,7 @@ class Here(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["played", pytest.param("real", marks=pytest.mark.gpu)])
-def here(request, tmp_path_factory) -> Iterator[Here]:
+def here(request, tmp_path_factory, shared) -> Iterator[Here]:
     """Engines for the GPU of this machine, or for the one that is played."""
     played = request.param == "played"
     if not played and NO_GPU:
@@ -454,13 +454,18 @@ def here(request, tmp_path_factory) -> Iterator[Here]:
             check_targets([])
         except MarnetError as error:
             pytest.skip(f"no TensorRT that builds for this GPU ({error})")
-    payload = tmp_path_factory.mktemp("gpu")
     model = make_model(hidden=32, dim=64)
     lowered, types = lower(model), Types("fp16", "fp16")
     order = Order(targets=["sm89"] if played else [], buckets=[1, 4, 8])
-    build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, order)
-    build_refine(lowered, types, payload, order)
-    build_text(lowered, types, payload, order)
+
+    def build(out: Path) -> None:
+        payload = tmp_path_factory.mktemp("gpu")
+        build_encoder(lowered, torch.rand(2, 3, 32, 32), types, payload, order)
+        build_refine(lowered, types, payload, order)
+        build_text(lowered, types, payload, order)
+        payload.rename(out)
+
+    payload = shared(f"engines-{request.param}", build)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MARNET_CACHE", str(tmp_path_factory.mktemp("cache")))
         gpu = play_gpu(monkeypatch) if played else None

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +228,13 @@ class Load:
     def wait_for(self, digest: str) -> None:
         seen = len(self.answers)
         until(lambda: any(answer.get("bundle") == digest for _, answer in self.answers[seen:]))
+
+    def check(self, points: Mapping[str, str]) -> None:
+        """Every request was answered, by one bundle: digest -> the point that it alone has."""
+        assert {status for status, _ in self.answers} == {200}
+        for _, content in self.answers:
+            seen = {answer["operating_point"] for answer in content["answers"]}
+            assert seen == {points[content["bundle"]]}
 
 
 def said(served: subprocess.Popen, start: str) -> str:

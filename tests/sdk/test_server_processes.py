@@ -270,7 +270,7 @@ def test_processes_that_die_at_once_are_not_started_for_ever(monkeypatch, capfd)
 
 
 def counted(requests: int, oldest: float, seconds: float) -> CollectorRegistry:
-    """What one process knows."""
+    """Make the metrics of one process."""
     registry = CollectorRegistry()
     Counter("asked", "Requests.", ["route"], registry=registry).labels("/x").inc(requests)
     Gauge("marnet_queue_oldest_seconds", "Oldest.", registry=registry).set(oldest)

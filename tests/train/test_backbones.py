@@ -426,6 +426,22 @@ def test_efficientnet_pools_its_whole_map_as_its_own_pooler_does(
     assert torch.equal(encoder(pixels), own)
 
 
+@pytest.mark.parametrize("name", ["efficientnet", "mobilenet_v1", "mobilenet_v2", "resnet"])
+@torch.no_grad()
+def test_batch_statistics_are_averages_and_not_those_of_the_last_batch(
+    name: str, pixels: Tensor
+) -> None:
+    encoder = VisionEncoder(build(VISION[name])).train()
+    norms = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)]
+    first = norms[0]
+    for _ in range(50):
+        encoder(pixels)
+    usual = first.running_mean.clone()
+    encoder(3 * pixels)  # a convolution without bias gives three times the mean
+    moved = (first.running_mean - usual).norm() / (3 * usual - usual).norm()
+    assert 0 < float(moved) < 0.2
+
+
 @torch.no_grad()
 def test_a_folder_in_half_precision_is_loaded_in_float32(pixels: Tensor, tmp_path: Path) -> None:
     build(VISION["vit"]).half().save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from marnet_sdk.errors import DataError
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data import pixels
 from marnet_train.data.examples import Example
-from marnet_train.data.pixels import PixelStore, augment
+from marnet_train.data.pixels import PixelStore, augment, smaller
 from marnet_train.recipe import Augment
 
 
@@ -53,6 +53,14 @@ def test_flipping_mirrors_about_half_of_the_images_and_changes_nothing_else() ->
     is_mirrored = (out - mirrored).abs().amax(dim=(1, 2, 3)) < FLOAT32_LAYER
     assert torch.equal(is_same, ~is_mirrored)
     assert 60 < int(is_mirrored.sum()) < 140
+
+
+def test_smaller_images_keep_their_proportions_and_average_what_they_lose() -> None:
+    stripes = (torch.arange(40) % 2).float().expand(2, 3, 20, 40)  # black and white, 1 pixel wide
+    small = smaller(stripes, 5)
+    assert small.shape == (2, 3, 5, 10)
+    torch.testing.assert_close(small[..., 2:-2], torch.full((2, 3, 5, 6), 0.5), atol=0.05, rtol=0)
+    assert torch.equal(smaller(stripes, 20), stripes)
 
 
 def test_a_shift_moves_at_most_its_fraction_of_the_side() -> None:

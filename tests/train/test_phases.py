@@ -602,6 +602,91 @@ def test_an_input_that_never_varies_does_not_blow_up_the_head(rows: tuple[Tensor
     assert float(head.weight.detach().abs().max()) < 10
 
 
+# --- an image encoder that learns in part, or on smaller images
+
+
+def test_parts_before_learn_from_stay_as_they_are_statistics_and_all(ready: Prepared) -> None:
+    """The backbone is a ResNet: `embedder`, then `encoder.stages.0` and `.1`."""
+    backbone = ready.model.vision.backbone
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    align(ready, change(RECIPE, alignment={"learn_from": "encoder.stages.1"}))
+    after = backbone.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("encoder.stages.1")}
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    later = ready.model.vision.train()
+    assert all(part.training for part in later.modules())  # nothing stays behind
+
+
+def test_the_baseline_learns_the_same_part_as_the_model(ready: Prepared) -> None:
+    recipe = change(RECIPE, alignment={"learn_from": "encoder.stages.1"})
+    baseline = Baseline(ready.model)
+    source = encoded(baseline.vision, ready.data, recipe)
+    before = {name: tensor.clone() for name, tensor in baseline.vision.state_dict().items()}
+    train_image_branch(baseline, ready.data, source, Training(recipe, 0, Progress()))
+    after = baseline.vision.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "encoder.stages.1" in name}
+
+
+def test_learning_from_the_first_part_is_learning_whole(digits: Path) -> None:
+    whole, first = make_ready(digits, RECIPE), make_ready(digits, RECIPE)
+    align(whole, RECIPE)
+    align(first, change(RECIPE, alignment={"learn_from": "embedder"}))
+    for one, other in zip(whole.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_part_that_is_not_there_is_refused_with_those_that_are(digits: Path) -> None:
+    recipe = change(RECIPE, alignment={"learn_from": "encoder.stage.1"})
+    message = r"no part 'encoder.stage.1'\. Did you mean .encoder.stages.1.*leave learn_from out"
+    with pytest.raises(RecipeError, match=message):
+        make_ready(digits, recipe)
+
+
+def test_an_encoder_learns_on_smaller_images_and_is_judged_on_whole_ones(
+    ready: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, list[int]]] = []
+    vision = ready.model.vision
+    vision.backbone.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append((vision.training, [*inputs["pixel_values"].shape[2:]])),
+        with_kwargs=True,
+    )
+    recipe = change(RECIPE, alignment={"train_size": 6})
+    target = align(ready, recipe)
+    assert {tuple(size) for _, size in seen} == {(6, 6)}
+    seen.clear()
+    make_features(ready.model, ready.data, encoded(vision, ready.data, recipe), target, recipe)
+    assert {tuple(size) for _, size in seen} == {(8, 8)}
+
+
+def test_images_are_only_made_smaller(digits: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train_size is 9, but images are 8 x 8 .* at most 8"):
+        make_ready(digits, change(RECIPE, alignment={"train_size": 9}))
+
+
+def test_an_encoder_of_one_size_refuses_another_before_any_training(digits: Path) -> None:
+    vit = {
+        "model_type": "vit",
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "image_size": 8,
+        "patch_size": 2,
+    }
+    recipe = change(RECIPE, vision=vit, alignment={"train_size": 6})
+    with pytest.raises(RecipeError, match=r"does not take images of 6 x 6.*leave train_size out"):
+        make_ready(digits, recipe)
+
+
+@pytest.mark.parametrize("setting", [{"learn_from": "embedder"}, {"train_size": 6}])
+def test_a_frozen_encoder_has_neither(setting: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match="lr_backbone is 0: set lr_backbone above 0"):
+        change(FROZEN, alignment=setting)
+
+
 # --- best weights and early stops in phase A
 
 

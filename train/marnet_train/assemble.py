@@ -14,13 +14,21 @@ from transformers.image_processing_base import ImageProcessingMixin
 from marnet_sdk.errors import RecipeError, nearest
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.examples import DataSet
+from marnet_train.data.pixels import smaller_shape
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
 from marnet_train.models import METHODS
-from marnet_train.models.backbones import backbone_config, load_backbone, plain_config
+from marnet_train.models.backbones import (
+    VisionEncoder,
+    backbone_config,
+    check_takes,
+    load_backbone,
+    parts_before,
+    plain_config,
+)
 from marnet_train.models.marnet import MARNet
 from marnet_train.phases import TrainingSet
-from marnet_train.recipe import Recipe
+from marnet_train.recipe import AlignmentPhase, Recipe
 from marnet_train.stages import Split
 from marnet_train.text import check_vocabulary, encode, load_tokenizer, train_tokenizer
 
@@ -119,6 +127,20 @@ def make_training_set(
     return TrainingSet(images, label_tensor(examples, folder.labels), ids, mask)
 
 
+def _check_tuning(vision: VisionEncoder, preprocess: Preprocess, phase: AlignmentPhase) -> None:
+    """Check the settings of a phase A in which the image encoder learns."""
+    if phase.learn_from is not None:
+        parts_before(vision.backbone, phase.learn_from)
+    if phase.train_size is not None:
+        height, width = preprocess.output_shape[1:]
+        if phase.train_size > min(height, width):
+            raise RecipeError(
+                f"train_size is {phase.train_size}, but images are {height} x {width} pixels at "
+                f"test; expected at most {min(height, width)}: images are only made smaller"
+            )
+        check_takes(vision, *smaller_shape(height, width, phase.train_size))
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """This is a training that can begin."""
@@ -139,6 +161,7 @@ def prepare(folder: DataSet, recipe: Recipe, seed: int, device: torch.device) ->
     tokenizer, preprocess = make_tokenizer(recipe, folder), make_preprocess(recipe)
     # Built first: what is wrong with a recipe should show before every image has been decoded.
     model = build_model(recipe, folder.labels, tokenizer, seed).to(device)
+    _check_tuning(model.vision, preprocess, recipe.alignment)
     data = make_training_set(folder, preprocess, tokenizer, recipe)
     splits = {
         name: Split(Images(examples, preprocess, name), label_tensor(examples, folder.labels))

@@ -369,7 +369,8 @@ def train_image_branch(
         return found
 
     judged = partial(look, mean, std) if look is not None and phase.keep_best else None
-    learn(training, learner, phase.epochs, generator, order, loss, judged)
+    with model.vision.learning_from(phase.learn_from):
+        learn(training, learner, phase.epochs, generator, order, loss, judged)
     if frozen:
         fold(model.project_vision, mean, std)
 

@@ -55,6 +55,8 @@ class AlignmentPhase:
     lr_backbone: float = 5e-5  # 0 keeps the image encoder frozen: its features are computed once
     lr_heads: float = 5e-4
     lr_text: float = 0.0  # 0 keeps the text encoder frozen
+    learn_from: str | None = None  # the first part of the image encoder that learns; none: all do
+    train_size: int | None = None  # shorter side of training images; none: as at test
     weight_decay: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     dropout: float = 0.0  # of x_v before its projection, in training
@@ -229,6 +231,11 @@ def _check_alignment(phase: AlignmentPhase, semantics: str) -> None:
         raise RecipeError(
             "the alignment loss cdd compares images within classes, so batches must hold several "
             f"of each: set per_class = {min(6, max(2, phase.batch // 2))}"
+        )
+    if phase.frozen and (phase.learn_from is not None or phase.train_size is not None):
+        raise RecipeError(
+            "learn_from and train_size are of an image encoder that learns, and lr_backbone is 0: "
+            "set lr_backbone above 0, such as 5e-5, or leave both out"
         )
     if phase.reads_tokens and phase.frozen:
         raise RecipeError(

@@ -115,7 +115,8 @@ def encoded(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> Source:
     if recipe.alignment.frozen:
         views = recipe.refinement.views
         return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
-    return LearningEncoder(vision, data.images.store, recipe.augment)
+    size = recipe.alignment.train_size
+    return LearningEncoder(vision, data.images.store, recipe.augment, size)
 
 
 def train_all(

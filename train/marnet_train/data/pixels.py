@@ -179,3 +179,19 @@ def augment(
     theta = torch.stack([row_x, row_y], dim=1)[own].to(pixels)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def smaller(pixels: Tensor, side: int) -> Tensor:
+    """Make the shorter side of images `side` pixels long, with antialiasing.
+
+    [B, 3, H, W] -> [B, 3, h, w].
+    """
+    height, width = pixels.shape[2:]
+    shape = smaller_shape(height, width, side)
+    return F.interpolate(pixels, shape, mode="bilinear", antialias=True)
+
+
+def smaller_shape(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return height and width of images whose shorter side becomes `side` pixels long."""
+    scale = side / min(height, width)
+    return round(height * scale), round(width * scale)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -177,12 +177,14 @@ class VisionEncoder(nn.Module):
             RecipeError: it hides random patches, or makes no vector of an image.
         """
         super().__init__()
+        _average_batch_statistics(backbone)
         self.backbone = backbone
         config: PreTrainedConfig = backbone.config  # pyright: ignore[reportAssignmentType]
         if config.model_type == "vit_mae":
             raise RecipeError("a vit_mae encoder hides random patches, even at test; use a vit")
         self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
         self.pool = _pool_of_whole_map(backbone)  # maps [B, d, h, w] and dimensions -> [B, d]
+        self.still = tuple[nn.Module, ...]()  # parts that do not learn, of the backbone
         self.dim = _width(self, torch.zeros(1, 3, *image_size(backbone), device="cpu"))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -196,6 +198,69 @@ class VisionEncoder(nn.Module):
         if pooled is not None:
             return pooled.flatten(1)  # ResNet's is [B, d, 1, 1]
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; parts that do not learn stay in evaluation mode, with their statistics."""
+        super().train(mode)
+        for part in self.still:
+            part.training = False
+        return self
+
+    @contextmanager
+    def learning_from(self, first: str | None) -> Iterator[None]:
+        """Let all parts before `first` stand still, in the order in which the backbone lists them.
+
+        Args:
+            first: the name of a part, such as "encoder.layer.9"; none: all learn.
+
+        Raises:
+            RecipeError: it has no part of that name.
+        """
+        self.still = parts_before(self.backbone, first) if first is not None else ()
+        kept = [p for part in self.still for p in part.parameters(recurse=False)]
+        for parameter in kept:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.still = ()
+            for parameter in kept:
+                parameter.requires_grad_(True)
+
+
+def parts_before(backbone: nn.Module, first: str) -> tuple[nn.Module, ...]:
+    """List the modules of a backbone before the one named `first`, without those that hold it.
+
+    Raises:
+        RecipeError: there is no such module.
+    """
+    names = [name for name, _ in backbone.named_modules()][1:]
+    if first not in names:
+        blocks = [name for name in names if name.rpartition(".")[2].isdigit()]
+        raise RecipeError(
+            f"learn_from: the image encoder has no part {first!r}.{nearest(first, names)} Choose "
+            f"one of its parts, such as {', '.join((blocks or names)[:3])}, or leave learn_from "
+            "out, and all of them learn"
+        )
+    before = names[: names.index(first)]
+    holders = tuple(first[:i] for i, letter in enumerate(first) if letter == ".")
+    return tuple(backbone.get_submodule(name) for name in before if name not in holders)
+
+
+def check_takes(encoder: VisionEncoder, height: int, width: int) -> None:
+    """Check that an encoder takes images of that size, by running one through a copy.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    try:
+        _shape_of_features(encoder, [torch.zeros(1, 3, height, width, device="cpu")])
+    except Exception as error:  # whatever an encoder's code raises
+        raise RecipeError(
+            f"train_size: the image encoder does not take images of {height} x {width} pixels "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); leave train_size out, and "
+            "it learns on images as large as at test"
+        ) from error
 
 
 def image_size(backbone: nn.Module) -> tuple[int, int]:
@@ -220,6 +285,19 @@ def _pool_of_whole_map(backbone: nn.Module) -> Callable[..., Tensor] | None:
         if isinstance(pooler, kind) and pooler.ceil_mode and pooler.padding == 0:
             return pool
     return None
+
+
+def _average_batch_statistics(backbone: nn.Module) -> None:
+    """Let statistics of batch normalisation be averages over batches.
+
+    EfficientNet, MobileNetV1 and MobileNetV2 of transformers 5 give torch the momentum of
+    TensorFlow, 0.99 and more: the share of the average that stays. In torch it is the share that a
+    batch replaces, so what is left at the end of a training would be the statistics of its last
+    batch. They get torch's default.
+    """
+    for part in backbone.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.momentum is not None and part.momentum > 0.5:
+            part.momentum = 0.1
 
 
 POOLINGS = ("mean", "first")  # of all tokens, by the mask; or the vector of the first ([CLS])

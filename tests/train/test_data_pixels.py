@@ -15,7 +15,7 @@ from marnet_sdk.errors import DataError
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data import pixels
 from marnet_train.data.examples import Example
-from marnet_train.data.pixels import PixelStore, augment, smaller
+from marnet_train.data.pixels import PixelStore, augment, random_crops
 from marnet_train.recipe import Augment
 
 
@@ -55,12 +55,17 @@ def test_flipping_mirrors_about_half_of_the_images_and_changes_nothing_else() ->
     assert 60 < int(is_mirrored.sum()) < 140
 
 
-def test_smaller_images_keep_their_proportions_and_average_what_they_lose() -> None:
-    stripes = (torch.arange(40) % 2).float().expand(2, 3, 20, 40)  # black and white, 1 pixel wide
-    small = smaller(stripes, 5)
-    assert small.shape == (2, 3, 5, 10)
-    torch.testing.assert_close(small[..., 2:-2], torch.full((2, 3, 5, 6), 0.5), atol=0.05, rtol=0)
-    assert torch.equal(smaller(stripes, 20), stripes)
+def test_crops_are_squares_of_the_image_from_everywhere_in_it() -> None:
+    """Each pixel says its place."""
+    place = torch.arange(5 * 8).reshape(1, 1, 5, 8).expand(400, 3, 5, 8)
+    crops = random_crops(place, 4, seeded())
+    assert crops.shape == (400, 3, 4, 4)
+    corners = crops[:, 0, 0, 0]
+    assert set(corners.tolist()) == {8 * y + x for y in range(2) for x in range(5)}
+    square = torch.arange(4)[:, None] * 8 + torch.arange(4)
+    assert torch.equal(crops, (corners[:, None, None, None] + square).expand(400, 3, 4, 4))
+    share = random_crops(place[100:200], 4, seeded(), batch=400, own=slice(100, 200))
+    assert torch.equal(share, crops[100:200])  # as several processes divide a batch
 
 
 def test_a_shift_moves_at_most_its_fraction_of_the_side() -> None:

@@ -602,7 +602,7 @@ def test_an_input_that_never_varies_does_not_blow_up_the_head(rows: tuple[Tensor
     assert float(head.weight.detach().abs().max()) < 10
 
 
-# --- an image encoder that learns in part, or on smaller images
+# --- an image encoder that learns in part, or on crops
 
 
 def test_parts_before_learn_from_stay_as_they_are_statistics_and_all(ready: Prepared) -> None:
@@ -629,6 +629,16 @@ def test_the_baseline_learns_the_same_part_as_the_model(ready: Prepared) -> None
     assert moved == {name for name in before if "encoder.stages.1" in name}
 
 
+def test_batch_statistics_can_be_kept_while_scales_learn(ready: Prepared) -> None:
+    backbone = ready.model.vision.backbone
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    align(ready, change(RECIPE, alignment={"keep_statistics": True}))
+    after = backbone.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    counted = ("running_mean", "running_var", "num_batches_tracked")
+    assert same == {name for name in before if name.endswith(counted)}
+
+
 def test_learning_from_the_first_part_is_learning_whole(digits: Path) -> None:
     whole, first = make_ready(digits, RECIPE), make_ready(digits, RECIPE)
     align(whole, RECIPE)
@@ -644,29 +654,27 @@ def test_a_part_that_is_not_there_is_refused_with_those_that_are(digits: Path) -
         make_ready(digits, recipe)
 
 
-def test_an_encoder_learns_on_smaller_images_and_is_judged_on_whole_ones(
-    ready: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[bool, list[int]]] = []
+def test_an_encoder_learns_on_crops_and_is_judged_on_whole_images(ready: Prepared) -> None:
+    seen: set[tuple[int, ...]] = set()
     vision = ready.model.vision
     vision.backbone.register_forward_pre_hook(
-        lambda _, args, inputs: seen.append((vision.training, [*inputs["pixel_values"].shape[2:]])),
+        lambda _, args, inputs: seen.add(tuple(inputs["pixel_values"].shape[2:])),
         with_kwargs=True,
     )
-    recipe = change(RECIPE, alignment={"train_size": 6})
+    recipe = change(RECIPE, alignment={"crop": 6})
     target = align(ready, recipe)
-    assert {tuple(size) for _, size in seen} == {(6, 6)}
+    assert seen == {(6, 6)}
     seen.clear()
     make_features(ready.model, ready.data, encoded(vision, ready.data, recipe), target, recipe)
-    assert {tuple(size) for _, size in seen} == {(8, 8)}
+    assert seen == {(8, 8)}
 
 
-def test_images_are_only_made_smaller(digits: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train_size is 9, but images are 8 x 8 .* at most 8"):
-        make_ready(digits, change(RECIPE, alignment={"train_size": 9}))
+def test_a_crop_is_not_larger_than_the_images(digits: Path) -> None:
+    with pytest.raises(RecipeError, match=r"crop is 9, but images are 8 x 8 .* at most 8"):
+        make_ready(digits, change(RECIPE, alignment={"crop": 9}))
 
 
-def test_an_encoder_of_one_size_refuses_another_before_any_training(digits: Path) -> None:
+def test_an_encoder_of_one_size_refuses_crops_before_any_training(digits: Path) -> None:
     vit = {
         "model_type": "vit",
         "hidden_size": 8,
@@ -676,14 +684,17 @@ def test_an_encoder_of_one_size_refuses_another_before_any_training(digits: Path
         "image_size": 8,
         "patch_size": 2,
     }
-    recipe = change(RECIPE, vision=vit, alignment={"train_size": 6})
-    with pytest.raises(RecipeError, match=r"does not take images of 6 x 6.*leave train_size out"):
+    recipe = change(RECIPE, vision=vit, alignment={"crop": 6})
+    with pytest.raises(RecipeError, match=r"does not take images of 6 x 6.*leave crop out"):
         make_ready(digits, recipe)
 
 
-@pytest.mark.parametrize("setting", [{"learn_from": "embedder"}, {"train_size": 6}])
-def test_a_frozen_encoder_has_neither(setting: dict[str, object]) -> None:
-    with pytest.raises(RecipeError, match="lr_backbone is 0: set lr_backbone above 0"):
+@pytest.mark.parametrize(
+    "setting", [{"learn_from": "embedder"}, {"crop": 6}, {"keep_statistics": True}]
+)
+def test_a_frozen_encoder_has_none_of_them(setting: dict[str, object]) -> None:
+    message = f"{next(iter(setting))}: only an image encoder that learns .* lr_backbone above 0"
+    with pytest.raises(RecipeError, match=message):
         change(FROZEN, alignment=setting)
 
 

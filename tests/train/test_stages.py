@@ -209,6 +209,28 @@ def test_without_a_baseline_it_stays_as_it_began(digits: Path) -> None:
 # --- what stands still
 
 
+def test_heads_learn_first_and_baseline_and_model_begin_with_the_same(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = change(TINY, alignment={"head_epochs": 3, "crop": 6})
+    ready, begun = make_ready(digits, recipe), []
+    fresh = copy.deepcopy(ready.model)
+    tune = stages.train_image_branch
+
+    def watch(branch: nn.Module, *arguments: Any) -> None:
+        begun.append({n: t.clone() for n, t in branch.state_dict().items()})
+        tune(branch, *arguments)
+
+    monkeypatch.setattr(stages, "train_image_branch", watch)
+    run = Progress()
+    train_all(ready.model, ready.data, ready.splits["val"], recipe, 0, run)
+    assert list(run.record.results) == ["heads", *ORDER]
+    assert [line["phase"] for line in run.record.log][:4] == ["heads"] * 3 + ["baseline"]
+    baseline = begun[1]  # `begun[0]` is the model before its heads learned
+    moved = {n for n, t in baseline.items() if not torch.equal(t, fresh.state_dict()[n])}
+    assert {n.split(".")[0] for n in moved} == {"project_vision", "alignment_classifier"}
+
+
 def test_frozen_encoders_stay_as_they_were_to_the_last_bit(digits: Path) -> None:
     """Batch norms and their statistics included, in the model and in the baseline."""
     trained, fresh = train(digits, FROZEN), make_ready(digits, FROZEN).model

@@ -14,7 +14,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 from marnet_sdk.errors import RecipeError, nearest
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_train.data.examples import DataSet
-from marnet_train.data.pixels import smaller_shape
 from marnet_train.evaluate import label_tensor
 from marnet_train.features import Images
 from marnet_train.models import METHODS
@@ -131,14 +130,14 @@ def _check_tuning(vision: VisionEncoder, preprocess: Preprocess, phase: Alignmen
     """Check the settings of a phase A in which the image encoder learns."""
     if phase.learn_from is not None:
         parts_before(vision.backbone, phase.learn_from)
-    if phase.train_size is not None:
+    if phase.crop is not None:
         height, width = preprocess.output_shape[1:]
-        if phase.train_size > min(height, width):
+        if phase.crop > min(height, width):
             raise RecipeError(
-                f"train_size is {phase.train_size}, but images are {height} x {width} pixels at "
-                f"test; expected at most {min(height, width)}: images are only made smaller"
+                f"crop is {phase.crop}, but images are {height} x {width} pixels; expected at most "
+                f"{min(height, width)}, or no crop, and the encoder learns on whole images"
             )
-        check_takes(vision, *smaller_shape(height, width, phase.train_size))
+        check_takes(vision, phase.crop)
 
 
 @dataclass(frozen=True, eq=False)

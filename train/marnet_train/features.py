@@ -25,7 +25,7 @@ from marnet_sdk.errors import MarnetError
 from marnet_sdk.inputs.preprocess import Preprocess
 from marnet_sdk.outputs import atomic_file
 from marnet_train.data.examples import Example, read_image
-from marnet_train.data.pixels import PixelStore, augment, smaller
+from marnet_train.data.pixels import PixelStore, augment, random_crops
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.parallel import gathered, own_rows
 from marnet_train.recipe import Augment
@@ -59,15 +59,15 @@ class Images:
 class LearningEncoder:
     """This gives x_v of freshly augmented images, with a gradient.
 
-    With a `size` they are made smaller, so that their shorter side has so many pixels. A network
-    that learned on smaller images than it is tested on costs less and can be better: Touvron et
-    al., "Fixing the train-test resolution discrepancy", NeurIPS 2019 (arXiv 1906.06423).
+    With `crop` it sees a random square of so many pixels of each. That costs less, and things are
+    as large in it as at test, where they should not be larger or smaller: Touvron et al., "Fixing
+    the train-test resolution discrepancy", NeurIPS 2019 (arXiv 1906.06423).
     """
 
     def __init__(
-        self, vision: VisionEncoder, store: PixelStore, settings: Augment, size: int | None = None
+        self, vision: VisionEncoder, store: PixelStore, settings: Augment, crop: int | None = None
     ) -> None:
-        self.vision, self.store, self.settings, self.size = vision, store, settings, size
+        self.vision, self.store, self.settings, self.crop = vision, store, settings, crop
 
     def __len__(self) -> int:
         return len(self.store)
@@ -81,8 +81,8 @@ class LearningEncoder:
         count, own = len(rows), own_rows(len(rows))
         pixels = self.store.batch(rows[own])
         pixels = augment(pixels, self.settings, generator, batch=count, own=own)
-        if self.size is not None:
-            pixels = smaller(pixels, self.size)
+        if self.crop is not None:
+            pixels = random_crops(pixels, self.crop, generator, batch=count, own=own)
         return gathered(self.vision(_for_convolutions(pixels).to(device)), count)
 
 

@@ -369,7 +369,7 @@ def train_image_branch(
         return found
 
     judged = partial(look, mean, std) if look is not None and phase.keep_best else None
-    with model.vision.learning_from(phase.learn_from):
+    with model.vision.learning_in_part(phase.learn_from, keep_statistics=phase.keep_statistics):
         learn(training, learner, phase.epochs, generator, order, loss, judged)
     if frozen:
         fold(model.project_vision, mean, std)

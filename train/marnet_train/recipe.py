@@ -34,6 +34,9 @@ HANDOVERS = ("restart", "carry")  # from SeDA's stage 1 to its stage 2: see mode
 ALIGNMENTS = ("ita", "swd", "ssan", "cdd", "sdm", "team")  # see losses/alignment.py
 
 
+TUNING = ("head_epochs", "learn_from", "keep_statistics", "crop")  # of an encoder that learns
+
+
 @dataclass(frozen=True)
 class TextPhase:
     """This phase comes before phase A, for a text encoder from scratch: F_s and a linear head learn
@@ -55,8 +58,10 @@ class AlignmentPhase:
     lr_backbone: float = 5e-5  # 0 keeps the image encoder frozen: its features are computed once
     lr_heads: float = 5e-4
     lr_text: float = 0.0  # 0 keeps the text encoder frozen
+    head_epochs: int | None = None  # first the heads alone learn, on the encoder as it came
     learn_from: str | None = None  # the first part of the image encoder that learns; none: all do
-    train_size: int | None = None  # shorter side of training images; none: as at test
+    keep_statistics: bool = False  # those of batch normalisation, as a pretrained encoder has them
+    crop: int | None = None  # side of the random squares that it learns on; none: whole images
     weight_decay: float = 0.05
     warmup: float = 0.1  # fraction of all steps
     dropout: float = 0.0  # of x_v before its projection, in training
@@ -232,10 +237,10 @@ def _check_alignment(phase: AlignmentPhase, semantics: str) -> None:
             "the alignment loss cdd compares images within classes, so batches must hold several "
             f"of each: set per_class = {min(6, max(2, phase.batch // 2))}"
         )
-    if phase.frozen and (phase.learn_from is not None or phase.train_size is not None):
+    if phase.frozen and (set_ones := [name for name in TUNING if getattr(phase, name)]):
         raise RecipeError(
-            "learn_from and train_size are of an image encoder that learns, and lr_backbone is 0: "
-            "set lr_backbone above 0, such as 5e-5, or leave both out"
+            f"{' and '.join(set_ones)}: only an image encoder that learns has that, and with "
+            "lr_backbone = 0 it is frozen: set lr_backbone above 0, such as 5e-5, or leave it out"
         )
     if phase.reads_tokens and phase.frozen:
         raise RecipeError(

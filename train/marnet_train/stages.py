@@ -2,7 +2,8 @@
 
     text phase -> image-only baseline -> A, alignment -> "+MLP" -> B, refinement -> C, heads -> K
 
-SeDA's semantic learner comes between A and "+MLP".
+With `head_epochs` the heads of the image branch learn alone before the baseline. SeDA's semantic
+learner comes between A and "+MLP".
 
 Where a recipe says "auto", a few values are tried on copies and the one that is best on validation
 is trained. The baseline is given as many tries, with its learning rate. Every classifier is scaled
@@ -47,6 +48,7 @@ from marnet_train.models.marnet import Baseline, ImageBranch, MARNet
 from marnet_train.models.seda import SeDA
 from marnet_train.parallel import agreed
 from marnet_train.phases import (
+    HEADS,
     Features,
     Training,
     TrainingSet,
@@ -57,7 +59,7 @@ from marnet_train.phases import (
     train_text,
 )
 from marnet_train.progress import Progress
-from marnet_train.recipe import Augment, Recipe
+from marnet_train.recipe import TUNING, Augment, Recipe
 from marnet_train.refinement import Refiner, refiner_probabilities, train_refinement
 from marnet_train.semantic_learner import train_semantic_learner, with_mistakes
 
@@ -113,10 +115,14 @@ class Trained:
 def encoded(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> Source:
     """Return where phase A takes x_v from: the encoder, or its cached features if it is frozen."""
     if recipe.alignment.frozen:
-        views = recipe.refinement.views
-        return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
-    size = recipe.alignment.train_size
-    return LearningEncoder(vision, data.images.store, recipe.augment, size)
+        return _as_it_came(vision, data, recipe)
+    crop = recipe.alignment.crop
+    return LearningEncoder(vision, data.images.store, recipe.augment, crop)
+
+
+def _as_it_came(vision: VisionEncoder, data: TrainingSet, recipe: Recipe) -> FrozenFeatures:
+    views = recipe.refinement.views
+    return FrozenFeatures(cached_views(vision, data.images, recipe.augment, views))
 
 
 def train_all(
@@ -137,6 +143,8 @@ def train_all(
     course = _Course(model, data, val, Training(recipe, seed, run))
     if recipe.text_phase is not None and recipe.semantics in ("text", "shuffled"):
         course.stages.once("text", lambda: train_text(model, data, course.training))
+    if recipe.alignment.head_epochs is not None:
+        course.train_heads_first(recipe.alignment.head_epochs)
     if with_baseline:
         course.train_baseline()
     features, seen = course.align()
@@ -194,6 +202,24 @@ class _Course:
     def source(self, vision: VisionEncoder) -> Source:
         """Return where phase A takes x_v from."""
         return encoded(vision, self.data, self.training.recipe)
+
+    def train_heads_first(self, epochs: int) -> None:
+        """Let the heads of the image branch learn before the encoder does, so that random ones do
+        not spoil it; baseline and model begin with the same heads.
+
+        It is Kumar et al., "Fine-tuning can distort pretrained features and underperform
+        out-of-distribution", ICLR 2022 (arXiv 2202.10054).
+        """
+        model, data, recipe = self.model, self.data, self.training.recipe
+        frozen = {"epochs": epochs, "lr_backbone": 0.0, **dict.fromkeys(TUNING)}
+
+        def train() -> None:
+            source = _as_it_came(model.vision, data, recipe)
+            train_image_branch(model, data, source, self.having(alignment=frozen), "heads")
+            for name in HEADS:
+                getattr(self.baseline, name).load_state_dict(getattr(model, name).state_dict())
+
+        self.stages.once("heads", train)
 
     def train_baseline(self) -> None:
         """Train the image-only peer.

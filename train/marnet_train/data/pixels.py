@@ -181,17 +181,20 @@ def augment(
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def smaller(pixels: Tensor, side: int) -> Tensor:
-    """Make the shorter side of images `side` pixels long, with antialiasing.
+def random_crops(
+    pixels: Tensor,
+    side: int,
+    generator: torch.Generator,
+    *,
+    batch: int | None = None,
+    own: slice = slice(None),
+) -> Tensor:
+    """Cut a square of `side` pixels out of each image, anywhere in it.
 
-    [B, 3, H, W] -> [B, 3, h, w].
+    [B, 3, H, W] -> [B, 3, side, side]; the other arguments are those of `augment`.
     """
-    height, width = pixels.shape[2:]
-    shape = smaller_shape(height, width, side)
-    return F.interpolate(pixels, shape, mode="bilinear", antialias=True)
-
-
-def smaller_shape(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return height and width of images whose shorter side becomes `side` pixels long."""
-    scale = side / min(height, width)
-    return round(height * scale), round(width * scale)
+    count = len(pixels) if batch is None else batch
+    room = [length - side + 1 for length in pixels.shape[2:]]
+    corners = [torch.randint(r, (count,), generator=generator)[own].tolist() for r in room]
+    cuts = zip(pixels, *corners, strict=True)
+    return torch.stack([image[:, y : y + side, x : x + side] for image, y, x in cuts])

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
@@ -184,7 +185,7 @@ class VisionEncoder(nn.Module):
             raise RecipeError("a vit_mae encoder hides random patches, even at test; use a vit")
         self.uses_class_token = config.model_type in _CLASS_TOKEN_MODELS
         self.pool = _pool_of_whole_map(backbone)  # maps [B, d, h, w] and dimensions -> [B, d]
-        self.still = tuple[nn.Module, ...]()  # parts that do not learn, of the backbone
+        self.still = tuple[nn.Module, ...]()  # parts that stay in evaluation mode
         self.dim = _width(self, torch.zeros(1, 3, *image_size(backbone), device="cpu"))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -200,24 +201,31 @@ class VisionEncoder(nn.Module):
         return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.mean(dim=(2, 3))
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; parts that do not learn stay in evaluation mode, with their statistics."""
+        """Set the mode; parts that stand still stay in evaluation mode."""
         super().train(mode)
         for part in self.still:
             part.training = False
         return self
 
     @contextmanager
-    def learning_from(self, first: str | None) -> Iterator[None]:
-        """Let all parts before `first` stand still, in the order in which the backbone lists them.
+    def learning_in_part(
+        self, first: str | None, *, keep_statistics: bool = False
+    ) -> Iterator[None]:
+        """Let parts of the backbone stand still.
 
         Args:
-            first: the name of a part, such as "encoder.layer.9"; none: all learn.
+            first: the name of the first part that learns, such as "encoder.layer.9", in the order
+                in which the backbone lists them; none: all learn.
+            keep_statistics: batch normalisation learns its scales alone, and keeps the statistics
+                that it came with.
 
         Raises:
-            RecipeError: it has no part of that name.
+            RecipeError: there is no part of that name.
         """
-        self.still = parts_before(self.backbone, first) if first is not None else ()
-        kept = [p for part in self.still for p in part.parameters(recurse=False)]
+        before = parts_before(self.backbone, first) if first is not None else ()
+        kept = [p for part in before for p in part.parameters(recurse=False)]
+        norms = [part for part in self.modules() if isinstance(part, _BatchNorm)]
+        self.still = (*before, *(norms if keep_statistics else ()))
         for parameter in kept:
             parameter.requires_grad_(False)
         try:
@@ -247,19 +255,19 @@ def parts_before(backbone: nn.Module, first: str) -> tuple[nn.Module, ...]:
     return tuple(backbone.get_submodule(name) for name in before if name not in holders)
 
 
-def check_takes(encoder: VisionEncoder, height: int, width: int) -> None:
-    """Check that an encoder takes images of that size, by running one through a copy.
+def check_takes(encoder: VisionEncoder, side: int) -> None:
+    """Check that an encoder takes square images of that size, by running one through a copy.
 
     Raises:
         RecipeError: it does not.
     """
     try:
-        _shape_of_features(encoder, [torch.zeros(1, 3, height, width, device="cpu")])
+        _shape_of_features(encoder, [torch.zeros(1, 3, side, side, device="cpu")])
     except Exception as error:  # whatever an encoder's code raises
         raise RecipeError(
-            f"train_size: the image encoder does not take images of {height} x {width} pixels "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); leave train_size out, and "
-            "it learns on images as large as at test"
+            f"crop: the image encoder does not take images of {side} x {side} pixels "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); leave crop out, and it "
+            "learns on whole images"
         ) from error
 
 
@@ -296,7 +304,7 @@ def _average_batch_statistics(backbone: nn.Module) -> None:
     batch. They get torch's default.
     """
     for part in backbone.modules():
-        if isinstance(part, nn.BatchNorm2d) and part.momentum is not None and part.momentum > 0.5:
+        if isinstance(part, _BatchNorm) and part.momentum is not None and part.momentum > 0.5:
             part.momentum = 0.1
 
 

@@ -9,6 +9,7 @@ returns. The sentences around the parts are written by hand.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -255,7 +256,9 @@ def percent(share: float) -> str:
 
 
 def points(interval: Sequence[float]) -> str:
-    """An interval in points."""
+    """An interval in points; of a single seed there is none."""
+    if math.isnan(interval[0]):
+        return ""
     return "{:+.1f} to {:+.1f}".format(*(100 * x + 0.0 for x in interval))
 
 

@@ -131,6 +131,9 @@ def _write_vision(folder: Path) -> None:
         hidden_dim=1280,
         hidden_act="relu6",
         dropout_rate=0.2,
+        # transformers drops single numbers of a block where the original drops the whole block of
+        # an image; statistics that are kept do not fit that.
+        drop_connect_rate=0.0,
         batch_norm_momentum=0.01,  # torch's, of the new batch; transformers has TensorFlow's 0.99
     )
     with torch.device("meta"):

@@ -214,7 +214,7 @@ class VisionEncoder(nn.Module):
         """Let parts of the backbone stand still.
 
         Args:
-            first: the name of the first part that learns, such as "encoder.layer.9", in the order
+            first: the name of the first part that learns, such as "layers.9", in the order
                 in which the backbone lists them; none: all learn.
             keep_statistics: batch normalisation learns its scales alone, and keeps the statistics
                 that it came with.

@@ -540,6 +540,18 @@ PARTS: dict[str, Callable[[], str]] = {
     ),
     "plates": plates,
     "grocery": grocery,
+    "grocery-ablation": partial(
+        ablation,
+        "cpu-grocery-ablation",
+        "{images} test photographs, {seeds} training seeds. Points are differences to the baseline "
+        "on the same photographs.",
+    ),
+    "grocery-tuned": partial(
+        ablation,
+        "cpu-grocery-tuned",
+        "{images} test photographs, {seeds} training seeds. Points are differences to the baseline "
+        "on the same photographs.",
+    ),
     "pareto": pareto,
 }
 

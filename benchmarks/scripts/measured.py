@@ -552,6 +552,11 @@ PARTS: dict[str, Callable[[], str]] = {
         "{images} test photographs, {seeds} training seeds. Points are differences to the baseline "
         "on the same photographs.",
     ),
+    "grocery-tuned-controls": partial(
+        ablation,
+        "cpu-grocery-tuned-controls",
+        "{images} test photographs, {seeds} training seed.",
+    ),
     "pareto": pareto,
 }
 

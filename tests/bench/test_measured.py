@@ -29,11 +29,11 @@ def test_every_part_is_on_a_page(measured: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.parametrize("data", ["plates", "grocery"])
+@pytest.mark.parametrize("report", ["plates-accuracy", "grocery-accuracy", "grocery-tuned"])
 def test_the_gain_that_a_sentence_names_is_the_one_that_was_measured(
-    measured: ModuleType, page: str, data: str
+    measured: ModuleType, page: str, report: str
 ) -> None:
-    found = measured.read(f"cpu-{data}-accuracy")["summary"]["MARNet"]
+    found = measured.read(f"cpu-{report}")["summary"]["MARNet"]
     text = (ROOT / page).read_text("utf-8")
     assert f"{100 * found['minus_baseline']:+.1f} points" in text
     assert f"({measured.points(found['interval'])})" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from tiny_training import TINY, change, write_recipe, write_small
 from torch import Tensor
 
 from marnet_sdk.errors import DataError, OutputExists, RecipeError
-from marnet_train import phases
+from marnet_train import phases, stages
 from marnet_train.cli import main
+from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.measures import student_interval
+from marnet_train.models.backbones import VisionEncoder
 from marnet_train.progress import Progress
 from marnet_train.tables import subject
 from marnet_train.tables.ablate import ablate, changed
@@ -53,7 +56,9 @@ class Watched:
         self.phases: list[str] = []
         self.semantics: list[tuple[str, Tensor, Tensor, Tensor]] = []
         self.chains = 0  # of test images, as they are trained
+        self.encoded: Counter[tuple[VisionEncoder, int]] = Counter()  # by an encoder, images
         log, vectors = Progress.log, phases.semantic_vectors
+        views = phases.compute_views
         refined = subject.refined_features
 
         def watched_log(run: Progress, **line: Any) -> None:
@@ -71,6 +76,12 @@ class Watched:
             self.chains += 1
             return refined(*given)
 
+        def watched_views(vision: VisionEncoder, store: PixelStore, *more: Any) -> Tensor:
+            self.encoded[vision, len(store)] += 1
+            return views(vision, store, *more)
+
+        for module in (phases, stages):
+            patch.setattr(module, "compute_views", watched_views)
         patch.setattr(subject, "refined_features", counted)
         patch.setattr(Progress, "log", watched_log)
         patch.setattr(phases, "semantic_vectors", watched_vectors)
@@ -141,6 +152,14 @@ def test_all_fusions_share_the_chains_of_the_trained_model(whole: Whole) -> None
     """Eight noise samples of the model, of four other refiners and the one on the baseline's
     encoder, and of the control; for two seeds."""
     assert whole[2].chains == 2 * 8 * (1 + 4 + 1 + 1)
+
+
+def test_an_encoder_that_was_tuned_sees_training_and_test_images_once(whole: Whole) -> None:
+    encoded = whole[2].encoded
+    for images in (49, 20):
+        times = [count for (_, seen), count in encoded.items() if seen == images]
+        # Of each seed: the model, its baseline, and the model of the control.
+        assert times == [1] * 6
 
 
 def test_the_control_with_shuffled_texts_learns_the_texts_of_other_classes(whole: Whole) -> None:

@@ -92,10 +92,6 @@ class Split:
             x_v = compute_views(vision, self.images.store, Augment(), 1)[0]
         return Labelled(x_v, self.labels.to(x_v.device))
 
-    def seen_whole(self, model: ImageBranch, *, frozen: bool) -> Labelled:
-        """Return what everything behind a model's encoder gets of the images."""
-        return behind(model, self.seen_by(model.vision, frozen=frozen))
-
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -105,6 +101,7 @@ class Trained:
     baseline: Baseline
     mlp: Refiner  # "+MLP": the denoiser's network as a plain regression, on the model's encoder
     recipe: Recipe  # with numbers in place of "auto"
+    features: Features | None = None  # what phase B learned on; None: they were not kept
 
     @property
     def modules(self) -> nn.Module:
@@ -158,7 +155,7 @@ def train_all(
     course.refine(features, seen)
     course.train_heads(features, seen)
     course.choose_samples(seen)
-    return course.trained()
+    return replace(course.trained(), features=features)
 
 
 class _Course:
@@ -373,7 +370,7 @@ def measure_all(trained: Trained, split: Split) -> dict[str, Measured]:
     """Measure how good the baseline, the control and each branch of the model are on a split."""
     frozen = trained.recipe.alignment.frozen
     model, baseline, mlp = trained.model, trained.baseline, trained.mlp.eval()
-    seen = split.seen_whole(model, frozen=frozen)
+    seen = behind(model, split.seen_by(model.vision, frozen=frozen))
     one_pass = mlp.classifier(mlp.one_pass(model.condition(seen.x_v)))
     return {
         "baseline": measure_image_branch(baseline, split.seen_by(baseline.vision, frozen=frozen)),

@@ -6,17 +6,18 @@ Axes: N images, C classes, K noise samples, D_v, D_s, D widths of x_v, x_s, x_EM
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
 
 from marnet_train.assemble import Prepared
 from marnet_train.diffusion import sampler_table
-from marnet_train.evaluate import Labelled, head_probabilities, refined_features
+from marnet_train.evaluate import Labelled, behind, head_probabilities, refined_features
 from marnet_train.heads import Ends, draw_ends
+from marnet_train.models.backbones import VisionEncoder
 from marnet_train.models.marnet import ImageBranch, MARNet
 from marnet_train.models.seda import SeDA
 from marnet_train.phases import Features, Training, make_features, make_target
@@ -63,7 +64,7 @@ class Subject:
     @cached_property
     def own(self) -> Side:
         """Return the model with its features."""
-        return self._side(self.model)
+        return self._side(self.model, self.trained.features)
 
     @cached_property
     def on_baseline(self) -> Side:
@@ -72,19 +73,26 @@ class Subject:
         names = ("vision", "project_vision", "alignment_classifier")
         return self._side(variant(self.model, **{name: getattr(baseline, name) for name in names}))
 
-    def _side(self, model: MARNet) -> Side:
-        data, recipe, seed = self.ready.data, self.training.recipe, self.training.seed
-        target = make_target(model, data, recipe, seed)
-        source = encoded(model.vision, data, recipe)
-        features = make_features(model, data, source, target, recipe)
-        if isinstance(model, SeDA):
-            features = with_mistakes(model, features, recipe, seed)
+    def _side(self, model: MARNet, features: Features | None = None) -> Side:
+        """Return a model with its features; those of training images are made if none are given."""
+        if features is None:
+            data, recipe, seed = self.ready.data, self.training.recipe, self.training.seed
+            target = make_target(model, data, recipe, seed)
+            source = encoded(model.vision, data, recipe)
+            features = make_features(model, data, source, target, recipe)
+            if isinstance(model, SeDA):
+                features = with_mistakes(model, features, recipe, seed)
         return Side(model, features, self.seen(model, "val"), self.seen(model, "test"))
+
+    @cached_property
+    def _encoded(self) -> Callable[[VisionEncoder, str], Labelled]:
+        """Encode a split by an encoder; each pair of them is encoded once."""
+        frozen = self.training.recipe.alignment.frozen
+        return cache(lambda vision, split: self.ready.splits[split].seen_by(vision, frozen=frozen))
 
     def seen(self, model: ImageBranch, split: str) -> Labelled:
         """Return what everything behind a model's encoder gets of a split."""
-        frozen = self.training.recipe.alignment.frozen
-        return self.ready.splits[split].seen_whole(model, frozen=frozen)
+        return behind(model, self._encoded(model.vision, split))
 
     @cached_property
     def test(self) -> Labelled:

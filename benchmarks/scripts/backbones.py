@@ -4,7 +4,8 @@
 
 Each family is built tiny from its own configuration class, trained for a few steps on rendered
 digits, exported, verified against its float32 checkpoint, opened again and asked for a label. A
-family runs in a process of its own, so one that crashes costs nothing but its cells.
+family runs in a process of its own, so one that crashes costs nothing but its cells. Cells that
+FILE.json holds are not tried again: delete it to try them all.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ _SIDE = {"efficientnet": 64, "hiera": 64, "levit": 64, "mobilevitv2": 64, "swift
          "convnext": 64, "convnextv2": 64, "dinov3_convnext": 64, "cvt": 64}  # fmt: skip
 
 
+Way = tuple[str, str]  # a backend and a precision
+
+
 @dataclass(frozen=True)
 class Cell:
     """One family through one backend and precision."""
@@ -179,10 +183,8 @@ def one_line(error: BaseException) -> str:
     return kind + " ".join(str(error).split())[:300]
 
 
-def try_family(
-    family: str, data: Path, folder: Path, backends: Sequence[str], precisions: Sequence[str]
-) -> Iterator[Cell]:
-    """Train it, then export and open every cell."""
+def try_family(family: str, data: Path, folder: Path, todo: Sequence[Way]) -> Iterator[Cell]:
+    """Train it, then export it and open it in every way."""
     start = time.perf_counter()
     checkpoint = folder / "checkpoint"
     try:
@@ -191,16 +193,13 @@ def try_family(
         yield Cell(family, "training", "", False, one_line(error), time.perf_counter() - start)
         return
     yield Cell(family, "training", "", True, "", time.perf_counter() - start)
-    for backend in backends:
-        for precision in precisions:
-            start = time.perf_counter()
-            try:
-                detail = try_cell(family, checkpoint, folder / f"{backend}-{precision}",
-                                  backend, precision)  # fmt: skip
-                works = True
-            except Exception as error:
-                works, detail = False, one_line(error)
-            yield Cell(family, backend, precision, works, detail, time.perf_counter() - start)
+    for backend, precision in todo:
+        start, out = time.perf_counter(), folder / f"{backend}-{precision}"
+        try:
+            works, detail = True, try_cell(family, checkpoint, out, backend, precision)
+        except Exception as error:
+            works, detail = False, one_line(error)
+        yield Cell(family, backend, precision, works, detail, time.perf_counter() - start)
 
 
 def try_cell(family: str, checkpoint: Path, out: Path, backend: str, precision: str) -> str:
@@ -229,6 +228,7 @@ def try_cell(family: str, checkpoint: Path, out: Path, backend: str, precision: 
 @click.option("--output", type=click.Path(path_type=Path), help="Write the cells, as JSON.")
 @click.option("--page", type=click.Path(path_type=Path), help="Write the table, as Markdown.")
 @click.option("--data", type=click.Path(path_type=Path), hidden=True)
+@click.option("--todo", help="Backends and precisions, as JSON.", hidden=True)
 def main(
     families: Sequence[str],
     backends: Sequence[str],
@@ -236,12 +236,13 @@ def main(
     output: Path | None,
     page: Path | None,
     data: Path | None,
+    todo: str | None,
 ) -> None:
     """Try every family of encoders through every backend and precision."""
-    if data is not None:  # the process of one family
+    if data is not None and todo is not None:  # the process of one family
         warnings.simplefilter("ignore")
         with tempfile.TemporaryDirectory() as folder:
-            for cell in try_family(families[0], data, Path(folder), backends, precisions):
+            for cell in try_family(families[0], data, Path(folder), json.loads(todo)):
                 print(json.dumps(asdict(cell)), flush=True)
         return
     known = json.loads(output.read_text("utf-8"))["cells"] if output and output.exists() else []
@@ -254,7 +255,8 @@ def main(
         keep_every_third(digits)
         here = TIMM if importlib.util.find_spec("timm") else ()
         for family in track(families or [*VISION, *TEXT, *here], "families"):
-            found = in_own_process(family, digits, backends, precisions)
+            missing = missing_ways(cells, family, backends, precisions)
+            found = in_own_process(family, digits, missing) if missing else []
             cells |= {cell.place: cell for cell in found}
             say(summary(found))
             if output is not None:
@@ -269,18 +271,25 @@ def main(
         page.write_text(page_of(list(cells.values()), BACKENDS, PRECISIONS) + by_hand, "utf-8")
 
 
-def in_own_process(
-    family: str, data: Path, backends: Sequence[str], precisions: Sequence[str]
-) -> list[Cell]:
-    """The cells of a family; those that its process did not live to tell failed."""
-    named = [
-        word
-        for option, values in (("--backend", backends), ("--precision", precisions))
-        for value in values
-        for word in (option, value)
-    ]
+def missing_ways(
+    cells: Mapping[tuple[str, str, str], Cell],
+    family: str,
+    backends: Sequence[str],
+    precisions: Sequence[str],
+) -> list[Way]:
+    """List the ways in which a family was not tried; none if it cannot be trained."""
+    trained = cells.get((family, "training", ""))
+    if trained is not None and not trained.works:
+        return []
+    ways = [(backend, precision) for backend in backends for precision in precisions]
+    return [way for way in ways if (family, *way) not in cells]
+
+
+def in_own_process(family: str, data: Path, todo: Sequence[Way]) -> list[Cell]:
+    """Return the cells of a family; those that its process did not live to tell failed."""
+    given = ["--family", family, "--data", str(data), "--todo", json.dumps(todo)]
     done = subprocess.run(
-        [sys.executable, __file__, "--family", family, "--data", str(data), *named],
+        [sys.executable, __file__, *given],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -42,6 +42,22 @@ def test_what_does_not_work_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_costs_no_more_than_its_cells(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(backbones, "__file__", str(tmp_path / "missing.py"))
-    (cell,) = backbones.in_own_process("vit", tmp_path, ("onnxruntime",), ("fp32",))
+    (cell,) = backbones.in_own_process("vit", tmp_path, [("onnxruntime", "fp32")])
     assert not cell.works
     assert "the process ended with 2" in cell.detail
+
+
+def test_only_what_is_missing_is_tried_again() -> None:
+    done = [
+        backbones.Cell("vit", "training", "", True, "", 1.0),
+        backbones.Cell("vit", "openvino", "bf16", False, "it has no operator X", 1.0),
+        backbones.Cell("bit", "training", "", False, "it diverged", 1.0),
+    ]
+    cells = {cell.place: cell for cell in done}
+
+    def missing(family: str) -> list[tuple[str, str]]:
+        return backbones.missing_ways(cells, family, ("openvino",), ("fp32", "bf16"))
+
+    assert missing("vit") == [("openvino", "fp32")]
+    assert missing("bit") == []
+    assert missing("swin") == [("openvino", "fp32"), ("openvino", "bf16")]

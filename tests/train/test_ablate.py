@@ -417,11 +417,13 @@ def test_compare_trains_with_every_alignment_loss(
         return {"summary": {}}
 
     monkeypatch.setattr(module, "ablate", note)
-    where = ("--data", data, "--recipe", "digits", "--out", tmp_path / "out")
+    recipe = write_recipe(RECIPE, tmp_path / "tiny.toml")
+    where = ("--data", data, "--recipe", recipe, "--out", tmp_path / "out")
     result = marnet_train("compare", *where, "--seeds", "3")
     assert result.exit_code == 0, result.output
     losses = ["swd", "ssan", "cdd", "sdm", "team"]
     assert (asked[0]["controls"], asked[0]["seeds"]) == (losses, (3,))
+    assert asked[0]["name"] == "tiny.toml"
 
 
 @pytest.mark.parametrize(

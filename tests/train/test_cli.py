@@ -99,7 +99,10 @@ def test_fit_writes_a_checkpoint_and_says_how_good_it_is(trained: tuple[Path, Re
     assert (out / "model.safetensors").is_file()
     assert f"marnet-export --checkpoint {out}" in result.stderr
     assert (out / "samples").is_dir()
-    assert json.loads((out / "training.json").read_text())["seed"] == 0
+    training = json.loads((out / "training.json").read_text())
+    # Where the recipe lay is nobody's business who gets the checkpoint.
+    assert (training["seed"], training["recipe"]) == (0, "tiny.toml")
+    assert "recipe: `tiny.toml`" in (out / "README.md").read_text("utf-8")
 
 
 def test_fit_prints_accuracies_differences_and_what_they_bought(

@@ -98,7 +98,7 @@ def fit(
         data_dir,
         read_recipe(recipe, method),
         out,
-        name=recipe,
+        name=Path(recipe).name,
         keep_samples=not no_samples,
         overwrite=force,
         **settings,
@@ -265,7 +265,8 @@ def _make_tables(
     with requires_extra(*NEEDS, "matplotlib"):
         from marnet_train.tables.ablate import ablate as run_ablation
     keep_freed_memory()
-    _print_tables(run_ablation(data_dir, read_recipe(recipe, method), out, name=recipe, **settings))
+    name = Path(recipe).name
+    _print_tables(run_ablation(data_dir, read_recipe(recipe, method), out, name=name, **settings))
     say(f"wrote ablation.md, .csv, .json and .png into {out}")
     next_commands(f"marnet-train figures {shlex.quote(str(out))}")
 

@@ -15,14 +15,14 @@ from click.testing import CliRunner, Result
 from tiny_training import TINY, change, write_recipe, write_small
 from torch import Tensor
 
-from marnet_sdk.errors import DataError, OutputExists, RecipeError
+from marnet_sdk.errors import DataError, OutputBusy, OutputExists, RecipeError
 from marnet_train import phases, stages
 from marnet_train.cli import main
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.measures import student_interval
 from marnet_train.models.backbones import VisionEncoder
-from marnet_train.progress import Progress
+from marnet_train.progress import Progress, saved_progress
 from marnet_train.tables import subject
 from marnet_train.tables.ablate import ablate, changed
 from marnet_train.tables.answers import right_answers
@@ -216,6 +216,16 @@ def test_an_interrupted_ablation_goes_on_and_trains_nothing_twice(
     expected = {n: r for n, r in whole[1]["runs"][0]["rows"].items() if "shuffled" not in n}
     assert joined["runs"][0]["rows"] == expected
     assert sorted(p.name for p in (out / "seed-0").iterdir()) == ["text.json", "text.safetensors"]
+
+
+def test_of_two_commands_on_one_folder_each_does_its_own_seed(whole: Whole, data: Path) -> None:
+    """Another process is at work on a control of seed 1, so seed 0 is all that can be done."""
+    out, joined, _ = whole
+    with saved_progress(out / "seed-1/labels.json", {}, restart=False):
+        with pytest.raises(OutputBusy, match=r"seed-1/labels\.json"):
+            ablate(data, RECIPE, out, name="tiny", seeds=(1,), controls=("labels",))
+        found = ablate(data, RECIPE, out, name="tiny", seeds=(0,), controls=("shuffled",))
+    assert found["runs"] == json.loads(json.dumps(joined["runs"]))
 
 
 def test_a_control_of_a_folder_that_is_there_is_added(whole: Whole) -> None:

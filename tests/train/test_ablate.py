@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_training import TINY, change, write_recipe, write_small
 from torch import Tensor
 
 from marnet_sdk.errors import DataError, OutputBusy, OutputExists, RecipeError
 from marnet_train import phases, stages
 from marnet_train.cli import main
+from marnet_train.data.dataset import read_data_set
 from marnet_train.data.pixels import PixelStore
 from marnet_train.diffusion import ScheduleConfig
 from marnet_train.measures import student_interval
 from marnet_train.models.backbones import VisionEncoder
 from marnet_train.progress import Progress, saved_progress
+from marnet_train.tables import rows as rows_of_tables
 from marnet_train.tables import subject
 from marnet_train.tables.ablate import ablate, changed
 from marnet_train.tables.answers import right_answers
@@ -362,12 +367,32 @@ def test_carry_is_left_out_with_its_reason_where_the_widths_differ(
 
 
 @pytest.mark.slow
-def test_damaged_images_have_rows_of_their_own(data: Path, tmp_path: Path) -> None:
+def test_damaged_images_have_rows_of_their_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are spread over the whole split: in one that is sorted the first are of one class."""
+    seen: list[Path | Any] = []
+    decode = rows_of_tables.decode_example
+    monkeypatch.setattr(
+        rows_of_tables, "decode_example", lambda e: seen.append(e.image) or decode(e)
+    )
     joined = ablate(data, RECIPE, tmp_path / "out", seeds=(0,), controls=(), damaged=10)
+    test = [example.image for example in read_data_set(data).splits["test"]]
+    assert seen[:10] == [test[i] for i in (0, 2, 4, 6, 8, 11, 13, 15, 17, 19)]
     rows = joined["runs"][0]["rows"]
     damaged = [name for name in rows if section_of(name) == "damaged images"]
     assert len(damaged) == 5 * 3 * 5
     assert {rows[name]["images"] for name in damaged} == {10}
+
+
+@given(total=st.integers(1, 5_000), count=st.integers(1, 5_000))
+def test_chosen_images_are_spread_evenly(total: int, count: int) -> None:
+    chosen = subject.spread(total, count).tolist()
+    assert len(chosen) == min(total, count)
+    assert chosen[0] == 0
+    gaps = {b - a for a, b in pairwise(chosen)}
+    assert len(gaps) <= 2
+    assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1 and chosen[-1] == total - 1)
 
 
 # --- figures

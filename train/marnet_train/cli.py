@@ -221,7 +221,7 @@ _OVER_SEEDS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="So many test images are damaged in 15 ways and measured, too.",
+        help="So many test images, spread evenly, are damaged in 15 ways and measured, too.",
     ),
     THREADS,
     DEVICE,

@@ -44,6 +44,7 @@ from marnet_train.tables.subject import (
     Subject,
     branch_answers,
     one_pass_probabilities,
+    spread,
     trained_chains,
     variant,
     with_fusion,
@@ -225,12 +226,13 @@ def other_fusions(s: Subject) -> tuple[dict[str, MARNet], dict[str, str]]:
 
 @torch.no_grad()
 def damaged_rows(s: Subject, folder: DataSet, count: int, kind: str, strength: int) -> Rows:
-    """Make the rows of the first `count` test images, damaged in one way."""
-    examples, labels = folder.splits["test"][:count], s.labels[:count]
+    """Make the rows of `count` test images, damaged in one way."""
+    examples, chosen = folder.splits["test"], spread(len(s.labels), count)
+    labels = s.labels[chosen.to(s.labels.device)]
     pixels = np.stack(
         [
-            s.ready.preprocess(corrupt(decode_example(example), kind, strength, i))
-            for i, example in enumerate(track(examples, f"{kind} {strength}"))
+            s.ready.preprocess(corrupt(decode_example(examples[i]), kind, strength, i))
+            for i in track(chosen.tolist(), f"{kind} {strength}")
         ]
     )
     model, baseline = s.model, s.trained.baseline

@@ -15,7 +15,7 @@ from marnet_train.data.examples import Example
 from marnet_train.models.marnet import mean_and_scale
 from marnet_train.phases import text_features
 from marnet_train.tables.similarity import class_cosines, linear_cka, squared_mmd
-from marnet_train.tables.subject import Subject
+from marnet_train.tables.subject import Subject, spread
 from marnet_train.text import encode
 
 MOST = 2_000  # images whose vectors are kept and compared: distances of all pairs are needed
@@ -25,22 +25,21 @@ MODELS = ("baseline", "alignment", "+MLP", "refined", "MARNet")  # whose confide
 
 @torch.no_grad()
 def vectors(s: Subject) -> dict[str, Tensor]:
-    """Return the vectors of the first `MOST` test images by space, [N, D], and their labels.
+    """Return the vectors of at most `MOST` test images by space, [N, D], and their labels.
 
     Beside them stand the probabilities of the true class by model, "p of NAME", [N].
     """
-    model, count = s.model, min(MOST, len(s.labels))
-    x_v = s.test.x_v[:count]
-    labels, rows = s.test.labels[:count], torch.arange(count)
+    model, chosen = s.model, _chosen(s).to(s.labels.device)
+    x_v, labels = s.test.x_v[chosen], s.test.labels[chosen]
     found = {"labels": labels}
     if s.with_baseline:
-        found["x_v of the baseline"] = s.seen(s.trained.baseline, "test").x_v[:count]
+        found["x_v of the baseline"] = s.seen(s.trained.baseline, "test").x_v[chosen]
     found["x_v"] = x_v[:, : model.vision.dim]
     found["x_EMA"] = model.align_vision(x_v)
     found["+MLP"] = s.trained.mlp.one_pass(model.condition(x_v))
-    found["x_CDR"] = s.refined[0][:count]
+    found["x_CDR"] = s.refined[0][chosen]
     served = {n: p[: model.config.samples].mean(dim=0) for n, p in s.answers.items()}
-    return found | {f"p of {n}": served[n][rows, labels] for n in MODELS if n in served}
+    return found | {f"p of {n}": served[n][chosen, labels] for n in MODELS if n in served}
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def similarities(
     """
     labels = found["labels"]
     learned = s.own.features.x_s[: len(s.ready.data.labels)]  # [M, D_s]
-    own = _own_texts(s, examples[: len(labels)])
+    own = _own_texts(s, [examples[i] for i in _chosen(s).tolist()])
     figures = {}
     for space in (name for name in SPACES if name in found):
         of_training, of_images, x = learned, own, found[space]
@@ -74,6 +73,11 @@ def similarities(
         texts = centres[labels] if of_images is None else of_images
         figures[space] = _figures(x, texts, centres, labels)
     return figures
+
+
+def _chosen(s: Subject) -> Tensor:
+    """Return the rows of the test images that are compared, [N]."""
+    return spread(len(s.labels), MOST)
 
 
 def _figures(x: Tensor, texts: Tensor, centres: Tensor, labels: Tensor) -> dict[str, float | None]:

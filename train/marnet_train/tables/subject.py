@@ -123,6 +123,16 @@ class Subject:
         return row_of(averaged(samples, self.model.config.samples), self.labels)
 
 
+def spread(total: int, count: int) -> Tensor:
+    """Choose at most `count` of `total` rows, evenly: where images are listed by class, the first
+    ones are of a few classes.
+
+    Returns:
+        Row indices in order, int64 [min(count, total)].
+    """
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long()
+
+
 def trained_chains(model: MARNet, seen: Labelled, draws: int = DRAWS) -> list[Tensor]:
     """Run the chains that a model was trained for: as many as `draws`, and as it serves.
 

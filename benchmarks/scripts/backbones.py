@@ -30,7 +30,7 @@ from marnet_export.job import export_bundle
 from marnet_export.settings import Settings
 from marnet_sdk.classifier import Classifier
 from marnet_sdk.console import say, track
-from marnet_sdk.errors import MarnetError
+from marnet_sdk.errors import EnvironmentMismatch, MarnetError
 from marnet_train.checkpoint import SAMPLES
 from marnet_train.data.digits import write_digits
 from marnet_train.diffusion import ScheduleConfig
@@ -82,7 +82,8 @@ VISION: dict[str, dict[str, Any]] = {
     "regnet": {"embedding_size": 8, **_TWO, "groups_width": 8},
     "bit": {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 8},
     "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128,
-                     "image_size": 64, "initializer_range": 0.5},
+                     "image_size": 64, "initializer_range": 0.5,
+                     "batch_norm_momentum": 0.5},  # its averages have a dozen steps to settle
     "mobilenet_v1": {"depth_multiplier": 0.25, "image_size": 32},
     "mobilenet_v2": {"depth_multiplier": 0.35, "image_size": 32},
     "mobilevit": {"image_size": 32, "hidden_sizes": [16] * 3, "initializer_range": 0.5,
@@ -184,7 +185,7 @@ def one_line(error: BaseException) -> str:
 
 
 def try_family(family: str, data: Path, folder: Path, todo: Sequence[Way]) -> Iterator[Cell]:
-    """Train it, then export it and open it in every way."""
+    """Train it, then export it and open it in every way that this machine has."""
     start = time.perf_counter()
     checkpoint = folder / "checkpoint"
     try:
@@ -197,6 +198,8 @@ def try_family(family: str, data: Path, folder: Path, todo: Sequence[Way]) -> It
         start, out = time.perf_counter(), folder / f"{backend}-{precision}"
         try:
             works, detail = True, try_cell(family, checkpoint, out, backend, precision)
+        except EnvironmentMismatch:  # says nothing of the family: another machine may try it
+            continue
         except Exception as error:
             works, detail = False, one_line(error)
         yield Cell(family, backend, precision, works, detail, time.perf_counter() - start)

@@ -9,6 +9,8 @@ import pytest
 from benchmark_scripts import load_script
 from click.testing import CliRunner
 
+from marnet_sdk.errors import EnvironmentMismatch
+
 backbones = load_script("scripts/backbones.py")
 FAMILIES = (*backbones.VISION, *backbones.TEXT)
 
@@ -61,3 +63,13 @@ def test_only_what_is_missing_is_tried_again() -> None:
     assert missing("vit") == [("openvino", "fp32")]
     assert missing("bit") == []
     assert missing("swin") == [("openvino", "fp32"), ("openvino", "bf16")]
+
+
+def test_what_this_machine_cannot_try_is_not_held_against_a_family(monkeypatch, tmp_path) -> None:
+    def refuse(*_: object) -> str:
+        raise EnvironmentMismatch("this CPU has no bf16 arithmetic")
+
+    monkeypatch.setattr(backbones, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(backbones, "try_cell", refuse)
+    (cell,) = backbones.try_family("vit", tmp_path, tmp_path, [("openvino", "bf16")])
+    assert cell.place == ("vit", "training", "")

@@ -158,6 +158,23 @@ def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion, level):
         assert torch.equal(head(x_v, x_cdr)[0], logits)
 
 
+def test_a_head_in_16_bits_tells_features_apart_whose_mean_is_large():
+    """As of an encoder that gives nearly the same vector for every image."""
+    model = make_model().eval()
+    model.vision_mean.copy_(torch.randn(10) * 100)
+    model.vision_std.copy_(torch.rand(10) * 0.1 + 0.05)
+    model.project_vision.weight.data.div_(model.vision_std)  # it learned on standardised features
+    model.project_vision.bias.data.sub_(model.project_vision.weight @ model.vision_mean)
+    x_v = model.vision_mean + model.vision_std * torch.randn(20, 10)
+    x_cdr = torch.zeros(20, 1, model.latent_width)
+    head = Head(model).eval()
+    with torch.inference_mode():
+        _, expected = head(x_v, x_cdr)
+        head.project_vision.weight.copy_(head.project_vision.weight.half())
+        _, got = head(x_v, x_cdr)
+    torch.testing.assert_close(got, expected, rtol=0.01, atol=0.01)
+
+
 def run_in_bf16(plan: SamplingPlan, x_v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What the loop gives with bf16 products, and what it should give."""
     table = sampler_table(ScheduleConfig(), "ddpm", 100)

@@ -379,11 +379,19 @@ class ScanLoop(ScriptedLoop):
 
 
 class Head(nn.Module):
-    """Alignment projector, fusion and final classifier: x_v, x_CDR -> logits, fused features."""
+    """Alignment projector, fusion and final classifier: x_v, x_CDR -> logits, fused features.
+
+    It standardises x_v first, as the loop does. Where a mean is large beside its deviation, the
+    projection of raw features would cancel, and weights in 16 bits would leave noise.
+    """
 
     def __init__(self, model: MARNet) -> None:
         super().__init__()
-        self.project_vision = copy.deepcopy(model.project_vision)
+        self.register_buffer("vision_mean", model.vision_mean.clone())
+        self.register_buffer("vision_std", model.vision_std.clone())
+        self.project_vision = _on_standardised(
+            model.project_vision, model.vision_mean, model.vision_std
+        )
         self.classifier = copy.deepcopy(model.classifier)
         self.of_logits = model.config.fusion_level == "logit"
         if self.of_logits:
@@ -395,6 +403,8 @@ class Head(nn.Module):
             for name in ("aligned_mean", "aligned_std", "refined_mean", "refined_std"):
                 self.register_buffer(name, getattr(model, name).clone())
 
+    vision_mean: Tensor
+    vision_std: Tensor
     aligned_mean: Tensor
     aligned_std: Tensor
     refined_mean: Tensor
@@ -404,6 +414,7 @@ class Head(nn.Module):
         """Map x_v [B, D_v] and x_CDR [B, K, D_s] to logits [B, K, C] and fused features
         [B, K, D_f].
         """
+        x_v = (x_v - self.vision_mean) / self.vision_std
         aligned = F.leaky_relu(self.project_vision(x_v), LEAKY_SLOPE).unsqueeze(1)
         if self.of_logits:
             aligned, x_cdr = self.alignment_classifier(aligned), self.semantic_classifier(x_cdr)
@@ -412,6 +423,15 @@ class Head(nn.Module):
             x_cdr = (x_cdr - self.refined_mean) / self.refined_std
         fused = self.fusion(aligned.expand(-1, x_cdr.shape[1], -1), x_cdr)
         return self.classifier(fused), fused
+
+
+@torch.no_grad()
+def _on_standardised(layer: nn.Linear, mean: Tensor, std: Tensor) -> nn.Linear:
+    """Return a layer that gives of standardised inputs what this one gives of raw ones."""
+    found, weight = copy.deepcopy(layer), layer.weight.double()
+    found.weight.copy_(weight * std)
+    found.bias.copy_(layer.bias + weight @ mean.double())
+    return found
 
 
 class Refine(nn.Module):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marnet_export.lower.methods import Floats, Lowered, lower_marnet
+from marnet_export.lower.modules import Head
 from marnet_export.lower.plan import SamplingPlan, make_plan, rewrite
 from marnet_train.diffusion import first_deviation
 from marnet_train.models.denoiser import LEAKY_SLOPE
@@ -60,13 +61,16 @@ def _padded(weight: Floats, width: int) -> Floats:
 
 def _blind_to_semantics(head: nn.Module, width: int) -> nn.Module:
     """The head with a projection of [x_v ; s ...], of that width, that does not look at s."""
+    assert isinstance(head, Head)
     layer = head.project_vision
-    assert isinstance(layer, nn.Linear)
     wide = nn.Linear(width, layer.out_features)
     with torch.no_grad():
         wide.weight.copy_(torch.from_numpy(_padded(layer.weight.numpy(), width)))
         wide.bias.copy_(layer.bias)
+    more = width - layer.in_features
     head.project_vision = wide
+    head.vision_mean = F.pad(head.vision_mean, (0, more))
+    head.vision_std = F.pad(head.vision_std, (0, more), value=1.0)
     return head.eval()
 
 

@@ -49,6 +49,7 @@ from marnet_sdk.backends.openvino import (
     hidden,
     load_openvino,
 )
+from marnet_sdk.cpus import int8_sums_overflow
 from marnet_sdk.errors import ExportError, requires_extra
 
 ov = load_openvino()
@@ -125,8 +126,8 @@ def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibra
     with quiet("nncf"):
         ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
         settings = nncf.AdvancedQuantizationParameters(
-            # Else the first layer has weights of 7 bits, for CPUs whose sums of int8 overflow.
-            overflow_fix=nncf.OverflowFix.DISABLE,
+            # The default is 7 bits for the first layer alone.
+            overflow_fix=getattr(nncf.OverflowFix, "ENABLE" if int8_sums_overflow() else "DISABLE"),
             disable_bias_correction=True,
             activations_range_estimator_params=ranges,
         )

@@ -136,3 +136,15 @@ def _read(path: Path) -> str | None:
         return path.read_text("utf-8", "replace").strip()
     except OSError:
         return None
+
+
+def int8_sums_overflow() -> bool:
+    """Tell whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
+
+    Runtimes have slower products that do not, or weights of 7 bits.
+    """
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx2" in flags and "vnni" not in flags

@@ -14,7 +14,15 @@ from quick import kept
 
 from marnet_sdk import Classifier
 from marnet_sdk.backends import BACKENDS
-from marnet_sdk.cpus import Cpus, check_threads, count_cores, cpus, quota, wait_briefly
+from marnet_sdk.cpus import (
+    Cpus,
+    check_threads,
+    count_cores,
+    cpus,
+    int8_sums_overflow,
+    quota,
+    wait_briefly,
+)
 from marnet_sdk.errors import InvalidInput
 
 # A bundle of aotinductor takes a minute of g++; `make test` has it in test_builder_aotinductor.
@@ -210,3 +218,17 @@ def test_numpy_s_waiting_threads_spin_briefly_or_as_the_user_says(before, expect
         check=True,
     )
     assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "overflows"),
+    [
+        ("sse4_2 avx2 fma", True),
+        ("avx2 avx_vnni", False),
+        ("avx2 avx512_vnni", False),
+        ("asimd", 0),
+    ],
+)
+def test_sums_of_int8_overflow_on_x86_without_vnni(flags, overflows, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"flags : {flags}")
+    assert int8_sums_overflow() == overflows

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, RuntimeReport, TextEncoder, check_device
-from marnet_sdk.cpus import cpus
+from marnet_sdk.cpus import cpus, int8_sums_overflow
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
 from marnet_sdk.noise.tables import Floats, Integers, Tables
@@ -91,22 +91,10 @@ def session_options(threads: int | None) -> Any:
     # its thread comes late and has little left to do.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     options.add_session_config_entry("session.dynamic_block_base", "4")
-    if _overflows():
+    if int8_sums_overflow():  # it has slower ones that do not
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
     return options
-
-
-def _overflows() -> bool:
-    """Tell whether sums of uint8 times int8 products overflow on this CPU, as on x86 without VNNI.
-
-    ONNX Runtime then has slower ones that do not.
-    """
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx2" in flags and "vnni" not in flags
 
 
 def _session(path: Path, compute: str, threads: int | None) -> Any:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from marnet_train.tables.joined import compare, summarise
 from marnet_train.tables.written import tables
 
 ROOT = Path(__file__).parents[2]
@@ -426,7 +427,7 @@ grocery = partial(
     "**Grocery Store**, 81 products, recipe `grocery` (ImageNet EfficientNet-Lite0 and MiniLM, "
     "both frozen; baseline and MARNet each had a search on validation), the official {images} test "
     "photographs,",
-    ", the first 200 photographs",
+    ", the first 200 photographs, of four products",
 )
 
 
@@ -507,11 +508,34 @@ def soak() -> str:
 
 
 def ablation(report: str, title: str) -> str:
-    """The tables of `marnet-train ablate`, as it writes them, without the operating points."""
-    joined = read(report)
+    """The tables of `marnet-train ablate`, as it writes them."""
+    return rows_of(read(report), title)
+
+
+def rows_of(joined: dict[str, Any], title: str) -> str:
+    """The tables of joined rows, without the operating points, and with damaged images in short."""
     title = title.format(images=joined["test_images"], seeds=len(joined["runs"]))
-    shown = (found for found in tables(joined) if found.title != "operating points")
-    return "\n\n".join((title, *(found.markdown(level=4) for found in shown)))
+    left_out = ("operating points", "damaged images")
+    shown = [found.markdown(level=4) for found in tables(joined) if found.title not in left_out]
+    damaged = joined["runs"][0]["rows"].get("blur 1: MARNet")
+    if damaged is not None:
+        shown.append(f"#### damaged images\n\nTop-1 in percent, {damaged['images']} images:")
+        shown.append(damages(joined["summary"]))
+    return "\n\n".join((title, *shown))
+
+
+def tuned() -> dict[str, Any]:
+    """The branches on tuned encoders, joined over seeds: `fit`'s trainings, and `ablate`'s of other
+    seeds."""
+    reports = [read("cpu-grocery-tuned-ablation"), read("cpu-grocery-tuned")]
+    by_seed = {run["seed"]: run for report in reports for run in report["runs"]}
+    names = ("baseline", "alignment", "refined", "MARNet")
+    runs = [
+        {"seed": seed, "rows": {name: by_seed[seed]["rows"][name] for name in names}}
+        for seed in sorted(by_seed)
+    ]
+    images = reports[0]["test_images"]
+    return {"test_images": images, "summary": summarise(runs), "pairs": compare(runs), "runs": runs}
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -546,16 +570,15 @@ PARTS: dict[str, Callable[[], str]] = {
         "{images} test photographs, {seeds} training seeds. Points are differences to the baseline "
         "on the same photographs.",
     ),
-    "grocery-tuned": partial(
-        ablation,
-        "cpu-grocery-tuned",
+    "grocery-tuned": lambda: rows_of(
+        tuned(),
         "{images} test photographs, {seeds} training seeds. Points are differences to the baseline "
         "on the same photographs.",
     ),
-    "grocery-tuned-controls": partial(
+    "grocery-tuned-ablation": partial(
         ablation,
-        "cpu-grocery-tuned-controls",
-        "{images} test photographs, {seeds} training seed.",
+        "cpu-grocery-tuned-ablation",
+        "{images} test photographs, {seeds} training seeds.",
     ),
     "pareto": pareto,
 }

@@ -42,6 +42,7 @@ from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
 from marnet_sdk.bundle import read_bundle
+from marnet_sdk.cpus import int8_sums_overflow
 from marnet_sdk.errors import ExportError, MissingExtra
 from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
@@ -400,7 +401,8 @@ def depthwise_errors(backend: str, payload: Path) -> Floats:
 
 @pytest.mark.parametrize("backend", EACH)
 def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
-    assert depthwise_errors(backend, tmp_path / "payload").max() < 0.01
+    bound = 0.03 if backend == "openvino" and int8_sums_overflow() else 0.01  # 7 bits, not 8
+    assert depthwise_errors(backend, tmp_path / "payload").max() < bound
 
 
 def spread_channels(weights: dict[str, np.ndarray]) -> None:

@@ -79,7 +79,8 @@ def test_the_semantic_vector_is_the_end_of_the_chain_and_stands_beside_the_featu
         assert torch.equal(seen[:, :10], x_v)
         assert torch.allclose(seen[:, 10:], s, atol=1e-6)
         assert torch.allclose(model.condition(seen), torch.cat([condition, s], dim=1), atol=1e-6)
-        assert torch.equal(model.align_vision(seen), model.align_vision(x_v))
+        # Rows of other lengths may be summed in another order.
+        assert torch.allclose(model.align_vision(seen), model.align_vision(x_v), atol=1e-6)
 
 
 ORACLES = [  # sampler, T, shares of the classes that 200,000 chains with the exact denoiser end in

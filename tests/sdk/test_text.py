@@ -364,7 +364,7 @@ def test_the_beginning_of_a_long_text_gives_the_tokens_of_the_whole(make, side, 
         shorter.extend(len(ours.beginning(text)) < len(text) for text in texts)
 
     check()
-    assert any(shorter) == (side == "right")  # so it did cut
+    assert any(shorter) or side == "left"  # so it did cut; from the left only very long texts are
 
 
 @pytest.mark.parametrize("text", ["a closed oval, " * 10**6, " " * 10**7, "x" * 10**7])

@@ -260,6 +260,8 @@ def main(
         for family in track(families or [*VISION, *TEXT, *here], "families"):
             missing = missing_ways(cells, family, backends, precisions)
             found = in_own_process(family, digits, missing) if missing else []
+            if found:  # how its process ended before is no longer true
+                cells.pop((family, "process", ""), None)
             cells |= {cell.place: cell for cell in found}
             say(summary(found))
             if output is not None:

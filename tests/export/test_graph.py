@@ -159,7 +159,7 @@ def test_the_head_gives_what_the_model_gives_with_every_fusion(fusion, level):
 
 
 def test_a_head_in_16_bits_tells_features_apart_whose_mean_is_large():
-    """As of an encoder that gives nearly the same vector for every image."""
+    """An encoder may give nearly the same vector for every image."""
     model = make_model().eval()
     model.vision_mean.copy_(torch.randn(10) * 100)
     model.vision_std.copy_(torch.rand(10) * 0.1 + 0.05)

@@ -25,6 +25,7 @@ from torch import nn
 
 from marnet_export.build import onnxruntime
 from marnet_export.build.builder import Order, builder
+from marnet_export.build.openvino import graphs
 from marnet_export.build.quantise import (
     IMAGES,
     LEVELS,
@@ -41,6 +42,7 @@ from marnet_export.lower.methods import Lowered, lower, lower_marnet
 from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
+from marnet_sdk.backends.openvino import load_openvino
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cpus import int8_sums_overflow
 from marnet_sdk.errors import ExportError, MissingExtra
@@ -403,6 +405,23 @@ def depthwise_errors(backend: str, payload: Path) -> Floats:
 def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tmp_path):
     bound = 0.03 if backend == "openvino" and int8_sums_overflow() else 0.01  # 7 bits, not 8
     assert depthwise_errors(backend, tmp_path / "payload").max() < bound
+
+
+@pytest.mark.parametrize(("overflows", "most"), [(True, 64), (False, 127)])
+def test_openvino_has_weights_of_7_bits_where_sums_overflow(
+    overflows: bool, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "int8_sums_overflow", lambda: overflows)
+    depthwise_errors("openvino", tmp_path / "payload")
+    model = load_openvino().Core().read_model(tmp_path / "payload" / "encoder.xml")
+    largest = [
+        np.abs(node.data.astype(int)).max()
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type().to_string() == "i8"
+        if node.data.ndim < 5  # those of a depthwise convolution stay: its sums are short
+    ]
+    assert largest
+    assert most - 1 <= max(largest) <= most
 
 
 def spread_channels(weights: dict[str, np.ndarray]) -> None:

@@ -91,7 +91,7 @@ def session_options(threads: int | None) -> Any:
     # its thread comes late and has little left to do.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     options.add_session_config_entry("session.dynamic_block_base", "4")
-    if int8_sums_overflow():  # it has slower ones that do not
+    if int8_sums_overflow():  # slower products, whose sums do not
         options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # its errors are raised as exceptions anyway
     return options

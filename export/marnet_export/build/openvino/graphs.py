@@ -125,9 +125,10 @@ def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibra
         nncf = _load_nncf()
     with quiet("nncf"):
         ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
+        fix = nncf.OverflowFix
         settings = nncf.AdvancedQuantizationParameters(
             # The default is 7 bits for the first layer alone.
-            overflow_fix=getattr(nncf.OverflowFix, "ENABLE" if int8_sums_overflow() else "DISABLE"),
+            overflow_fix=fix.ENABLE if int8_sums_overflow() else fix.DISABLE,
             disable_bias_correction=True,
             activations_range_estimator_params=ranges,
         )

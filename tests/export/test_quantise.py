@@ -6,9 +6,10 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import torch
 from calibration import calibrate
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from quick import kept
 from safetensors.numpy import load_file, save_file
 from tiny import make_model, plain_refine, tables_of
@@ -42,10 +44,11 @@ from marnet_export.lower.methods import Lowered, lower, lower_marnet
 from marnet_export.lower.plan import make_plan
 from marnet_export.settings import Settings
 from marnet_sdk.backends import Backend, open_backend
-from marnet_sdk.backends.openvino import load_openvino
+from marnet_sdk.backends import openvino as runtime
+from marnet_sdk.backends.openvino import ENCODER, REFINE, load_openvino
 from marnet_sdk.bundle import read_bundle
 from marnet_sdk.cpus import int8_sums_overflow
-from marnet_sdk.errors import ExportError, MissingExtra
+from marnet_sdk.errors import BackendUnavailable, ExportError, MissingExtra
 from marnet_sdk.noise.tables import Floats
 from marnet_train.checkpoint import load_checkpoint
 from marnet_train.diffusion import SamplerTable, sampler_table
@@ -407,21 +410,75 @@ def test_a_depthwise_convolution_with_channels_of_all_sizes_survives(backend, tm
     assert depthwise_errors(backend, tmp_path / "payload").max() < bound
 
 
+class Grouped(Depthwise):
+    """`Depthwise` with a convolution in groups of several channels behind it, as RegNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(32, 16, 3, groups=4)
+
+
+@pytest.fixture(scope="module")
+def by_processor(tmp_path_factory) -> dict[bool, Path]:
+    """int8 in OpenVINO, by whether sums of products overflow where it is exported; read-only."""
+    found = {}
+    for overflows in (True, False):
+        found[overflows] = tmp_path_factory.mktemp("int8") / "payload"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "int8_sums_overflow", lambda there=overflows: there)
+            lowered = replace(lower(make_model()), encoder=Grouped().eval())
+            calibration = calibrate(make_model(), steps=3)
+            build("openvino", lowered, calibration, found[overflows], INT8_TYPES)
+    return found
+
+
+def int8_weights(path: Path) -> list[NDArray]:
+    """Every stored matrix of int8, those of the loop's iterator among them."""
+
+    def of(graph: Any) -> Iterator[NDArray]:
+        for node in graph.get_ops():
+            if node.get_type_name() == "TensorIterator":
+                yield from of(node.get_function())
+            elif node.get_type_name() == "Constant" and node.get_element_type().to_string() == "i8":
+                yield node.data.astype(int)
+
+    return list(of(load_openvino().Core().read_model(path)))
+
+
+@pytest.mark.parametrize("part", [ENCODER, REFINE])
 @pytest.mark.parametrize(("overflows", "most"), [(True, 64), (False, 127)])
 def test_openvino_has_weights_of_7_bits_where_sums_overflow(
-    overflows: bool, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, overflows: bool, most: int, by_processor: dict[bool, Path]
 ) -> None:
-    monkeypatch.setattr(graphs, "int8_sums_overflow", lambda: overflows)
-    depthwise_errors("openvino", tmp_path / "payload")
-    model = load_openvino().Core().read_model(tmp_path / "payload" / "encoder.xml")
-    largest = [
-        np.abs(node.data.astype(int)).max()
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant" and node.get_element_type().to_string() == "i8"
-        if node.data.ndim < 5  # those of a depthwise convolution stay: its sums are short
-    ]
-    assert largest
-    assert most - 1 <= max(largest) <= most
+    weights = int8_weights(by_processor[overflows] / part)
+    # Those of a depthwise convolution stay, [groups, 1, 1, height, width]: its sums are short.
+    largest = max(abs(values).max() for values in weights if values.ndim < 5)
+    assert most - 1 <= largest <= most
+
+
+@pytest.mark.parametrize("overflows", [True, False])
+def test_a_convolution_in_groups_stays_float_where_sums_overflow(
+    overflows: bool, by_processor: dict[bool, Path]
+) -> None:
+    weights = int8_weights(by_processor[overflows] / ENCODER)
+    in_groups = [v for v in weights if v.ndim == 5 and v.shape[2] > 1]
+    assert bool(in_groups) == (not overflows)
+
+
+@pytest.mark.parametrize("part", [ENCODER, REFINE])
+def test_openvino_refuses_8_bit_weights_where_sums_overflow(
+    part: str, by_processor: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "int8_sums_overflow", lambda: True)
+    shutil.copytree(by_processor[True], tmp_path / "payload")
+    open_backend("openvino", tmp_path / "payload", "fp32", 1)
+    for file in (part, Path(part).with_suffix(".bin")):
+        shutil.copy(by_processor[False] / file, tmp_path / "payload" / file)
+    why = f"{part} was exported on another processor.*no VNNI.*export the bundle on this machine"
+    with pytest.raises(BackendUnavailable, match=why):
+        open_backend("openvino", tmp_path / "payload", "fp32", 1)
+    monkeypatch.setattr(runtime, "int8_sums_overflow", lambda: False)
+    open_backend("openvino", tmp_path / "payload", "fp32", 1)
 
 
 def spread_channels(weights: dict[str, np.ndarray]) -> None:

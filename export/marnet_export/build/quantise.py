@@ -58,10 +58,10 @@ class Range:
         return -self.zero_point * self.scale, (LEVELS - 1 - self.zero_point) * self.scale
 
 
-def quantised_rows(weight: NDArray) -> tuple[NDArray[np.int8], Floats]:
-    """A weight [O, ...] as int8 and a scale for each of its rows, [O, 1, ...]."""
+def quantised_rows(weight: NDArray, bits: int = 8) -> tuple[NDArray[np.int8], Floats]:
+    """A weight [O, ...] as int8 of so many bits and a scale for each of its rows, [O, 1, ...]."""
     largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True)
-    scale = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
+    scale = (np.where(largest == 0, 1, largest) / (2 ** (bits - 1) - 1)).astype(np.float32)
     return np.round(weight / scale).astype(np.int8), scale
 
 

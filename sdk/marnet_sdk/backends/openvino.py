@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 from marnet_sdk.backends import Backend, InTwoCalls, RuntimeReport, TextEncoder, check_device
-from marnet_sdk.cpus import cpus
+from marnet_sdk.cpus import cpus, int8_sums_overflow
 from marnet_sdk.errors import BackendUnavailable, requires_extra
 from marnet_sdk.native_loop import Head, Refine, about_loop, open_refine
 from marnet_sdk.noise.tables import Floats, Integers, Tables
@@ -30,6 +30,8 @@ _IMPORT = Lock()
 # What a CPU must be able to do for a type not to be emulated, in OpenVINO's words.
 _NEEDS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 _COMPUTE = ("fp32", "bf16")
+# Between a stored matrix and the product that it is a factor of.
+_PASSES = {"Convert", "Multiply", "Subtract", "FakeQuantize", "Reshape", "Transpose", "Unsqueeze"}
 
 
 def open_payload(payload: Path, compute: str, threads: int | None, device: str = "cpu") -> Backend:
@@ -40,7 +42,7 @@ def open_payload(payload: Path, compute: str, threads: int | None, device: str =
     Raises:
         MissingExtra: openvino is not installed.
         BackendUnavailable: the installed openvino cannot run the graph, or this CPU has no
-            arithmetic of that type.
+            arithmetic of that type, or would let its sums of int8 products overflow.
     """
     check_device("openvino", device, "cpu")
     (encoder,) = _compiled(payload / ENCODER, compute, threads, ("x_v",))
@@ -83,6 +85,7 @@ def _compiled(
         model = core.read_model(path)
         if _has_int8(model):
             check_arithmetic(core, "int8")
+            _check_overflow(model, path)
         chosen = [[model.output(output).get_node() for output in names] for names in outputs]
         models = [ov.Model(results, model.get_parameters(), path.stem) for results in chosen]
         return [_Graph(core.compile_model(model, "CPU", settings)) for model in models]
@@ -101,6 +104,51 @@ def _has_int8(model: Any) -> bool:
         if kind == "TensorIterator" and _has_int8(node.get_function()):
             return True
     return False
+
+
+def _check_overflow(model: Any, path: Path) -> None:
+    """Refuse int8 weights of 8 bits on a processor that cannot add their products up."""
+    if int8_sums_overflow() and (name := next(_of_8_bits(model), None)):
+        raise BackendUnavailable(
+            f"{path} was exported on another processor: {name} has int8 weights of 8 bits, and "
+            "on this one, which has no VNNI instructions, sums of their products overflow in "
+            "openvino; export the bundle on this machine, where weights get 7 bits, or with "
+            "--precision fp32"
+        )
+
+
+def _of_8_bits(model: Any) -> Iterator[str]:
+    """The products of a graph whose int8 weights do not fit into 7 bits, but for depthwise ones,
+    whose sums are short.
+    """
+    for node in model.get_ops():
+        kind = node.get_type_name()
+        if kind == "TensorIterator":
+            yield from _of_8_bits(node.get_function())
+        elif kind in ("MatMul", "Convolution") or is_grouped(node):
+            for constant in constants(node.input_value(1).get_node()) or ():
+                if constant.get_element_type().get_type_name() == "i8":
+                    values = constant.data
+                    if min(values.min(), -values.max()) < -64:
+                        yield node.get_friendly_name()
+
+
+def is_grouped(node: Any) -> bool:
+    """Tell whether a node is a convolution in groups, of several channels each."""
+    is_group = node.get_type_name() == "GroupConvolution"
+    return is_group and node.input_value(1).get_shape()[2] > 1  # [groups, O, I, ...]
+
+
+def constants(node: Any) -> list[Any] | None:
+    """The constants that a value is made of; None where it depends on an input."""
+    if node.get_type_name() == "Constant":
+        return [node]
+    if node.get_type_name() not in _PASSES:
+        return None
+    found = [constants(value.get_node()) for value in node.input_values()]
+    if any(one is None for one in found):
+        return None
+    return [constant for one in found if one is not None for constant in one]
 
 
 def check_arithmetic(core: Any, kind: str) -> None:

@@ -92,9 +92,12 @@ def _parted(x: Any, method: PlanLoop | StepLoop) -> list[Any]:
 class PlanLoop:
     """The sampling plan, operator by operator; its methods are as in `Step`."""
 
-    def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range]) -> None:
-        """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`."""
-        self.plan, self.ranges = plan, ranges
+    def __init__(self, plan: SamplingPlan, ranges: Mapping[str, Range], bits: int = 8) -> None:
+        """Take the ranges of the inputs of the int8 products, by their names in `PlanStep`.
+
+        bits: of the weights of these products.
+        """
+        self.plan, self.ranges, self.bits = plan, ranges, bits
         self.width, self.row_width = len(plan.carry_weight), len(plan.input_weight)
         self.fed, self.starts = plan.fed, plan.start_weight is not None
 
@@ -146,7 +149,7 @@ class PlanLoop:
         if name in self.ranges:  # x on the steps of its range becomes uint8 in the runtime
             low, high = map(_constant, self.ranges[name].ends)
             x = op.fake_quantize(x, low, high, low, high, LEVELS)
-            stored, scale = quantised_rows(weight)
+            stored, scale = quantised_rows(weight, self.bits)
             factor = op.multiply(op.convert(op.constant(stored), "f32"), _constant(scale))
         y = op.matmul(x, factor, False, True)
         y.set_friendly_name(place + name)

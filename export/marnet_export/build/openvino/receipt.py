@@ -18,6 +18,7 @@ from marnet_sdk.backends.openvino import (
     HEAD,
     REFINE,
     compile_settings,
+    constants,
     load_openvino,
 )
 
@@ -25,8 +26,6 @@ ov = load_openvino()
 PRODUCTS = {"MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention"}
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
 _EXECUTED = {"Convolution", "FullyConnected", "MatMul", "Subgraph", "ScaledDotProductAttention"}
-# Between a stored matrix and the product that it is a factor of.
-_PASSES = {"Convert", "Multiply", "Subtract", "FakeQuantize", "Reshape", "Transpose", "Unsqueeze"}
 
 
 def products(payload: Path, types: Types, shape: tuple[int, int, int]) -> list[Product]:
@@ -125,19 +124,7 @@ def _multiply_adds(node: Any) -> int:
 def _stored_type(node: Any) -> str:
     """The type of the stored matrix that is a factor of a product."""
     for source in (node.input_value(1), node.input_value(0)):
-        if (constants := _constants(source.get_node())) is not None:
-            largest = max(constants, key=lambda constant: prod(constant.shape))
+        if (stored := constants(source.get_node())) is not None:
+            largest = max(stored, key=lambda constant: prod(constant.shape))
             return _kind(largest.output(0))
     return "activation"
-
-
-def _constants(node: Any) -> list[Any] | None:
-    """The constants that a value is made of; None where it depends on an input."""
-    if node.get_type_name() == "Constant":
-        return [node]
-    if node.get_type_name() not in _PASSES:
-        return None
-    found = [_constants(value.get_node()) for value in node.input_values()]
-    if any(constants is None for constants in found):
-        return None
-    return [constant for constants in found if constants is not None for constant in constants]

@@ -524,6 +524,36 @@ def rows_of(joined: dict[str, Any], title: str) -> str:
     return "\n\n".join((title, *shown))
 
 
+def int8_encoders() -> str:
+    """Show labels, accuracy and time of int8 by image encoder, held to float32."""
+    rows = []
+    for run in read("cpu-int8-encoders")["runs"]:
+        for backend, found in run["backends"].items():
+            exact, faster = found["exports"]["float32"], {}
+            for line in found["times"]:
+                faster[line["bundle"], line["batch"]] = "{:.2f} ({:.2f} to {:.2f})".format(
+                    *line["faster"]
+                )
+            for name in ("int8", "int8, 99 %"):
+                one = found["exports"][name]
+                about = [f"`{run['family']}`", f"`{backend}`", name]
+                if "failed" in one:
+                    rows.append([*about, "refused", "", "", "", ""])
+                    continue
+                rows.append(
+                    [
+                        *about,
+                        f"{one['agreement']:.1%}",
+                        f"{exact['accuracy']:.1%}, {one['accuracy']:.1%}",
+                        f"{one['encoder_in_int8']:.0%}",
+                        faster[name, 1],
+                        faster[name, 16],
+                    ]
+                )
+    title = ("encoder", "backend", "bundle", "same labels", "accuracy: float32, int8")
+    return table((*title, "encoder in int8", "one image", "16 images"), rows)
+
+
 def tuned() -> dict[str, Any]:
     """The branches on tuned encoders, joined over seeds: `fit`'s trainings, and `ablate`'s of other
     seeds."""

@@ -47,7 +47,6 @@ from marnet_sdk.backends.openvino import (
     REFINE,
     TEXT,
     hidden,
-    is_grouped,
     load_openvino,
 )
 from marnet_sdk.cpus import int8_sums_overflow
@@ -122,10 +121,6 @@ def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibra
         and node.input_value(1).get_node().get_type_name() == "Constant"
     }
     kept = kept_nodes(factors, encoder, calibration.kept)
-    overflows = int8_sums_overflow()
-    if overflows:  # NNCF leaves the weights of grouped convolutions at 8 bits
-        grouped = [n.get_friendly_name() for n in graph.get_ordered_ops() if is_grouped(n)]
-        kept = [*dict.fromkeys([*kept, *grouped])]
     with quiet():
         nncf = _load_nncf()
     with quiet("nncf"):
@@ -133,7 +128,7 @@ def _quantise_encoder(graph: Any, encoder: torch.nn.Module, calibration: Calibra
         fix = nncf.OverflowFix
         settings = nncf.AdvancedQuantizationParameters(
             # The default is 7 bits for the first layer alone.
-            overflow_fix=fix.ENABLE if overflows else fix.DISABLE,
+            overflow_fix=fix.ENABLE if int8_sums_overflow() else fix.DISABLE,
             disable_bias_correction=True,
             activations_range_estimator_params=ranges,
         )

@@ -451,7 +451,7 @@ def test_openvino_has_weights_of_7_bits_where_sums_overflow(
     part: str, overflows: bool, most: int, by_processor: dict[bool, Path]
 ) -> None:
     weights = int8_weights(by_processor[overflows] / part)
-    # Those of a depthwise convolution stay at 8 bits, [groups, 1, 1, height, width]: its sums are short.
+    # Those of a depthwise convolution stay, [groups, 1, 1, height, width]: its sums are short.
     sums = [values for values in weights if values.ndim < 5 or values.shape[2] > 1]
     assert any(values.ndim == 5 for values in sums) == (part == ENCODER)
     assert all(most - 1 <= abs(values).max() <= most for values in sums)

@@ -31,6 +31,7 @@ def _read_umask() -> int:
 
 
 _UMASK = _read_umask()  # once, as setting it concerns every thread
+_FILE_MODE = 0o666 & ~_UMASK  # of ordinary files: some writers make private ones
 
 
 @contextmanager
@@ -182,12 +183,12 @@ def _is_stale(work: Path) -> bool:
 
 
 def _set_modes(root: Path) -> None:
-    """Give all below `root` the modes of ordinary files: some writers make private ones."""
+    """Give all below `root` the modes of ordinary files and folders."""
     for folder, _, names in os.walk(root):
         Path(folder).chmod(0o777 & ~_UMASK)
         for path in (Path(folder) / name for name in names):
             if not path.is_symlink():
-                path.chmod(0o666 & ~_UMASK)
+                path.chmod(_FILE_MODE)
 
 
 def _sync_tree(root: Path) -> None:
@@ -210,6 +211,8 @@ def _sync(path: Path) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; flush what the block writes there and rename it into place.
 
+    Its mode follows the umask, as in `atomic_directory`.
+
     Raises:
         OutputError: no space left.
     """
@@ -217,6 +220,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     try:
         with enough_space(target):
             yield fresh
+            fresh.chmod(_FILE_MODE)
             _sync(fresh)
             fresh.replace(target)
             _sync(target.parent)

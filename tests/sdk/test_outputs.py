@@ -220,7 +220,7 @@ def test_modes_follow_the_umask_whatever_the_writer_gave(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from marnet_sdk.outputs import atomic_directory
+from marnet_sdk.outputs import atomic_directory, atomic_file
 with atomic_directory(Path(sys.argv[1])) as fresh:
     (fresh / "sub").mkdir(mode=0o700)
     for name in ("private", "sub/private"):
@@ -228,11 +228,15 @@ with atomic_directory(Path(sys.argv[1])) as fresh:
         (fresh / name).chmod(0o600)
     (fresh / "link").symlink_to("nowhere near")
     (fresh / "nowhere near").touch()
+with atomic_file(Path(sys.argv[1]) / "alone") as fresh:
+    fresh.write_bytes(b"x")
+    fresh.chmod(0o600)
 """
     target = tmp_path / "target"
     subprocess.run([sys.executable, "-c", script, target], check=True, umask=0o027)
     modes = {path.name: path.stat().st_mode & 0o777 for path in target.rglob("*")}
-    assert modes == {"sub": 0o750, "private": 0o640, "link": 0o640, "nowhere near": 0o640}
+    ordinary = dict.fromkeys(("private", "link", "nowhere near", "alone"), 0o640)
+    assert modes == {"sub": 0o750, **ordinary}
     assert (target / "sub/private").stat().st_mode & 0o777 == 0o640
     assert target.stat().st_mode & 0o777 == 0o750
 

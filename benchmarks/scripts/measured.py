@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -507,15 +507,19 @@ def soak() -> str:
     return table((*title, "descriptors"), rows)
 
 
-def ablation(report: str, title: str) -> str:
-    """The tables of `marnet-train ablate`, as it writes them."""
-    return rows_of(read(report), title)
+def ablation(report: str, title: str, less: Collection[str] = ()) -> str:
+    """The tables of `marnet-train ablate`, as it writes them.
+
+    Args:
+        less: tables that the raw file alone has.
+    """
+    return rows_of(read(report), title, less)
 
 
-def rows_of(joined: dict[str, Any], title: str) -> str:
+def rows_of(joined: dict[str, Any], title: str, less: Collection[str] = ()) -> str:
     """The tables of joined rows, without the operating points, and with damaged images in short."""
     title = title.format(images=joined["test_images"], seeds=len(joined["runs"]))
-    left_out = ("operating points", "damaged images")
+    left_out = ("operating points", "damaged images", *less)
     shown = [found.markdown(level=4) for found in tables(joined) if found.title not in left_out]
     damaged = joined["runs"][0]["rows"].get("blur 1: MARNet")
     if damaged is not None:

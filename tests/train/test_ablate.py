@@ -353,7 +353,10 @@ def test_seda_is_compared_with_its_peer_without_the_semantic_learner(
         assert {f"{peer}: {name}" for name in of_peers} <= found
         assert {f"{name} - {peer}: {name}" for name in of_peers} <= set(joined["pairs"])
     assert joined["settings"]["method"] == "seda"
-    assert "SeDA, recipe custom" in (tmp_path / "out/ablation.md").read_text()
+    text = (tmp_path / "out/ablation.md").read_text()
+    assert "SeDA, recipe custom" in text
+    assert "| SeDA - marnet: MARNet |" in text
+    assert list(figures(tmp_path / "out")["confidence"])[-1] == "SeDA"
 
 
 @pytest.mark.slow
@@ -399,8 +402,8 @@ def test_chosen_images_are_spread_evenly(total: int, count: int) -> None:
 
 
 def test_figures_are_drawn_from_what_was_kept(whole: Whole, data: Path, tmp_path: Path) -> None:
-    for path in whole[0].glob("seed-*/*.safetensors"):
-        (tmp_path / path.parent.name).mkdir()
+    for path in whole[0].glob("seed-*/text.*"):
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
         (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
     found = figures(tmp_path)
     for name in ("figure-3.png", "figure-4.png"):

@@ -203,6 +203,25 @@ def test_a_table_is_written_as_markdown_csv_and_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ablation.json").read_text())["left_out"] == joined["left_out"]
 
 
+def test_the_whole_of_seda_is_not_called_marnet(tmp_path: Path) -> None:
+    names = (
+        "baseline",
+        "MARNet",
+        "marnet: MARNet",
+        "progressive: MARNet",
+        "MARNet, 2 steps, K = 1",
+    )
+    runs = [run(0, **{name: [True, False] for name in names})]
+    joined = {"method": "seda", "summary": summarise(runs), "pairs": compare(runs)}
+    write_tables(tmp_path, "ablation", "SeDA on digits", joined)
+    text = (tmp_path / "ablation.md").read_text()
+    for row in ("SeDA - marnet: MARNet", "SeDA - progressive: SeDA", "SeDA, 2 steps, K = 1"):
+        assert f"| {row} |" in text
+    assert text.count("MARNet") == 2  # the peer, and SeDA minus the peer
+    rows = csv.DictReader(io.StringIO((tmp_path / "ablation.csv").read_text()))
+    assert {row["row"] for row in rows} >= {"SeDA", "progressive: SeDA", "marnet: MARNet"}
+
+
 def test_one_seed_has_no_interval_over_seeds_in_any_format(tmp_path: Path) -> None:
     joined = {"summary": summarise([run(0, baseline=[True, False], MARNet=[True, True])])}
     assert tables(joined)[0].rows[1][3] == ""

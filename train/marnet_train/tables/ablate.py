@@ -333,9 +333,11 @@ def write_joined(out: Path) -> dict[str, Any]:
     """Join what is in a folder over seeds, and write it as JSON, Markdown, CSV and PNG."""
     runs = read_runs(out)
     first = runs[0]
+    method = first["settings"]["method"]
     joined = {
         "what": "A method, its parts and its controls on a data set, over training seeds: "
         "marnet-train ablate",
+        "method": method,
         **{key: first[key] for key in ("recipe", "settings", "data_sha256", "test_images")},
         "summary": summarise(runs),
         "pairs": compare(runs),
@@ -343,8 +345,7 @@ def write_joined(out: Path) -> dict[str, Any]:
         "left_out": {name: why for run in runs for name, why in run["left_out"].items()},
         "runs": runs,
     }
-    method = METHODS[first["settings"]["method"]]
-    title = f"{method}, recipe {first['recipe']}: {first['test_images']} test images"
+    title = f"{METHODS[method]}, recipe {first['recipe']}: {first['test_images']} test images"
     write_tables(out, NAME, title, joined)
-    draw_rows(joined["summary"], title, out / f"{NAME}.png")
+    draw_rows(joined, title, out / f"{NAME}.png")
     return joined

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from marnet_sdk.outputs import atomic_file
-from marnet_train.tables.written import TITLES, by_section
+from marnet_train.tables.written import TITLES, by_section, shown
 
 # Okabe and Ito 2008: told apart by colour-blind readers, too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -22,11 +22,12 @@ _SHOWN = (
 )
 
 
-def draw_rows(summary: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+def draw_rows(joined: Mapping[str, Any], title: str, path: Path) -> None:
     """Draw each row's difference to the baseline in points, with its 95 % interval, as a PNG.
 
     Operating points and damaged images are left to the tables.
     """
+    summary, method = joined["summary"], joined.get("method", "marnet")
     rows = [
         (section, name)
         for section, names in by_section(summary).items()
@@ -41,7 +42,8 @@ def draw_rows(summary: Mapping[str, Mapping[str, Any]], title: str, path: Path) 
         axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
         axes.plot(100 * found["minus_baseline"], place, "o", color=colour, markersize=4)
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks(range(len(rows)), [TITLES.get(name, name) for _, name in rows], fontsize=8)
+    names = [TITLES.get(name) or shown(name, method) for _, name in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("points over the image-only baseline, 95 % interval")
     axes.set_title(title, fontsize=9, loc="left")

@@ -48,6 +48,7 @@ def evaluate_seeds(
         )
     return {
         "split": split,
+        "method": runs[0]["method"],
         "test_images": len(examples),
         "summary": summarise(runs),
         "pairs": compare(runs),
@@ -72,7 +73,9 @@ def _run(path: Path, examples: Sequence[Example], where: str, device: str) -> di
         name: row_of(averaged(samples, model.config.samples), labels)
         for name, samples in answers.items()
     }
-    return {"checkpoint": str(path), "seed": checkpoint.training["seed"], "rows": rows}
+    training = checkpoint.training
+    method = training["settings"]["method"]
+    return {"checkpoint": str(path), "seed": training["seed"], "method": method, "rows": rows}
 
 
 def write_evaluation(out: Path, joined: dict[str, Any]) -> None:
@@ -88,4 +91,4 @@ def write_evaluation(out: Path, joined: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     title = f"{joined['split']}: {joined['test_images']} images, {len(joined['runs'])} checkpoints"
     write_tables(out, "evaluation", title, joined)
-    draw_rows(joined["summary"], title, out / "evaluation.png")
+    draw_rows(joined, title, out / "evaluation.png")

@@ -27,7 +27,7 @@ from marnet_sdk.errors import NotFound
 from marnet_train.measures import paired_difference, student_interval
 from marnet_train.tables.charts import draw_confidences, draw_maps
 from marnet_train.tables.spaces import MODELS, SPACES
-from marnet_train.tables.written import Table, as_csv, chance, write_texts
+from marnet_train.tables.written import Table, as_csv, chance, shown, write_texts
 
 Vectors = Mapping[str, NDArray[Any]]
 PERPLEXITY = 30.0  # of t-SNE, its usual value; fewer for fewer than 91 images
@@ -42,16 +42,17 @@ def figures(folder: Path) -> dict[str, Any]:
     Raises:
         NotFound: no seed of it is finished.
     """
-    seeds = [load_file(path) for path in sorted(folder.glob("seed-*/text.safetensors"))]
-    if not seeds:
+    done = sorted(folder.glob("seed-*/text.json"))
+    if not done:
         raise NotFound(
-            f"{folder} has no seed-*/text.safetensors, which marnet-train ablate writes; run it "
-            "first"
+            f"{folder} has no seed-*/text.json, which marnet-train ablate writes; run it first"
         )
+    method = json.loads(done[0].read_text("utf-8"))["settings"]["method"]
+    seeds = [load_file(path.with_suffix(".safetensors")) for path in done]
     first = seeds[0]
     maps = {space: tsne(first[space]) for space in ("x_v", "x_CDR")}
     draw_maps(maps, first["labels"], folder / "figure-3.png")
-    sure = {model: np.stack([s[f"p of {model}"] for s in seeds]) for model in MODELS}
+    sure = {shown(m, method): np.stack([s[f"p of {m}"] for s in seeds]) for m in MODELS}
     draw_confidences({m: p.ravel() for m, p in sure.items()}, MODELS[0], folder / "figure-4.png")
     apart = {space: np.stack([silhouettes(s, space) for s in seeds]) for space in SPACES}
     found = {

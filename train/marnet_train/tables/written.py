@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from marnet_sdk.outputs import atomic_file
+from marnet_train.recipe import METHODS
 
 ALIGNED = {  # by what phase A aligns images and texts, in place of ITA
     "swd": "alignment by SWD",
@@ -87,14 +88,25 @@ def by_section(names: Iterable[str]) -> dict[str, list[str]]:
     return sections
 
 
+def shown(name: str, method: str) -> str:
+    """Return the name of a row, or of a pair of rows, as people read it.
+
+    The whole of SeDA is "MARNet" among the rows, as that of MARNet is.
+    """
+    return " - ".join(
+        row if row.startswith("marnet: ") else row.replace("MARNet", METHODS[method])
+        for row in name.split(" - ")
+    )
+
+
 def tables(joined: Mapping[str, Any]) -> list[Table]:
     """Make the tables of what `ablate` or `evaluate` joined, those that have rows."""
-    found = joined["summary"]
+    found, method = joined["summary"], joined.get("method", "marnet")
     made = [
-        Table(section, _COLUMNS, [_row(name, found[name]) for name in names])
+        Table(section, _COLUMNS, [_row(name, found[name], method) for name in names])
         for section, names in by_section(found).items()
     ]
-    pairs = [_pair(name, p) for name, p in joined.get("pairs", {}).items()]
+    pairs = [_pair(shown(name, method), p) for name, p in joined.get("pairs", {}).items()]
     made.append(
         Table("differences on the same images",
               ("", "seeds", "points", "95 %", "over seeds", "p"), pairs)
@@ -105,8 +117,8 @@ def tables(joined: Mapping[str, Any]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _row(name: str, r: Mapping[str, Any]) -> list[str]:
-    title, top5 = TITLES.get(name, name), r.get("top5")
+def _row(name: str, r: Mapping[str, Any], method: str) -> list[str]:
+    title, top5 = TITLES.get(name) or shown(name, method), r.get("top5")
     spread = interval(r["top1_interval"], signed=False)
     first = [title, str(len(r["seeds"])), percent(r["top1"]), spread]
     first.append("" if top5 is None else percent(top5))
@@ -164,7 +176,7 @@ def write_tables(folder: Path, name: str, title: str, joined: Mapping[str, Any])
         {
             f"{name}.json": json.dumps(joined, indent=1) + "\n",
             f"{name}.md": "\n\n".join((*text, *(t.markdown() for t in parts))) + "\n",
-            f"{name}.csv": as_csv(_CSV_COLUMNS, _csv_rows(joined["summary"])),
+            f"{name}.csv": as_csv(_CSV_COLUMNS, _csv_rows(joined)),
         },
     )
 
@@ -181,13 +193,22 @@ _CSV_COLUMNS = (
 )
 
 
-def _csv_rows(summary: Mapping[str, Mapping[str, Any]]) -> Iterable[Sequence[object]]:
-    for name, r in summary.items():
+def _csv_rows(joined: Mapping[str, Any]) -> Iterable[Sequence[object]]:
+    method = joined.get("method", "marnet")
+    for name, r in joined["summary"].items():
         seeds = " ".join(map(str, r["seeds"]))
         figures = [r.get(figure, "") for figure in _FIGURES]
         against = [r.get("minus_baseline", ""), *r.get("interval", ("", ""))]
         more = (*r.get("interval_over_seeds", ("", "")), r.get("p", ""))
-        yield (name, section_of(name), seeds, *figures, *r["top1_interval"], *against, *more)
+        yield (
+            shown(name, method),
+            section_of(name),
+            seeds,
+            *figures,
+            *r["top1_interval"],
+            *against,
+            *more,
+        )
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -9,7 +9,6 @@ returns. The sentences around the parts are written by hand.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from marnet_train.tables.joined import compare, summarise
-from marnet_train.tables.written import tables
+from marnet_train.tables.written import is_missing, tables
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/measured.md")
@@ -258,7 +257,7 @@ def percent(share: float) -> str:
 
 def points(interval: Sequence[float]) -> str:
     """An interval in points; of a single seed there is none."""
-    if math.isnan(interval[0]):
+    if is_missing(interval[0]):
         return ""
     return "{:+.1f} to {:+.1f}".format(*(100 * x + 0.0 for x in interval))
 
@@ -542,7 +541,9 @@ def int8_encoders() -> str:
                 one = found["exports"][name]
                 about = [f"`{run['family']}`", f"`{backend}`", name]
                 if "failed" in one:
-                    rows.append([*about, "refused", "", "", "", ""])
+                    same = re.search(r"agreement is (0\.\d+)", one["failed"])
+                    kept = f"refused: {float(same[1]):.1%}" if same else "refused"
+                    rows.append([*about, kept, "", "", "", ""])
                     continue
                 rows.append(
                     [
@@ -614,6 +615,19 @@ PARTS: dict[str, Callable[[], str]] = {
         "cpu-grocery-tuned-ablation",
         "{images} test photographs, {seeds} training seeds.",
     ),
+    "plates-ablation": partial(
+        ablation,
+        "cpu-plates-ablation",
+        "{images} test pictures, {seeds} training seeds.",
+        ("other fusions",),
+    ),
+    "grocery-seda": partial(
+        ablation,
+        "cpu-grocery-seda",
+        "{images} test photographs, {seeds} training seeds.",
+        ("other fusions", "alignment with the texts"),
+    ),
+    "int8-encoders": int8_encoders,
     "pareto": pareto,
 }
 

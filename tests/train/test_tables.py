@@ -228,3 +228,7 @@ def test_one_seed_has_no_interval_over_seeds_in_any_format(tmp_path: Path) -> No
     write_tables(tmp_path, "ablation", "one seed", joined)
     assert "nan" not in (tmp_path / "ablation.md").read_text().lower()
     assert "nan" not in (tmp_path / "ablation.csv").read_text().lower()
+    text = (tmp_path / "ablation.json").read_text()
+    read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert read["summary"]["MARNet"]["top1_interval"] == [None, None]
+    assert tables(read)[0].rows == tables(joined)[0].rows

@@ -27,7 +27,7 @@ from marnet_sdk.errors import NotFound
 from marnet_train.measures import paired_difference, student_interval
 from marnet_train.tables.charts import draw_confidences, draw_maps
 from marnet_train.tables.spaces import MODELS, SPACES
-from marnet_train.tables.written import Table, as_csv, chance, shown, write_texts
+from marnet_train.tables.written import Table, as_csv, as_json, chance, shown, write_texts
 
 Vectors = Mapping[str, NDArray[Any]]
 PERPLEXITY = 30.0  # of t-SNE, its usual value; fewer for fewer than 91 images
@@ -133,7 +133,7 @@ def _write(folder: Path, found: Mapping[str, Any]) -> None:
         for name, r in found[key].items()
     ]  # fmt: skip
     texts = {
-        "figures.json": json.dumps(found, indent=1) + "\n",
+        "figures.json": as_json(found),
         "figures.md": "\n\n".join(table.markdown() for table in figure_tables(found)) + "\n",
         "figures.csv": as_csv(_COLUMNS, lines),
     }

@@ -146,7 +146,7 @@ def _spaces(spaces: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _mean(found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
-    spread = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+    spread = "" if is_missing(low) else f" ({low:.3f} to {high:.3f})"
     return f"{found['mean']:.3f}{spread}"
 
 
@@ -155,11 +155,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def is_missing(bound: float | None) -> bool:
+    """Tell whether a bound is that of one seed, which has no interval: NaN, and null in JSON."""
+    return bound is None or math.isnan(bound)
+
+
 def interval(bounds: Sequence[float], *, signed: bool = True) -> str:
     """Write an interval of shares in points; nothing where one seed gives none."""
-    low, high = (100 * bound + 0.0 for bound in bounds)
-    if math.isnan(low):
+    if is_missing(bounds[0]):
         return ""
+    low, high = (100 * bound + 0.0 for bound in bounds)
     return f"{low:+.1f} to {high:+.1f}" if signed else f"{low:.1f} to {high:.1f}"
 
 
@@ -174,7 +179,7 @@ def write_tables(folder: Path, name: str, title: str, joined: Mapping[str, Any])
     write_texts(
         folder,
         {
-            f"{name}.json": json.dumps(joined, indent=1) + "\n",
+            f"{name}.json": as_json(joined),
             f"{name}.md": "\n\n".join((*text, *(t.markdown() for t in parts))) + "\n",
             f"{name}.csv": as_csv(_CSV_COLUMNS, _csv_rows(joined)),
         },
@@ -219,6 +224,19 @@ def as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     for row in rows:
         writer.writerow(["" if isinstance(x, float) and math.isnan(x) else x for x in row])
     return text.getvalue()
+
+
+def as_json(content: Any) -> str:
+    """Write data as JSON, which has no NaN: null stands in its place."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: strict(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(inner) for inner in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return json.dumps(strict(content), indent=1, allow_nan=False) + "\n"
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -126,7 +126,7 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 _SIDE = {"efficientnet": 64, "hiera": 64, "levit": 64, "mobilevitv2": 64, "swiftformer": 64,
          "convnext": 64, "convnextv2": 64, "dinov3_convnext": 64, "cvt": 64}  # fmt: skip
-# After two epochs nearly all answers of these are close calls: their logits hardly differ by image.
+# After two epochs bf16 or int8 kept 39 to 74 % of the labels of these, after eight 84 to 100 %.
 _EPOCHS = {"mobilevit": 8, "swiftformer": 8}
 
 Way = tuple[str, str]  # a backend and a precision
@@ -327,7 +327,9 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
     by_place: Mapping[tuple[str, str, str], Cell] = {
         (c.family, c.backend, c.precision): c for c in cells
     }
-    families = list(dict.fromkeys(cell.family for cell in cells))
+    seen = {cell.family for cell in cells}
+    families = [family for family in (*VISION, *TEXT, *TIMM) if family in seen]
+    named = " and ".join(f"`{family}`" for family in _EPOCHS)
     lines = [
         "# Encoders",
         "",
@@ -337,7 +339,9 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
         "trained, exported, compared with its float32 checkpoint on 90 images, opened again and",
         "asked for a label. A cell lists the precisions that work, which means that at least",
         f"{ENOUGH:.0%} of the labels are those of float32: of networks this small many answers are",
-        "close calls. The last section says what does not work; what is in neither was not run.",
+        "close calls. The section below says what does not work; what is in neither was not run.",
+        f"A training has two epochs, that of {named} eight: after two,",
+        "bf16 or int8 kept 39 to 74 % of their labels.",
         "",
         "```text",
         "python benchmarks/scripts/backbones.py --output FILE.json --page docs/backbones.md",
@@ -354,7 +358,8 @@ def page_of(cells: Sequence[Cell], backends: Sequence[str], precisions: Sequence
         ]
         lines.append(f"| `{family}` | {'yes' if trained else 'no'} | {' | '.join(row)} |")
     failed = [c for c in cells if not c.works]
-    lines += ["", "## What does not work", ""] if failed else []
+    lines += ["", "## What does not work", ""]
+    lines += [] if failed else ["Everything that was run works."]
     for c in failed:
         cell = f"{c.backend} {c.precision}: "
         lines.append(f"- `{c.family}` {cell}{c.detail.removeprefix(cell).split(';')[0]}")

@@ -108,13 +108,16 @@ def bound(
     return 1e3 * steps * max(batch * multiply_adds / arithmetic, size / reading)
 
 
-def measure_limits(sizes: Sequence[int], threads: int, seconds: float = 0.1) -> Limits:
+def measure_limits(
+    sizes: Sequence[int], threads: int, seconds: float = 0.1, side: int = _SIDE
+) -> Limits:
     """Measure this machine.
 
     Args:
-        sizes: bytes of weights that a step reads. seconds: for each kernel.
+        sizes: bytes of weights that a step reads. seconds: for each kernel. side: of the square
+            matrices that are multiplied.
     """
-    rates = {p: product_rate(p, threads, seconds) for p in PRECISIONS}
+    rates = {p: product_rate(p, threads, seconds, side) for p in PRECISIONS}
     for precision in ("bf16", "fp16"):  # what is stored so may be multiplied in float32
         rates[precision] = _higher(rates[precision], rates["fp32"])
     return Limits(

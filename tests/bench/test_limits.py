@@ -77,7 +77,7 @@ def test_a_kernel_that_is_missing_leaves_the_others(monkeypatch):
 
 
 def test_all_is_measured_at_once():
-    found = measure_limits([1_000, 1_000, 2_000], threads=1, seconds=0.01)
+    found = measure_limits([1_000, 1_000, 2_000], threads=1, seconds=0.01, side=64)
     assert list(found.read) == [1_000, 2_000]
     assert list(found.multiply_adds) == list(PRECISIONS)
     assert found.threads == 1

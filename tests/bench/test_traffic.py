@@ -31,7 +31,9 @@ def classifier(bundle_of):
 def test_every_scenario_asks_for_images_and_checks_the_answers(scenario, classifier):
     images = images_of(classifier.bundle, [])
     rate = 200.0 if scenario == "server" else None
-    report = run_traffic(classifier, images, scenario, duration=0.1, together=3, rate=rate)
+    report = run_traffic(
+        classifier, images, scenario, duration=0.1, together=3, rate=rate, latency_ms=1e6
+    )
     (run,) = report["runs"]
     assert run["images"] >= (100 if scenario == "server" else 10)  # 99 of 100 are spoken of
     assert run["images"] % (3 if scenario == "multi-stream" else 1) == 0

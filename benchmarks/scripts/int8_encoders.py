@@ -61,7 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "window_size": 4,
     },
 }
-# Attention learns slowly at the rate of convolutions.
+# These families are usually trained at lower rates than a small ResNet.
 _LR = {"convnext": 1e-3, "vit": 5e-4, "swin": 5e-4}
 
 

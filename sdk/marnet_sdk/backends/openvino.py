@@ -125,7 +125,7 @@ def _of_8_bits(model: Any) -> Iterator[str]:
         kind = node.get_type_name()
         if kind == "TensorIterator":
             yield from _of_8_bits(node.get_function())
-        elif kind in ("MatMul", "Convolution") or is_grouped(node):
+        elif kind in ("MatMul", "Convolution") or _is_grouped(node):
             for constant in constants(node.input_value(1).get_node()) or ():
                 if constant.get_element_type().get_type_name() == "i8":
                     values = constant.data
@@ -133,7 +133,7 @@ def _of_8_bits(model: Any) -> Iterator[str]:
                         yield node.get_friendly_name()
 
 
-def is_grouped(node: Any) -> bool:
+def _is_grouped(node: Any) -> bool:
     """Tell whether a node is a convolution in groups, of several channels each."""
     is_group = node.get_type_name() == "GroupConvolution"
     return is_group and node.input_value(1).get_shape()[2] > 1  # [groups, O, I, ...]
